@@ -1,0 +1,46 @@
+# Where axolotl is: VENV=<folder>, else an active environment that has it, else .venv, which `make` sets up.
+TORCH ?= 2.13.0
+ACTIVE := $(filter-out $(CURDIR)/.venv/bin/axolotl,$(shell command -v axolotl))
+BIN := $(if $(VENV),$(VENV)/bin,$(if $(ACTIVE),$(patsubst %/,%,$(dir $(ACTIVE))),.venv/bin))
+READY := $(if $(filter .venv/bin,$(BIN)),.venv/.ready-$(TORCH))
+PY := PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" AXOLOTL_DO_NOT_TRACK=$${AXOLOTL_DO_NOT_TRACK:-1} $(BIN)/python
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test train recipes check data audit lint constraints
+.SUFFIXES:
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+help: ## what `make` can do
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY) ## the whole path on a CPU in three minutes; DATA=rows.jsonl for rows of your own
+	@$(PY) -m tools.demo $(if $(DATA),--data "$(DATA)")
+
+test: $(READY) ## all tests; ARGS= for pytest
+	@$(PY) -m ruff check . && $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+
+train: $(READY) ## train RECIPE=<name>; TINY=1 on a CPU, FORCE=1 anew, ARGS="--learning-rate 0.0002" for axolotl
+	@$(PY) -m tools.train "$(RECIPE)" $(if $(TINY),--tiny) $(if $(FORCE),--force) -- $(ARGS)
+
+recipes: $(READY) ## list the recipes; TASK= filters
+	@$(PY) -m tools.recipes $(if $(TASK),--task "$(TASK)")
+
+check: $(READY) ## check every recipe: keys, types, names, factorisation
+	@$(PY) -m tools.recipes --check
+
+data: $(READY) ## fetch and prepare TASK= (all without); FILE=<your rows> TASK=cfa for rows of your own; LABELS=published
+	@$(if $(FILE),,$(PY) -m data.fetch $(TASK) &&) $(PY) -m data.prepare $(TASK) $(if $(FILE),--file "$(FILE)") $(if $(LABELS),--labels $(LABELS)) $(ARGS)
+
+audit: $(READY) ## what is in the fetched files: labels, duplicates, leaks, lengths; TASK= for one
+	@$(PY) -m data.audit $(TASK) $(ARGS)
+
+setup: $(READY) ## make .venv (TORCH=2.11.0, 2.12.1 or 2.13.0); every target does it by itself
+	@$(PY) -c "import torch, axolotl; print('ready: torch', torch.__version__, 'in $(BIN)')"
+
+lint: $(READY) ## ruff: format in place, then check
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+constraints: ## pin every package again for TORCH= (needs uv)
+	@tools/constraints.sh "$(TORCH)"
+
+.venv/.ready-%: pyproject.toml constraints/torch-%.txt tools/setup.sh
+	@tools/setup.sh "$*" .venv "$@"

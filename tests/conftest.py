@@ -1,0 +1,62 @@
+"""Shared by the tests: a copy of the house to run commands in, and the real FinLoRA rows where they are at hand."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("recipes", "tools", "data", "fastdora", "eval", "tests")
+FILES = ("Makefile", "pyproject.toml", "README.md")
+
+
+@pytest.fixture(scope="session")
+def tiny_base() -> Path:
+    """The tiny base model that TINY=1 and the demo share, built once for all workers."""
+    subprocess.run([sys.executable, "-m", "tools.tiny"], cwd=ROOT, check=True, capture_output=True)
+    return (ROOT / ".cache" / "tiny").resolve()
+
+
+@pytest.fixture
+def house(tmp_path: Path, tiny_base: Path) -> Path:
+    """A copy of the repository without its outputs and fetched data; the tiny base model is linked in."""
+    root = tmp_path / "house"
+    for folder in FOLDERS:
+        if (ROOT / folder).is_dir():
+            skip = shutil.ignore_patterns("__pycache__", "raw", "prepared", "audit")
+            shutil.copytree(ROOT / folder, root / folder, ignore=skip)
+    for file in FILES:
+        if (ROOT / file).exists():
+            shutil.copy(ROOT / file, root / file)
+    (root / ".cache").mkdir()
+    for path in (ROOT / ".cache").iterdir():
+        if not path.name.startswith("."):
+            (root / ".cache" / path.name).symlink_to(path.resolve())
+    return root
+
+
+@pytest.fixture
+def command(house: Path):
+    """Run `python -m MODULE ARGS...` in the copy of the house."""
+
+    def run(*args: str, **options) -> subprocess.CompletedProcess:
+        env = {**os.environ, "PYTHONPATH": str(house)} | options.pop("env", {})
+        options = {"capture_output": True, "text": True, "timeout": 300} | options
+        return subprocess.run([sys.executable, "-m", *args], cwd=house, env=env, **options)
+
+    return run
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The real FinLoRA rows beside the project."""
+    folder = ROOT.parent / "shared" / "finlora" / "data"
+    if not folder.is_dir():
+        pytest.skip("../shared/finlora/data is not here: the real FinLoRA rows were not tested")
+    return folder
