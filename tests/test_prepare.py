@@ -1,0 +1,622 @@
+"""data.prepare: what goes in comes out, split without near-duplicates across, and is never half there."""
+
+import csv
+import hashlib
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data import corrections
+from data.neardup import near_duplicate_groups, normalise
+from data.prepare import PREPARED, RAW, _choose_groups, is_current, prepare, refresh, why_stale
+from data.tasks import load_tasks
+from tools.cli import ROOT, UserError
+
+SHARED = ROOT.parent / "shared" / "finlora" / "data"
+SAMPLE = ROOT / "data" / "sample"
+
+
+def rows_of(path: Path) -> list[tuple[str, str]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        user, assistant = json.loads(line)["messages"]
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        rows.append((user["content"], assistant["content"]))
+    return rows
+
+
+def write_rows(path: Path, rows: list[tuple[str, object]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps({"context": context, "target": target}) + "\n" for context, target in rows)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def distinct_rows(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    """Rows that share next to no words."""
+    draw = random.Random(seed)
+    return [
+        (" ".join(f"{draw.getrandbits(40):x}" for _ in range(20)), draw.choice(["positive", "neutral", "negative"]))
+        for _ in range(count)
+    ]
+
+
+def published(tmp_path: Path, rows: list[tuple[str, object]], task: str = "xbrl_term") -> Path:
+    raw = tmp_path / "raw"
+    write_rows(raw / load_tasks()[task]["train"], rows)
+    return raw
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "data.prepare", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_messages_counts_and_checksums(tmp_path):
+    rows = distinct_rows(100)
+    raw = published(tmp_path, rows)
+    record = prepare("xbrl_term", raw, tmp_path / "out")
+    train, validation = rows_of(tmp_path / "out" / "train.jsonl"), rows_of(tmp_path / "out" / "validation.jsonl")
+    assert record["rows"] == {"read": 100, "left_out": 0, "repeated": 0, "train": 98, "validation": 2}
+    assert train == [row for row in rows if row not in validation]  # in file order
+    assert sorted(train + validation) == sorted(rows)
+    assert record == json.loads((tmp_path / "out" / "prepared.json").read_text())
+    source = raw / "train" / "xbrl_term_train.jsonl"
+    assert record["sources"][0]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
+    for name, digest in record["outputs"].items():
+        assert hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest() == digest
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_texts_are_kept_exactly(tmp_path):
+    rows = [
+        ("  Answer: ", " yes\n"),
+        ("5 € – «a» \u2028 📈 \ufeff", "増加"),
+        ('"\\\t\r\n\x7f\x01', "'"),
+        ("How much?", 15092.44),
+        ("How many?", 0),
+        ("a", "1e3"),
+    ]
+    prepare("xbrl_term", published(tmp_path, rows), tmp_path / "out")
+    assert rows_of(tmp_path / "out" / "train.jsonl") == [(context, str(target)) for context, target in rows]
+
+
+def test_same_bytes_in_another_process(tmp_path):
+    digests = set()
+    for number, hash_seed in enumerate(["0", "1"]):
+        out = tmp_path / str(number)
+        done = subprocess.run(
+            [sys.executable, "-m", "data.prepare", "general_multi", "--raw", SAMPLE, "--out", out],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        digests.add(tuple((out / name).read_bytes() for name in ("train.jsonl", "validation.jsonl", "prepared.json")))
+    assert len(digests) == 1
+
+
+def test_bytes_do_not_change_unseen(tmp_path):
+    """If this fails because the output is meant to differ, raise data.prepare.FORMAT and renew the checksums."""
+    record = prepare("xbrl_term", published(tmp_path, distinct_rows(50)), tmp_path / "out")
+    assert record["format"] == 1
+    assert record["outputs"] == GOLDEN
+
+
+GOLDEN = {
+    "train.jsonl": "134a341ffc63b9ad7d2c5ee92287376b681f0fcc325768fa925995aaeeb2bb28",
+    "validation.jsonl": "c268958e0a6d6bc4cc9ce6859388dcb488f2411875fb98bde741ec1cbe4bc1f1",
+}
+
+
+def test_seed_and_share_decide_the_split(tmp_path):
+    raw = published(tmp_path, distinct_rows(200))
+    splits = {}
+    for seed, share in (42, 0.02), (7, 0.02), (42, 0.1), (42, 0.0):
+        record = prepare("xbrl_term", raw, tmp_path / "out", seed=seed, validation=share)
+        assert record["rows"]["validation"] == round(200 * share)
+        path = tmp_path / "out" / "validation.jsonl"
+        assert path.exists() == (share > 0)
+        splits[seed, share] = path.read_bytes() if share else b""
+    assert splits[42, 0.02] != splits[7, 0.02]
+    assert set(splits[42, 0.02].splitlines()) < set(splits[42, 0.1].splitlines())
+
+
+@pytest.mark.parametrize("count, held_out", [(1, 0), (9, 0), (10, 1), (49, 1), (100, 2)])
+def test_small_files(count, held_out, tmp_path):
+    record = prepare("xbrl_term", published(tmp_path, distinct_rows(count)), tmp_path / "out")
+    assert (record["rows"]["train"], record["rows"]["validation"]) == (count - held_out, held_out)
+
+
+@pytest.mark.parametrize("task", ["sentiment", "headline", "finer", "formula", "general_multi", "analysis_multi"])
+def test_no_near_duplicates_across_the_split(task, tmp_path):
+    prepare(task, SAMPLE, tmp_path, validation=0.1)
+    train = [context for context, _ in rows_of(tmp_path / "train.jsonl")]
+    validation = [context for context, _ in rows_of(tmp_path / "validation.jsonl")]
+    groups = near_duplicate_groups([*dict.fromkeys(train), *validation])
+    count = len(dict.fromkeys(train))
+    assert validation and not set(groups[:count]) & set(groups[count:])
+    assert not set(map(normalise, train)) & set(map(normalise, validation))
+
+
+def test_copies_and_near_copies_stay_together_and_are_kept(tmp_path):
+    base = distinct_rows(40)
+    rows = [row for row in base for _ in range(5)]
+    rows += [(context.upper() + " !", target) for context, target in base]
+    random.Random(1).shuffle(rows)
+    record = prepare("xbrl_term", published(tmp_path, rows), tmp_path / "out", validation=0.1)
+    train, validation = rows_of(tmp_path / "out" / "train.jsonl"), rows_of(tmp_path / "out" / "validation.jsonl")
+    assert Counter(train + validation) == Counter(rows)
+    assert len(validation) == 24 and record["near_duplicate_groups"] == 40
+    assert not {context.lower().rstrip(" !") for context, _ in train} & {
+        context.lower().rstrip(" !") for context, _ in validation
+    }
+
+
+def test_copies_far_apart_stay_together(tmp_path):
+    base = distinct_rows(6000)
+    rows = [*base, *base, *base]
+    record = prepare("xbrl_term", published(tmp_path, rows), tmp_path / "out", validation=0.3)
+    train, validation = rows_of(tmp_path / "out" / "train.jsonl"), rows_of(tmp_path / "out" / "validation.jsonl")
+    assert len(validation) == 5400 and not set(train) & set(validation)
+    assert record["near_duplicate_groups"] == 6000
+
+
+def test_rows_that_are_all_alike_cannot_be_split(tmp_path):
+    raw = published(tmp_path, [("the very same question", "yes")] * 20)
+    with pytest.raises(UserError) as raised:
+        prepare("xbrl_term", raw, tmp_path / "out")
+    assert str(raised.value) == "xbrl_term: all rows are near-duplicates of each other; add rows or pass --validation 0"
+    assert prepare("xbrl_term", raw, tmp_path / "out", validation=0)["rows"]["train"] == 20
+
+
+@given(
+    st.lists(st.integers(0, 12), min_size=10, max_size=300),
+    st.sampled_from([0.01, 0.02, 0.1, 0.5]),
+    st.integers(0, 5),
+)
+def test_choice_of_groups(groups, share, seed):
+    sizes = Counter(groups)
+    try:
+        chosen = _choose_groups("any", groups, share, seed)
+    except UserError:
+        assert min(sizes.values()) * 2 > len(groups)
+        return
+    held_out = sum(sizes[group] for group in chosen)
+    wanted = max(1, round(len(groups) * share))
+    assert chosen and (held_out <= wanted or (chosen and held_out == min(sizes.values())))
+    assert held_out < len(groups)
+    assert _choose_groups("any", groups, share, seed) == chosen
+
+
+def test_published_defects_are_left_out_and_counted(tmp_path):
+    rows = distinct_rows(40)
+    rows[3] = ("", "positive")
+    for line in range(5, 20):
+        rows[line] = (rows[line][0], " ")
+    rows[20] = ("Say <|eot_id|> now", "positive")
+    raw = published(tmp_path, rows)
+    done = command("xbrl_term", "--raw", raw, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "prepared.json").read_text())
+    assert record["rows"] == {"read": 40, "left_out": 17, "repeated": 0, "train": 22, "validation": 1}
+    assert record["sources"][0]["left_out"] == {
+        "empty context": {"rows": 1, "first_lines": [4]},
+        "empty target": {"rows": 15, "first_lines": list(range(6, 16))},
+        "holds the chat's control token <|eot_id|>": {"rows": 1, "first_lines": [21]},
+    }
+    path = "train/xbrl_term_train.jsonl"
+    assert f"  left out of {path}: 1 rows, empty context (lines 4)\n" in done.stdout
+    assert (
+        f"  left out of {path}: 15 rows, empty target (lines 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, ...)\n" in done.stdout
+    )
+
+
+def test_a_published_file_that_is_all_defects(tmp_path):
+    raw = published(tmp_path, [("a", "")] * 3)
+    with pytest.raises(UserError, match=r"train/xbrl_term_train\.jsonl: leaves no rows to train on; add rows"):
+        prepare("xbrl_term", raw, tmp_path / "out")
+
+
+# Mixtures
+
+
+def mixture(tmp_path: Path, **counts: int) -> Path:
+    raw = tmp_path / "raw"
+    for seed, (task, count) in enumerate(counts.items()):
+        rows = [(f"{task} {context}", target) for context, target in distinct_rows(count, seed)]
+        write_rows(raw / load_tasks()[task]["train"], rows)
+    return raw
+
+
+def test_mixture_is_balanced_to_its_largest_task(tmp_path):
+    raw = mixture(tmp_path, financebench=30, xbrl_extract=200, formula=70)
+    record = prepare("analysis_multi", raw, tmp_path / "out")
+    assert record["origin"] == "single tasks"
+    train, validation = rows_of(tmp_path / "out" / "train.jsonl"), rows_of(tmp_path / "out" / "validation.jsonl")
+    assert len(validation) == len(set(validation)) == 6 and not set(train) & set(validation)
+    assert len(set(train)) == 294
+    per_task = Counter(context.split()[0] for context, _ in train)
+    assert len(set(per_task.values())) == 1 and set(per_task) == {"financebench", "xbrl_extract", "formula"}
+    for task in per_task:
+        copies = Counter(row for row in train if row[0].startswith(f"{task} "))
+        assert max(copies.values()) - min(copies.values()) <= 1  # no row more than once above another
+    assert record["rows"]["repeated"] == len(train) - 294
+    assert record["rows"]["train"] == len(train)
+
+
+def test_mixture_takes_its_own_file_when_it_is_there(tmp_path):
+    raw = mixture(tmp_path, finer=20, xbrl_term=20)
+    assert prepare("reporting_multi", raw, tmp_path / "out")["origin"] == "single tasks"
+    assert is_current("reporting_multi", raw, tmp_path / "out")
+    write_rows(raw / "train" / "multi" / "reporting_multi.jsonl", distinct_rows(12))
+    assert why_stale("reporting_multi", raw, tmp_path / "out").endswith("prepared.json: was made from other files")
+    record = prepare("reporting_multi", raw, tmp_path / "out")
+    assert (record["origin"], record["rows"]["read"]) == ("published file", 12)
+
+
+def test_mixture_with_a_task_missing(tmp_path):
+    raw = mixture(tmp_path, finer=20)
+    with pytest.raises(UserError) as raised:
+        prepare("reporting_multi", raw, tmp_path / "out")
+    assert str(raised.value) == (
+        f"{raw}/train/xbrl_term_train.jsonl: is not there; run `make data TASK=reporting_multi`"
+    )
+
+
+# Corrections
+
+
+def test_corrected_and_published_labels(tmp_path, monkeypatch):
+    tweet = (
+        "Instruction: What is the sentiment of this tweet? Please choose an answer from {negative/neutral/positive}."
+        "\nInput: %s\nAnswer: "
+    )
+    rows = [(tweet % context, target) for context, target in distinct_rows(30)]
+    rows += [(tweet % f"$ABC {context}", target) for context, target in distinct_rows(20, seed=1)]
+    rows += distinct_rows(20, seed=2)
+    raw = published(tmp_path, rows, "sentiment")
+    content = (raw / "train" / "finlora_sentiment_train.jsonl").read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    # The table's own expressions, for this file instead of the published one.
+    text = corrections.TABLE.read_text(encoding="utf-8")
+    table = tmp_path / "corrections.yaml"
+    pinned = corrections.load_corrections()["train/finlora_sentiment_train.jsonl"]["git_blob_sha1"]
+    table.write_text(text.replace(pinned, blob), encoding="utf-8")
+    load = corrections.load_corrections
+    monkeypatch.setattr(corrections, "load_corrections", lambda: load(table))
+    monkeypatch.setattr("data.prepare.CORRECTIONS", table)
+
+    exchanged = {"neutral": "positive", "positive": "neutral", "negative": "negative"}
+    expected = [(context, exchanged[target]) for context, target in rows[:30]] + rows[30:]
+    changed = sum(target != "negative" for _, target in rows[:30])
+    record = prepare("sentiment", raw, tmp_path / "out", validation=0)
+    assert rows_of(tmp_path / "out" / "train.jsonl") == expected
+    assert (record["sources"][0]["corrected"], record["sources"][0]["unsure"]) == (changed, 20)
+    assert is_current("sentiment", raw, tmp_path / "out")
+    table.write_text(table.read_text(encoding="utf-8") + "# another thought\n", encoding="utf-8")
+    assert why_stale("sentiment", raw, tmp_path / "out") == f"{table}: has changed since sentiment was prepared"
+
+    record = prepare("sentiment", raw, tmp_path / "out", validation=0, labels="published")
+    assert rows_of(tmp_path / "out" / "train.jsonl") == rows
+    assert record["sources"][0]["corrected"] == 0 and record["settings"]["labels"] == "published"
+    assert record["corrections_sha256"] is None
+
+
+def test_another_file_under_the_published_name_is_not_corrected(tmp_path):
+    record = prepare("sentiment", SAMPLE, tmp_path)
+    assert (record["sources"][0]["corrected"], record["sources"][0]["unsure"]) == (0, 0)
+
+
+# One's own rows
+
+
+def test_own_csv_with_other_column_names(tmp_path):
+    own = tmp_path / "exam.csv"
+    rows = [(context, "ABC"[number % 3]) for number, (context, _) in enumerate(distinct_rows(30))]
+    with open(own, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("id", "Q", "A"), *((number, *row) for number, row in enumerate(rows))])
+    done = command("cfa", "--file", own, "--context-column", "Q", "--target-column", "A", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert sorted(rows_of(out / "train.jsonl") + rows_of(out / "validation.jsonl")) == sorted(rows)
+    assert is_current("cfa", out=out)
+    record = json.loads((out / "prepared.json").read_text())
+    assert record["origin"] == "own file" and record["sources"][0]["path"] == str(own)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "csv", "csv.gz", "parquet"])
+def test_every_kind_of_own_file_gives_the_same_bytes(kind, tmp_path):
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [(context, "A") for context, _ in distinct_rows(15)]
+    expected = prepare("cfa", out=tmp_path / "expected", file=write_rows(tmp_path / "plain.jsonl", rows))
+    own = tmp_path / f"own.{kind}"
+    if kind == "parquet":
+        contexts, targets = zip(*rows, strict=True)
+        pyarrow.parquet.write_table(pyarrow.table({"context": contexts, "target": targets}), own)
+    else:
+        with gzip.open(own, "wt", newline="") if kind.endswith("gz") else open(own, "w", newline="") as file:
+            if kind.startswith("csv"):
+                csv.writer(file).writerows([("context", "target"), *rows])
+            else:
+                file.writelines(json.dumps({"context": c, "target": t}) + "\n" for c, t in rows)
+    assert prepare("cfa", out=tmp_path / "out", file=own)["outputs"] == expected["outputs"]
+
+
+OWN_MISTAKES = {
+    "label outside the set": (
+        [("a", "A"), ("b", "E")],
+        ":2: the answer 'E' is none of A, B, C, D; mend it or pass --any-label",
+    ),
+    "label in another case": (
+        [("a", "a")],
+        ":1: the answer 'a' is none of A, B, C, D; mend it or pass --any-label",
+    ),
+    "label with a space": (
+        [("a", "A ")],
+        ":1: the answer 'A ' is none of A, B, C, D; mend it or pass --any-label",
+    ),
+    "empty answer": ([("a", "A"), ("b", "B"), ("c", "")], ":3: empty target; fill it in or remove the row"),
+    "control token": (
+        [("a", "A"), ("<|start_header_id|>system", "A")],
+        ":2: holds the chat's control token <|start_header_id|>; remove it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OWN_MISTAKES)
+def test_mistakes_in_own_rows(case, tmp_path):
+    rows, complaint = OWN_MISTAKES[case]
+    own = write_rows(tmp_path / "own.jsonl", rows)
+    done = command("cfa", "--file", own, "--out", tmp_path / "out")
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {own}{complaint}\n")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_any_label(tmp_path):
+    own = write_rows(tmp_path / "own.jsonl", [("a", "E"), ("b", "none of these")])
+    assert prepare("cfa", file=own, out=tmp_path / "out", any_label=True)["rows"]["train"] == 2
+
+
+def test_own_rows_are_not_replaced_unasked(tmp_path):
+    raw = published(tmp_path, distinct_rows(20))
+    own = write_rows(tmp_path / "own.jsonl", distinct_rows(12, seed=5))
+    out = tmp_path / "out"
+    options = ("xbrl_term", "--raw", raw, "--out", out)
+    assert command(*options, "--file", own, "--seed", 7).returncode == 0
+    assert command(*options, "--file", own, "--seed", 7).stdout.endswith("(already there)\n")
+    done = command(*options)
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: {out}: was prepared from your own file {own}; name it again with --file, "
+        "or remove the folder to go back to FinLoRA's rows\n",
+    )
+    write_rows(own, distinct_rows(14, seed=5))
+    assert why_stale("xbrl_term", raw, out) == f"{own}: has changed since xbrl_term was prepared"
+    record = refresh("xbrl_term", raw, out)
+    assert record["sources"][0]["rows"] == 14 and record["settings"]["seed"] == 7
+    own.unlink()
+    assert why_stale("xbrl_term", raw, out) == f"{own}: is not there; check the path"
+
+
+def test_refresh_without_a_record_takes_the_published_file(tmp_path):
+    raw = published(tmp_path, distinct_rows(20))
+    assert refresh("xbrl_term", raw, tmp_path / "out")["origin"] == "published file"
+
+
+# What counts as current
+
+
+def test_current_until_something_changes(tmp_path):
+    raw, out = published(tmp_path, distinct_rows(30)), tmp_path / "out"
+    source = raw / "train" / "xbrl_term_train.jsonl"
+    assert why_stale("xbrl_term", raw, out) == f"{out}/prepared.json: is not there"
+    record = prepare("xbrl_term", raw, out)
+    assert is_current("xbrl_term", raw, out)
+    assert why_stale("xbrl_term", raw, out, record["settings"]) is None
+    assert why_stale("xbrl_term", raw, out, record["settings"] | {"seed": 1}) == (
+        f"{out}/prepared.json: was made with other options"
+    )
+    assert why_stale("headline", raw, out) == f"{out}/prepared.json: was made by another version or for another task"
+
+    os.utime(source, (1, 1))
+    assert is_current("xbrl_term", raw, out)  # by content, not by time
+    stamp = source.stat()
+    content = source.read_bytes()
+    source.write_bytes(content[:-5] + b"y" + content[-4:])
+    os.utime(source, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert why_stale("xbrl_term", raw, out) == f"{source}: has changed since xbrl_term was prepared"
+    source.write_bytes(content)
+    assert is_current("xbrl_term", raw, out)
+
+    for name in record["outputs"]:
+        kept = (out / name).read_bytes()
+        (out / name).write_bytes(kept[:-1])
+        assert why_stale("xbrl_term", raw, out) == f"{out / name}: has changed since xbrl_term was prepared"
+        (out / name).unlink()
+        assert why_stale("xbrl_term", raw, out) == f"{out / name}: is not there; check the path"
+        (out / name).write_bytes(kept)
+    source.unlink()
+    assert why_stale("xbrl_term", raw, out) == f"{source}: is not there; run `make data TASK=xbrl_term`"
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_damaged_record_is_never_current(tmp_path, data):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    if not out.exists():
+        prepare("xbrl_term", published(tmp_path, distinct_rows(12)), out)
+        (tmp_path / "kept.json").write_bytes((out / "prepared.json").read_bytes())
+    content = (tmp_path / "kept.json").read_bytes()
+    record = json.loads(content)
+    if data.draw(st.booleans()):
+        key = data.draw(st.sampled_from(["task", "format", "settings", "sources", "outputs", "corrections_sha256"]))
+        record[key] = data.draw(st.sampled_from([0, None, "x", [], ["x"], {"x": "y"}, {"x": 5}]))
+        damaged = json.dumps(record).encode()
+        harmless = key == "corrections_sha256" and record[key] is None
+    else:
+        damaged = content[: data.draw(st.integers(0, len(content) - 3))]
+        harmless = False
+    (out / "prepared.json").write_bytes(damaged)
+    assert harmless or why_stale("xbrl_term", raw, out)
+
+
+def test_same_command_twice_does_nothing(tmp_path):
+    raw, out = published(tmp_path, distinct_rows(30)), tmp_path / "out"
+    first = command("xbrl_term", "--raw", raw, "--out", out)
+    stamps = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    again = command("xbrl_term", "--raw", raw, "--out", out)
+    assert again.stdout == f"{first.stdout.rstrip()} (already there)\n"
+    assert stamps == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert "(already there)" not in command("xbrl_term", "--raw", raw, "--out", out, "--seed", 1).stdout
+
+
+# Mistakes of the person who types
+
+
+def test_complaints_of_the_command(tmp_path):
+    raw, out = published(tmp_path, distinct_rows(30)), tmp_path / "out"
+    source = raw / "train" / "headline_train.jsonl"
+    cases = {
+        ("sentimnt",): "tasks.yaml has no task 'sentimnt': did you mean sentiment?",
+        ("headline",): f"{source}: is not there; run `make data TASK=headline`",
+        ("cfa",): f"{raw}/train/cfa_train.jsonl: is not released; run `make data TASK=cfa FILE=your_rows.jsonl`",
+        ("cfa", "--file", tmp_path / "no.jsonl"): f"{tmp_path}/no.jsonl: is not there; check the path",
+        ("xbrl_term", "--validation", "1.5"): "validation 1.5: give a share of the rows from 0 to 0.5",
+        ("xbrl_term", "--validation", "nan"): "validation nan: give a share of the rows from 0 to 0.5",
+    }
+    for arguments, complaint in cases.items():
+        done = command(*arguments, "--raw", raw, "--out", out)
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {complaint}\n")
+    blocked = tmp_path / "blocked"
+    blocked.write_text("")
+    done = command("xbrl_term", "--raw", raw, "--out", blocked)
+    assert done.stderr == (f"error: {blocked}: cannot be written (File exists); free some space or choose --out\n")
+
+
+def test_full_disk_leaves_the_old_files(tmp_path):
+    raw, out = published(tmp_path, distinct_rows(2000)), tmp_path / "out"
+    prepare("xbrl_term", raw, out)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    done = subprocess.run(
+        [sys.executable, "-m", "data.prepare", "xbrl_term", "--raw", raw, "--out", out, "--seed", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"error: {out}: cannot be written (File too large); free some space or choose --out\n"
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
+    raw, out = published(tmp_path, distinct_rows(30)), tmp_path / "out"
+    source = raw / "train" / "xbrl_term_train.jsonl"
+
+    def touching(texts):
+        groups = []
+        for number, _ in enumerate(texts):
+            groups.append(number)
+            os.utime(source, (number, number))
+        return groups
+
+    monkeypatch.setattr("data.prepare.near_duplicate_groups", touching)
+    with pytest.raises(UserError, match="changed while it was read"):
+        prepare("xbrl_term", raw, out)
+    assert not list(out.iterdir())
+
+
+# Killed at any moment
+
+
+def test_killed_at_any_moment(tmp_path):
+    """30 kills, a third of them while the outputs are being put in place; two sources take turns."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    source = raw / "train" / "xbrl_term_train.jsonl"
+    versions = {}
+    for seed in 0, 1:
+        write_rows(source, distinct_rows(3000, seed))
+        prepare("xbrl_term", raw, tmp_path / f"whole{seed}")
+        versions[seed] = {path.name: path.read_bytes() for path in (tmp_path / f"whole{seed}").iterdir()}
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-m", "data.prepare", "xbrl_term", "--raw", raw, "--out", tmp_path / "w"], cwd=ROOT)
+    whole_run = time.monotonic() - started
+
+    draw = random.Random(0)
+    kills = 0
+    seen = set()
+    for attempt in range(200):
+        if kills >= 30:
+            break
+        seed = attempt % 2
+        write_rows(source, distinct_rows(3000, seed))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "data.prepare", "xbrl_term", "--raw", raw, "--out", out],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        if attempt % 3:
+            time.sleep(draw.uniform(0.3, 1.0) * whole_run)
+        else:
+            while process.poll() is None and not list(out.glob(".train.jsonl.*")):
+                time.sleep(0.0005)
+            time.sleep(draw.uniform(0, 0.02))
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        for name in "train.jsonl", "validation.jsonl", "prepared.json":
+            if (out / name).exists():
+                assert (out / name).read_bytes() in [version[name] for version in versions.values()]
+        stale = why_stale("xbrl_term", raw, out)
+        seen.add(stale and re.sub(r".*[/ ](\S+: )", r"\1", stale))
+        if stale is None:
+            assert {name: (out / name).read_bytes() for name in versions[seed]} == versions[seed]
+    assert kills >= 30
+    assert None in seen and len(seen) > 1, seen
+
+    for left in out.glob(".*"):
+        os.utime(left, (1, 1))
+    prepare("xbrl_term", raw, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == versions[seed]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="FinLoRA's files are not beside the project")
+@pytest.mark.parametrize("task, rows, held_out", [("formula", 800, 16), ("financebench", 86, 2)])
+def test_real_files(task, rows, held_out, tmp_path):
+    record = prepare(task, SHARED, tmp_path)
+    assert record["rows"] == {
+        "read": rows,
+        "left_out": 0,
+        "repeated": 0,
+        "train": rows - held_out,
+        "validation": held_out,
+    }
+    published_rows = []
+    with open(SHARED / load_tasks()[task]["train"], encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            published_rows.append((row["context"], str(row["target"])))
+    assert sorted(rows_of(tmp_path / "train.jsonl") + rows_of(tmp_path / "validation.jsonl")) == sorted(published_rows)
+
+
+def test_default_folders():
+    assert (RAW, PREPARED) == (ROOT / "data" / "raw", ROOT / "data" / "prepared")
