@@ -1,0 +1,95 @@
+"""What a run did, in one small file beside the adapter: rows, tokens, seconds and the loss at every logged step."""
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import TrainerCallback
+
+
+def record(cfg, trainer) -> None:
+    """Count the samples and tokens of each training batch; write `metrics.json` when training ends.
+
+    Fields: samples, tokens (padding not counted), steps, seconds, samples_per_second, tokens_per_second, final_loss,
+    final_eval_loss, peak_memory_gib (null on a CPU), interrupted, base_layers (class -> adapted layers), log (step,
+    loss, eval_loss, learning_rate). Counting adds no synchronisation with the GPU. Ctrl-C ends the run after the step
+    under way, with a checkpoint from which the same command goes on; axolotl alone would save a half-trained adapter
+    and report success.
+    """
+    counts = torch.zeros(2, dtype=torch.long, device=trainer.args.device)
+    pad = trainer.processing_class.pad_token_id
+    step = trainer.training_step
+
+    def counted(model, inputs, *args, **kwargs):
+        ids, positions = inputs["input_ids"], inputs.get("position_ids")
+        real = ids != pad
+        if cfg.sample_packing and positions is not None:
+            samples = ((positions == 0) & real).sum()
+        else:
+            samples = torch.tensor(ids.shape[0], device=ids.device)
+        counts.add_(torch.stack([samples, real.sum()]).to(counts.device))
+        return step(model, inputs, *args, **kwargs)
+
+    trainer.training_step = counted
+    base_layers = Counter(type(m.base_layer).__name__ for m in trainer.model.modules() if isinstance(m, LoraLayer))
+    trainer.add_callback(_Writer(Path(cfg.output_dir) / "metrics.json", counts, dict(base_layers)))
+
+
+class _Writer(TrainerCallback):
+    def __init__(self, path: Path, counts: torch.Tensor, base_layers: dict[str, int]):
+        self.path, self.counts, self.base_layers, self.interrupted = path, counts, base_layers, False
+        self.peak = 0
+        self.stepping = path.with_name("stepping")  # there while an interrupt ends in a checkpoint
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started, self.first_step = time.perf_counter(), state.global_step
+        signal.signal(signal.SIGINT, self.interrupt)
+        if state.is_world_process_zero:
+            self.stepping.touch()
+
+    def interrupt(self, *_):
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the run at once
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if torch.cuda.is_available():  # axolotl resets the peak at each log line
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        seconds = time.perf_counter() - self.started
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.counts)
+        if not state.is_world_process_zero:
+            return
+        self.stepping.unlink(missing_ok=True)
+        samples, tokens = self.counts.tolist()
+        keys = ("step", "epoch", "loss", "eval_loss", "learning_rate")
+        logged = [entry for entry in state.log_history if "loss" in entry or "eval_loss" in entry]
+        log = [{key: entry[key] for key in keys if key in entry} for entry in logged]
+        # A run shorter than logging_steps has logged only the mean loss over all its steps.
+        mean_loss = next((entry["train_loss"] for entry in reversed(state.log_history) if "train_loss" in entry), None)
+        row = {
+            "samples": samples,
+            "tokens": tokens,
+            "steps": state.global_step,
+            "steps_this_run": state.global_step - self.first_step,
+            "seconds": round(seconds, 3),
+            "samples_per_second": round(samples / seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "final_loss": next((entry["loss"] for entry in reversed(log) if "loss" in entry), mean_loss),
+            "final_eval_loss": next((entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry), None),
+            "peak_memory_gib": round(self.peak / 2**30, 2) if self.peak else None,
+            "interrupted": self.interrupted,
+            "base_layers": self.base_layers,
+            "log": log,
+        }
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        beside.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, self.path)

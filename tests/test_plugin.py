@@ -1,0 +1,220 @@
+"""The plugin under axolotl's own commands: what it refuses, what it mends, and that equal runs are equal."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytestmark = pytest.mark.xdist_group("axolotl")
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "rose fell gained lost grew shrank climbed slid".split()
+
+
+@pytest.fixture(scope="module")
+def axolotl():
+    from forked import axolotl_command
+
+    return axolotl_command
+
+
+def write_rows(path: Path, count: int, answer=lambda i: "up" if i % 2 else "down") -> None:
+    rows = [
+        {"messages": [
+            {"role": "user", "content": f"Shares of company {i} {WORDS[i % 8]}."},
+            {"role": "assistant", "content": answer(i)},
+        ]}
+        for i in range(count)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_base):
+    """A function that writes a small recipe with changes (None removes a key) and returns its path."""
+    write_rows(tmp_path / "train.jsonl", 40)
+    write_rows(tmp_path / "validation.jsonl", 12)
+    base = yaml.safe_load((ROOT / "recipes" / "sentiment_r8_dora.yaml").read_text(encoding="utf-8"))
+    data = {"ds_type": "json", "split": "train", "type": "chat_template", "field_messages": "messages"}
+    base |= {
+        "base_model": str(tiny_base),
+        "datasets": [{"path": str(tmp_path / "train.jsonl"), **data}],
+        "test_datasets": [{"path": str(tmp_path / "validation.jsonl"), **data}],
+        "output_dir": str(tmp_path / "out"),
+        "dataset_prepared_path": str(tmp_path / "tokenised"),
+        "sequence_len": 128,
+        "max_steps": 3,
+        "eval_sample_packing": False,
+    }
+
+    def write(**changes) -> str:
+        wanted = {key: value for key, value in (base | changes).items() if value is not None}
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(wanted), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def train(axolotl, path: str) -> tuple[int, str]:
+    return axolotl("train", path, "--launcher", "python")
+
+
+def error_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in output, output[-3000:]
+    return lines[0]
+
+
+def adapter_hash(tmp_path: Path) -> str:
+    return hashlib.sha256((tmp_path / "out" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_equal_runs_give_equal_adapters(axolotl, recipe, tmp_path, bits):
+    changes = {
+        "load_in_8bit": bits == 8,
+        "load_in_4bit": bits == 4,
+        "adapter": "qlora" if bits == 4 else "lora",
+        "lora_dropout": 0.1,
+    }
+    hashes = []
+    for seed in (42, 42, 43):
+        code, output = train(axolotl, recipe(seed=seed, **changes))
+        assert code == 0, output[-3000:]
+        hashes.append(adapter_hash(tmp_path))
+        for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+            checkpoint.rename(tmp_path / f"{seed}-{len(hashes)}-{checkpoint.name}")
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_unknown_key_stops_axolotl_itself(axolotl, recipe):
+    code, output = train(axolotl, recipe(lora_dropuot=0.1))
+    assert code == 1
+    assert error_line(output).endswith("recipe.yaml: unknown key 'lora_dropuot'; did you mean 'lora_dropout'?")
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (
+            {"adapter": None, "load_in_8bit": False},
+            "key 'adapter': no layer is adapted; set `adapter: lora` (or qlora for 4-bit)",
+        ),
+        (
+            {"lora_target_modules": ["q_proj", "k_prj"]},
+            "key 'lora_target_modules': 'k_prj' is not a layer of ",
+        ),
+        (
+            {"load_in_8bit": False, "load_in_4bit": True},
+            "key 'load_in_4bit': ",
+        ),
+    ],
+)
+def test_what_would_train_something_else_is_refused(axolotl, recipe, changes, expected):
+    code, output = train(axolotl, recipe(**changes))
+    assert code == 1 and expected in error_line(output)
+
+
+def test_what_axolotl_refuses_is_said_in_one_line(axolotl, recipe):
+    code, output = train(axolotl, recipe(save_steps=5))
+    assert code == 1
+    assert error_line(output).endswith(
+        "recipe.yaml: save_steps and saves_per_epoch are mutually exclusive and cannot be used together."
+    )
+
+
+def test_rows_too_long_are_refused(axolotl, recipe, tmp_path):
+    with (tmp_path / "train.jsonl").open("a", encoding="utf-8") as file:
+        long = {"role": "user", "content": "profit " * 300}
+        file.write(json.dumps({"messages": [long, {"role": "assistant", "content": "up"}]}) + "\n")
+    code, output = axolotl("preprocess", recipe())
+    assert code == 1 and "key 'sequence_len': " in error_line(output)
+    code, output = axolotl("preprocess", recipe(excess_length_strategy="drop"))
+    assert code == 0 and "train: 40 rows" in output and "1 left out as excess_length_strategy says" in output
+
+
+def test_rows_without_an_answer_are_refused(axolotl, recipe, tmp_path):
+    write_rows(tmp_path / "train.jsonl", 40, lambda i: "" if i == 7 else "up")
+    path = Path(recipe())
+    wanted = yaml.safe_load(path.read_text(encoding="utf-8"))
+    wanted["datasets"][0]["train_on_eos"] = "none"
+    path.write_text(yaml.safe_dump(wanted), encoding="utf-8")
+    code, output = axolotl("preprocess", str(path))
+    assert code == 1 and "1 of 40 train rows would not train" in error_line(output), output[-2000:]
+
+
+def test_a_changed_data_file_is_never_trained_from_the_cache(axolotl, recipe, tmp_path):
+    path = recipe()
+    assert axolotl("preprocess", path)[0] == 0
+    code, output = train(axolotl, path)
+    assert code == 0 and "Loading prepared dataset from disk" in output
+    write_rows(tmp_path / "train.jsonl", 44)
+    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+        checkpoint.rename(tmp_path / checkpoint.name)
+    code, output = train(axolotl, path)
+    assert code == 0 and "train: 44 rows" in output
+
+
+def test_rows_and_tokens_are_stated(axolotl, recipe):
+    code, output = axolotl("preprocess", recipe())
+    assert code == 0 and "train: 40 rows, " in output and "validation: 12 rows, " in output
+
+
+def test_metrics(axolotl, recipe, tmp_path):
+    code, output = train(axolotl, recipe())
+    assert code == 0, output[-3000:]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["steps"] == 3 and metrics["base_layers"] == {"Linear8bitLt": 12} and not metrics["interrupted"]
+    # Three packs of 128 tokens out of rows of about 20 hold between 9 and 21 rows.
+    assert 9 <= metrics["samples"] <= 21 and 200 < metrics["tokens"] <= 3 * 128
+    assert not (tmp_path / "out" / "stepping").exists()
+
+
+def test_axolotls_loader_accepts_every_recipe():
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.config import prepare_plugins, validate_config
+    from axolotl.utils.dict import DictDefault
+
+    from tools import recipes
+
+    gpu = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
+    for name in recipes.names():
+        cfg = DictDefault(recipes.load(recipes.RECIPES / f"{name}.yaml"))
+        cfg.axolotl_config_path = str(recipes.RECIPES / f"{name}.yaml")
+        prepare_plugins(cfg)
+        valid = validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": "2.13.0"})
+        assert valid.lora_r == cfg.lora_r and valid.tf32 is True, name
+    assert "fastdora.FastDoraPlugin" in PluginManager.get_instance().plugins
+
+
+def test_the_8b_recipe_is_accepted_up_to_the_missing_base_model(axolotl):
+    code, output = train(axolotl, str(ROOT / "recipes" / "sentiment_r8_dora.yaml"))
+    assert code != 0 and "Plugin loaded successfully: fastdora.FastDoraPlugin" in output
+    # Every key passed; what is missing is the base model, which axolotl asks the hub for.
+    assert not any(line.startswith("error: ") for line in output.splitlines())
+    assert "load_model_config" in output and "offline mode" in output[-500:]
+
+
+def test_trainable_parameters_are_what_peft_makes():
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tools import recipes
+
+    shape = recipes.shape("meta-llama/Llama-3.1-8B-Instruct")
+    for name in ("sentiment_r8_dora", "sentiment_r8_lora", "ner_4bit_r4_lora"):
+        recipe = recipes.load(recipes.RECIPES / f"{name}.yaml")
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(**shape))
+        config = LoraConfig(
+            r=recipe["lora_r"], target_modules=recipe["lora_target_modules"], use_dora=False, task_type="CAUSAL_LM"
+        )
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+        counted = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        if recipe["peft_use_dora"]:  # PEFT takes the magnitudes from the weights, which the meta device has not
+            counted += sum(module.out_features for n, module in model.named_modules() if n.endswith("base_layer"))
+        assert counted == recipes.trainable_parameters(recipe, shape), name

@@ -1,0 +1,270 @@
+"""`make train`: what it checks first, what it leaves behind, and that no mistake or interruption loses anything."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tools import checks, recipes
+from tools.cli import UserError
+
+ROW = '{"context": "Instruction: Say it.\\nInput: sales rose\\nAnswer: ", "target": "positive"}\n'
+
+
+def failure(done: subprocess.CompletedProcess) -> str:
+    """The one line of an expected failure."""
+    assert done.returncode not in (0, None), done.stdout
+    assert "Traceback" not in done.stderr, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def raw(house: Path, text: bytes | str, task_file: str = "finlora_sentiment_train.jsonl") -> None:
+    folder = house / "data" / "raw" / "train"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / task_file).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def test_unknown_recipe(command):
+    done = command("tools.train", "sentment_r8_dora")
+    assert failure(done).startswith("error: RECIPE=sentment_r8_dora: no such recipe; did you mean sentiment_r8_dora,")
+
+
+def test_a_recipe_that_must_be_mended_stops_before_the_gpu_is_looked_for(command, house):
+    path = house / "recipes" / "ner_r8_dora.yaml"
+    path.write_text(path.read_text(encoding="utf-8") + "lora_dropuot: 0.1\n", encoding="utf-8")
+    line = failure(command("tools.train", "ner_r8_dora"))
+    assert line == f"error: {path}: unknown key 'lora_dropuot'; did you mean 'lora_dropout'?"
+
+
+@pytest.mark.skipif(bool(checks.gpus()), reason="this machine has a GPU")
+def test_without_a_gpu_one_line_names_the_demo_and_tiny(command):
+    line = failure(command("tools.train", "sentiment_r8_dora"))
+    assert re.fullmatch(
+        r"error: sentiment_r8_dora needs a GPU with about \d+ GiB and none is here; try `make demo`, or this recipe on a "
+        r"tiny model: make train RECIPE=sentiment_r8_dora TINY=1",
+        line,
+    )
+
+
+def test_memory_estimate_orders_as_it_must():
+    shape = recipes.shape("meta-llama/Llama-3.1-8B-Instruct")
+
+    def need(name: str, **changes) -> float:
+        return checks.memory_estimate(recipes.load(recipes.RECIPES / f"{name}.yaml") | changes, shape)
+
+    assert need("sentiment_4bit_r4_lora") < need("sentiment_r8_lora") < need("sentiment_bf16_r8_lora")
+    assert need("sentiment_r8_dora", sequence_len=16384) > need("sentiment_r8_dora") > 8.03e9 / 2**30
+    assert need("sentiment_r8_dora", gradient_checkpointing=False) > need("sentiment_r8_dora")
+
+
+def test_a_gpu_that_is_too_small_names_the_two_keys(monkeypatch):
+    # No GPU is here; everything around its three figures is real.
+    monkeypatch.setattr(checks, "gpus", lambda: [("NVIDIA T4", 15.0, 14.5)])
+    path = recipes.RECIPES / "xbrl_extract_r8_dora.yaml"
+    with pytest.raises(UserError) as error:
+        checks.check_device(path, recipes.load(path))
+    assert re.fullmatch(
+        r".*xbrl_extract_r8_dora.yaml: needs about \d+ GiB and NVIDIA T4 has 14 of 15 free; free the GPU, or set "
+        r"sequence_len: 8192 and gradient_accumulation_steps: 6",
+        str(error.value),
+    )
+
+
+def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
+    (tmp_path / "train.jsonl").write_text("x" * 100, encoding="utf-8")
+    recipe = recipes.load(recipes.RECIPES / "demo_r8_dora.yaml") | {"datasets": [], "test_datasets": []}
+    full = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: full)  # a disk cannot be filled here
+    with pytest.raises(UserError, match=r"0\.\d GiB are needed for tokens and checkpoints and 0\.0 are free"):
+        checks.check_disk(Path("demo_r8_dora.yaml"), recipe, tmp_path, needs_gpu=False)
+
+
+BAD_DATA = {
+    "missing": (None, "data/raw/train/finlora_sentiment_train.jsonl: is not there; run `make data TASK=sentiment`"),
+    "empty": (b"", "finlora_sentiment_train.jsonl: "),
+    "malformed line": (ROW.encode() + b'{"context": "a", "target"\n', "finlora_sentiment_train.jsonl:2: "),
+    "not UTF-8": (ROW.encode() + ROW.replace("rose", "r\xfcse").encode("latin-1"), "finlora_sentiment_train.jsonl:2: "),
+    "missing target": (ROW.encode() + b'{"context": "a"}\n', "finlora_sentiment_train.jsonl:2: "),
+    "array for a string": (ROW.encode() + b'{"context": ["a"], "target": "b"}\n', "finlora_sentiment_train.jsonl:2: "),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_named_before_anything_loads(case, house, monkeypatch):
+    content, expected = BAD_DATA[case]
+    if content is not None:
+        raw(house, content)
+    code = (
+        "from pathlib import Path; from tools import train, recipes\n"
+        "from tools.cli import run\n"
+        "path = recipes.find('sentiment_r8_dora')\n"
+        "run(lambda: print(train.prepare_data(path, recipes.load(path), small=False)))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(house)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=house, env=env, capture_output=True, text=True)
+    assert expected in failure(done)
+
+
+BAD_MESSAGES = {
+    "empty file": ("", ": holds no rows; recipe "),
+    "not JSON": ("{\n", ':1: not a row of {"messages": [{"role", "content"}, ...]}; mend it'),
+    "FinLoRA's schema": (ROW, ':1: not a row of {"messages": [{"role", "content"}, ...]}; mend it'),
+    "numeric answer": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 0}]}\n',
+        ":1: the last message must be the assistant's, and every content a string",
+    ),
+    "empty answer": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}\n',
+        ":1: the answer is empty; fill it in or remove the row",
+    ),
+    "no answer": (
+        '{"messages": [{"role": "user", "content": "a"}]}\n',
+        ":1: the last message must be the assistant's, and every content a string",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MESSAGES)
+def test_bad_chat_rows_of_ones_own_are_named(case, tmp_path):
+    text, expected = BAD_MESSAGES[case]
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        checks.check_messages(Path("mine.yaml"), tmp_path / "rows.jsonl")
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_write_permission(command, house):
+    (house / "outputs").write_text("in the way", encoding="utf-8")
+    line = failure(command("tools.train", "sentiment_r8_dora", "--tiny"))
+    assert re.search(r"outputs/tiny/sentiment_r8_dora: cannot be written \(.*\); mend its permissions", line)
+
+
+def start(house: Path, *args: str) -> subprocess.Popen:
+    env = {**os.environ, "PYTHONPATH": str(house)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tools.train", *args],
+        cwd=house,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, command):
+    """One real run is interrupted, met by a second one, resumed, finished, repeated, changed and set aside."""
+    out = house / "outputs" / "tiny" / "sentiment_bf16_r8_dora"
+    long = ("sentiment_bf16_r8_dora", "--tiny", "--", "--max-steps", "60")
+    first = start(house, *long)
+    wait_for(lambda: (out / "stepping").exists() or first.poll() is not None, 120)
+    assert first.poll() is None, first.stderr.read()[-3000:]
+
+    second = command("tools.train", *long)
+    assert failure(second) == (
+        "error: outputs/tiny/sentiment_bf16_r8_dora: another `make train` is at work there; wait for it or end it"
+    )
+
+    wait_for(lambda: any(out.glob("checkpoint-*/trainer_state.json")), 60)
+    first.send_signal(signal.SIGINT)
+    output, errors = first.communicate(timeout=60)
+    assert first.returncode == 130 and "Traceback" not in errors, errors[-3000:]
+    assert errors.rstrip().endswith(
+        "interrupted; run the same command again to go on from outputs/tiny/sentiment_bf16_r8_dora"
+    )
+    assert not (out / "adapter_model.safetensors").exists() and not (out / "run.json").exists()
+    steps = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
+    assert 1 <= steps < 60 and (out / f"checkpoint-{steps}" / "optimizer.pt").exists()
+
+    changed = command("tools.train", *long, "--learning-rate", "0.01")
+    assert "holds an unfinished run with other options" in failure(changed)
+
+    done = command("tools.train", *long)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"going on from checkpoint-{steps}" in done.stdout
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert record["metrics"]["steps"] == 60 and record["metrics"]["steps_this_run"] == 60 - steps
+    assert set(record) >= {"recipe", "args", "adapter", "data", "metrics", "versions", "git", "device"}
+    assert record["versions"]["axolotl"] == "0.19.0" and len(record["data"]) == 2
+    tail = done.stdout.rstrip().splitlines()[-5:]
+    assert [line.split()[0] for line in tail] == ["adapter", "time", "speed", "loss", "next"]
+    template = (out / "chat_template.jinja").read_text(encoding="utf-8")
+    assert "<|start_header_id|>" in template
+    assert yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))["lora_r"] == 8
+
+    again = command("tools.train", *long)
+    assert again.returncode == 0 and "is already trained with this recipe and data" in again.stdout
+
+    path = house / "recipes" / "sentiment_bf16_r8_dora.yaml"
+    path.write_text(path.read_text(encoding="utf-8").replace("0.0001", "0.0002"), encoding="utf-8")
+    other = command("tools.train", *long)
+    assert failure(other) == (
+        "error: outputs/tiny/sentiment_bf16_r8_dora: holds a finished run with another recipe (learning_rate: 0.0001 -> "
+        "0.0002); FORCE=1 sets it aside and trains sentiment_bf16_r8_dora anew"
+    )
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+    forced = command("tools.train", "sentiment_bf16_r8_dora", "--tiny", "--force")
+    assert forced.returncode == 0, forced.stderr[-3000:]
+    aside = next(path for path in out.parent.glob("sentiment_bf16_r8_dora.*") if path.is_dir())
+    assert (aside / "adapter_model.safetensors").read_bytes() == adapter
+    assert (out / "adapter_model.safetensors").read_bytes() != adapter
+
+
+def test_a_folder_with_other_files_is_left_alone(command, house):
+    out = house / "outputs" / "tiny" / "ner_r8_lora"
+    out.mkdir(parents=True)
+    (out / "thesis.tex").write_text("precious", encoding="utf-8")
+    line = failure(command("tools.train", "ner_r8_lora", "--tiny"))
+    assert line == (
+        "error: outputs/tiny/ner_r8_lora: holds files that this command did not write; FORCE=1 sets it aside and trains "
+        "ner_r8_lora anew"
+    )
+    assert (out / "thesis.tex").read_text(encoding="utf-8") == "precious"
+
+
+ADAPTER_FAULTS = {
+    "rank": ({"r": 4}, "key 'r' is 4, the recipe says 8"),
+    "no DoRA": ({"use_dora": False}, "key 'use_dora' is False, the recipe says True"),
+    "targets": ({"target_modules": ["q_proj"]}, "key 'target_modules' is ['q_proj']"),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTER_FAULTS)
+def test_an_adapter_that_is_not_what_the_recipe_says(case, tmp_path):
+    change, expected = ADAPTER_FAULTS[case]
+    recipe = recipes.load(recipes.RECIPES / "sentiment_r8_dora.yaml")
+    config = {
+        "r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "use_dora": True,
+        "use_rslora": False,
+        "target_modules": ["v_proj", "q_proj", "k_proj"],
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        checks.check_adapter(recipe, tmp_path, {"base_layers": {"Linear8bitLt": 96}})
+    assert expected in str(error.value)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match="trained on {'Linear': 96}, the recipe says Linear8bitLt; do not use it"):
+        checks.check_adapter(recipe, tmp_path, {"base_layers": {"Linear": 96}})
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match="adapter_model.safetensors: cannot be read"):
+        checks.check_adapter(recipe, tmp_path, {"base_layers": {"Linear8bitLt": 96}})

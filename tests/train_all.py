@@ -1,0 +1,37 @@
+"""Train recipes two steps each on the tiny model: `python tests/train_all.py RECIPE...` prints a JSON line for each.
+
+The same as `make train RECIPE=... TINY=1`, but that axolotl's commands run in forked children of one import.
+"""
+
+import contextlib
+import json
+import sys
+import time
+
+from forked import axolotl_command
+
+from tools import recipes, train
+from tools.cli import UserError
+
+
+def in_process(command, config, args, local, lock) -> None:
+    code, output = axolotl_command(command, str(config), *args)
+    if code:
+        raise UserError(f"axolotl {command} {config} failed with exit code {code}: {output[-2000:]}")
+
+
+def main() -> None:
+    train.axolotl = in_process
+    for name in sys.argv[1:]:
+        started, row = time.perf_counter(), {"recipe": name}
+        with contextlib.redirect_stdout(sys.stderr):
+            try:
+                row["run"] = train.train(recipes.find(name), small=True)
+            except UserError as error:
+                row["error"] = str(error)
+        row["seconds"] = round(time.perf_counter() - started, 2)
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Recipes: their names, their files, and what holds across all of them (`make recipes`, `make check`).
+
+A name is `<task>[_4bit|_bf16]_r<rank>[_a<alpha>]_<lora|dora|rslora>`; 8-bit and alpha 16 are the untagged defaults.
+"""
+
+import argparse
+import csv
+import difflib
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastdora.keys import RecipeError, check_keys, read_recipe
+from tools.cli import ROOT, UserError, replacing, run
+
+RECIPES = ROOT / "recipes"
+FINLORA_RUNS = RECIPES / "finlora_runs.csv"
+NAME = re.compile(
+    r"(?P<task>[a-z_]+?)(?:_(?P<bits>4bit|bf16))?_r(?P<r>\d+)(?:_a(?P<alpha>\d+))?_(?P<method>lora|dora|rslora)"
+)
+
+# Which part of the name decides a key. Every key that is not here is the same in all recipes.
+DECIDED_BY = {
+    "task": [
+        "datasets",
+        "test_datasets",
+        "sequence_len",
+        "gradient_accumulation_steps",
+        "num_epochs",
+        "eval_sample_packing",
+    ],
+    "bits": ["load_in_8bit", "load_in_4bit", "adapter", "optimizer"],
+    "r": ["lora_r"],
+    "alpha": ["lora_alpha"],
+    "method": ["peft_use_dora", "peft_use_rslora"],
+    "name": ["output_dir", "dataset_prepared_path"],
+}
+# The demo recipe adapts a model of four million parameters, so its sizes and rates are its own.
+DEMO_OWN = ["base_model", "learning_rate", "logging_steps", "evals_per_epoch", "saves_per_epoch"]
+
+
+def parse_name(name: str) -> dict[str, Any] | None:
+    """The parts of a recipe's name: task, bits (16, 8, 4), r, alpha, method; None where it is not of the grammar."""
+    match = NAME.fullmatch(name)
+    if not match:
+        return None
+    bits = {"4bit": 4, "bf16": 16, None: 8}[match["bits"]]
+    return {
+        "task": match["task"],
+        "bits": bits,
+        "r": int(match["r"]),
+        "alpha": int(match["alpha"] or 16),
+        "method": match["method"],
+    }
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find(recipe: str) -> Path:
+    """The file of a recipe given by its name, by FinLoRA's run name, or by a path. UserError names the nearest."""
+    if recipe.endswith((".yaml", ".yml")):
+        path = Path(recipe)
+        if path.is_file():
+            return path
+        recipe = path.stem
+    finlora = {row["run"]: row["recipe"] for row in finlora_runs()}
+    path = RECIPES / f"{finlora.get(recipe, recipe)}.yaml"
+    if re.fullmatch(r"\w+", recipe) and path.is_file():
+        return path
+    known = names() + list(finlora)
+    near = difflib.get_close_matches(recipe, known, 3, 0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else "`make recipes` lists them"
+    raise UserError(f"RECIPE={recipe}: no such recipe; {hint}")
+
+
+def finlora_runs() -> list[dict[str, str]]:
+    """FinLoRA's 51 configured runs and the recipe of each."""
+    with FINLORA_RUNS.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A recipe that can be trusted: strict YAML, only keys and types that axolotl knows, content as the name says."""
+    try:
+        recipe = read_recipe(path)
+        check_keys(recipe, str(path), axolotl_schema())
+    except RecipeError as error:
+        raise UserError(str(error)) from error
+    check_name(path, recipe)
+    if "fastdora.FastDoraPlugin" not in recipe.get("plugins", []):
+        raise UserError(f"{path}: key 'plugins': add fastdora.FastDoraPlugin; without it rows are lost in silence")
+    return recipe
+
+
+def axolotl_schema() -> dict[str, Any]:
+    """Axolotl's strict JSON schema; importing axolotl takes ten seconds, so it is kept in `.cache`."""
+    source = (ROOT / "fastdora" / "keys.py").read_bytes()
+    key = hashlib.sha256(source + version("axolotl").encode() + version("pydantic").encode()).hexdigest()[:12]
+    cached = ROOT / ".cache" / f"axolotl-schema-{key}.json"
+    if cached.is_file():
+        return json.loads(cached.read_text(encoding="utf-8"))
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    from fastdora.keys import strict_schema
+
+    schema = strict_schema(AxolotlInputConfig)
+    with replacing(cached) as file:
+        json.dump(schema, file)
+    return schema
+
+
+def check_name(path: Path, recipe: dict[str, Any]) -> None:
+    """Raise UserError where a recipe's content is not what its name says (names outside the grammar say nothing)."""
+    parts = parse_name(path.stem)
+    if not parts:
+        return
+    expected = {
+        "load_in_8bit": parts["bits"] == 8,
+        "load_in_4bit": parts["bits"] == 4,
+        "adapter": "qlora" if parts["bits"] == 4 else "lora",
+        "lora_r": parts["r"],
+        "lora_alpha": parts["alpha"],
+        "peft_use_dora": parts["method"] == "dora",
+        "peft_use_rslora": parts["method"] == "rslora",
+        "output_dir": f"outputs/{path.stem}",
+        "dataset_prepared_path": f"outputs/{path.stem}/tokenised",
+    }
+    for key, value in expected.items():
+        if recipe.get(key) != value:
+            raise UserError(f"{path}: key '{key}' is {recipe.get(key)}, but the name says {value}; change one of them")
+
+
+def factorise(recipes: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """One line for each key of a recipe that is not decided by its own part of the name.
+
+    `recipes` maps names to contents. What most recipes with the same part have is taken as right.
+    """
+    part_of = {key: part for part, keys in DECIDED_BY.items() for key in keys}
+    every_key = {key for recipe in recipes.values() for key in recipe}
+    for key in sorted(every_key):
+        part = part_of.get(key)
+        groups: dict[Any, list[str]] = {}
+        for name in recipes:
+            parts = parse_name(name)
+            if not parts:
+                yield f"recipes/{name}.yaml: the name is not <task>[_4bit|_bf16]_r<rank>[_a<alpha>]_<lora|dora|rslora>"
+            elif not (parts["task"] == "demo" and key in DEMO_OWN):
+                groups.setdefault(parts.get(part), []).append(name)
+        for value, members in groups.items():
+            texts = {name: _text(recipes[name].get(key), name if part == "name" else "") for name in members}
+            usual = Counter(texts.values()).most_common(1)[0][0]
+            where = f"recipes with {part} {value}" if value is not None else "recipes"
+            for name, text in texts.items():
+                if text != usual:
+                    yield f"recipes/{name}.yaml: key '{key}' is {text}, in the other {where} it is {usual}"
+
+
+def _text(value: Any, name: str) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text.replace(name, "<name>") if name else text
+
+
+def shape(base_model: str) -> dict[str, Any] | None:
+    """The sizes in a base model's config: a local folder's config.json, else tools/base_models.yaml, else None."""
+    config = ROOT / base_model / "config.json"
+    if config.is_file():
+        return json.loads(config.read_text(encoding="utf-8"))
+    return yaml.safe_load((ROOT / "tools" / "base_models.yaml").read_text(encoding="utf-8")).get(base_model)
+
+
+def linear_layers(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each linear layer of one Llama block."""
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    return {
+        "q_proj": (hidden, hidden),
+        "k_proj": (hidden, kv),
+        "v_proj": (hidden, kv),
+        "o_proj": (hidden, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+
+
+def trainable_parameters(recipe: dict[str, Any], shape: dict[str, Any]) -> int:
+    """r (in + out) for each adapted matrix, and with DoRA one magnitude for each of its outputs (arXiv 2402.09353)."""
+    layers = linear_layers(shape)
+    block = 0
+    for target in recipe["lora_target_modules"]:
+        inputs, outputs = layers[target]
+        block += recipe["lora_r"] * (inputs + outputs) + (outputs if recipe.get("peft_use_dora") else 0)
+    return block * shape["num_hidden_layers"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="List the recipes, or check them all.")
+    parser.add_argument("--task", help="only the recipes of this task")
+    parser.add_argument("--check", action="store_true", help="check every recipe's keys, types, name and factorisation")
+    args = parser.parse_args()
+    if args.check:
+        recipes = {path.stem: load(path) for path in sorted(RECIPES.glob("*.yaml"))}
+        problems = list(factorise(recipes))
+        if problems:
+            raise UserError("\nerror: ".join(problems))
+        print(f"{len(recipes)} recipes: every key is known to axolotl and decided by one part of the name")
+        return
+    tasks = sorted({parse_name(name)["task"] for name in names()})
+    if args.task and args.task not in tasks:
+        near = difflib.get_close_matches(args.task, tasks, 3)
+        raise UserError(
+            f"TASK={args.task}: no such task; {'did you mean ' + near[0] if near else 'one of ' + ', '.join(tasks)}"
+        )
+    shown = [name for name in names() if not args.task or parse_name(name)["task"] == args.task]
+    print(f"{'recipe':<34}{'task':<17}{'bits':>4}{'rank':>6}{'alpha':>7}  {'method':<8}{'trainable parameters':>20}")
+    for name in shown:
+        parts, recipe = parse_name(name), read_recipe(RECIPES / f"{name}.yaml")
+        sizes = shape(recipe["base_model"])
+        count = f"{trainable_parameters(recipe, sizes):,}" if sizes else "after `make demo`"
+        print(
+            f"{name:<34}{parts['task']:<17}{parts['bits']:>4}{parts['r']:>6}{parts['alpha']:>7}  "
+            f"{parts['method']:<8}{count:>20}"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,310 @@
+"""Train a recipe: check everything that can be checked first, then `axolotl preprocess`, then `axolotl train`.
+
+python -m tools.train sentiment_r8_dora [--tiny] [--force] [-- axolotl's own options]
+"""
+
+import argparse
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data import prepare
+from data.tasks import load_tasks
+from tools import recipes, tiny
+from tools.checks import (
+    check_adapter,
+    check_device,
+    check_disk,
+    check_messages,
+    data_files,
+    gpus,
+    read_json,
+    sha256,
+)
+from tools.cli import ROOT, UserError, replacing, run
+
+OUTPUTS = ROOT / "outputs"
+TINY_LENGTH, TINY_STEPS = 512, 2
+PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
+
+
+def train(path: Path, *, small: bool = False, force: bool = False, args: list[str] | None = None) -> dict[str, Any]:
+    """Train the recipe in `path` and return what run.json holds. Raises UserError before anything is loaded.
+
+    small: on the tiny base model (TINY=1). force: set a finished or foreign run aside first. args: for axolotl.
+    """
+    args = args or []
+    recipe = recipes.load(path)
+    run_recipe = for_tiny(recipe) if small else recipe
+    out = ROOT / run_recipe["output_dir"]
+    needs_gpu = check_device(path, run_recipe)
+    with folder_lock(out) as lock:
+        sources = prepare_data(path, run_recipe, small)
+        text = path.read_text(encoding="utf-8") if run_recipe == recipe else dump(path, run_recipe)
+        identity = {
+            "recipe": text,
+            "args": args,
+            "data": {name: sha256(ROOT / name) for name in data_files(run_recipe)},
+        }
+        finished = claim_folder(path, out, identity, force)
+        if finished:
+            print(f"{out.relative_to(ROOT)} is already trained with this recipe and data; FORCE=1 trains again")
+            report(path, out, finished, small)
+            return finished
+        check_disk(path, run_recipe, out, needs_gpu)
+        config = path if run_recipe == recipe else out / "recipe.yaml"
+        (out / "metrics.json").unlink(missing_ok=True)
+        started = datetime.datetime.now(datetime.timezone.utc)
+        axolotl("preprocess", config, args, not needs_gpu, lock)
+        axolotl("train", config, ["--launcher", "python", *args], not needs_gpu, lock)
+        metrics = read_metrics(out)
+        adapter = check_adapter(run_recipe, out, metrics)
+        record = {
+            "recipe": path.stem,
+            "tiny": small,
+            "identity": identity_digest(identity),
+            "args": args,
+            "adapter": adapter,
+            "data": identity["data"],
+            "data_from": sources,
+            "metrics": {key: value for key, value in metrics.items() if key != "log"},
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round((datetime.datetime.now(datetime.timezone.utc) - started).total_seconds(), 1),
+            "versions": versions(),
+            "git": git_state(),
+            "device": gpus()[0][0] if gpus() else platform.processor() or platform.machine(),
+        }
+        with replacing(out / "run.json") as file:
+            json.dump(record, file, indent=1)
+            file.write("\n")
+    report(path, out, record, small)
+    return record
+
+
+def for_tiny(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with base model, lengths and steps for a CPU, and folders of its own."""
+    name = Path(recipe["output_dir"]).name
+    base = str(tiny.build(tiny.sample_texts()).relative_to(ROOT))
+    return recipe | {
+        "base_model": base,
+        "sequence_len": min(TINY_LENGTH, recipe["sequence_len"]),
+        "excess_length_strategy": "drop",
+        "max_steps": TINY_STEPS,
+        "output_dir": f"outputs/tiny/{name}",
+        "dataset_prepared_path": f"outputs/tiny/{name}/tokenised",
+    }
+
+
+def dump(path: Path, recipe: dict[str, Any]) -> str:
+    return f"# As run, from {path}\n" + yaml.safe_dump(recipe, sort_keys=False, width=120)
+
+
+def prepare_data(path: Path, recipe: dict[str, Any], small: bool) -> str:
+    """Bring every data file of the recipe up to date; return where the rows come from: raw, sample or own.
+
+    A TINY run on a task that is not fetched takes the sample rows, and points the recipe at them. Every line of files
+    that are not ours is read before anything is loaded, so that a malformed one is named.
+    """
+    origin = "own"
+    for kind in ("datasets", "test_datasets"):
+        for entry in recipe.get(kind, []):
+            file = Path(entry["path"])
+            if file.parts[:2] != ("data", "prepared") or file.parts[2] not in load_tasks():
+                check_messages(path, ROOT / file)
+                continue
+            task, out = file.parts[2], ROOT / file.parent
+            stale = prepare.why_stale(task, out=out)
+            if small and stale:
+                out = prepare.PREPARED / "sample" / task
+                if prepare.why_stale(task, tiny.SAMPLE, out):
+                    prepare.prepare(task, tiny.SAMPLE, out, validation=0.2)
+                entry["path"] = str((out / file.name).relative_to(ROOT))
+                origin = "sample"
+            else:
+                if stale:
+                    prepare.refresh(task, out=out)
+                origin = "raw"
+            if not (ROOT / entry["path"]).is_file():
+                raise UserError(f"{path}: key '{kind}': {entry['path']} is missing; run `make data TASK={task}`")
+    return origin
+
+
+def claim_folder(path: Path, out: Path, identity: dict[str, Any], force: bool) -> dict[str, Any] | None:
+    """Make the output folder this run's, or return run.json of an equal finished run. UserError before work is lost."""
+    mark, done = out / "started.json", out / "run.json"
+    before = read_json(mark)
+    if before == identity:
+        if done.is_file():
+            if not force:
+                return read_json(done)
+        elif checkpoints := sorted(out.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])):
+            if not force:
+                print(f"{out.relative_to(ROOT)}: going on from {checkpoints[-1].name}")
+                return None
+    precious = done.is_file() or any(out.glob("checkpoint-*")) or (before is None and any(out.iterdir()))
+    if precious and not force:
+        what = difference(before, identity) if before else "files that this command did not write"
+        state = "a finished run" if done.is_file() else "an unfinished run"
+        state = f"{state} with {what}" if before else what
+        raise UserError(f"{out.relative_to(ROOT)}: holds {state}; FORCE=1 sets it aside and trains {path.stem} anew")
+    if precious:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        out.rename(aside := out.with_name(f"{out.name}.{stamp}"))
+        print(f"set aside: {aside.relative_to(ROOT)}")
+        out.mkdir()
+    with replacing(out / "recipe.yaml") as file:
+        file.write(identity["recipe"])
+    with replacing(mark) as file:
+        json.dump(identity, file, indent=1)
+        file.write("\n")
+    return None
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What two runs' identities differ by, in a few words: recipe keys, data files or axolotl's options."""
+    old, new = yaml.safe_load(before["recipe"]) or {}, yaml.safe_load(now["recipe"]) or {}
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if keys:
+        return "another recipe (" + ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys[:3]) + ")"
+    files = [name for name in now["data"] if before["data"].get(name) != now["data"][name]]
+    if files:
+        return f"other data ({', '.join(files)} changed)"
+    if before["args"] != now["args"]:
+        return f"other options ({shlex.join(before['args']) or 'none'} -> {shlex.join(now['args']) or 'none'})"
+    return "the same recipe in other words"
+
+
+def folder_lock(out: Path):
+    """A lock beside the output folder, held by this process and by axolotl below it: two runs never share a folder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+        lock = (out.parent / f".{out.name}.lock").open("w")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); mend its permissions") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(
+            f"{out.relative_to(ROOT)}: another `make train` is at work there; wait for it or end it"
+        ) from None
+    return lock
+
+
+def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> None:
+    """Run one axolotl command with its output visible; UserError when it fails, and on Ctrl-C a whole checkpoint.
+
+    local: base model and data are on this machine and small, so nothing is looked up or spread over processes.
+    """
+    env = os.environ | {
+        "AXOLOTL_DO_NOT_TRACK": os.environ.get("AXOLOTL_DO_NOT_TRACK", "1"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if command == "train" or local:
+        # 0: none but this one. Tokens are ready by then, and others would only start anew, axolotl's imports included.
+        env["AXOLOTL_DATASET_NUM_PROC"] = "0"
+    if local:
+        env["HF_HUB_OFFLINE"] = "1"
+    # Its own process group: Ctrl-C reaches it from here alone, and once. The lock goes with it.
+    child = subprocess.Popen(
+        [sys.executable, "-m", "axolotl.cli.main", command, str(config), *args],
+        cwd=ROOT,
+        env=env,
+        start_new_session=True,
+        pass_fds=[lock.fileno()],
+    )
+    try:
+        code = child.wait()
+    except (KeyboardInterrupt, SystemExit):
+        # During preprocess and loading nothing is worth keeping; while steps run the plugin answers with a checkpoint.
+        out = ROOT / yaml.safe_load(config.read_text(encoding="utf-8"))["output_dir"]
+        stepping = command == "train" and (out / "stepping").exists()
+        os.killpg(child.pid, signal.SIGINT if stepping else signal.SIGTERM)
+        if stepping:
+            print("\ninterrupted: finishing the step under way and saving a checkpoint", file=sys.stderr, flush=True)
+        try:
+            child.wait()
+        except KeyboardInterrupt:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        partial = out / "adapter_model.safetensors"
+        if partial.exists():
+            partial.rename(out / "interrupted_adapter_model.safetensors")
+        print(f"interrupted; run the same command again to go on from {out.relative_to(ROOT)}", file=sys.stderr)
+        raise
+    if code:
+        raise UserError(f"axolotl {command} {config} failed with exit code {code}; the reason stands above")
+
+
+def read_metrics(out: Path) -> dict[str, Any]:
+    metrics = read_json(out / "metrics.json")
+    if metrics is None or metrics["interrupted"]:
+        raise UserError(f"{out.relative_to(ROOT)}: training ended before its last step; run the same command to go on")
+    return metrics
+
+
+def report(path: Path, out: Path, record: dict[str, Any], small: bool) -> None:
+    adapter, metrics = record["adapter"], record["metrics"]
+    print(
+        f"\nadapter   {adapter['file']} ({adapter['bytes'] / 1e6:.1f} MB)\n"
+        f"time      {record['seconds']:.0f} s, of them {metrics['seconds']:.0f} s training {metrics['steps']} steps\n"
+        f"speed     {metrics['samples_per_second']:.1f} samples/s, {metrics['tokens_per_second']:.0f} tokens/s\n"
+        f"loss      {metrics['final_loss']} (validation {metrics['final_eval_loss']})\n"
+        f"next      {next_command(path, out, small)}"
+    )
+
+
+def next_command(path: Path, out: Path, small: bool) -> str:
+    if small:
+        return f"make train RECIPE={path.stem} on a GPU, or make demo"
+    recipe = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return f"axolotl merge-lora {recipe} --lora-model-dir {out.relative_to(ROOT)}"
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def git_state() -> dict[str, Any]:
+    def git(*args: str) -> str | None:
+        try:
+            return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    return {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain") not in ("", None)}
+
+
+def identity_digest(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("recipe", help="a name from `make recipes`, FinLoRA's name for a run, or a YAML file")
+    parser.add_argument("--tiny", action="store_true", help="two steps on a tiny model, on any machine")
+    parser.add_argument("--force", action="store_true", help="set aside what the output folder holds")
+    parser.epilog = "What follows -- goes to axolotl: -- --learning-rate 0.0002"
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    given = parser.parse_args(sys.argv[1:cut])
+    train(recipes.find(given.recipe), small=given.tiny, force=given.force, args=sys.argv[cut + 1 :])
+
+
+if __name__ == "__main__":
+    run(main)
