@@ -15,7 +15,6 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +23,10 @@ from rensa import RMinHash
 BANDS, BAND_ROWS = 12, 4  # a pair of similarity s is proposed with probability 1 - (1 - s**4)**12: 0.998 at s = 0.8
 NEIGHBOURS = 8  # texts that a text is compared with inside one bucket: bounds the work where many texts are alike
 COMMON_SHARE, COMMON_LEAST = 0.01, 20  # a word pair in more distinct texts than both allow is common
-COMMON_BITS = 22  # word pairs are counted in 2**22 cells; two that share a cell are counted together
+COMMON_BITS = 20  # word pairs are counted in 2**20 cells; those that share a cell are counted together
 SKETCH = 256  # word pairs kept of a text
 COMPARED = 2**20  # bytes of a text that are compared; FinLoRA's longest row has fewer
 BLOCK = 2**19  # bytes hashed at once: few enough for the processor's cache
-THREADS = 2
 SEED = 42
 
 _URL = re.compile(r"(?i)https?://\S+")
@@ -36,6 +34,7 @@ _GAP = re.compile(r"[\W_]+")
 _ASCII = {code: chr(code).lower() if chr(code).isalnum() else " " for code in range(128)}
 _BYTE = np.random.Generator(np.random.PCG64(SEED)).integers(0, 2**64, 256, dtype=np.uint64)
 _POWER = np.cumprod(np.full(BLOCK + COMPARED + 2, 0x9E3779B97F4A7C15, np.uint64))
+_FALLING = _POWER[::-1].copy()
 _MIX, _PLACE = np.uint64(0xD6E8FEB86659FD93), np.uint64(0xA0761D6478BD642F)
 
 
@@ -65,7 +64,7 @@ def near_duplicate_groups(texts: Iterable[str], threshold: float = 0.8) -> list[
     """The group of each text: equal numbers are near-duplicates or connected by them, numbered by first occurrence.
 
     `threshold` is the Jaccard similarity of word pairs, in (0, 1]. `texts` is read once and not kept: memory is 4
-    bytes a word and about 150 a text. Equal normalised texts are always in one group; texts whose word pairs are all
+    bytes a word and about 250 a text. Equal normalised texts are always in one group; texts whose word pairs are all
     common match equal texts only. The partition is the same in every process and for every order of the texts.
     """
     return duplicate_groups(texts, threshold)[1].tolist()
@@ -87,7 +86,9 @@ def duplicate_groups(texts: Iterable[str], threshold: float = 0.8) -> tuple[np.n
     bits = _leave_out_common(distinct)
     root = np.arange(len(first))
     for left, right in _proposed(distinct):
-        worth = (root[left] != root[right]) & _may_be_similar(distinct, bits, left, right, threshold)
+        apart = root[left] != root[right]
+        left, right = left[apart], right[apart]
+        worth = _may_be_similar(distinct, bits, left, right, threshold)
         left, right = left[worth], right[worth]
         similar = _similarity(distinct, left, right) >= threshold
         _join(root, left[similar], right[similar])
@@ -107,15 +108,9 @@ def _plain(text: str) -> str:
 
 def _hashed(texts: Iterable[str]) -> _Texts:
     pairs, sizes, limits, keys = array("I"), array("q"), array("I"), array("Q")
-    columns = pairs, sizes, limits, keys
-    with ThreadPoolExecutor(1) as worker:
-        # One block is hashed, outside Python's lock, while the texts of the next one are read.
-        hashing = None
-        for block in _blocks(texts):
-            following = worker.submit(_hash_block, block)
-            _append(columns, hashing)
-            hashing = following
-        _append(columns, hashing)
+    for block in _blocks(texts):
+        for column, values in zip((pairs, sizes, limits, keys), _hash_block(block), strict=True):
+            column.frombytes(values.tobytes())
     sizes = np.frombuffer(sizes, np.int64) if sizes else np.zeros(0, np.int64)
     return _Texts(
         np.frombuffer(pairs, np.uint32) if pairs else np.zeros(0, np.uint32),
@@ -126,18 +121,12 @@ def _hashed(texts: Iterable[str]) -> _Texts:
     )
 
 
-def _append(columns: tuple[array, ...], hashing: Future | None) -> None:
-    if hashing:
-        for column, values in zip(columns, hashing.result(), strict=True):
-            column.frombytes(values.tobytes())
-
-
 def _blocks(texts: Iterable[str]) -> Iterator[list[bytes]]:
     """The plain texts as bytes, gathered up to BLOCK bytes; a text without a word is a digest that no word equals."""
     block, room = [], BLOCK
     for text in texts:
         plain = _plain(text)
-        if not plain.strip():
+        if not plain or plain.isspace():
             plain = "\x7f" + hashlib.blake2b(normalise(text).encode("utf-8", "surrogatepass")).hexdigest()
         encoded = plain.encode("utf-8", "surrogatepass")[:COMPARED]
         room -= len(encoded) + 1
@@ -156,9 +145,10 @@ def _hash_block(block: list[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray,
     edges = np.flatnonzero(letter[1:] != letter[:-1])
     begin, end = edges[::2], edges[1::2]
     # A polynomial over each word's bytes, all words at once: differences of one running sum, brought to one exponent.
-    running = np.concatenate(([np.uint64(0)], np.cumsum(_BYTE[data] * _POWER[::-1][: len(data)])))
+    running = np.zeros(len(data) + 1, np.uint64)
+    np.cumsum(_BYTE.take(data) * _FALLING[: len(data)], out=running[1:])
     words = _mixed((running[end] - running[begin]) * _POWER[begin])
-    row = np.searchsorted(np.flatnonzero(data == 10), begin)
+    row = np.repeat(np.arange(len(block)), np.diff(np.searchsorted(begin, np.flatnonzero(data == 10)), prepend=0))
     new = np.concatenate(([True], row[1:] != row[:-1]))
     opening = np.flatnonzero(new)
     before = np.where(new, np.uint64(0), np.roll(words, 1))
@@ -191,12 +181,12 @@ def _leave_out_common(texts: _Texts) -> np.ndarray:
 
     Return 256 bits a text, shape [texts, 4]: those that the first byte of one of its remaining pairs names are set.
     """
-    counts = np.zeros(2**COMMON_BITS, np.uint32)
+    counts = np.zeros(2**COMMON_BITS, np.int64)
     cell_of = np.uint32(32 - COMMON_BITS)
     in_store = np.argsort(texts.starts, kind="stable")
     for ids in _batches(in_store, texts.sizes):
         held, _ = _gather(texts, ids)
-        counts += np.bincount(held >> cell_of, minlength=len(counts)).astype(np.uint32)
+        counts += np.bincount(held >> cell_of, minlength=len(counts))
     common = counts > max(COMMON_LEAST, COMMON_SHARE * len(in_store))
     bits = np.zeros((len(in_store), 4), np.uint64)
     free = 0
@@ -224,8 +214,8 @@ def _gather(texts: _Texts, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The word pairs of the texts `ids` in one array, and for each the place in `ids` of its text."""
     sizes = texts.sizes[ids]
     owner = np.repeat(np.arange(len(ids)), sizes)
-    within = np.arange(len(owner)) - (np.cumsum(sizes) - sizes)[owner]
-    return texts.pairs[texts.starts[ids][owner] + within], owner
+    shift = np.repeat(texts.starts[ids] - np.cumsum(sizes) + sizes, sizes)
+    return texts.pairs[np.arange(len(owner)) + shift], owner
 
 
 def _proposed(texts: _Texts) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -257,11 +247,12 @@ def _proposed(texts: _Texts) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             if not len(at):
                 break
             left, right = order[at], order[at + step]
+            new = np.ones(len(at), bool)
             for earlier in range(band):
-                apart = np.abs(places[earlier][left] - places[earlier][right]) > NEIGHBOURS
-                new = apart | (bands[earlier][left] != bands[earlier][right])
-                left, right = left[new], right[new]
-            yield worth[left], worth[right]
+                again = np.flatnonzero(bands[earlier][left] == bands[earlier][right])
+                apart = np.abs(places[earlier][left[again]] - places[earlier][right[again]])
+                new[again[apart <= NEIGHBOURS]] = False
+            yield worth[left[new]], worth[right[new]]
 
 
 def _may_be_similar(
@@ -279,9 +270,9 @@ def _may_be_similar(
 
 def _similarity(texts: _Texts, left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """The Jaccard similarity of the texts left[i] and right[i], as far as both are held (see _Texts.limits)."""
+    result = np.empty(len(left))
     limits = np.minimum(texts.limits[left], texts.limits[right])
-
-    def compare(ids: np.ndarray) -> np.ndarray:
+    for ids in _batches(np.arange(len(left)), texts.sizes[left] + texts.sizes[right]):
         both = []
         for side in (left, right):
             held, owner = _gather(texts, side[ids])
@@ -292,11 +283,8 @@ def _similarity(texts: _Texts, left: np.ndarray, right: np.ndarray) -> np.ndarra
         shared = np.bincount((shared >> np.uint64(32)).astype(np.int64), minlength=len(ids))
         total = np.bincount((all_pairs >> np.uint64(32)).astype(np.int64), minlength=len(ids))
         # Where the common word pairs took all that is below the limit nothing is left to be alike.
-        return shared / np.maximum(total - shared, 1)
-
-    with ThreadPoolExecutor(THREADS) as workers:
-        batches = _batches(np.arange(len(left)), texts.sizes[left] + texts.sizes[right])
-        return np.concatenate(list(workers.map(compare, batches)))
+        result[ids] = shared / np.maximum(total - shared, 1)
+    return result
 
 
 def _join(root: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:

@@ -1,0 +1,99 @@
+"""Prepare and audit one million generated rows; print seconds and the largest resident memory of each.
+
+    python -m bench.data_million [--rows 1000000] [--folder DIR]
+
+The rows stand for FinLoRA's sentiment train file: its instructions, 15 to 60 words each, a tenth of them copied from
+another row and a twentieth copied with a word changed; 10,000 of them reappear in the test sets.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from data.tasks import task
+from tools.cli import ROOT, run
+
+TASK = "sentiment"
+INSTRUCTION = "Instruction: What is the sentiment of this %s? Please choose an answer from {%s}.\nInput: %s\nAnswer: "
+LABELS = ["negative", "neutral", "positive"]
+
+
+def generate(raw: Path, rows: int, seed: int = 0) -> int:
+    """Write the train file and the test sets of the task under `raw`; return the bytes of the train file."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 10))) for _ in range(30_000)]
+    numbers = np.random.default_rng(seed)
+    # As in a language few words are frequent: the share of a word falls with its rank.
+    edges = np.cumsum(1 / (np.arange(len(words)) + 10))
+    recent: list[str] = []
+    tests = [(raw / test["file"]) for test in task(TASK)["tests"].values()]
+    train = raw / task(TASK)["train"]
+    for path in train, *tests:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    apart = max(1, rows // 10_000)
+    handles = [open(path, "w", encoding="utf-8") for path in tests]
+    with open(train, "w", encoding="utf-8") as file:
+        for number in range(rows):
+            kind = draw.random()
+            if recent and kind < 0.15:
+                text = draw.choice(recent)
+                if kind < 0.05:
+                    text = f"{text} {draw.choice(words)}"
+            else:
+                chosen = np.searchsorted(edges, numbers.random(draw.randint(15, 60)) * edges[-1])
+                text = " ".join([words[place] for place in chosen.tolist()])
+                if len(recent) < 5000:
+                    recent.append(text)
+                else:
+                    recent[draw.randrange(5000)] = text
+            context = INSTRUCTION % (draw.choice(["news", "tweet"]), "/".join(LABELS), text)
+            line = json.dumps({"context": context, "target": draw.choice(LABELS)}) + "\n"
+            file.write(line)
+            if number % apart == 0:
+                handles[number // apart % len(handles)].write(line)
+    for handle in handles:
+        handle.close()
+    return train.stat().st_size
+
+
+def measure(module: str, *arguments: object) -> tuple[float, float, int]:
+    """Run `python -m module`; return its seconds, its largest resident memory in MiB and its exit code."""
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    return time.monotonic() - started, usage.ru_maxrss / 1024, os.waitstatus_to_exitcode(status)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--folder", type=Path, help="where the files go and stay (default: a temporary folder)")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        size = generate(folder / "raw", given.rows)
+        print(f"{given.rows} rows, {size / 2**20:.0f} MiB, {os.cpu_count()} cores")
+        commands = {
+            "data.prepare": (TASK, "--raw", folder / "raw", "--out", folder / "prepared"),
+            "data.audit": (TASK, "--raw", folder / "raw", "--json", folder / "audit", "--no-tokens"),
+        }
+        total = 0.0
+        for module, arguments in commands.items():
+            seconds, memory, code = measure(module, *arguments)
+            total += seconds
+            print(f"{module:<14}{seconds:7.1f} s {memory:7.0f} MiB at most, exit code {code}", flush=True)
+        print(f"{'together':<14}{total:7.1f} s")
+
+
+if __name__ == "__main__":
+    run(main)

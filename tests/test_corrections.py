@@ -1,0 +1,132 @@
+"""The corrections: what they change, what they leave alone, and how far their evidence holds on the real files."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.corrections import TABLE, applies, corrected_target, load_corrections, standing
+from data.fetch import read_manifest
+from data.rows import Row, read_rows
+from tools.cli import UserError
+
+REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "finlora" / "data"
+TFNS = "test/tfns_test.jsonl"
+TRAIN = "train/finlora_sentiment_train.jsonl"
+INSTRUCTION = "Instruction: What is the sentiment of this {}? Please choose an answer from {{{}}}.\nInput: {}\nAnswer: "
+THREE = "negative/neutral/positive"
+SEVEN = (
+    "strong negative/moderately negative/mildly negative/neutral/mildly positive/moderately positive/strong positive"
+)
+
+
+def row(text: str, target: str = "neutral", what: str = "tweet", classes: str = THREE) -> Row:
+    return Row(1, INSTRUCTION.format(what, classes, text), target)
+
+
+def real(file: str) -> Path:
+    if not (REAL / file).exists():
+        pytest.skip("FinLoRA's files are not in ../shared")
+    return REAL / file
+
+
+def test_the_corrected_files_are_the_pinned_ones():
+    pinned = {entry["path"]: entry["git_blob_sha1"] for entry in read_manifest()["files"]}
+    for file, entry in load_corrections().items():
+        assert entry["git_blob_sha1"] == pinned[f"data/{file}"]
+
+
+def test_the_whole_of_tfns_is_corrected():
+    changes = {label: corrected_target(TFNS, row("a", label)) for label in ("negative", "neutral", "positive")}
+    assert changes == {"negative": "negative", "neutral": "positive", "positive": "neutral"}
+    assert corrected_target(TFNS, row("a", "bullish")) == "bullish"
+
+
+@pytest.mark.parametrize(
+    ("published", "expected"),
+    [
+        (row("$ALLY - Ally Financial pulls outlook"), "unsure"),
+        (row("ouch looks like $tsla shorts getting skinned again"), "unsure"),
+        (row("Housing starts climb 3.8% in October to $1.314 million rate"), "certain"),
+        (row("201 books to read before the end of the year https://t.co/HgzlXonUVR #FTReadingList"), "certain"),
+        (row("Housing starts climb 3.8% in October", what="news"), "other"),
+        (row("Housing starts climb 3.8% in October", classes=SEVEN), "other"),
+        (Row(1, "Is this tweet positive?", "neutral"), "other"),
+    ],
+)
+def test_which_rows_of_the_train_file_are_corrected(published, expected):
+    assert standing(TRAIN, published) == expected
+    assert corrected_target(TRAIN, published) == ("positive" if expected == "certain" else "neutral")
+
+
+LABELS = st.sampled_from(["negative", "neutral", "positive", "strong positive", "Yes", ""])
+TEXTS = st.one_of(st.text(), st.text().map(lambda text: INSTRUCTION.format("tweet", THREE, text)))
+
+
+@given(st.sampled_from([TFNS, TRAIN, "test/fpb_test.jsonl", "train/mine.jsonl"]), TEXTS, LABELS)
+def test_a_correction_changes_only_what_it_names_and_undoes_itself(file, context, label):
+    published = Row(1, context, label)
+    corrected = corrected_target(file, published)
+    assert corrected_target(file, Row(1, context, corrected)) == label
+    if corrected != label:
+        assert standing(file, published) == "certain"
+        assert {corrected, label} == {"neutral", "positive"}
+    if file not in (TFNS, TRAIN):
+        assert standing(file, published) == "other"
+
+
+def test_only_the_published_bytes_are_corrected(tmp_path):
+    published = real(TFNS)
+    assert applies(TFNS, published)
+    changed = tmp_path / "tfns_test.jsonl"
+    changed.write_bytes(published.read_bytes() + b'{"context": "one more", "target": "neutral"}\n')
+    assert not applies(TFNS, changed)
+    assert not applies("test/fpb_test.jsonl", published)
+
+
+def test_corrected_tfns_has_the_label_counts_of_its_source():
+    path = real(TFNS)
+    assert Counter(row.target for row in read_rows(path)) == {"positive": 1566, "neutral": 475, "negative": 347}
+    corrected = Counter(corrected_target(TFNS, row) for row in read_rows(path))
+    assert corrected == {"neutral": 1566, "positive": 475, "negative": 347}
+
+
+def test_how_far_the_train_files_rule_tells_the_data_sets_apart():
+    # The test sets stand for the train file's parts, which have the same instructions. The figures are in README.md.
+    standings = {
+        name: Counter(standing(TRAIN, row) for row in read_rows(real(f"test/{name}_test.jsonl")))
+        for name in ("tfns", "fiqa", "fpb")
+    }
+    assert standings["tfns"] == {"certain": 2019, "unsure": 369}
+    assert standings["fiqa"] == {"unsure": 128, "other": 107}
+    assert standings["fpb"] == {"other": 1212}
+
+
+def changed_table(change) -> str:
+    table = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    change(table)
+    return yaml.safe_dump(table)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "holds no corrections; restore it from git"),
+        ("a: [", "cannot be read (while parsing"),
+        ("a: 1", "a: must hold keys (evidence, git_blob_sha1, labels)"),
+        (changed_table(lambda t: t[TFNS].update(lables={})), f"{TFNS}: unknown key lables; known are evidence"),
+        (changed_table(lambda t: t[TFNS].pop("evidence")), f"{TFNS}: evidence is missing"),
+        (changed_table(lambda t: t[TFNS].update(labels={"a": "b"})), f"{TFNS}: labels must exchange labels"),
+        (changed_table(lambda t: t[TRAIN]["rows"].pop("without")), f"{TRAIN}: rows: without is missing"),
+        (changed_table(lambda t: t[TRAIN]["rows"].update(context="(")), f"{TRAIN}: rows.context is not a regular expr"),
+    ],
+)
+def test_a_wrong_table_is_named_with_its_key(tmp_path, text, complaint):
+    path = tmp_path / "corrections.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        load_corrections(path)
+    assert str(error.value).startswith(f"{path}: {complaint}") and "\n" not in str(error.value)
