@@ -50,8 +50,8 @@ def test_a_recipe_that_must_be_mended_stops_before_the_gpu_is_looked_for(command
 def test_without_a_gpu_one_line_names_the_demo_and_tiny(command):
     line = failure(command("tools.train", "sentiment_r8_dora"))
     assert re.fullmatch(
-        r"error: sentiment_r8_dora needs a GPU with about \d+ GiB and none is here; try `make demo`, or this recipe on a "
-        r"tiny model: make train RECIPE=sentiment_r8_dora TINY=1",
+        r"error: sentiment_r8_dora needs a GPU with about \d+ GiB and none is here; try `make demo`, or this recipe on "
+        r"a tiny model: make train RECIPE=sentiment_r8_dora TINY=1",
         line,
     )
 
@@ -65,6 +65,15 @@ def test_memory_estimate_orders_as_it_must():
     assert need("sentiment_4bit_r4_lora") < need("sentiment_r8_lora") < need("sentiment_bf16_r8_lora")
     assert need("sentiment_r8_dora", sequence_len=16384) > need("sentiment_r8_dora") > 8.03e9 / 2**30
     assert need("sentiment_r8_dora", gradient_checkpointing=False) > need("sentiment_r8_dora")
+
+
+def test_memory_estimate_is_near_what_was_measured():
+    measured = json.loads((recipes.ROOT / "bench" / "train_h200.json").read_text(encoding="utf-8"))["rows"]
+    shape = recipes.shape("meta-llama/Llama-3.1-8B-Instruct")
+    assert len(measured) == 4
+    for row in measured:
+        estimate = checks.memory_estimate(recipes.load(recipes.RECIPES / f"{row['recipe']}.yaml"), shape)
+        assert estimate == pytest.approx(row["peak_memory_gib"], rel=0.05), row["recipe"]
 
 
 def test_a_gpu_that_is_too_small_names_the_two_keys(monkeypatch):
@@ -216,8 +225,8 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
     path.write_text(path.read_text(encoding="utf-8").replace("0.0001", "0.0002"), encoding="utf-8")
     other = command("tools.train", *long)
     assert failure(other) == (
-        "error: outputs/tiny/sentiment_bf16_r8_dora: holds a finished run with another recipe (learning_rate: 0.0001 -> "
-        "0.0002); FORCE=1 sets it aside and trains sentiment_bf16_r8_dora anew"
+        "error: outputs/tiny/sentiment_bf16_r8_dora: holds a finished run with another recipe (learning_rate: 0.0001 "
+        "-> 0.0002); FORCE=1 sets it aside and trains sentiment_bf16_r8_dora anew"
     )
     adapter = (out / "adapter_model.safetensors").read_bytes()
     forced = command("tools.train", "sentiment_bf16_r8_dora", "--tiny", "--force")
@@ -233,8 +242,8 @@ def test_a_folder_with_other_files_is_left_alone(command, house):
     (out / "thesis.tex").write_text("precious", encoding="utf-8")
     line = failure(command("tools.train", "ner_r8_lora", "--tiny"))
     assert line == (
-        "error: outputs/tiny/ner_r8_lora: holds files that this command did not write; FORCE=1 sets it aside and trains "
-        "ner_r8_lora anew"
+        "error: outputs/tiny/ner_r8_lora: holds files that this command did not write; FORCE=1 sets it aside and "
+        "trains ner_r8_lora anew"
     )
     assert (out / "thesis.tex").read_text(encoding="utf-8") == "precious"
 
