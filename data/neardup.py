@@ -15,6 +15,7 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -229,7 +230,8 @@ def _proposed(texts: _Texts) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         matrix = RMinHash.digest_matrix_from_flat_token_hashes(
             held.astype(np.uint64), offsets, num_perm=BANDS * BAND_ROWS, seed=SEED
         )
-        values = np.array(matrix.to_rows(), np.uint64).reshape(len(ids), BANDS, BAND_ROWS)
+        values = np.frombuffer(array("I", chain.from_iterable(matrix.to_rows())), np.uint32)
+        values = values.reshape(len(ids), BANDS, BAND_ROWS)
         bucket = np.zeros((len(ids), BANDS), np.uint64)
         for column in range(BAND_ROWS):
             bucket = _mixed(bucket * _PLACE + values[:, :, column])
