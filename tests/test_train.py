@@ -39,6 +39,12 @@ def test_unknown_recipe(command):
     assert failure(done).startswith("error: RECIPE=sentment_r8_dora: no such recipe; did you mean sentiment_r8_dora,")
 
 
+@pytest.mark.parametrize("args", [["--lora-r", "16"], ["--lora-r=16"], ["--no-load-in-8bit"], ["--output-dir", "x"]])
+def test_args_cannot_change_what_the_name_says(command, args):
+    line = failure(command("tools.train", "sentiment_r8_dora", "--tiny", "--", *args))
+    assert line.startswith(f"error: ARGS={' '.join(args)}: ") and " belongs to the recipe's name; copy " in line
+
+
 def test_a_recipe_that_must_be_mended_stops_before_the_gpu_is_looked_for(command, house):
     path = house / "recipes" / "ner_r8_dora.yaml"
     path.write_text(path.read_text(encoding="utf-8") + "lora_dropuot: 0.1\n", encoding="utf-8")

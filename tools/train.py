@@ -37,6 +37,8 @@ from tools.cli import ROOT, UserError, replacing, run
 
 OUTPUTS = ROOT / "outputs"
 TINY_LENGTH, TINY_STEPS = 512, 2
+# Keys that a recipe's name decides: ARGS may not change them, or the folder and the adapter would not be the recipe's.
+NAMED = {key for part in ("bits", "r", "alpha", "method", "name") for key in recipes.DECIDED_BY[part]}
 PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -46,6 +48,9 @@ def train(path: Path, *, small: bool = False, force: bool = False, args: list[st
     small: on the tiny base model (TINY=1). force: set a finished or foreign run aside first. args: for axolotl.
     """
     args = args or []
+    for key in (arg.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_") for arg in args):
+        if key in NAMED:
+            raise UserError(f"ARGS={shlex.join(args)}: {key} belongs to the recipe's name; copy {path} and edit that")
     recipe = recipes.load(path)
     run_recipe = for_tiny(recipe) if small else recipe
     out = ROOT / run_recipe["output_dir"]
