@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+# The tests run on both cores already: torch's own threads only wait for each other there, up to minutes a run.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -47,7 +49,7 @@ def command(house: Path):
 
     def run(*args: str, **options) -> subprocess.CompletedProcess:
         env = {**os.environ, "PYTHONPATH": str(house)} | options.pop("env", {})
-        options = {"capture_output": True, "text": True, "timeout": 300} | options
+        options = {"capture_output": True, "text": True, "timeout": 900} | options
         return subprocess.run([sys.executable, "-m", *args], cwd=house, env=env, **options)
 
     return run

@@ -15,13 +15,13 @@ COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if re.mat
 
 
 def make(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *args], cwd=cwd, capture_output=True, text=True, timeout=600)
+    return subprocess.run(["make", *args], cwd=cwd, capture_output=True, text=True, timeout=900)
 
 
 def test_demo(command, house):
     """`make demo`: DoRA through axolotl on the sample rows, clearly better than the base and than the usual answer."""
     assert "make demo" in COMMANDS
-    done = command("tools.demo", timeout=600)
+    done = command("tools.demo", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     table = done.stdout[done.stdout.index("200 held-out rows of data/sample/test/fpb_test.jsonl\n") :]
     base, usual, adapter = (float(share) for share in re.findall(r"([\d.]+)%$", table, re.M))

@@ -189,7 +189,7 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
     out = house / "outputs" / "tiny" / "sentiment_bf16_r8_dora"
     long = ("sentiment_bf16_r8_dora", "--tiny", "--", "--max-steps", "60")
     first = start(house, *long)
-    wait_for(lambda: (out / "stepping").exists() or first.poll() is not None, 120)
+    wait_for(lambda: (out / "stepping").exists() or first.poll() is not None, 600)
     assert first.poll() is None, first.stderr.read()[-3000:]
 
     second = command("tools.train", *long)
@@ -197,9 +197,9 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
         "error: outputs/tiny/sentiment_bf16_r8_dora: another `make train` is at work there; wait for it or end it"
     )
 
-    wait_for(lambda: any(out.glob("checkpoint-*/trainer_state.json")), 60)
+    wait_for(lambda: any(out.glob("checkpoint-*/trainer_state.json")), 300)
     first.send_signal(signal.SIGINT)
-    output, errors = first.communicate(timeout=60)
+    output, errors = first.communicate(timeout=300)
     assert first.returncode == 130 and "Traceback" not in errors, errors[-3000:]
     assert errors.rstrip().endswith(
         "interrupted; run the same command again to go on from outputs/tiny/sentiment_bf16_r8_dora"
