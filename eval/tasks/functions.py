@@ -1,0 +1,52 @@
+"""What the task files beside it call: FinLoRA's rows and scores in lm-evaluation-harness's terms."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from eval.scorers import scorings, summary
+from eval.testsets import RAW, all_sets, read_set
+
+
+def rows(test_set: str, folder: str = str(RAW), labels: str = "corrected", **_: Any) -> dict[str, Dataset]:
+    """One test set as lm-eval's `test` split: row, set, context, published, corrected, and target (as wanted)."""
+    found = read_set(test_set, Path(folder))["rows"]
+    kind = "corrected" if labels == "corrected" else "target"
+    return {
+        "test": Dataset.from_list(
+            [
+                {
+                    "row": row["row"],
+                    "context": row["context"],
+                    "published": row["target"],
+                    "corrected": row["corrected"],
+                    "target": row[kind],
+                    "set": test_set,
+                }
+                for row in found
+            ]
+        )
+    }
+
+
+def results(doc: dict[str, Any], answers: list[str]) -> dict[str, tuple[str, str, str]]:
+    answer = (doc["set"], answers[0], doc["target"])
+    return {"finlora": answer, "strict": answer}
+
+
+def finlora(answers: list[tuple[str, str, str]]) -> float:
+    return _accuracy(answers, "finlora")
+
+
+def strict(answers: list[tuple[str, str, str]]) -> float:
+    return _accuracy(answers, "strict")
+
+
+def _accuracy(answers: list[tuple[str, str, str]], scoring: str) -> float:
+    """Accuracy over a set; NaN for sets that BERTScore judges (eval.run adds it, since it needs an encoder)."""
+    name = answers[0][0]
+    score = scorings(name, all_sets()[name]).get(scoring)
+    if score is None:
+        return float("nan")
+    return summary(score([answer for _, answer, _ in answers], [target for *_, target in answers]))["accuracy"]
