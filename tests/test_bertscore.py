@@ -1,0 +1,193 @@
+"""BERTScore: equal to the authors' package on an encoder that is made here, and right where the package is not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
+
+from data.rows import read_rows
+from data.tasks import task
+from eval.bertscore import bertscore
+from eval.scorers import bertscore_items, scorings, summary
+from tools.cli import UserError
+
+WORDS = "the value of revenue deferred or cost to provide future products asset liabil current cash".split()
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,$%()-'/\";:&"
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *CHARACTERS, *("##" + c for c in CHARACTERS[:36])]
+LONGEST = 48
+PAIRS = [
+    ("The value of deferred revenue.", "Value of revenue deferred"),
+    ("cash", "current liabilities"),
+    ("cash", "cash"),
+    ("a", "The cost to provide future products, or the value of an asset."),
+    ("12.5% of $3,000", "12.5%"),
+    ("the [SEP] value [CLS] of [PAD] cash", "the value of cash [MASK]"),
+    ("  Über  assets\n\nof cash ", "uber assets of cash"),
+    ("漢", "the value"),
+    ("the value of cash or " * 20, "current assets " * 30),
+    ("...", "?"),
+]
+# bert_score.score(answers, targets, model_type=<the encoder below>, num_layers=10)[2] of bert-score 0.3.13.
+REFERENCE = [
+    0.91560638,
+    0.77924883,
+    0.99999994,
+    0.48930135,
+    0.74226105,
+    0.8578549,
+    1.0,
+    0.85620707,
+    0.75657767,
+    0.88175887,
+]
+
+
+def make_encoder(folder: Path, layers: int = 12) -> Path:
+    """A BERT whose weights are written down by a formula, so that they are the same with every version of torch."""
+    vocabulary = {token: number for number, token in enumerate(TOKENS)}
+    BertTokenizer(vocab=vocabulary, model_max_length=LONGEST).save_pretrained(folder)
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": layers}
+    model = BertModel(BertConfig(vocab_size=len(TOKENS), max_position_embeddings=LONGEST, **sizes))
+    with torch.no_grad():
+        for number, weights in enumerate(weights for weights in model.parameters() if weights.dim() > 1):
+            waves = torch.sin(torch.arange(weights.numel(), dtype=torch.float64) ** 1.5 * (number + 1))
+            weights.copy_((waves.view_as(weights) + 0.3) * 0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    return str(make_encoder(tmp_path_factory.mktemp("encoder")))
+
+
+def restated(encoder: str, answer: str, target: str, layer: int) -> float:
+    """The paper's equations for one pair, token by token, with the encoder cut off after the layer."""
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = AutoModel.from_pretrained(encoder).eval()
+    model.encoder.layer = model.encoder.layer[:layer]
+    sides = []
+    for text in (answer.strip(), target.strip()):
+        ids = tokenizer.encode(text, truncation=True, max_length=LONGEST)
+        with torch.no_grad():
+            vectors = model(torch.tensor([ids])).last_hidden_state[0].double()
+        counts = [token not in (2, 3) for token in ids]  # 2 is [CLS], 3 is [SEP]
+        sides.append(list(zip(counts, vectors / vectors.norm(dim=1, keepdim=True), strict=True)))
+    means = []
+    for mine, others in (sides, sides[::-1]):
+        best = [max(float(vector @ other) for _, other in others) for counted, vector in mine if counted]
+        if not best:
+            return 0.0
+        means.append(sum(best) / len(best))
+    return 2 * means[0] * means[1] / sum(means)
+
+
+def test_equals_the_authors_package(encoder):
+    answers, targets = zip(*PAIRS, strict=True)
+    assert bertscore(answers, targets, encoder=encoder) == pytest.approx(REFERENCE, abs=1e-6)
+
+
+@pytest.mark.parametrize("layer", [1, 10, 12])
+def test_equals_the_papers_equations(encoder, layer):
+    expected = [restated(encoder, answer, target, layer) for answer, target in PAIRS]
+    assert bertscore(*zip(*PAIRS, strict=True), encoder=encoder, layer=layer) == pytest.approx(expected, abs=1e-6)
+
+
+def test_neither_batch_nor_order_nor_neighbours_count(encoder):
+    answers, targets = zip(*PAIRS, strict=True)
+    whole = bertscore(answers, targets, encoder=encoder)
+    for size in (1, 3):
+        assert bertscore(answers, targets, encoder=encoder, batch_size=size) == pytest.approx(whole, abs=1e-6)
+    assert bertscore(answers[::-1], targets[::-1], encoder=encoder)[::-1] == pytest.approx(whole, abs=1e-6)
+    assert bertscore(targets, answers, encoder=encoder) == pytest.approx(whole, abs=1e-6)
+
+
+def test_nothing_scores_nothing_and_harms_no_neighbour(encoder):
+    # bert-score 0.3.13 stops on an empty text; one of which no token is left ([CLS] and [SEP] only) it scores 0, too.
+    empty = ["", " ", "\n\t", "\u200b", "[SEP]"]
+    answers = [*empty, *["the value"] * len(empty), *empty, "the value"]
+    targets = [*["the value"] * len(empty), *empty, *empty, "value"]
+    scores = bertscore(answers, targets, encoder=encoder)
+    assert scores[:-1] == [0.0] * (len(answers) - 1)
+    assert scores[-1] == pytest.approx(bertscore(["the value"], ["value"], encoder=encoder)[0], abs=1e-6)
+    assert scores[-1] > 0.5
+    assert bertscore([], [], encoder=encoder) == []
+
+
+def test_real_targets_score_one_against_themselves(encoder, shared):
+    for task_name in ("xbrl_term", "financebench"):
+        spec = task(task_name)["tests"][task_name]
+        assert scorings(task_name, spec) == {}
+        targets = [row.target for row in read_rows(shared / spec["file"])][:60]
+        perfect = bertscore_items(bertscore(targets, targets, encoder=encoder))
+        assert summary(perfect)["accuracy"] == pytest.approx(1.0, abs=1e-6) and max(perfect["right"]) <= 1.0
+        assert summary(bertscore_items(bertscore([""] * len(targets), targets, encoder=encoder)))["accuracy"] == 0.0
+
+
+@pytest.mark.parametrize(("length", "cut_at"), [(None, LONGEST), (8, 8)])
+def test_texts_are_cut_at_the_tokenizers_or_the_models_length(encoder, tmp_path, length, cut_at):
+    folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del config["model_max_length"]
+    config |= {"model_max_length": length} if length else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert (AutoTokenizer.from_pretrained(folder).model_max_length > LONGEST) == (length is None)
+    words = "the value of revenue or cost to provide".split() * 20
+    kept, target = " ".join(words[: cut_at - 2]), "the value of cash"  # [CLS] and [SEP] are two more
+    expected = bertscore([kept], [target], encoder=encoder)
+    assert bertscore([" ".join(words)], [target], encoder=str(folder)) == pytest.approx(expected, abs=1e-6)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def without_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    make_encoder(folder, layers=3)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def without_tokenizer(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda folder: shutil.rmtree(folder), "is no folder with an encoder"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda folder: cut(folder / "model.safetensors"), "cannot be loaded"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
+        (without_tokenizer, "is incomplete (its tokenizer has 5 tokens"),
+        (without_layers, "is incomplete (no weights for encoder.layer.10."),
+    ],
+)
+def test_an_encoder_that_is_not_whole_is_refused(encoder, tmp_path, spoil, complaint):
+    folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
+    spoil(folder)
+    with pytest.raises(UserError) as error:
+        bertscore(["a"], ["b"], encoder=str(folder))
+    text = str(error.value)
+    assert text.startswith(f"{folder}: ") and complaint in text and "\n" not in text
+    assert all(word in text for word in ("ENCODER=", "HF_TOKEN", "HF_HOME"))
+
+
+def test_an_encoder_that_is_not_at_hand_says_how_to_get_it():
+    with pytest.raises(UserError, match=r"^ProsusAI/finbert: .*ENCODER=<folder or hub id>.*HF_TOKEN.*HF_HOME"):
+        bertscore(["a"], ["b"])
+
+
+def test_a_decoder_is_refused(tiny_base):
+    with pytest.raises(UserError, match=r"is no encoder \(its tokenizer has no \[CLS\]"):
+        bertscore(["a"], ["b"], encoder=str(tiny_base), layer=1)
+
+
+@pytest.mark.parametrize("layer", [-1, 0, 13])
+def test_a_layer_that_is_not_there_is_refused(encoder, layer):
+    with pytest.raises(UserError, match=rf"has no layer {layer} for BERTScore; choose one of 1 to 12$"):
+        bertscore(["a"], ["b"], encoder=encoder, layer=layer)
