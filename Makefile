@@ -5,7 +5,7 @@ BIN := $(if $(VENV),$(VENV)/bin,$(if $(ACTIVE),$(patsubst %/,%,$(dir $(ACTIVE)))
 READY := $(if $(filter .venv/bin,$(BIN)),.venv/.ready-$(TORCH))
 PY := PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" AXOLOTL_DO_NOT_TRACK=$${AXOLOTL_DO_NOT_TRACK:-1} $(BIN)/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train recipes check data audit lint constraints
+.PHONY: help setup demo test train eval report compare recipes check data audit vllm lint constraints
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
@@ -21,6 +21,22 @@ test: $(READY) ## all tests; ARGS= for pytest
 train: $(READY) ## train RECIPE=<name>; TINY=1 on a CPU, FORCE=1 anew, ARGS="--learning-rate 0.0002" for axolotl
 	@$(PY) -m tools.train "$(RECIPE)" $(if $(TINY),--tiny) $(if $(FORCE),--force) -- $(ARGS)
 
+EVAL = $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(MODEL),--model "$(MODEL)") $(if $(ADAPTER),--adapter "$(ADAPTER)") \
+  $(if $(TASKS),--tasks "$(TASKS)") $(if $(LIMIT),--limit "$(LIMIT)") $(if $(LABELS),--labels "$(LABELS)") \
+  $(if $(BITS),--bits "$(BITS)") $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(TESTS),--tests "$(TESTS)") \
+  $(if $(NAME),--name "$(NAME)") $(if $(BATCH_TOKENS),--batch-tokens "$(BATCH_TOKENS)") $(if $(BACKEND),--backend "$(BACKEND)") \
+  $(if $(ENDPOINT),--endpoint "$(ENDPOINT)") $(if $(ENCODER),--encoder "$(ENCODER)") $(if $(BASE),--base) \
+  $(if $(TINY),--tiny) $(if $(FORCE),--force) $(if $(KEEP_QUANTISED),--keep-quantised)
+
+eval: $(READY) ## evaluate RECIPE=, or MODEL= ADAPTER=; BASE=1 the base too, TASKS= LIMIT= LABELS=published BITS= PROMPT=
+	@$(PY) -m eval.run $(EVAL) $(ARGS)
+
+report: $(READY) ## results/index.html and results/README.md from all evaluations
+	@$(PY) -m eval.report $(ARGS)
+
+compare: $(READY) ## are A= and B= distinguishable? paired, on the same rows
+	@$(PY) -m eval.compare "$(A)" "$(B)" $(ARGS)
+
 recipes: $(READY) ## list the recipes; TASK= filters
 	@$(PY) -m tools.recipes $(if $(TASK),--task "$(TASK)")
 
@@ -35,6 +51,9 @@ audit: $(READY) ## what is in the fetched files: labels, duplicates, leaks, leng
 
 setup: $(READY) ## make .venv (TORCH=2.11.0, 2.12.1 or 2.13.0); every target does it by itself
 	@$(PY) -c "import torch, axolotl; print('ready: torch', torch.__version__, 'in $(BIN)')"
+
+vllm: ## set vLLM up in .venv-vllm, its own environment (a GPU machine; 10 GB), for make eval BACKEND=vllm
+	@PYTHON="$(PYTHON)" tools/setup_vllm.sh .venv-vllm
 
 lint: $(READY) ## ruff: format in place, then check
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -1,7 +1,9 @@
-"""PEFT's DoRA on a bitsandbytes 8-bit base, mended (peft 0.20.0).
+"""PEFT's DoRA on bitsandbytes' 8- and 4-bit weights, mended (peft 0.20.0, bitsandbytes 0.50.2).
 
-Two faults: on a CPU, dequantising calls `.to("cpu")` on the weight, which brings back its `CB` without `SCB`, so the
-second forward fails; on a GPU the result is float32, which flash attention refuses and everything else pays for.
+Three faults. 8-bit on a CPU: dequantising calls `.to("cpu")` on the weight and brings back its `CB` without `SCB`, so
+the second forward fails. 8-bit on a GPU: the result is float32, which flash attention refuses and everything else pays
+for. 4-bit on a CPU with AVX-512 BF16: the first forward in evaluation mode repacks the weights in place, and PEFT reads
+them afterwards as if it had not: the norms, and with them the answers, are wrong without a word.
 """
 
 from functools import wraps
@@ -12,9 +14,10 @@ from peft.tuners.lora import dora
 
 
 def mend() -> None:
-    """Replace PEFT's two functions in place; calling it again changes nothing."""
+    """Replace the functions in place, before a model is loaded; calling it again changes nothing."""
     if getattr(dora.dequantize_module_weight, "mended", False):
         return
+    bnb.nn.modules.has_avx512bf16 = lambda: False  # layers ask once, when they are made; then nothing is repacked
     dora.dequantize_module_weight = _dequantize(dora.dequantize_module_weight)
     dora.DoraLinearLayer.forward = _in_input_dtype(dora.DoraLinearLayer.forward)
 

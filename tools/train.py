@@ -79,6 +79,7 @@ def train(path: Path, *, small: bool = False, force: bool = False, args: list[st
         record = {
             "recipe": path.stem,
             "tiny": small,
+            "base_model": base_model(run_recipe),
             "identity": identity_digest(identity),
             "args": args,
             "adapter": adapter,
@@ -145,6 +146,12 @@ def prepare_data(path: Path, recipe: dict[str, Any], small: bool) -> str:
             if not (ROOT / entry["path"]).is_file():
                 raise UserError(f"{path}: key '{kind}': {entry['path']} is missing; run `make data TASK={task}`")
     return origin
+
+
+def base_model(recipe: dict[str, Any]) -> str:
+    """The hub id, or the folder behind the link that the recipe names: `.cache/tiny` may point elsewhere later."""
+    folder = ROOT / recipe["base_model"]
+    return os.path.relpath(folder.resolve(), ROOT) if folder.is_dir() else recipe["base_model"]
 
 
 def task_parts(task: str) -> list[str]:

@@ -1,0 +1,128 @@
+"""An OpenAI-compatible endpoint: a real HTTP server on this machine that answers, refuses and talks nonsense."""
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from lm_eval.api.instance import Instance
+
+from eval import endpoint
+from tools.cli import UserError
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers with the last word of the prompt; each request first takes the next misdeed from server.script."""
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with server.lock:
+            server.log.append((self.path, body, self.headers.get("Authorization")))
+            act = server.script.pop(0) if server.script else {}
+        if act.get("drop"):
+            self.close_connection = True
+            return self.connection.close()
+        text = body["messages"][-1]["content"].split()[-1]
+        usage = {"prompt_tokens": 5, "completion_tokens": 1}
+        answer = {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}
+        said = act.get("body", json.dumps(answer)).encode()
+        self.send_response(act.get("status", 200))
+        for key, value in act.get("headers", {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.script, server.log, server.lock = [], [], threading.Lock()
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def ask(server, texts, model="m"):
+    lm = endpoint.Endpoint(server.url, model, backoff=0.01)
+    requests = [
+        Instance("generate_until", {}, (lm.apply_chat_template([{"role": "user", "content": text}]), OPTIONS), i)
+        for i, text in enumerate(texts)
+    ]
+    return lm, lm.generate_until(requests, disable_tqdm=True)
+
+
+OPTIONS = {"max_gen_toks": 7, "do_sample": False, "until": ["\n"]}
+
+
+def test_every_prompt_is_answered_in_order(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    lm, answers = ask(server, [f"say word{i}" for i in range(50)])
+    assert answers == [f"word{i}" for i in range(50)]
+    path, body, key = server.log[0]
+    assert path == "/v1/chat/completions" and key == "Bearer sk-test"
+    assert body["model"] == "m" and body["max_tokens"] == 7 and body["temperature"] == 0 and body["stop"] == ["\n"]
+    assert set(lm.tokens.values()) == {(5, 1)}
+
+
+@pytest.mark.parametrize(
+    "misdeed", [{"status": 429, "headers": {"Retry-After": "0"}}, {"status": 503}, {"drop": True}], ids=str
+)
+def test_what_passes_is_waited_for(server, misdeed):
+    server.script = [misdeed] * 3
+    assert ask(server, ["say yes"])[1] == ["yes"]
+    assert len(server.log) == 4
+
+
+LASTING = {
+    "429 for ever": (
+        {"status": 429},
+        r"still answers 429 \(too many requests\) after 6 tries; wait, or ask for a higher",
+    ),
+    "500 for ever": ({"status": 500}, "still answers with a server's error after 6 tries; look at its log"),
+    "401": (
+        {"status": 401, "body": '{"error": "no such key"}'},
+        "answered 401 .*no such key.*; check MODEL and OPENAI_",
+    ),
+    "404": ({"status": 404, "body": "not\n here"}, r"answered 404 \(not here\); check MODEL"),
+    "garbage": ({"body": "<html>hello</html>"}, "is not a chat completion .*is this an OpenAI endpoint?"),
+    "another JSON": ({"body": '{"choices": []}'}, "is not a chat completion"),
+    "a list": ({"body": "[1]"}, "is not a chat completion"),
+    "no text": ({"body": '{"choices": [{"message": {"content": null}}]}'}, "is not a chat completion"),
+}
+
+
+@pytest.mark.parametrize("case", LASTING)
+def test_what_lasts_is_one_line(server, case):
+    misdeed, expected = LASTING[case]
+    server.script = [misdeed] * 40
+    with pytest.raises(UserError, match=expected) as error:
+        ask(server, ["say yes"])
+    assert "\n" not in str(error.value)
+
+
+def test_nobody_listens():
+    with pytest.raises(UserError, match="cannot be reached; is the server running"):
+        lm = endpoint.Endpoint("http://127.0.0.1:9/v1", "m", backoff=0.001)
+        lm.generate_until([Instance("generate_until", {}, ("[]", OPTIONS), 0)])
+
+
+def test_no_key_in_an_error(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-key")
+    server.script = [{"status": 401, "body": "wrong key sk-secret-key given"}]
+    with pytest.raises(UserError) as error:
+        ask(server, ["say yes"])
+    assert "sk-secret-key" not in str(error.value) and re.search(r"wrong key \*\*\* given", str(error.value))
+
+
+def test_likelihoods_are_not_to_be_had(server):
+    lm, _ = ask(server, ["say yes"])
+    with pytest.raises(UserError, match="gives no likelihoods; run this task on the weights"):
+        lm.loglikelihood([])

@@ -1,0 +1,229 @@
+"""Models for evaluation: the adapter reaches the model, magnitudes included, and what does not fit is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval import models
+from tools.cli import UserError
+
+TARGETS = ["q_proj", "k_proj", "v_proj"]
+IDS = torch.arange(3, 45).reshape(2, 21)
+
+
+def make_adapter(base, folder, method="dora", r=4, targets=TARGETS):
+    """An untrained adapter whose B and magnitudes are not what PEFT starts with, so that each changes the model."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=16,
+        target_modules=targets,
+        use_dora=method == "dora",
+        use_rslora=method == "rslora",
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    for name, tensor in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(tensor, std=0.05)
+        elif "magnitude" in name:
+            tensor.data *= 1 + 0.3 * torch.rand_like(tensor)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return {method: make_adapter(tiny_base, folder / method, method) for method in ("lora", "dora", "rslora")}
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+def test_merging_is_the_formula(tiny_base, adapters):
+    """W' = m (W0 + s B A) / ||W0 + s B A||, the norm over each output row, in float64."""
+    plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+    merged = models.attach(models.load_base(tiny_base, 16), adapters["dora"])
+    tensors = load_file(adapters["dora"] / "adapter_model.safetensors")
+    for layer in range(4):
+        for target in TARGETS:
+            name = f"model.layers.{layer}.self_attn.{target}"
+            a, b, m = (
+                tensors[f"base_model.model.{name}.{part}"].double()
+                for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+            )
+            summed = plain.get_submodule(name).weight.double() + 16 / 4 * b @ a
+            expected = m[:, None] * summed / summed.norm(dim=1, keepdim=True)
+            assert torch.allclose(merged.get_submodule(name).weight.double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
+def test_merged_is_what_was_trained(tiny_base, adapters, method, bits):
+    """Merged into the widened weights, and left on the quantised ones with cached norms, an adapter says the same."""
+    merged = logits(models.attach(models.load_base(tiny_base, bits), adapters[method]))
+    base = models.load_base(tiny_base, bits, keep_quantised=True)
+    kept = models.attach(base, adapters[method]) if bits != 16 else PeftModel.from_pretrained(base, adapters[method])
+    first = logits(kept.eval())
+    assert torch.equal(first, logits(kept)), "the second forward takes the cached norms"
+    # LLM.int8 rounds activations too.
+    assert (merged - first).abs().max() < {16: 1e-4, 8: 0.3, 4: 1e-4}[bits]
+    without = logits(models.load_base(tiny_base, bits))
+    assert (merged - without).abs().max() > 4
+
+
+def test_the_magnitudes_are_used_and_the_wrong_way_of_loading_loses_them_in_silence(tiny_base, adapters, tmp_path):
+    right = logits(models.attach(models.load_base(tiny_base, 16), adapters["dora"]))
+    changed = tmp_path / "changed"
+    shutil.copytree(adapters["dora"], changed)
+    tensors = load_file(changed / "adapter_model.safetensors")
+    for name in tensors:
+        if "magnitude" in name:
+            tensors[name] = tensors[name] * 1.5
+    save_file(tensors, changed / "adapter_model.safetensors")
+    assert (logits(models.attach(models.load_base(tiny_base, 16), changed)) - right).abs().max() > 0.1
+
+    lost = AutoModelForCausalLM.from_pretrained(adapters["dora"], dtype=torch.float32).eval()
+    assert (logits(lost) - right).abs().max() > 0.1, "transformers keeps magnitudes now: DESIGN and docs may say so"
+
+
+def test_a_tensor_that_does_not_reach_the_model_is_named(tiny_base, adapters, tmp_path, monkeypatch):
+    import peft.utils
+
+    real = peft.utils.get_peft_model_state_dict
+    monkeypatch.setattr(
+        peft.utils,
+        "get_peft_model_state_dict",
+        lambda model: {name: t for name, t in real(model).items() if "magnitude" not in name},
+    )
+    with pytest.raises(UserError, match="lora_magnitude_vector did not reach the model"):
+        models.attach(models.load_base(tiny_base, 16), adapters["dora"])
+
+
+def edit_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def drop_magnitudes(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(path).items() if "magnitude" not in name}, path)
+
+
+def truncate(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+BAD_ADAPTERS = {
+    "missing": (shutil.rmtree, "no such adapter folder; train one, or name a PEFT folder or hub id with ADAPTER="),
+    "no weights": (
+        lambda f: (f / "adapter_model.safetensors").unlink(),
+        "holds no adapter_model.safetensors; name the",
+    ),
+    "pickled": (
+        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+        r"holds no adapter_model.safetensors \(pickled weights are not loaded\)",
+    ),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter_config.json"),
+    "config is not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "is not the configuration of a LoRA"),
+    "another kind": (lambda f: edit_config(f, peft_type="IA3"), "is not the configuration of a LoRA or DoRA adapter"),
+    "truncated": (truncate, "adapter_model.safetensors: cannot be read .*; fetch or train the adapter again"),
+    "magnitudes lost": (drop_magnitudes, "says use_dora: true and the weights hold no magnitudes"),
+    "magnitudes ignored": (lambda f: edit_config(f, use_dora=False), "does not say use_dora; magnitudes would be lost"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ADAPTERS)
+def test_bad_adapters(case, adapters, tmp_path):
+    damage, expected = BAD_ADAPTERS[case]
+    shutil.copytree(adapters["dora"], tmp_path / "a")
+    damage(tmp_path / "a")
+    with pytest.raises(UserError, match=expected) as error:
+        models.adapter_facts(tmp_path / "a")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ["q_proj", "down_proj"]])
+def test_an_adapter_for_another_base_is_named_before_weights_load(targets, tiny_base, tmp_path):
+    adapter = make_adapter(tiny_base, tmp_path / "a", targets=targets)
+    models.check_fits(adapter, str(tiny_base))
+    config = json.loads((tiny_base / "config.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(config | {"hidden_size": 512, "head_dim": 128}))
+    with pytest.raises(UserError, match=r"lora_[AB].weight is .* where .* takes .*512.*; it was trained on .*MODEL="):
+        models.check_fits(adapter, str(other))
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(UserError, match=r"layers.[23].* is no layer of .*; it was trained on"):
+        models.check_fits(adapter, str(other))
+
+
+def test_an_adapter_with_other_target_modules(tiny_base, adapters, tmp_path):
+    other = tmp_path / "a"
+    shutil.copytree(adapters["lora"], other)
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file(
+        {name.replace("q_proj", "w_q"): tensor for name, tensor in tensors.items()}, other / "adapter_model.safetensors"
+    )
+    with pytest.raises(UserError, match="w_q.lora_A.weight is no layer of"):
+        models.check_fits(other, str(tiny_base))
+
+
+def test_a_base_that_is_not_there(tmp_path):
+    for call in (models.load_config, lambda model: models.load_tokenizer(model, None, "saved")):
+        with pytest.raises(UserError, match="cannot be loaded") as error:
+            call(str(tmp_path / "nothing"))
+        assert "\n" not in str(error.value)
+
+
+def test_prompts(tiny_base, adapters, tmp_path):
+    """Saved beside the adapter, then the base's; FinLoRA's two by name; none at all is an error."""
+    question = [{"role": "user", "content": "Up or down?"}]
+
+    def prompt(tokenizer):
+        return tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+
+    bare = AutoTokenizer.from_pretrained(tiny_base)
+    assert bare.chat_template is None
+    with pytest.raises(UserError, match="has no chat template; choose a prompt: PROMPT=finlora_inst or raw"):
+        models.load_tokenizer(str(tiny_base), adapters["dora"], "saved")
+    assert prompt(models.load_tokenizer(str(tiny_base), None, "raw")) == "<|begin_of_text|>Up or down?"
+    inst = prompt(models.load_tokenizer(str(tiny_base), None, "finlora_inst"))
+    assert inst == "<|begin_of_text|>[INST] Up or down? [/INST]"
+    beside = tmp_path / "a"
+    shutil.copytree(adapters["dora"], beside)
+    bare.chat_template = "{{ messages[0]['content'] }}!"
+    bare.save_pretrained(beside)
+    assert prompt(models.load_tokenizer(str(tiny_base), beside, "saved")) == "Up or down?!"
+    assert models.prompts() == ["saved", "finlora_inst", "raw"]
+
+
+def test_batches_of_many_lengths_answer_as_one_prompt_at_a_time(tiny_base, adapters):
+    from lm_eval.api.instance import Instance
+
+    model = models.attach(models.load_base(tiny_base, 16), adapters["dora"])
+    tokenizer = models.load_tokenizer(str(tiny_base), None, "raw")
+    texts = ["<|begin_of_text|>" + "profit rose and " * n + "the share" for n in (1, 30, 2, 80, 3, 7, 7, 1, 55, 4)]
+    requests = [
+        Instance("generate_until", {}, (text, {"max_gen_toks": 6, "do_sample": False}), i)
+        for i, text in enumerate(texts)
+    ]
+    sizes = []
+    many = models.harness(model, tokenizer, batch_tokens=300)
+    generate = many._model_generate
+    many._model_generate = lambda context, **rest: sizes.append(tuple(context.shape)) or generate(context, **rest)
+    answers = many.generate_until(requests, disable_tqdm=True)
+    one = models.harness(model, tokenizer, batch_tokens=1)
+    assert answers == one.generate_until(requests, disable_tqdm=True)
+    assert sum(size for size, _ in sizes) == len(texts) and len(sizes) < len(texts)
+    assert all(size == 1 or size * length <= 300 for size, length in sizes), sizes

@@ -1,0 +1,345 @@
+"""The runner on a tiny model: what it asks and keeps, that interrupted runs end as uninterrupted ones, bad input."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from test_endpoint import server  # noqa: F401 (a fixture)
+from test_eval_models import adapters, make_adapter  # noqa: F401 (a fixture)
+
+from eval import forgetting, run, testsets
+from tools.cli import UserError
+
+WORDS = ["negative", "neutral", "positive"]
+ASK = "Instruction: What is the sentiment of this news? Please choose an answer from {negative/neutral/positive}.\n"
+
+
+def write_rows(folder, name, count, seed=0):
+    path = folder / testsets.all_sets()[name]["file"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for number in range(count):
+            text = f"{ASK}Input: Share {number} of the fund {'rose ' * draw.randint(1, 9)}\nAnswer: "
+            file.write(json.dumps({"context": text, "target": draw.choice(WORDS)}) + "\n")
+    return path
+
+
+@pytest.fixture
+def tests_folder(tmp_path):
+    write_rows(tmp_path / "tests", "fpb", 24)
+    write_rows(tmp_path / "tests", "fiqa", 9, seed=1)
+    return tmp_path / "tests"
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch, tiny_base, adapters, tests_folder):  # noqa: F811
+    """`make eval` in this process, with a folder of results of its own; returns the subjects' folders."""
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+
+    def call(*argv, model=tiny_base, adapter="dora", tests=tests_folder, tasks="fpb", prompt="raw"):
+        given = ["--model", str(model), "--tests", str(tests), "--tasks", tasks, "--prompt", prompt, *argv]
+        given += ["--adapter", str(adapters.get(adapter, adapter))] if adapter else []
+        return run.evaluate(run.parse(given))
+
+    return call
+
+
+def read(folder, name="fpb"):
+    rows = [json.loads(line) for line in (folder / name / "answers.jsonl").read_text().splitlines()]
+    return json.loads((folder / name / "set.json").read_text()), rows
+
+
+def test_everything_asked_is_kept(evaluate, tests_folder, capsys):
+    base, adapter = evaluate("--base", tasks="fpb,fiqa")
+    for folder in base, adapter:
+        for name, count in (("fpb", 24), ("fiqa", 9)):
+            about, rows = read(folder, name)
+            assert about["rows"] == about["evaluated"] == len(rows) == count
+            assert about["labels_used"] == "corrected" and not about["published_file"]
+            assert [row["row"] for row in rows] == list(range(1, count + 1))
+            file = tests_folder / testsets.all_sets()[name]["file"]
+            assert [row["context"] for row in rows] == [json.loads(line)["context"] for line in file.open()]
+            for row in rows:
+                assert row["prompt"] == "<|begin_of_text|>" + row["context"] and row["target"] == row["corrected"]
+                assert 0 < row["answer_tokens"] <= 12 and row["seen"] is None
+        assert not (folder / "answers.part.jsonl").exists()
+    assert [row["answer"] for row in read(base)[1]] != [row["answer"] for row in read(adapter)[1]]
+    facts = json.loads((adapter / "run.json").read_text())
+    assert (facts["method"], facts["r"], facts["alpha"], facts["bits"]) == ("dora", 4, 16, 16)
+    assert facts["way"] == "merged" and facts["prompt"] == "raw" and facts["versions"]["torch"] == torch.__version__
+    assert json.loads((base / "run.json").read_text())["adapter"] is None
+    assert "fpb: finlora" in capsys.readouterr().out
+
+
+def test_the_answers_are_the_adapters_own(evaluate, tiny_base, adapters):  # noqa: F811
+    """Against `generate` one prompt at a time on PEFT's unmerged model."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, rows = read(evaluate()[0])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32), adapters["dora"]
+    )
+    for row in rows[:6]:
+        ids = tokenizer(row["prompt"], return_tensors="pt", add_special_tokens=False)
+        out = model.generate(**ids, max_new_tokens=10, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert row["answer"] == tokenizer.decode(out, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_bases_merged_and_kept(evaluate, bits):
+    merged = read(evaluate("--bits", str(bits), "--limit", "8", "--name", "merged")[0])
+    kept = read(evaluate("--bits", str(bits), "--limit", "8", "--name", "kept", "--keep-quantised")[0])
+    same = sum(a["answer"] == b["answer"] for a, b in zip(merged[1], kept[1], strict=True))
+    assert same >= 6 if bits == 8 else same == 8
+    assert merged[0]["evaluated"] == 8
+
+
+def test_a_second_run_asks_nothing_and_a_larger_limit_all(evaluate, capsys, monkeypatch):
+    evaluate("--limit", "5")
+    assert read(evaluate("--limit", "5")[0])[0]["evaluated"] == 5
+    assert "fpb is answered already; FORCE=1 asks again" in capsys.readouterr().out
+    folder = evaluate()[0]
+    assert read(folder)[0]["evaluated"] == 24
+    before = (folder / "fpb" / "set.json").stat().st_mtime_ns
+    about, rows = read(evaluate("--labels", "published")[0])
+    assert about["labels_used"] == "published" and len(rows) == 24, "other labels ask nothing anew"
+    assert (folder / "fpb" / "set.json").stat().st_mtime_ns > before
+
+
+def test_another_adapter_under_the_same_name(evaluate, tmp_path, capsys):
+    evaluate("--name", "mine", "--limit", "2")
+    with pytest.raises(
+        UserError, match=r"results/mine-raw: holds the answers of another subject \(adapter_sha256: .*FORCE=1"
+    ):
+        evaluate("--name", "mine", "--limit", "2", adapter="lora")
+    evaluate("--name", "mine", "--limit", "2", "--force", adapter="lora")
+    aside = list((tmp_path / "results" / "aside").iterdir())
+    assert len(aside) == 1 and json.loads((aside[0] / "run.json").read_text())["method"] == "dora"
+    assert json.loads((tmp_path / "results" / "mine-raw" / "run.json").read_text())["method"] == "lora"
+
+
+def test_a_changed_test_file_is_asked_anew(evaluate, tests_folder, capsys):
+    evaluate()
+    write_rows(tests_folder, "fpb", 12, seed=5)
+    assert read(evaluate()[0])[0]["rows"] == 12
+    assert "has changed since dora-raw answered it; asking again" in capsys.readouterr().out
+
+
+def test_killed_at_any_moment_it_goes_on(evaluate, tmp_path):
+    """Kill -9 at random moments until it ends by itself: the same answers as without, and none asked twice."""
+    argv = ("--batch-tokens", "1", "--name")
+    expected = read(evaluate(*argv, "whole")[0])[1]
+    part = tmp_path / "results" / "killed-raw" / "answers.part.jsonl"
+    draw, kills, answered = random.Random(3), 0, []
+    while True:
+        child = os.fork()
+        if not child:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            evaluate(*argv, "killed")
+            os._exit(0)
+        before = len(part.read_bytes().splitlines()) if part.exists() else 0
+        deadline, target = time.monotonic() + 60, before + draw.randint(1, 9)
+        while time.monotonic() < deadline and not os.waitpid(child, os.WNOHANG)[0]:
+            lines = part.read_bytes().count(b"\n") if part.exists() else 0
+            if lines >= target:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                kills += 1
+                answered.append(lines)
+                break
+            time.sleep(0.002)
+        else:
+            break
+    assert kills >= 2 and answered == sorted(answered)
+    assert read(tmp_path / "results" / "killed-raw")[1] == expected
+
+
+def test_a_line_cut_in_the_middle_is_asked_again(evaluate, tmp_path):
+    folder = evaluate("--name", "whole")[0]
+    expected = read(folder)[1]
+    (folder / "fpb" / "set.json").unlink()
+    (folder / "answers.part.jsonl").write_text('["a key", "an answer"]\n["anoth')
+    assert read(evaluate("--name", "whole")[0])[1] == expected
+
+
+def test_a_full_disk_loses_nothing(evaluate, tests_folder, tmp_path):
+    write_rows(tests_folder, "fpb", 90)
+    child = os.fork()
+    if not child:
+        code, sys.stdout, sys.stderr = 1, *[open(os.devnull, "w")] * 2  # pytest's own files must not meet the limit
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # bytes a file may have: the next one fails
+            evaluate("--name", "full", "--batch-tokens", "1")
+        except UserError as error:
+            (tmp_path / "said").write_text(str(error))
+            code = 7
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    said = (tmp_path / "said").read_text()
+    assert said.startswith("results/full-raw/") and "cannot be written (File too large)" in said and "\n" not in said
+    assert read(evaluate("--name", "full")[0])[1] == read(evaluate("--name", "other")[0])[1]
+
+
+def test_memory_that_does_not_suffice(evaluate, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(HFLM, "_model_generate", fail)
+    with pytest.raises(UserError, match="out of memory; the same command with BATCH_TOKENS=4096 goes on"):
+        evaluate("--batch-tokens", "8192")
+
+
+def test_an_endpoint(evaluate, server, monkeypatch):  # noqa: F811
+    """The whole way: rows to a server's chat, answers kept; an error in the middle leaves them there."""
+    server.script = [{}] * 10 + [{"status": 404}] * 40
+    with pytest.raises(UserError, match="answered 404"):
+        evaluate("--endpoint", server.url, model="served/name", adapter=None, prompt="saved")
+    server.script = []
+    asked = len(server.log)
+    folder = evaluate("--endpoint", server.url, model="served/name", adapter=None, prompt="saved")[0]
+    about, rows = read(folder)
+    assert folder.name == "name" and {row["answer"] for row in rows} == {"Answer:"}
+    assert json.loads((folder / "run.json").read_text())["way"] == "endpoint"
+    assert len(server.log) - asked < 24, "what was answered before the error is not asked again"
+    with pytest.raises(UserError, match="neither ADAPTER= nor BASE=1"):
+        evaluate("--endpoint", server.url, "--base", model="m", adapter=None)
+
+
+@pytest.fixture
+def copies(tmp_path):
+    """A few rows in the schemas of openai/gsm8k and cais/mmlu."""
+    folder = tmp_path / "copies"
+
+    def question(i):
+        return {"question": f"Ann has {i} shares and buys {i}. How many?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"}
+
+    def choice(i):
+        return {"question": f"{i} + {i}?", "subject": "x", "choices": [str(2 * i), "7", "9", "0"], "answer": 0}
+
+    for part, splits, make in (
+        ("gsm8k/main", {"train": range(1, 9), "test": range(20, 24)}, question),
+        ("mmlu/anatomy", {"dev": range(1, 6), "test": range(20, 23)}, choice),
+        ("mmlu/astronomy", {"dev": range(1, 6), "test": range(30, 32)}, choice),
+    ):
+        (folder / part).mkdir(parents=True)
+        for split, numbers in splits.items():
+            text = "".join(json.dumps(make(number)) + "\n" for number in numbers)
+            (folder / part / f"{split}.jsonl").write_text(text)
+        config = part.split("/")[1]
+        readme = folder / part.split("/")[0] / "README.md"
+        before = readme.read_text() if readme.exists() else "configs:\n"
+        files = "".join(f"  - split: {split}\n    path: {config}/{split}.jsonl\n" for split in splits)
+        readme.write_text(f"{before}- config_name: {config}\n  data_files:\n{files}")
+    for readme in folder.glob("*/README.md"):
+        readme.write_text(f"---\n{readme.read_text()}---\n")
+    return folder
+
+
+def test_forgetting_is_asked_of_both_under_the_same_settings(evaluate, copies):
+    base, adapter = evaluate("--base", tasks="forgetting", tests=copies)
+    for name, count in (("mmlu", 5), ("gsm8k", 4)):
+        (about, before), (_, after) = read(base, name), read(adapter, name)
+        assert about["metric"] == "lm_eval" and about["evaluated"] == len(before) == len(after) == count
+        assert [(row["id"], row["prompt"]) for row in before] == [(row["id"], row["prompt"]) for row in after]
+        assert all(row["right"] in (0, 1) for row in before + after)
+    # Five shots of the copy's own train or dev rows come first.
+    assert read(base, "gsm8k")[1][0]["prompt"].count("How many?") == 6
+    assert read(base, "mmlu")[1][0]["prompt"].count("\nA. ") == 6
+
+
+def test_forgetting_knows_what_is_right(evaluate, copies, monkeypatch):
+    """A model that answers each question rightly scores 1 on both, one that answers wrongly 0."""
+    from lm_eval.models.huggingface import HFLM
+
+    def solve(self, requests, **_):
+        numbers = [request.args[0].rsplit("Ann has ", 1)[1].split()[0] for request in requests]
+        return [f"So #### {2 * int(number) + self.error}" for number in numbers]
+
+    def prefer(self, requests, **_):
+        return [(0.0 if (request.args[1].strip() == "A") == (not self.error) else -9.0, False) for request in requests]
+
+    monkeypatch.setattr(HFLM, "generate_until", solve)
+    monkeypatch.setattr(HFLM, "loglikelihood", prefer)
+    for error in (0, 1):
+        monkeypatch.setattr(HFLM, "error", error, raising=False)
+        folder = evaluate("--name", f"e{error}", tasks="forgetting", tests=copies)[0]
+        for name in forgetting.TASKS:
+            assert {row["right"] for row in read(folder, name)[1]} == {1 - error}, name
+
+
+def test_published_and_corrected_labels_of_tfns(evaluate, shared):
+    folder = evaluate("--limit", "400", tasks="tfns", tests=shared)[0]
+    about, rows = read(folder, "tfns")
+    assert about["published_file"] and about["rows"] == 2388 and len(rows) == 400
+    exchanged = {"neutral": "positive", "positive": "neutral", "negative": "negative"}
+    assert all(row["corrected"] == exchanged[row["target"]] for row in rows)
+
+
+def test_real_fpb_and_fiqa_rows(evaluate, shared):
+    folder = evaluate("--limit", "40", tasks="fpb,fiqa,formula", tests=shared)[0]
+    for name in "fpb", "fiqa", "formula":
+        about, rows = read(folder, name)
+        assert about["published_file"] and len(rows) == 40 and all(row["target"] == row["corrected"] for row in rows)
+
+
+def run_cli(command, *argv):
+    done = command("eval.run", *argv)
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_mistakes_are_one_line(command, house, tmp_path):
+    """Through the command itself, before anything is loaded."""
+    adapter = make_adapter(next(house.joinpath(".cache").glob("tiny-*")).resolve(), tmp_path / "a")
+    write_rows(house / "data" / "raw", "fpb", 3)
+    model = ("--model", str(tmp_path / "m"))
+    shutil.copytree(next(house.joinpath(".cache").glob("tiny-*")).resolve(), tmp_path / "m")
+    for argv, expected in {
+        (): "nothing to evaluate; give RECIPE=<trained recipe>, or MODEL= and ADAPTER=",
+        ("--recipe", "sentiment_r8_dor"): "RECIPE=sentiment_r8_dor: no such recipe; did you mean sentiment_r8_dora",
+        ("--recipe", "sentiment_r8_dora"): "outputs/sentiment_r8_dora: is not trained; run `make train RECIPE=sent",
+        ("--recipe", "sentiment_r8_dora", "--model", "x"): "RECIPE= says model and adapter already",
+        (*model, "--adapter", str(tmp_path / "none")): "no such adapter folder",
+        (*model, "--adapter", str(adapter)): "no test set is named; give TASKS=, for example TASKS=general",
+        (*model, "--tasks", "fbp"): "TASKS=fbp: no test set or group 'fbp'; did you mean fpb",
+        (
+            *model,
+            "--tasks",
+            "tfns",
+        ): "data/raw/test/tfns_test.jsonl: is missing; make data TASK=sentiment, or leave tfns",
+        (*model, "--tasks", "cfa_level1"): "data/raw/test/cfa_level1_test.jsonl: is missing; bring your own",
+        (
+            *model,
+            "--tasks",
+            "fpb",
+        ): "data/raw/test/fpb_test.jsonl: is not FinLoRA's published file (its checksum differs)",
+        (*model, "--tasks", "fpb", "--tests", str(tmp_path)): "test/fpb_test.jsonl: is missing",
+        (
+            *model,
+            "--tasks",
+            "fpb",
+            "--tests",
+            str(house / "data" / "raw"),
+            "--prompt",
+            "x",
+        ): "PROMPT=x: there are saved",
+        (*model, "--tasks", "gsm8k", "--tests", str(tmp_path)): "gsm8k: is missing; put a copy of openai/gsm8k there",
+        (*model, "--limit", "0"): "error: argument --limit: '0' is not a number above 0",
+    }.items():
+        assert expected in run_cli(command, *argv), argv
+    (house / "outputs" / "sentiment_r8_dora" / "checkpoint-5").mkdir(parents=True)
+    assert "its training is unfinished; run `make train" in run_cli(command, "--recipe", "sentiment_r8_dora")
