@@ -1,0 +1,589 @@
+"""The report: what it shows, what it refuses to be stopped by, and how it looks in a real browser."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+
+import made
+import pytest
+
+from data.tasks import load_tasks
+from eval import results
+from eval.report import (
+    BESIDE,
+    PUBLISHED,
+    axis,
+    curve,
+    number,
+    percent,
+    published,
+    published_average,
+    report,
+    signed,
+    visible,
+)
+from eval.scorers import finlora, summary
+from eval.stats import interval, paired
+from tools.cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = "base-llama-3-1-8b-instruct-8bit"
+SETS = {name: test for task in load_tasks().values() for name, test in task["tests"].items()}
+
+
+@pytest.fixture
+def everything(tmp_path):
+    return made.everything(tmp_path / "results")
+
+
+def page(folder: Path) -> str:
+    return (folder / "index.html").read_text(encoding="utf-8")
+
+
+def rows_of(shown: dict, subject: str, name: str) -> list[dict]:
+    entry = next(entry for entry in shown["subjects"] if entry["name"] == subject)
+    return [row for row in entry["rows"] if row["set"] == name]
+
+
+def notes_of(shown: dict, subject: str) -> str:
+    return " ".join(next(entry["notes"] for entry in shown["subjects"] if entry["name"] == subject))
+
+
+# FinLoRA's figures
+
+
+@pytest.mark.parametrize(("name", "average"), [("base", 37.05), ("DoRA", 69.53), ("LoRA", 74.74), ("rsLoRA", 73.82)])
+def test_the_published_overall_average_comes_out(name, average):
+    assert round(published_average(BESIDE[name]), 2) == average
+
+
+def test_every_printed_average_but_one_is_the_mean_of_its_column():
+    off = {
+        model: round(published_average(model), 2)
+        for model, (printed, _) in published()["overall"].items()
+        if abs(published_average(model) - printed) > 0.01
+    }
+    assert off == {"GPT-4o": 66.44}  # printed: 63.39
+
+
+def test_the_published_table_covers_the_19_test_sets():
+    assert set(published()) - {"overall"} == set(SETS) and len(SETS) == 19
+    assert all(set(BESIDE.values()) <= set(models) for models in published().values())
+
+
+def test_the_published_figures_are_those_of_finlora():
+    source = ROOT.parent / "shared" / "finlora" / "published_results.csv"
+    if not source.exists():
+        pytest.skip("../shared/finlora is not here: the copy was not compared")
+    with open(source, newline="") as theirs, open(PUBLISHED, newline="") as ours:
+        copied = [{key: value for key, value in row.items() if key != "set"} for row in csv.DictReader(ours)]
+        assert copied == list(csv.DictReader(theirs))
+
+
+# What it shows
+
+
+def test_a_score_its_interval_and_its_difference_are_those_of_the_scorers(everything):
+    row = rows_of(report(everything), "sentiment_r8_dora", "fpb")[0]
+
+    def items(subject):
+        lines = [json.loads(line) for line in open(everything / subject / "fpb" / "answers.jsonl")]
+        return finlora(SETS["fpb"], [line["answer"] for line in lines], [line["target"] for line in lines])
+
+    ours, base = items("sentiment_r8_dora"), items(BASE)
+    assert row["score"]["accuracy"] == summary(ours)["accuracy"]
+    assert (row["score"]["low"], row["score"]["high"]) == interval(ours)
+    assert row["difference"] == paired(base, ours)
+    expected = f"{percent(row['score']['accuracy'])} [{percent(row['score']['low'], 1)}, "
+    assert expected in (everything / "README.md").read_text()
+    assert f"<b>{percent(row['score']['accuracy'])}</b>" in page(everything)
+
+
+def test_both_label_versions_stand_side_by_side_and_the_defect_is_explained(everything):
+    shown = report(everything)
+    corrected, as_published = rows_of(shown, "sentiment_r8_dora", "tfns")
+    assert (corrected["labels"], as_published["labels"]) == ("corrected", "published")
+    assert corrected["score"]["accuracy"] > 0.8 > 0.5 > as_published["score"]["accuracy"]
+    assert not corrected["published"] and as_published["published"]["DoRA"] == (59.09, 0.702)
+    for text in page(everything), (everything / "README.md").read_text():
+        assert "calls 475 positive rows neutral and 1,566 neutral rows positive: 2,041 of" in " ".join(text.split())
+    assert "<b>corrected labels</b>" in page(everything) and "<b>published labels</b>" in page(everything)
+
+
+def test_published_labels_come_first_where_they_were_asked_for(everything):
+    for path in everything.glob("*/tfns/set.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"labels_used": "published"}))
+    assert [row["labels"] for row in rows_of(report(everything), BASE, "tfns")] == ["published", "corrected"]
+
+
+def test_rows_that_were_trained_on_are_left_out_of_a_line_of_their_own(everything):
+    whole, unseen = rows_of(report(everything), "sentiment_r8_dora", "fpb")
+    assert (whole["rows"], unseen["rows"], unseen["only"]) == (240, 216, "not seen in training")
+    assert unseen["difference"]["rows"] == 216 and not unseen["published"]
+
+
+def test_strict_scores_appear_where_they_differ(everything):
+    shown = report(everything)
+    fpb, formula = (rows_of(shown, "sentiment_r8_dora", name)[0] for name in ("fpb", "formula"))
+    assert fpb["strict"]["accuracy"] < fpb["score"]["accuracy"]  # "The sentiment is neutral" holds the label
+    assert formula["strict"] is None and formula["unparsed"] == 5
+
+
+def test_an_average_stands_beside_the_published_one_over_the_same_sets(everything):
+    entry = report(everything)["subjects"][0]
+    corrected, as_published = entry["averages"]
+    names = ["fpb", "tfns", "xbrl_term", "formula"]
+    assert as_published["sets"] == names and not as_published["whole"]
+    assert as_published["published"]["DoRA"] == pytest.approx((81.93 + 59.09 + 60.6 + 28.5) / 4)
+    rows = {(row["set"], row["labels"]): row["score"]["accuracy"] for row in entry["rows"] if not row["only"]}
+    rest = sum(rows[name, "published"] for name in names if name != "tfns")
+    assert as_published["value"] == pytest.approx((rest + rows["tfns", "published"]) / 4)
+    assert corrected["value"] == pytest.approx((rest + rows["tfns", "corrected"]) / 4)
+    assert not corrected["published"]
+
+
+def test_with_all_19_sets_it_is_finloras_overall_average(tmp_path):
+    folder = made.subject(tmp_path, "all_r8_dora")
+    for name, spec in SETS.items():
+        rows = made.label_rows(6, 1.0)
+        if spec["metric"] == "bertscore_f1":
+            rows = [row | {"bertscore": 0.5} for row in rows]
+        made.answered(folder, name, rows, metric=spec["metric"], labels=spec["labels"])
+    (average,) = report(tmp_path)["subjects"][0]["averages"]
+    assert average["whole"] and average["published"]["base"] == pytest.approx(37.05, abs=0.005)
+    assert average["value"] == pytest.approx((17 * 1 + 2 * 0.5) / 19)
+    assert "overall average (19 sets)" in (tmp_path / "README.md").read_text()
+
+
+def test_forgetting_is_paired_with_the_base(everything):
+    entry = report(everything)["subjects"][0]
+    (row,) = entry["forgetting"]
+    assert row["set"] == "mmlu" and row["base"]["accuracy"] == pytest.approx(0.675)
+    assert row["difference"]["difference"] == pytest.approx(row["score"]["accuracy"] - row["base"]["accuracy"])
+    assert row["difference"]["rows"] == 120
+
+
+def test_a_confusion_matrix_counts_every_row_once(everything):
+    entry = report(everything)["subjects"][0]
+    (fpb,) = next(one for one in entry["details"] if one["set"] == "fpb")["matrices"]
+    assert fpb["columns"] == [*made.THREE, "unparsed"]
+    assert sum(cell["count"] for row in fpb["rows"] for cell in row["cells"]) == 240
+    right = sum(cell["count"] for row in fpb["rows"] for cell in row["cells"] if cell["right"])
+    assert right == round(rows_of(report(everything), "sentiment_r8_dora", "fpb")[0]["strict"]["accuracy"] * 240)
+
+
+def test_the_most_frequent_errors_and_the_lowest_values_come_first(everything):
+    entry = report(everything)["subjects"][0]
+    details = {one["set"]: one for one in entry["details"]}
+    counts = [error["count"] for error in details["fpb"]["errors"]]
+    assert counts == sorted(counts, reverse=True) and details["fpb"]["wrong"] >= sum(counts)
+    first = details["xbrl_term"]["errors"][0]["examples"][0]
+    assert (first["row"], first["answer"], first["marks"]) == (8, "", ["BERTScore F1 0.00"])
+    assert "<i>(empty)</i>" in page(everything)
+
+
+def test_format_time_and_tokens(tmp_path):
+    folder = made.subject(tmp_path, "one")
+    rows = [{"target": "neutral", "answer": "neutral"} for _ in range(8)]
+    rows[0] |= {"answer": " ", "stopped": False}
+    rows[1] |= {"answer": "It is mixed"}
+    made.answered(folder, "fpb", rows, seconds=4.0)
+    (entry,) = report(tmp_path)["subjects"][0]["format"]
+    assert (entry["unparsed"], entry["cut"], entry["empty"], entry["speed"]) == (2, 1, 1, 2.0)
+    assert (entry["prompt_tokens"], entry["answer_tokens"]) == (480, 16)
+
+
+def test_the_same_results_give_the_same_bytes(everything):
+    report(everything)
+    before = [(everything / name).read_bytes() for name in ("index.html", "README.md")]
+    again = subprocess.run(
+        [sys.executable, "-m", "eval.report", "--results", str(everything)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "7"},
+    )
+    assert again.returncode == 0, again.stderr
+    assert "3 models, 5 data sets" in again.stdout
+    assert before == [(everything / name).read_bytes() for name in ("index.html", "README.md")]
+
+
+# What a reader must know first
+
+
+def test_a_tiny_model_other_files_and_limit_are_said(tmp_path):
+    folder = made.subject(tmp_path, "sentiment_r8_dora.tiny", tiny=True, git={"commit": "abc", "changed": True})
+    made.answered(folder, "fpb", made.label_rows(5, 1.0), rows=1212, limit=5, published_file=False)
+    made.answered(folder, "fiqa", made.label_rows(5, 1.0))
+    shown = report(tmp_path)
+    (average,) = shown["subjects"][0]["averages"]
+    assert average["published"] == {}  # another file: no average of FinLoRA's to set beside it
+    said = notes_of(shown, folder.name)
+    for part in "tiny stand-in", "Not FinLoRA's published files", "fpb 5 of 1,212", "not committed", "BASE=1":
+        assert part in said
+    text = " ".join(page(tmp_path).split())
+    assert "5 <small>of 1,212</small>" in text and "2 sets, published labels, LIMIT" in text
+    assert "published labels, other file" in text
+
+
+def test_it_is_said_where_nobody_knows_what_was_trained_on(tmp_path):
+    rows = [row | {"seen": None} for row in made.label_rows(5, 1.0)]
+    made.answered(made.subject(tmp_path, "hub-adapter"), "fpb", rows)
+    shown = report(tmp_path)
+    assert "trained on is not known" in notes_of(shown, "hub-adapter")
+    assert len(rows_of(shown, "hub-adapter", "fpb")) == 1
+
+
+def test_another_prompt_of_the_base_is_said(everything):
+    path = everything / BASE / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prompt": "raw"}))
+    assert "asked with another prompt (the raw context, as FinLoRA tested)" in notes_of(
+        report(everything), "sentiment_r8_dora"
+    )
+
+
+def test_a_base_with_the_same_prompt_is_preferred_and_others_are_not_taken(everything):
+    for name, facts in ("a-raw", {"prompt": "raw"}), ("b-4bit", {"bits": 4}), ("c-other", {"model": "other"}):
+        made.answered(made.subject(everything, name, adapter=False, **facts), "fpb", made.label_rows(240, 0.5))
+    subjects, _ = results.read(everything)
+    assert results.base_of(subjects["sentiment_r8_dora"], subjects).name == BASE
+    assert results.base_of(subjects[BASE], subjects) is None
+
+
+def test_only_rows_that_both_answered_are_compared(everything):
+    folder = everything / BASE / "fpb"
+    kept = (folder / "answers.jsonl").read_text().splitlines(keepends=True)[:50]
+    (folder / "answers.jsonl").write_text("".join(kept))
+    about = json.loads((folder / "set.json").read_text())
+    (folder / "set.json").write_text(json.dumps(about | {"evaluated": 50, "limit": 50}))
+    row = rows_of(report(everything), "sentiment_r8_dora", "fpb")[0]
+    assert (row["rows"], row["difference"]["rows"]) == (240, 50)
+    assert ", 50 rows" in (everything / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("fpb", {"sha256": "other"}, "another file"),
+        ("xbrl_term", {"encoder": "other, layer 3"}, "another measure"),
+    ],
+)
+def test_a_base_that_answered_something_else_gives_no_difference(everything, name, change, reason):
+    path = everything / BASE / name / "set.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    shown = report(everything)
+    assert rows_of(shown, "sentiment_r8_dora", name)[0]["difference"] is None
+    assert reason in notes_of(shown, "sentiment_r8_dora")
+
+
+# What is broken
+
+
+def cut_line(folder):
+    path = folder / "answers.jsonl"
+    path.write_text(path.read_text()[:-30])
+
+
+def drop_row(folder):
+    path = folder / "answers.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def twice(folder):
+    path = folder / "answers.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:-1], lines[0]]))
+
+
+def rewrite(key, value):
+    def change(folder):
+        path = folder / "answers.jsonl"
+        first, *rest = path.read_text().splitlines(keepends=True)
+        row = json.loads(first)
+        row[key] = value
+        path.write_text("".join([json.dumps(row) + "\n", *rest]))
+
+    return change
+
+
+def set_json(**change):
+    def write(folder):
+        path = folder / "set.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    return write
+
+
+BROKEN = {
+    "unfinished": (lambda folder: (folder / "set.json").unlink(), "fpb: unfinished (240 answers so far)"),
+    "cut": (cut_line, "answers.jsonl:240: is cut short"),
+    "not JSON": (lambda folder: (folder / "set.json").write_text("{"), "set.json: cannot be read"),
+    "not UTF-8": (lambda folder: (folder / "answers.jsonl").write_bytes(b"\xff\n"), "answers.jsonl: cannot be read"),
+    "no answers": (
+        lambda folder: (folder / "answers.jsonl").unlink(),
+        "answers.jsonl: cannot be read (it is not there)",
+    ),
+    "a list": (lambda folder: (folder / "set.json").write_text("[]"), "set.json: is not an object"),
+    "a row less": (drop_row, "has 239 answers and set.json says 240"),
+    "a row twice": (twice, "answers.jsonl:240: row 1 is there twice"),
+    "an answer that is a number": (rewrite("answer", 1), "answers.jsonl:1: 'answer' is wrong"),
+    "a row that is no number": (rewrite("row", True), "answers.jsonl:1: 'row' is wrong"),
+    "labels of another kind": (set_json(labels_used="mine"), "'labels_used' is neither"),
+    "another set": (set_json(set="tfns"), "lies in fpb/"),
+    "no metric": (set_json(metric=None), "'metric' is wrong"),
+}
+
+
+@pytest.mark.parametrize(("harm", "said"), BROKEN.values(), ids=BROKEN)
+def test_what_is_broken_is_named_in_one_line_and_stops_nothing_else(everything, capsys, harm, said):
+    harm(everything / "sentiment_r8_dora" / "fpb")
+    shown = report(everything)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and line.startswith("warning: ") and "evaluat" in line or "make eval" in line
+    assert not rows_of(shown, "sentiment_r8_dora", "fpb") and rows_of(shown, "sentiment_r8_dora", "tfns")
+    for text in page(everything), (everything / "README.md").read_text():
+        assert said.replace("'", "&#39;") in text or said in text
+
+
+def test_a_missing_bertscore_is_named(everything, capsys):
+    rewrite("bertscore", None)(everything / BASE / "xbrl_term")
+    report(everything)
+    assert "answers.jsonl:1: has no bertscore" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}'])
+def test_a_broken_run_json_is_named(everything, capsys, text):
+    (everything / "sentiment_r8_lora" / "run.json").write_text(text)
+    assert len(report(everything)["subjects"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sentiment_r8_lora/run.json: " in line
+
+
+def test_answers_that_a_killed_evaluation_kept_are_named(everything, capsys):
+    (everything / "killed").mkdir()
+    for name in "killed", BASE:
+        (everything / name / "answers.part.jsonl").write_text("[1]\n[2]\n")
+    report(everything)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("unfinished (2 answers kept)" in line for line in lines)
+
+
+def test_results_set_aside_and_stray_files_are_passed_over(everything, capsys):
+    shutil.copytree(everything / BASE, everything / "aside" / "earlier")
+    (everything / ".hidden").mkdir()
+    (everything / "notes.txt").write_text("mine")
+    assert len(report(everything)["subjects"]) == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_to_report_on_is_one_line_that_says_what_to_do(tmp_path):
+    for folder in tmp_path / "none", tmp_path:
+        with pytest.raises(UserError, match=r"holds no results yet; evaluate first: make eval RECIPE=\w+$"):
+            report(folder)
+    made.answered(made.subject(tmp_path, "one"), "fpb", made.label_rows(5, 1.0))
+    (tmp_path / "one" / "fpb" / "set.json").unlink()
+    with pytest.raises(UserError, match="no evaluation is finished; run make eval RECIPE="):
+        report(tmp_path)
+    assert not (tmp_path / "index.html").exists()
+
+
+# Texts and numbers
+
+
+class Strict(HTMLParser):
+    """Fails at a tag that is not closed, closed twice or closed in another order; collects texts and ids."""
+
+    VOID = {"meta", "link", "br", "wbr"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.texts, self.ids, self.hrefs, self.tags = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        names = [name for name, _ in attrs]
+        assert len(names) == len(set(names)), f"an attribute twice in <{tag}> at {self.getpos()}"
+        self.ids += [value for name, value in attrs if name == "id"]
+        self.hrefs += [value for name, value in attrs if name in ("href", "src")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        assert tag in ("line", "circle", "path"), f"<{tag}/> is no closed element in HTML"
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> at {self.getpos()} closes {self.open[-1:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_page_is_whole_html_that_needs_nothing_else(everything):
+    report(everything)
+    text = page(everything)
+    assert text.startswith('<!doctype html>\n<html lang="en">')
+    parsed = Strict(text)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    for href in parsed.hrefs:
+        assert href == "data:," or href[1:] in parsed.ids, href
+    assert "http" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S) and "@import" not in text
+    levels = [int(tag[1]) for tag in parsed.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1 and all(below - above <= 1 for above, below in zip(levels, levels[1:], strict=False))
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</pre></details><h1>gone</h1>",
+    "positive\u202e\u200b\x00\x1b[31m",
+    "\ud800 half a character",
+    "{{ 7 * 7 }} {% raw %}",
+    "|a|b| &lt; &amp;",
+]
+
+
+@pytest.fixture
+def hostile(everything):
+    name = "a_very_long_name_" * 8 + "<b>&"
+    folder = made.subject(
+        everything, name, model="<i>model</i>|x", method="<u>", prompt="</style>", versions={"<x>": 1}
+    )
+    rows = [
+        {"target": "positive", "answer": text, "context": f"{text}\n" + "long</details>" * 200 + "x" * 900}
+        for text in HOSTILE
+    ]
+    made.answered(folder, "fpb", rows, file="<script>.jsonl")
+    terms = [{"target": text, "answer": text, "bertscore": 0.1} for text in HOSTILE]
+    made.answered(folder, "xbrl_term", terms)
+    made.answered(folder, "xbrl_extract_formula_calculations", [{"target": "1" * 300, "answer": "2" * 3000}])
+    return everything
+
+
+def test_texts_of_the_model_and_the_data_stay_text(hostile):
+    report(hostile)
+    text = page(hostile)
+    parsed = Strict(text)
+    assert "script" not in parsed.tags and "i" in parsed.tags and "u" not in parsed.tags
+    assert parsed.tags.count("h1") == 1
+    shown = "".join(parsed.texts)
+    for part in HOSTILE[0], "</pre></details><h1>gone</h1>", "positive\\u202e\\u200b\\u0000\\u001b[31m", "\\ud800 half":
+        assert part in shown
+    assert "{{ 7 * 7 }} {% raw %}" in shown
+    assert "<summary>prompt, " in text
+    assert "</style>" in shown
+    assert "<b>" not in (hostile / "README.md").read_text()
+
+
+def test_what_hides_in_a_text_is_made_visible():
+    assert visible("  a\tb \n\n c  ") == "··a⇥\tb·↵\n↵\n·c··"
+    assert visible("a\r\nb\xa0c") == "a\\u000d↵\nb\\u00a0c"
+    long = visible("a" * 5000)
+    assert "2,000 characters left out" in long and len(long) < 3100
+    assert visible("a" * 3100) == "a" * 3100
+
+
+def test_numbers():
+    assert [signed(value) for value in (0.0371, -0.0371, -0.00001)] == ["+3.71", "−3.71", "0.00"]
+    assert [number(value) for value in (None, 12345, 12.55, 0.1234, 0.0)] == ["–", "12,345", "12.6", "0.123", "0"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.2, 9.15), (1.0, 1.0), (0.0, 0.0), (0.21, 0.22), (-3, 1e6)])
+def test_an_axis_holds_its_values(low, high):
+    marks = axis(low, high)
+    assert marks[0] <= low and marks[-1] >= high and 2 <= len(marks) <= 7
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        None,
+        {},
+        [],
+        [3],
+        [{"step": 1, "loss": 2.0}],
+        [{"step": 1, "loss": "x"}, {"loss": 1}],
+        [{"step": 1, "loss": float("nan")}] * 2,
+    ],
+)
+def test_no_curve_without_two_logged_steps(log):
+    assert curve({"log": log}) is None
+
+
+def test_a_curve_lies_in_its_box():
+    found = curve({"log": made.training_log()})
+    assert found["final_eval_loss"] == pytest.approx(made.training_log()[-1]["eval_loss"])
+    assert (found["first"], found["last"], len(found["eval_loss"])) == (0, 400, 5)
+    for x, y in found["loss"] + found["eval_loss"]:
+        assert 0 <= float(x) <= 1000 and 0 <= float(y) <= 200
+
+
+# A real browser
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Run a headless browser on a file: returns (stdout, its lines from the page's console)."""
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not found:
+        pytest.skip("no chromium, chromium-browser or google-chrome on PATH: the page was not opened in a browser")
+
+    def run(file: Path, *options: str) -> tuple[str, list[str]]:
+        profile = tmp_path / "profile"
+        shutil.rmtree(profile, ignore_errors=True)
+        quiet = (
+            "disable-gpu disable-quic no-first-run disable-background-networking disable-component-update disable-sync"
+        )
+        command = [found, "--headless=new", "--no-sandbox", *(f"--{option}" for option in quiet.split())]
+        command += ["--enable-logging=stderr", "--v=0", "--hide-scrollbars", f"--user-data-dir={profile}"]
+        done = subprocess.run(
+            [*command, *options, file.as_uri()], capture_output=True, text=True, timeout=120, errors="replace"
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    return run
+
+
+MEASURE = """<script>document.querySelectorAll("details").forEach(d => d.open = true);
+parent.document.title = "measured " + document.documentElement.scrollWidth + " " + innerWidth;
+console.log("the console is read");</script>"""
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_browser_shows_the_page_without_errors_and_without_sideways_scrolling(hostile, browser, tmp_path, width):
+    report(hostile)
+    # A window cannot be as narrow as a telephone, a frame can.
+    inside = escape(page(hostile).replace("</body>", f"{MEASURE}</body>"))
+    probe = tmp_path / "probe.html"
+    frame = f'<!doctype html><iframe srcdoc="{inside}" style="width: {width}px; height: 900px; border: 0"></iframe>'
+    probe.write_text(frame, encoding="utf-8")
+    dom, said = browser(probe, "--window-size=1300,1000", "--dump-dom")
+    wide, window = map(int, re.search(r"<title>measured (\d+) (\d+)</title>", dom).groups())
+    assert window == width and wide <= window
+    assert len(said) == 1 and "the console is read" in said[0]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_screenshot_is_not_blank(everything, browser, tmp_path, scheme):
+    from PIL import Image
+
+    report(everything)
+    shot = tmp_path / "shot.png"
+    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
+    _, said = browser(everything / "index.html", "--window-size=400,1200", f"--screenshot={shot}", *dark)
+    assert said == []
+    with Image.open(shot) as image:
+        assert image.size == (400, 1200)
+        colours = image.convert("RGB").getcolors(2**24)
+        (_, paper) = max(colours)
+        assert len(colours) > 100
+        assert (sum(paper) > 3 * 200) == (scheme == "light")
