@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import requests
 from lm_eval.api.model import LM
+from lm_eval.models.utils import normalize_gen_kwargs
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.util import Retry
@@ -27,7 +28,8 @@ class Endpoint(LM):
     def __init__(self, url: str, model: str, backoff: float = 1.0):
         super().__init__()
         self.url, self.model = f"{url.rstrip('/')}/chat/completions", model
-        self.tokens: dict[str, tuple[int, int]] = {}  # by prompt: what the server counted, prompt and answer
+        # By prompt what the server counted, of prompt and answer, and whether the answer ended; None where it says not.
+        self.tokens: dict[str, tuple[int, int, bool | None]] = {}
         # 429 and 5xx are waited for, as long as Retry-After says.
         retry = Retry(RETRIES, backoff_factor=backoff, status_forcelist=[429, 500, 502, 503, 504], allowed_methods=None)
         self.session = requests.Session()
@@ -56,13 +58,13 @@ class Endpoint(LM):
     loglikelihood_rolling = loglikelihood
 
     def _answer(self, request: tuple[str, dict]) -> str:
-        prompt, options = request
+        prompt, options = request[0], normalize_gen_kwargs(request[1])
         body = {
             "model": self.model,
             "messages": json.loads(prompt),
             "max_tokens": options["max_gen_toks"],
             "temperature": 0,
-            **({"stop": options["until"]} if options.get("until") else {}),
+            **({"stop": options["until"]} if options["until"] else {}),
         }
         try:
             response = self.session.post(self.url, json=body, timeout=TIMEOUT)
@@ -74,8 +76,9 @@ class Endpoint(LM):
         try:
             found = response.json()
             answer = found["choices"][0]["message"]["content"]
-            usage = found.get("usage") or {}
-            self.tokens[prompt] = int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
+            usage, why = found.get("usage") or {}, found["choices"][0].get("finish_reason")
+            counted = (int(usage.get(f"{part}_tokens", 0)) for part in ("prompt", "completion"))
+            self.tokens[prompt] = *counted, None if why is None else why != "length"
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             answer = None
         if not isinstance(answer, str):

@@ -8,7 +8,6 @@ that a scorer that is mended mends every report. Prompts can be long; they stay 
 import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -250,10 +249,7 @@ def keep(items: dict[str, list], places: Collection[int]) -> dict[str, list]:
 
 def set_order(name: str) -> int:
     """Where a test set stands in data/tasks.yaml; the forgetting sets and unknown ones come after."""
-    return list(_specs()).index(name) if name in _specs() else len(_specs())
-
-
-_specs = cache(all_sets)
+    return list(all_sets()).index(name) if name in all_sets() else len(all_sets())
 
 
 def _is_result(path: Path) -> bool:
@@ -288,7 +284,7 @@ def _read_set(folder: Path) -> Answers:
         rows[row[name]] = {key: value for key, value in row.items() if key not in ("prompt", "context")}
     if len(rows) != about["evaluated"] or not rows:
         raise _Broken(f"{show(answers)}: has {len(rows):,} answers and set.json says {about['evaluated']:,}; {AGAIN}")
-    return Answers(folder, about, _specs().get(folder.name, about), rows)
+    return Answers(folder, about, all_sets().get(folder.name, about), rows)
 
 
 AGAIN = "remove its set.json and evaluate again"

@@ -16,8 +16,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +198,7 @@ def on_weights(plan: dict[str, Any], wanted: argparse.Namespace) -> list[Path]:
         if subject["adapter"]:
             model = models.attach(model, plan["adapter"])
         lm = models.harness(model, tokenizer, wanted.batch_tokens)
-        ask(lm, subject, left[subject["subject"]], plan, wanted, count=token_counter(tokenizer))
+        ask(lm, subject, left[subject["subject"]], plan, wanted)
     return [RESULTS / subject["subject"] for subject in subjects]
 
 
@@ -207,18 +206,11 @@ def on_vllm(plan, wanted, tokenizer, subjects, left) -> list[Path]:
     """The same through a vLLM server of our own on the merged weights."""
     from eval import vllm
 
-    counted = token_counter(tokenizer)
-
-    def count(prompt: str, answer: str) -> tuple[int, int]:
-        return counted(
-            tokenizer.apply_chat_template(json.loads(prompt), tokenize=False, add_generation_prompt=True), answer
-        )
-
     for subject in subjects:
         if left[subject["subject"]]:
             weights = vllm.merged(plan, subject, tokenizer)
             with vllm.serving(weights, subject["subject"]) as lm:
-                ask(lm, subject, left[subject["subject"]], plan, wanted, count)
+                ask(lm, subject, left[subject["subject"]], plan, wanted)
     return [RESULTS / subject["subject"] for subject in subjects]
 
 
@@ -234,8 +226,7 @@ def on_endpoint(plan: dict[str, Any], wanted: argparse.Namespace) -> list[Path]:
     subject |= {"subject": plan["subject"], "model": wanted.model, "method": "base", "prompt": "endpoint"}
     subject |= {"way": "endpoint", "backend": wanted.endpoint, "tiny": False}
     if sets := claim(subject, plan, wanted):
-        lm = Endpoint(wanted.endpoint, wanted.model)
-        ask(lm, subject, sets, plan, wanted, count=lambda prompt, answer: lm.tokens.get(prompt, (0, 0)))
+        ask(Endpoint(wanted.endpoint, wanted.model), subject, sets, plan, wanted)
     return [RESULTS / subject["subject"]]
 
 
@@ -289,19 +280,17 @@ def is_answered(folder: Path, name: str, plan: dict[str, Any], wanted: argparse.
     return about["evaluated"] == rows
 
 
-def ask(
-    lm, subject: dict[str, Any], sets: list[str], plan, wanted, count: Callable[[str, str], tuple[int, int]]
-) -> None:
+def ask(lm, subject: dict[str, Any], sets: list[str], plan, wanted) -> None:
     """Put a subject's test sets to the model, one after the other, and keep every answer."""
     folder = RESULTS / subject["subject"]
-    with remembering(lm, folder / "answers.part.jsonl"), out_of_memory_named(wanted):
+    with remembering(lm, folder / "answers.part.jsonl"), out_of_memory_named():
         for number, name in enumerate(sets, 1):
             print(f"[{number}/{len(sets)}] {subject['subject']}: {name}", flush=True)
             started = time.perf_counter()
             if name in forgetting.TASKS:
                 about, rows = forgetting.answers(lm, name, plan["folder"], wanted.limit)
             else:
-                about, rows = answers(lm, name, plan, wanted, count)
+                about, rows = answers(lm, name, plan, wanted)
             about |= {"seconds": round(time.perf_counter() - started, 3), "limit": wanted.limit}
             if about["metric"] == "bertscore_f1":
                 about |= add_bertscore(rows, wanted)
@@ -310,22 +299,19 @@ def ask(
     (folder / "answers.part.jsonl").unlink(missing_ok=True)
 
 
-def answers(lm, name: str, plan, wanted, count) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def answers(lm, name: str, plan, wanted) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One of FinLoRA's sets through lm-eval: what set.json holds, and a row for each answer."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval import evaluate
+    from lm_eval.tasks import TaskManager, get_task_dict
 
     options = {"folder": str(plan["folder"]), "labels": wanted.labels}
     tasks = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=options)
-    with redirect_stdout(None):  # what it prints of batch sizes is not so: eval.models.harness decides them
-        found = simple_evaluate(
-            lm, tasks=[name], task_manager=tasks, limit=wanted.limit, apply_chat_template=True, bootstrap_iters=0
-        )
+    found = evaluate(lm, get_task_dict([name], tasks), limit=wanted.limit, apply_chat_template=True, bootstrap_iters=0)
     spec, source = all_sets()[name], read_set(name, plan["folder"])
     rows = []
     for sample in sorted(found["samples"][name], key=lambda sample: sample["doc"]["row"]):
         doc, prompt, answer = sample["doc"], sample["arguments"][0][0], sample["resps"][0][0]
-        asked, given = count(prompt, answer)
+        asked, given, ended = lm.tokens[prompt]
         rows.append(
             {
                 "row": doc["row"],
@@ -337,7 +323,7 @@ def answers(lm, name: str, plan, wanted, count) -> tuple[dict[str, Any], list[di
                 "seen": None if plan["trained_on"] is None else normalise(doc["context"]) in plan["trained_on"],
                 "prompt_tokens": asked,
                 "answer_tokens": given,
-                "stopped": given < spec["max_new_tokens"],
+                "stopped": ended,
             }
         )
     return {
@@ -407,8 +393,8 @@ def remembering(lm, path: Path):
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                key, answer = json.loads(line)
-                known[key] = tuple(answer) if isinstance(answer, list) else answer
+                key, answer, tokens = json.loads(line)
+                known[key] = tuple(answer) if isinstance(answer, list) else answer, tokens
             except ValueError:
                 continue  # the line that a killed run was writing
         print(f"going on after {len(known)} answers", flush=True)
@@ -418,8 +404,9 @@ def remembering(lm, path: Path):
     class Hook:
         def add_partial(self, kind: str, request: Any, answer: Any) -> None:
             with lock:
+                line = [hash_args(kind, request), answer, lm.tokens.get(request[0])]
                 try:
-                    file.write(json.dumps([hash_args(kind, request), answer], ensure_ascii=False) + "\n")
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
                 except OSError as error:
                     raise UserError(
@@ -432,8 +419,11 @@ def remembering(lm, path: Path):
             keys = [hash_args(kind, request.args) for request in requests]
             left = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
             if left:
-                known.update(zip(left, asked[kind](list(left.values()), **options), strict=True))
-            return [known[key] for key in keys]
+                for key, answer in zip(left, asked[kind](list(left.values()), **options), strict=True):
+                    known[key] = answer, lm.tokens.get(left[key].args[0])
+            for key, request in zip(keys, requests, strict=True):
+                lm.tokens[request.args[0]] = known[key][1]
+            return [known[key][0] for key in keys]
 
         return respond
 
@@ -449,26 +439,16 @@ def remembering(lm, path: Path):
 
 
 @contextmanager
-def out_of_memory_named(wanted: argparse.Namespace):
+def out_of_memory_named():
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        tokens = wanted.batch_tokens // 2 if wanted.batch_tokens else 8192
         raise UserError(
-            f"the GPU is out of memory; the same command with BATCH_TOKENS={tokens} goes on with smaller batches"
+            "the GPU is out of memory with a single prompt; free it, or set BITS=4 KEEP_QUANTISED=1 (what is answered "
+            "is kept)"
         ) from error
-
-
-def token_counter(tokenizer) -> Callable[[str, str], tuple[int, int]]:
-    """Tokens of a prompt and of an answer with its end (an answer that was cut has none)."""
-
-    def count(prompt: str, answer: str) -> tuple[int, int]:
-        lengths = [len(ids) for ids in tokenizer([prompt, answer], add_special_tokens=False)["input_ids"]]
-        return lengths[0], lengths[1]
-
-    return count
 
 
 def slug(name: str) -> str:

@@ -1,6 +1,7 @@
 """FinLoRA's test sets: their names and groups, and their rows with published and corrected labels."""
 
 import difflib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ SAMPLE = ROOT / "data" / "sample"
 TASK_FILES = Path(__file__).with_name("tasks")
 
 
+@cache
 def all_sets() -> dict[str, dict[str, Any]]:
     """Every test set by name: its entry of data/tasks.yaml with `task` added, in the order of the table."""
     tasks = {name: entry for name, entry in load_tasks().items() if not entry["mixture_of"]}

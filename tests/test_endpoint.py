@@ -26,7 +26,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.connection.close()
         text = body["messages"][-1]["content"].split()[-1]
         usage = {"prompt_tokens": 5, "completion_tokens": 1}
-        answer = {"choices": [{"message": {"role": "assistant", "content": text}}], "usage": usage}
+        choice = {"message": {"role": "assistant", "content": text}} | act.get("choice", {})
+        answer = {"choices": [choice], "usage": usage}
         said = act.get("body", json.dumps(answer)).encode()
         self.send_response(act.get("status", 200))
         for key, value in act.get("headers", {}).items():
@@ -69,7 +70,13 @@ def test_every_prompt_is_answered_in_order(server, monkeypatch):
     path, body, key = server.log[0]
     assert path == "/v1/chat/completions" and key == "Bearer sk-test"
     assert body["model"] == "m" and body["max_tokens"] == 7 and body["temperature"] == 0 and body["stop"] == ["\n"]
-    assert set(lm.tokens.values()) == {(5, 1)}
+    assert set(lm.tokens.values()) == {(5, 1, None)}
+
+
+@pytest.mark.parametrize(("reason", "ended"), [("stop", True), ("length", False), (None, None)])
+def test_an_answer_that_the_server_cut_is_known_as_such(server, reason, ended):
+    server.script = [{"choice": {"finish_reason": reason}}]
+    assert set(ask(server, ["say yes"])[0].tokens.values()) == {(5, 1, ended)}
 
 
 @pytest.mark.parametrize(

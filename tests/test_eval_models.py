@@ -208,22 +208,91 @@ def test_prompts(tiny_base, adapters, tmp_path):
     assert models.prompts() == ["saved", "finlora_inst", "raw"]
 
 
-def test_batches_of_many_lengths_answer_as_one_prompt_at_a_time(tiny_base, adapters):
+@pytest.fixture(scope="module")
+def ask(tiny_base, adapters):
+    """Answers of the tiny model with its DoRA adapter merged; returns (answers, lm)."""
     from lm_eval.api.instance import Instance
 
     model = models.attach(models.load_base(tiny_base, 16), adapters["dora"])
     tokenizer = models.load_tokenizer(str(tiny_base), None, "raw")
-    texts = ["<|begin_of_text|>" + "profit rose and " * n + "the share" for n in (1, 30, 2, 80, 3, 7, 7, 1, 55, 4)]
-    requests = [
-        Instance("generate_until", {}, (text, {"max_gen_toks": 6, "do_sample": False}), i)
-        for i, text in enumerate(texts)
-    ]
-    sizes = []
-    many = models.harness(model, tokenizer, batch_tokens=300)
-    generate = many._model_generate
-    many._model_generate = lambda context, **rest: sizes.append(tuple(context.shape)) or generate(context, **rest)
-    answers = many.generate_until(requests, disable_tqdm=True)
-    one = models.harness(model, tokenizer, batch_tokens=1)
-    assert answers == one.generate_until(requests, disable_tqdm=True)
-    assert sum(size for size, _ in sizes) == len(texts) and len(sizes) < len(texts)
-    assert all(size == 1 or size * length <= 300 for size, length in sizes), sizes
+
+    def call(texts, batch_tokens=300, **options):
+        options = {"max_gen_toks": 6, "do_sample": False} | options
+        requests = [Instance("generate_until", {}, (text, options), i) for i, text in enumerate(texts)]
+        lm = models.harness(model, tokenizer, batch_tokens)
+        return lm.generate_until(requests, disable_tqdm=True), lm
+
+    call.model, call.tokenizer = model, tokenizer
+    return call
+
+
+TEXTS = ["<|begin_of_text|>" + "profit rose and " * n + "the share" for n in (1, 30, 2, 80, 3, 7, 7, 1, 55, 4)]
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """The lengths of the prompts of every batch."""
+    found, answer = [], models._answers
+
+    def record(model, tokenizer, ids, options):
+        found.append([len(row) for row in ids])
+        return answer(model, tokenizer, ids, options)
+
+    monkeypatch.setattr(models, "_answers", record)
+    return found
+
+
+@pytest.mark.parametrize("instruction", ["", "What is the sentiment of this news? Choose one of negative, positive: "])
+def test_batches_of_many_lengths_answer_as_one_prompt_at_a_time(ask, batches, instruction):
+    """Their common beginning is computed once, or all of a prompt but its last token where one begins another."""
+    texts = [text.replace("|>", f"|>{instruction}") for text in TEXTS]
+    answers, many = ask(texts)
+    assert sum(map(len, batches)) == len(texts) and len(batches) < len(texts)
+    assert all(len(batch) == 1 or len(batch) * (max(batch) + 6) <= 300 for batch in batches), batches
+    alone, one = ask(texts, batch_tokens=1)
+    assert answers == alone and many.tokens == one.tokens
+    for text in texts:
+        assert many.tokens[text][0] == len(ask.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def test_an_answer_ends_where_its_end_is_and_no_later(ask, monkeypatch):
+    """A token that the model does write is declared an end: nothing is computed or kept after it."""
+    whole, lm = ask(TEXTS[:1])
+    assert lm.tokens[TEXTS[0]][1:] == (6, False)
+    ids = ask.tokenizer(TEXTS[0], add_special_tokens=False, return_tensors="pt")
+    written = ask.model.generate(**ids, max_new_tokens=6, do_sample=False)[0, -6:].tolist()
+    end = next(place for place in range(1, 5) if written[place] not in written[:place])
+    monkeypatch.setattr(ask.model.generation_config, "eos_token_id", [written[end]])
+    calls = []
+    hook = ask.model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    answers, lm = ask(TEXTS[:1])
+    hook.remove()
+    assert answers == [ask.tokenizer.decode(written[: end + 1])]
+    assert lm.tokens[TEXTS[0]][1:] == (end + 1, True) and len(calls) == end + 1
+
+
+def test_stop_words_cut_an_answer(ask):
+    whole = ask(TEXTS)[0]
+    stop = next(text[2:4] for text in whole if len(text) > 4)
+    answers, lm = ask(TEXTS, until=[stop])
+    assert answers == [text.split(stop)[0] for text in whole] != whole
+    assert all(lm.tokens[prompt][2] for prompt, text in zip(TEXTS, whole, strict=True) if stop in text)
+
+
+def test_batches_shrink_where_memory_does_not_suffice(ask, batches, monkeypatch):
+    expected, fits = ask(TEXTS)[0], models._answers
+
+    def answer(model, tokenizer, ids, options):
+        if len(ids) > 3:
+            raise torch.OutOfMemoryError
+        return fits(model, tokenizer, ids, options)
+
+    monkeypatch.setattr(models, "_answers", answer)
+    batches.clear()
+    assert ask(TEXTS, batch_tokens=3000)[0] == expected
+    assert max(map(len, batches)) in (2, 3)
+
+
+def test_a_prompt_that_the_model_cannot_take_is_named_not_cut(ask):
+    with pytest.raises(UserError, match=r"takes? 20,\d\d\d tokens and the model 16,384; leave the set out with TASKS="):
+        ask(["profit " * 20000])

@@ -8,13 +8,14 @@ import shutil
 import signal
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 from test_endpoint import server  # noqa: F401 (a fixture)
 from test_eval_models import adapters, make_adapter  # noqa: F401 (a fixture)
 
-from eval import forgetting, run, testsets
+from eval import forgetting, models, run, testsets
 from tools.cli import UserError
 
 WORDS = ["negative", "neutral", "positive"]
@@ -169,7 +170,7 @@ def test_a_line_cut_in_the_middle_is_asked_again(evaluate, tmp_path):
     folder = evaluate("--name", "whole")[0]
     expected = read(folder)[1]
     (folder / "fpb" / "set.json").unlink()
-    (folder / "answers.part.jsonl").write_text('["a key", "an answer"]\n["anoth')
+    (folder / "answers.part.jsonl").write_text('["a key", "an answer", [1, 1, true]]\n["anoth')
     assert read(evaluate("--name", "whole")[0])[1] == expected
 
 
@@ -193,14 +194,12 @@ def test_a_full_disk_loses_nothing(evaluate, tests_folder, tmp_path):
 
 
 def test_memory_that_does_not_suffice(evaluate, monkeypatch):
-    from lm_eval.models.huggingface import HFLM
-
-    def fail(*_, **__):
+    def fail(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(HFLM, "_model_generate", fail)
-    with pytest.raises(UserError, match="out of memory; the same command with BATCH_TOKENS=4096 goes on"):
-        evaluate("--batch-tokens", "8192")
+    monkeypatch.setattr(models, "_answers", fail)
+    with pytest.raises(UserError, match="out of memory with a single prompt; .*BITS=4 KEEP_QUANTISED=1"):
+        evaluate()
 
 
 def test_an_endpoint(evaluate, server, monkeypatch):  # noqa: F811
@@ -263,19 +262,23 @@ def test_forgetting_is_asked_of_both_under_the_same_settings(evaluate, copies):
 
 def test_forgetting_knows_what_is_right(evaluate, copies, monkeypatch):
     """A model that answers each question rightly scores 1 on both, one that answers wrongly 0."""
-    from lm_eval.models.huggingface import HFLM
 
-    def solve(self, requests, **_):
+    def solve(error, requests, **_):
         numbers = [request.args[0].rsplit("Ann has ", 1)[1].split()[0] for request in requests]
-        return [f"So #### {2 * int(number) + self.error}" for number in numbers]
+        return [f"So #### {2 * int(number) + error}" for number in numbers]
 
-    def prefer(self, requests, **_):
-        return [(0.0 if (request.args[1].strip() == "A") == (not self.error) else -9.0, False) for request in requests]
+    def prefer(error, requests, **_):
+        return [(0.0 if (request.args[1].strip() == "A") == (not error) else -9.0, False) for request in requests]
 
-    monkeypatch.setattr(HFLM, "generate_until", solve)
-    monkeypatch.setattr(HFLM, "loglikelihood", prefer)
+    harness = models.harness
+
+    def stand_in(*given):
+        lm = harness(*given)
+        lm.generate_until, lm.loglikelihood = partial(solve, error), partial(prefer, error)
+        return lm
+
+    monkeypatch.setattr(models, "harness", stand_in)
     for error in (0, 1):
-        monkeypatch.setattr(HFLM, "error", error, raising=False)
         folder = evaluate("--name", f"e{error}", tasks="forgetting", tests=copies)[0]
         for name in forgetting.TASKS:
             assert {row["right"] for row in read(folder, name)[1]} == {1 - error}, name

@@ -34,7 +34,9 @@ class Handler(BaseHTTPRequestHandler):
             body["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True)
         out = model.generate(**ids, max_new_tokens=body["max_tokens"], do_sample=False)[0, ids["input_ids"].shape[1]:]
         text = tokenizer.decode(out, skip_special_tokens=True)
-        said = json.dumps({{"choices": [{{"message": {{"content": text}}}}]}}).encode()
+        usage = {{"prompt_tokens": ids["input_ids"].shape[1], "completion_tokens": len(out)}}
+        choice = {{"message": {{"content": text}}, "finish_reason": "length"}}
+        said = json.dumps({{"choices": [choice], "usage": usage}}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(said)))
         self.end_headers()
@@ -64,8 +66,8 @@ def test_the_server_gets_the_merged_model_and_its_prompt(evaluate, program, tmp_
     program()
     folder = evaluate("--limit", "5", "--backend", "vllm", "--name", "served")[0]
     about, served = read(folder)
-    assert [row["answer"] for row in served] == [row["answer"] for row in ours]
-    assert all(row["prompt_tokens"] > 10 and row["answer_tokens"] for row in served)
+    kept = ("answer", "prompt_tokens", "answer_tokens", "stopped")
+    assert [[row[key] for key in kept] for row in served] == [[row[key] for key in kept] for row in ours]
     assert json.loads((folder / "run.json").read_text())["backend"] == "vllm"
     pid, argv = json.loads((tmp_path / "starts").read_text())
     assert argv[argv.index("--served-model-name") + 1] == "served-raw"
