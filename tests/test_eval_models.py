@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import models
+from fastdora import peft_int8
 from tools.cli import UserError
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
@@ -296,3 +297,24 @@ def test_batches_shrink_where_memory_does_not_suffice(ask, batches, monkeypatch)
 def test_a_prompt_that_the_model_cannot_take_is_named_not_cut(ask):
     with pytest.raises(UserError, match=r"takes? 20,\d\d\d tokens and the model 16,384; leave the set out with TASKS="):
         ask(["profit " * 20000])
+
+
+def test_4bit_weights_are_not_repacked_under_an_adapter(tiny_base, adapters, monkeypatch):
+    """As on a CPU with AVX-512 BF16, whatever this one is: bitsandbytes repacks there what PEFT reads afterwards."""
+    from bitsandbytes.nn import modules
+    from peft.tuners.lora import dora
+
+    # As before mend(); monkeypatch puts back what it made.
+    for owner, name in ((dora, "dequantize_module_weight"), (dora.DoraLinearLayer, "forward")):
+        now = getattr(owner, name)
+        monkeypatch.setattr(owner, name, getattr(now, "__wrapped__", now))
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    peft_int8.mend()
+    base = models.load_base(tiny_base, 4, keep_quantised=True)
+    layers = [module for module in base.modules() if isinstance(module, modules.Linear4bit)]
+    packed = [layer.weight.clone() for layer in layers]
+    kept = models.attach(base, adapters["dora"])
+    first = logits(kept)
+    assert layers and all(torch.equal(layer.weight, before) for layer, before in zip(layers, packed, strict=True))
+    merged = logits(models.attach(models.load_base(tiny_base, 4), adapters["dora"]))
+    assert (first - merged).abs().max() < 1e-4 and torch.equal(first, logits(kept))
