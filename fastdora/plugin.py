@@ -15,7 +15,7 @@ from axolotl.utils.schemas.config import AxolotlInputConfig
 from pydantic import ValidationError
 from transformers import set_seed
 
-from fastdora import adapted, metrics, peft_int8, rows
+from fastdora import adapted, epochs, metrics, peft_int8, rows, zero3
 from fastdora.keys import RecipeError, check_keys, read_recipe, strict_schema
 
 
@@ -46,6 +46,9 @@ class FastDoraPlugin(BasePlugin):
         if not torch.cuda.is_available():
             cfg.torch_dtype = torch.float32
         peft_int8.mend()
+        epochs.mend()
+        with one_line_errors():
+            zero3.prepare(cfg)
 
     def post_model_load(self, cfg, model) -> None:
         with one_line_errors():

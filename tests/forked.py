@@ -3,9 +3,14 @@
 import contextlib
 import gc
 import os
+import signal
+import socket
 import sys
 import tempfile
+import time
 import traceback
+from collections.abc import Sequence
+from typing import IO, Any
 
 import axolotl.cli.preprocess  # noqa: F401 (imported before forking, as below)
 import axolotl.core.builders  # noqa: F401
@@ -25,29 +30,67 @@ pack_parallel(np.array([3, 5, 2]), 8, 100, 8, num_processes=1)  # compiled once,
 
 def axolotl_command(*argv: str) -> tuple[int, str]:
     """Run `axolotl ARGV...`; return its exit code and all that it printed."""
+    return finish(start(argv))
+
+
+def axolotl_processes(count: int, *argv: str) -> list[tuple[int, str]]:
+    """Run `axolotl ARGV...` in `count` processes as torchrun would on one machine; each one's exit code and output.
+
+    The recipe must name the plugin cpu_processes.CpuProcesses. When one process fails the others are ended.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = [start(argv, shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in range(count)]
+    statuses: dict[int, int] = {}
+    while len(statuses) < count:
+        for pid, _ in children:
+            if pid not in statuses and (done := os.waitpid(pid, os.WNOHANG))[0]:
+                statuses[pid] = done[1]
+        if any(statuses.values()):  # the others would wait for it, up to half an hour
+            for pid, _ in children:
+                if pid not in statuses:
+                    os.kill(pid, signal.SIGKILL)
+                    statuses[pid] = os.waitpid(pid, 0)[1]
+        time.sleep(0.02)
+    return [finish(child, statuses[child[0]]) for child in children]
+
+
+def start(argv: Sequence[str], env: dict[str, Any] | None = None) -> tuple[int, IO[str]]:
+    """Fork a child that runs `axolotl ARGV...` with these additions to its environment; its pid and its output."""
     gc.freeze()  # garbage collections in the child then leave the parent's pages alone
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
-        child = os.fork()
-        if not child:
-            os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0"
-            os.dup2(output.fileno(), 1)
-            os.dup2(output.fileno(), 2)
-            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
-            configure_logging()  # its handlers write to the streams that pytest has replaced
-            sys.argv = ["axolotl", *argv]
-            code = 1
-            try:
-                axolotl_cli.main()
-                code = 0
-            except SystemExit as stop:
-                code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-                print(stop.code)
-            except BaseException:
-                traceback.print_exc()
-            with contextlib.suppress(Exception):
-                sys.stdout.flush()
-                sys.stderr.flush()
-            os._exit(code)
-        status = os.waitpid(child, 0)[1]
+    output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+    child = os.fork()
+    if child:
+        return child, output
+    os.environ |= {key: str(value) for key, value in (env or {}).items()}
+    os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0"
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    configure_logging()  # its handlers write to the streams that pytest has replaced
+    sys.argv = ["axolotl", *argv]
+    code = 1
+    try:
+        axolotl_cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        print(stop.code)
+    except BaseException:
+        traceback.print_exc()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def finish(child: tuple[int, IO[str]], status: int | None = None) -> tuple[int, str]:
+    """The exit code (minus the signal where one ended it) and the output of a child, waited for without a status."""
+    pid, output = child
+    if status is None:
+        status = os.waitpid(pid, 0)[1]
+    with output:
         output.seek(0)
         return os.waitstatus_to_exitcode(status), output.read()
