@@ -46,8 +46,8 @@ def evaluate(wanted: argparse.Namespace) -> list[Path]:
         forgetting.check(name, plan["folder"]) if name in forgetting.TASKS else read_set(name, plan["folder"])
     if any(all_sets().get(name, {}).get("metric") == "bertscore_f1" for name in plan["sets"]):
         add_bertscore([{"answer": "one", "target": "one"}], wanted)  # an encoder that is missing is found out here
-    if shutil.disk_usage(ROOT).free < DISK_NEEDED:
-        raise UserError(f"{RESULTS}: the disk is full; free {DISK_NEEDED >> 20} MiB")
+    if shutil.disk_usage(existing(wanted.results)).free < DISK_NEEDED:
+        raise UserError(f"{wanted.results}: the disk is full; free {DISK_NEEDED >> 20} MiB")
     return (on_endpoint if wanted.endpoint else on_weights)(plan, wanted)
 
 
@@ -199,7 +199,7 @@ def on_weights(plan: dict[str, Any], wanted: argparse.Namespace) -> list[Path]:
             model = models.attach(model, plan["adapter"])
         lm = models.harness(model, tokenizer, wanted.batch_tokens)
         ask(lm, subject, left[subject["subject"]], plan, wanted)
-    return [RESULTS / subject["subject"] for subject in subjects]
+    return [wanted.results / subject["subject"] for subject in subjects]
 
 
 def on_vllm(plan, wanted, tokenizer, subjects, left) -> list[Path]:
@@ -211,7 +211,7 @@ def on_vllm(plan, wanted, tokenizer, subjects, left) -> list[Path]:
             weights = vllm.merged(plan, subject, tokenizer)
             with vllm.serving(weights, subject["subject"]) as lm:
                 ask(lm, subject, left[subject["subject"]], plan, wanted)
-    return [RESULTS / subject["subject"] for subject in subjects]
+    return [wanted.results / subject["subject"] for subject in subjects]
 
 
 def on_endpoint(plan: dict[str, Any], wanted: argparse.Namespace) -> list[Path]:
@@ -227,25 +227,25 @@ def on_endpoint(plan: dict[str, Any], wanted: argparse.Namespace) -> list[Path]:
     subject |= {"way": "endpoint", "backend": wanted.endpoint, "tiny": False}
     if sets := claim(subject, plan, wanted):
         ask(Endpoint(wanted.endpoint, wanted.model), subject, sets, plan, wanted)
-    return [RESULTS / subject["subject"]]
+    return [wanted.results / subject["subject"]]
 
 
 def claim(subject: dict[str, Any], plan: dict[str, Any], wanted: argparse.Namespace) -> list[str]:
     """Make results/<subject> this evaluation's and return the sets that are still to be asked."""
-    folder = RESULTS / subject["subject"]
+    folder = wanted.results / subject["subject"]
     before = read_json(folder / "run.json")
     changed = [key for key in IDENTITY if before and before.get(key) != subject[key]]
     if folder.is_dir() and (wanted.force or changed):
         if changed and not wanted.force:
             what = ", ".join(f"{key}: {str(before.get(key))[:40]} -> {str(subject[key])[:40]}" for key in changed[:2])
             raise UserError(
-                f"{folder.relative_to(ROOT)}: holds the answers of another subject ({what}); FORCE=1 sets them aside, "
+                f"{shown(str(folder))}: holds the answers of another subject ({what}); FORCE=1 sets them aside, "
                 "NAME=<another> keeps both"
             )
-        aside = RESULTS / "aside" / f"{folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        aside = wanted.results / "aside" / f"{folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}"
         aside.parent.mkdir(exist_ok=True)
         folder.rename(aside)
-        print(f"set aside: {aside.relative_to(ROOT)}")
+        print(f"set aside: {shown(str(aside))}")
     with replacing(folder / "run.json") as file:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         facts = {
@@ -282,7 +282,7 @@ def is_answered(folder: Path, name: str, plan: dict[str, Any], wanted: argparse.
 
 def ask(lm, subject: dict[str, Any], sets: list[str], plan, wanted) -> None:
     """Put a subject's test sets to the model, one after the other, and keep every answer."""
-    folder = RESULTS / subject["subject"]
+    folder = wanted.results / subject["subject"]
     with remembering(lm, folder / "answers.part.jsonl"), out_of_memory_named():
         for number, name in enumerate(sets, 1):
             print(f"[{number}/{len(sets)}] {subject['subject']}: {name}", flush=True)
@@ -410,7 +410,7 @@ def remembering(lm, path: Path):
                     file.flush()
                 except OSError as error:
                     raise UserError(
-                        f"{path.relative_to(ROOT)}: cannot be written ({error.strerror}); free some space and run the "
+                        f"{shown(str(path))}: cannot be written ({error.strerror}); free some space and run the "
                         "same command again: it goes on from there"
                     ) from error
 
@@ -483,8 +483,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--endpoint", help="base URL of an OpenAI-compatible server; its key in OPENAI_API_KEY")
     parser.add_argument("--encoder", help="BERTScore's encoder: hub id or folder (default ProsusAI/finbert)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that answers are kept in")
     parser.add_argument("--layer", type=int, help="BERTScore's layer of it (default 10)")
-    return parser.parse_args(argv)
+    given = parser.parse_args(argv)
+    given.results = given.results.resolve()
+    return given
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 
 def positive(text: str) -> int:
