@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+import yaml
 from test_endpoint import server  # noqa: F401 (a fixture)
 from test_eval_models import adapters, make_adapter  # noqa: F401 (a fixture)
 
@@ -79,6 +80,53 @@ def test_everything_asked_is_kept(evaluate, tests_folder, capsys):
     assert facts["way"] == "merged" and facts["prompt"] == "raw" and facts["versions"]["torch"] == torch.__version__
     assert json.loads((base / "run.json").read_text())["adapter"] is None
     assert "fpb: finlora" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("group", "sets"), [("sentiment_task", ["fiqa", "fpb"]), ("certification", ["cfa_level1", "cpa_reg"])]
+)
+def test_lm_eval_alone_finds_the_groups_and_scores_them(group, sets, tmp_path):
+    """Through lm-eval's own front door, with a model in place that copies the target, or half of it."""
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+    members = [name for name in testsets.all_sets() if group in task_file(name)["tag"]]
+    for name in members:
+        write_rows(tmp_path, name, 9)
+    wanted = {
+        json.loads(line)["context"]: json.loads(line)["target"]
+        for path in tmp_path.rglob("*.jsonl")
+        for line in path.open()
+    }
+
+    class Copier(LM):
+        def generate_until(self, requests):
+            return [wanted[request.args[0]][: self.length] for request in requests]
+
+        loglikelihood = loglikelihood_rolling = None
+
+    manager = TaskManager(
+        include_path=str(testsets.TASK_FILES), include_defaults=False, metadata={"folder": str(tmp_path)}
+    )
+    for Copier.length, score in ((99, 1.0), (2, 0.0)):
+        found = simple_evaluate(Copier(), tasks=[group], task_manager=manager, bootstrap_iters=0)["results"]
+        assert set(found) == set(members) >= set(sets)
+        assert all(one["finlora,none"] == one["strict,none"] == score for one in found.values())
+
+
+def task_file(name):
+    return yaml.load((testsets.TASK_FILES / f"{name}.yaml").read_text(), yaml.BaseLoader)
+
+
+def test_the_task_files_are_those_of_the_table():
+    assert {path.stem for path in testsets.TASK_FILES.glob("[a-z]*.yaml")} == set(testsets.all_sets())
+    groups = {"general", "certification", "reporting", "analysis"}
+    for name, spec in testsets.all_sets().items():
+        file = task_file(name)
+        assert file["task"] == file["dataset_kwargs"]["test_set"] == name and file["include"] == "_finlora.yaml"
+        assert file["tag"][0] in groups and file["tag"][1:] == [f"{spec['task']}_task"]
+        assert int(file["generation_kwargs"]["max_gen_toks"]) == spec["max_new_tokens"]
 
 
 def test_the_answers_are_the_adapters_own(evaluate, tiny_base, adapters):  # noqa: F811

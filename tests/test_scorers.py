@@ -36,10 +36,16 @@ MADE = {
 }
 
 
-def targets_of(name: str, shared: Path) -> list[str]:
-    path = shared / TESTS[name]["file"]
-    assert path.exists() or name in MADE, f"{name}: neither rows nor made ones"
-    return [row.target for row in read_rows(path)] if path.exists() else MADE[name]
+@pytest.fixture
+def targets_of(request):
+    """A test set's targets: real ones, or made ones for the sets whose rows are not at hand."""
+
+    def targets(name: str) -> list[str]:
+        if name in MADE:
+            return MADE[name]
+        return [row.target for row in read_rows(request.getfixturevalue("shared") / TESTS[name]["file"])]
+
+    return targets
 
 
 def spec_of(metric: str = "accuracy_f1", labels: list[str] | None = None) -> dict:
@@ -64,8 +70,8 @@ def test_the_nineteen_sets_and_their_scorings():
 
 
 @pytest.mark.parametrize("name", SCORED)
-def test_perfect_answers_score_one_and_garbage_nothing(name, shared):
-    targets = targets_of(name, shared)
+def test_perfect_answers_score_one_and_garbage_nothing(name, targets_of):
+    targets = targets_of(name)
     for way, score in scorings(name, TESTS[name]).items():
         perfect = summary(score(targets, targets))
         assert (perfect["accuracy"], perfect["weighted_f1"], perfect["macro_f1"]) == (1.0, 1.0, 1.0), way
@@ -80,8 +86,8 @@ def test_perfect_answers_score_one_and_garbage_nothing(name, shared):
 
 
 @pytest.mark.parametrize("name", SCORED)
-def test_shifted_answers_lose_by_every_rule(name, shared):
-    targets = targets_of(name, shared)
+def test_shifted_answers_lose_by_every_rule(name, targets_of):
+    targets = targets_of(name)
     answers = targets[1:] + targets[:1]
     for way, score in scorings(name, TESTS[name]).items():
         items = score(answers, targets)
@@ -152,8 +158,8 @@ def test_finlora_equals_the_restatement(data, tags):
 
 
 @pytest.mark.parametrize("name", ["fpb", "fiqa", "tfns", "formula"])
-def test_finlora_equals_the_restatement_on_real_rows(name, shared):
-    targets = targets_of(name, shared)
+def test_finlora_equals_the_restatement_on_real_rows(name, targets_of):
+    targets = targets_of(name)
     forms = ["{}", "The answer is {}.", "{} or rather {}", "{}5", "-{}", "\n\n{}", "Answer: {}\nInput:", "no idea"]
     others = targets[7:] + targets[:7]
     answers = [
