@@ -209,11 +209,19 @@ def harness(model, tokenizer, batch_tokens: int | None = None):
     from tqdm import tqdm
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    known = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id >= known:  # an adapter's tokenizer may have one of its own; no token attends to it
+        tokenizer.pad_token = tokenizer.eos_token
 
     class Model(HFLM):
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
             asked = [request.args for request in requests]
             ids = tokenizer([prompt for prompt, _ in asked], add_special_tokens=False)["input_ids"]
+            if (largest := max(map(max, ids))) >= known:
+                raise UserError(
+                    f"the tokenizer has a token {largest:,} and the model {known:,} tokens: they do not belong together; "
+                    "name the adapter's own base with MODEL="
+                )
             answers = [""] * len(asked)
             left = sorted(range(len(asked)), key=lambda place: (json.dumps(asked[place][1]), -len(ids[place])))
             tokens = batch_tokens or _batch_tokens(model)

@@ -299,6 +299,16 @@ def test_a_prompt_that_the_model_cannot_take_is_named_not_cut(ask):
         ask(["profit " * 20000])
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_named(ask, monkeypatch):
+    """One token of its own for padding does no harm; one in a prompt cannot be looked up."""
+    expected = ask(TEXTS)[0]
+    monkeypatch.setattr(ask.tokenizer, "pad_token_id", 99999)
+    assert ask(TEXTS)[0] == expected and ask.tokenizer.pad_token_id < 99999
+    monkeypatch.setattr(ask.model, "get_input_embeddings", lambda: torch.nn.Embedding(300, 1))
+    with pytest.raises(UserError, match="has a token .* and the model 300 tokens: they do not belong together"):
+        ask(TEXTS)
+
+
 def test_4bit_weights_are_not_repacked_under_an_adapter(tiny_base, adapters, monkeypatch):
     """As on a CPU with AVX-512 BF16, whatever this one is: bitsandbytes repacks there what PEFT reads afterwards."""
     from bitsandbytes.nn import modules
