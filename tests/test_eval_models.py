@@ -217,7 +217,7 @@ def ask(tiny_base, adapters):
     model = models.attach(models.load_base(tiny_base, 16), adapters["dora"])
     tokenizer = models.load_tokenizer(str(tiny_base), None, "raw")
 
-    def call(texts, batch_tokens=300, **options):
+    def call(texts, batch_tokens=300, tokenizer=tokenizer, **options):
         options = {"max_gen_toks": 6, "do_sample": False} | options
         requests = [Instance("generate_until", {}, (text, options), i) for i, text in enumerate(texts)]
         lm = models.harness(model, tokenizer, batch_tokens)
@@ -299,14 +299,15 @@ def test_a_prompt_that_the_model_cannot_take_is_named_not_cut(ask):
         ask(["profit " * 20000])
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_is_named(ask, monkeypatch):
-    """One token of its own for padding does no harm; one in a prompt cannot be looked up."""
-    expected = ask(TEXTS)[0]
-    monkeypatch.setattr(ask.tokenizer, "pad_token_id", 99999)
-    assert ask(TEXTS)[0] == expected and ask.tokenizer.pad_token_id < 99999
-    monkeypatch.setattr(ask.model, "get_input_embeddings", lambda: torch.nn.Embedding(300, 1))
-    with pytest.raises(UserError, match="has a token .* and the model 300 tokens: they do not belong together"):
-        ask(TEXTS)
+def test_a_tokenizer_with_more_tokens_than_the_model_is_named(ask, tiny_base):
+    """A token of its own for padding does no harm; one in a prompt cannot be looked up."""
+    tokenizer = models.load_tokenizer(str(tiny_base), None, "raw")
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    known = ask.model.get_input_embeddings().num_embeddings
+    assert tokenizer.pad_token_id == known
+    assert ask(TEXTS, tokenizer=tokenizer)[0] == ask(TEXTS)[0]
+    with pytest.raises(UserError, match=f"has a token {known:,} and the model {known:,} tokens: they do not belong"):
+        ask(["<|begin_of_text|>rose<|pad|>"], tokenizer=tokenizer)
 
 
 def test_4bit_weights_are_not_repacked_under_an_adapter(tiny_base, adapters, monkeypatch):
