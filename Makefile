@@ -18,8 +18,11 @@ demo: $(READY) ## the whole path on a CPU in three minutes; DATA=rows.jsonl for 
 test: $(READY) ## all tests; ARGS= for pytest
 	@$(PY) -m ruff check . && $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
-train: $(READY) ## train RECIPE=<name>; TINY=1 on a CPU, FORCE=1 anew, ARGS="--learning-rate 0.0002" for axolotl
-	@$(PY) -m tools.train "$(RECIPE)" $(if $(TINY),--tiny) $(if $(FORCE),--force) -- $(ARGS)
+SEVERAL = $(if $(GPUS),--gpus "$(GPUS)") $(if $(ZERO),--zero "$(ZERO)") $(if $(OFFLOAD),--offload) \
+  $(if $(NODES),--nodes "$(NODES)") $(if $(NODE_RANK),--node-rank "$(NODE_RANK)") $(if $(MASTER),--master "$(MASTER)")
+
+train: $(READY) ## train RECIPE=<name>; GPUS=4 ZERO=2, TINY=1 on a CPU, FORCE=1 anew, ARGS="--learning-rate 0.0002"
+	@$(PY) -m tools.train "$(RECIPE)" $(if $(TINY),--tiny) $(if $(FORCE),--force) $(SEVERAL) -- $(ARGS)
 
 EVAL = $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(MODEL),--model "$(MODEL)") $(if $(ADAPTER),--adapter "$(ADAPTER)") \
   $(if $(TASKS),--tasks "$(TASKS)") $(if $(LIMIT),--limit "$(LIMIT)") $(if $(LABELS),--labels "$(LABELS)") \

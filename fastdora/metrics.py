@@ -19,7 +19,7 @@ def record(cfg, trainer) -> None:
     final_eval_loss, peak_memory_gib (null on a CPU), interrupted, base_layers (class -> adapted layers), log (step,
     loss, eval_loss, learning_rate). Counting adds no synchronisation with the GPU. Ctrl-C ends the run after the step
     under way, with a checkpoint from which the same command goes on; axolotl alone would save a half-trained adapter
-    and report success.
+    and report success. Of several processes all end after the same step.
     """
     counts = torch.zeros(2, dtype=torch.long, device=trainer.args.device)
     pad = trainer.processing_class.pad_token_id
@@ -48,6 +48,8 @@ class _Writer(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started, self.first_step = time.perf_counter(), state.global_step
+        if _several():
+            self.group = torch.distributed.new_group(backend="gloo")  # on the CPU: no wait for the GPU
         signal.signal(signal.SIGINT, self.interrupt)
         if state.is_world_process_zero:
             self.stepping.touch()
@@ -59,12 +61,16 @@ class _Writer(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():  # axolotl resets the peak at each log line
             self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+        if _several():
+            flag = torch.tensor(self.interrupted, dtype=torch.uint8)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, self.group)
+            self.interrupted = bool(flag)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
         seconds = time.perf_counter() - self.started
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _several():
             torch.distributed.all_reduce(self.counts)
         if not state.is_world_process_zero:
             return
@@ -93,3 +99,7 @@ class _Writer(TrainerCallback):
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         beside.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, self.path)
+
+
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -57,9 +57,15 @@ def memory_estimate(recipe: dict[str, Any], shape: dict[str, Any]) -> float:
     return (weights + one_layer + kept + logits + mask) / GIB
 
 
-def check_device(path: Path, recipe: dict[str, Any]) -> bool:
-    """Whether the recipe needs a GPU; UserError when it does and there is none, or none with enough memory."""
+def check_device(path: Path, recipe: dict[str, Any], wanted: int = 0) -> bool:
+    """Whether the recipe needs a GPU; UserError when it does and there is none, or none with enough memory.
+
+    wanted: how many there must be whatever the model's size. Several processes, and DeepSpeed, need a GPU each: on a
+    CPU accelerate would start every process for itself, without a word.
+    """
     shape = recipes.shape(recipe["base_model"])
+    if wanted > len(gpus()):
+        raise UserError(f"GPUS={wanted}: several processes and DeepSpeed need a GPU each, and {len(gpus())} are here")
     if shape is None:
         return bool(gpus())
     if recipes.trainable_parameters(recipe, shape) < 1_000_000:
@@ -71,7 +77,7 @@ def check_device(path: Path, recipe: dict[str, Any]) -> bool:
             f"{path.stem} needs a GPU with about {need:.0f} GiB and none is here; try `make demo`, or this recipe on a "
             f"tiny model: make train RECIPE={path.stem} TINY=1"
         )
-    name, total, free = found[0]
+    name, total, free = min(found[: wanted or 1], key=lambda gpu: gpu[2])
     if free < need:
         length, accumulation = recipe["sequence_len"] // 2, 2 * recipe["gradient_accumulation_steps"]
         raise UserError(

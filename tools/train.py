@@ -1,6 +1,6 @@
 """Train a recipe: check everything that can be checked first, then `axolotl preprocess`, then `axolotl train`.
 
-python -m tools.train sentiment_r8_dora [--tiny] [--force] [-- axolotl's own options]
+python -m tools.train sentiment_r8_dora [--tiny] [--force] [--gpus 4 --zero 2] [-- axolotl's own options]
 """
 
 import argparse
@@ -22,14 +22,13 @@ import yaml
 
 from data import prepare
 from data.tasks import load_tasks
-from tools import recipes, tiny
+from tools import checks, recipes, several, tiny
 from tools.checks import (
     check_adapter,
     check_device,
     check_disk,
     check_messages,
     data_files,
-    gpus,
     read_json,
     sha256,
 )
@@ -42,20 +41,39 @@ NAMED = {key for part in ("bits", "r", "alpha", "method", "name") for key in rec
 PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
-def train(path: Path, *, small: bool = False, force: bool = False, args: list[str] | None = None) -> dict[str, Any]:
+def train(
+    path: Path,
+    *,
+    small: bool = False,
+    force: bool = False,
+    args: list[str] | None = None,
+    gpus: int = 1,
+    nodes: int = 1,
+    rank: int = 0,
+    master: str | None = None,
+    zero: int | None = None,
+    offload: bool = False,
+) -> dict[str, Any] | None:
     """Train the recipe in `path` and return what run.json holds. Raises UserError before anything is loaded.
 
     small: on the tiny base model (TINY=1). force: set a finished or foreign run aside first. args: for axolotl.
+    gpus: processes on this node; nodes, rank, master: of how many this is which, and HOST:PORT of the first. zero:
+    DeepSpeed's stage, with optimizer (and in stage 3 weights) in the CPU's memory where offload says so. The nodes
+    after the first return None: the first one checks the adapter and writes run.json.
     """
     args = args or []
     for key in (arg.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_") for arg in args):
         if key in NAMED:
             raise UserError(f"ARGS={shlex.join(args)}: {key} belongs to the recipe's name; copy {path} and edit that")
     recipe = recipes.load(path)
-    run_recipe = for_tiny(recipe) if small else recipe
+    run_recipe, say = several.spread(path, for_tiny(recipe) if small else recipe, gpus, nodes)
+    run_recipe = several.shard(path, run_recipe, zero, offload)
+    launch, launcher_args = several.launcher(gpus, nodes, rank, master)
     out = ROOT / run_recipe["output_dir"]
-    needs_gpu = check_device(path, run_recipe)
-    with folder_lock(out) as lock:
+    needs_gpu = check_device(path, run_recipe, gpus if gpus * nodes > 1 or zero else 0)
+    if say:
+        print(say, flush=True)
+    with folder_lock(out, rank) as lock:
         sources = prepare_data(path, run_recipe, small)
         text = path.read_text(encoding="utf-8") if run_recipe == recipe else dump(path, run_recipe)
         identity = {
@@ -63,6 +81,13 @@ def train(path: Path, *, small: bool = False, force: bool = False, args: list[st
             "args": args,
             "data": {name: sha256(ROOT / name) for name in data_files(run_recipe)},
         }
+        if rank:
+            config = out / f"recipe.node{rank}.yaml"
+            with replacing(config) as file:
+                file.write(text)
+            axolotl("train", config, [*launch, *args, *launcher_args], not needs_gpu, lock)
+            print(f"node {rank} of {nodes} is done; the first node checks the adapter and reports")
+            return None
         finished = claim_folder(path, out, identity, force)
         if finished:
             print(f"{out.relative_to(ROOT)} is already trained with this recipe and data; FORCE=1 trains again")
@@ -73,7 +98,7 @@ def train(path: Path, *, small: bool = False, force: bool = False, args: list[st
         (out / "metrics.json").unlink(missing_ok=True)
         started = datetime.datetime.now(datetime.timezone.utc)
         axolotl("preprocess", config, args, not needs_gpu, lock)
-        axolotl("train", config, ["--launcher", "python", *args], not needs_gpu, lock)
+        axolotl("train", config, [*launch, *args, *launcher_args], not needs_gpu, lock)
         metrics = read_metrics(out)
         adapter = check_adapter(run_recipe, out, metrics)
         record = {
@@ -90,7 +115,9 @@ def train(path: Path, *, small: bool = False, force: bool = False, args: list[st
             "seconds": round((datetime.datetime.now(datetime.timezone.utc) - started).total_seconds(), 1),
             "versions": versions(),
             "git": git_state(),
-            "device": gpus()[0][0] if gpus() else platform.processor() or platform.machine(),
+            "device": device_name(),
+            "processes": gpus * nodes,
+            "zero": several.stage(run_recipe),
         }
         with replacing(out / "run.json") as file:
             json.dump(record, file, indent=1)
@@ -203,14 +230,17 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     return "the same recipe in other words"
 
 
-def folder_lock(out: Path):
-    """A lock beside the output folder, held by this process and by axolotl below it: two runs never share a folder."""
+def folder_lock(out: Path, rank: int = 0):
+    """A lock beside the output folder, held by this process and by axolotl below it: two runs never share a folder.
+
+    The nodes of one run may share it (a network folder): each has a lock of its own.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
         probe.touch()
         probe.unlink()
-        lock = (out.parent / f".{out.name}.lock").open("w")
+        lock = (out.parent / f".{out.name}{f'.node{rank}' if rank else ''}.lock").open("w")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}); mend its permissions") from error
     try:
@@ -232,6 +262,7 @@ def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> N
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # torchrun would kill a checkpoint under way after 30 s
     }
     if command == "train" or local:
         # 0: none but this one. Tokens are ready by then, and others would only start anew, axolotl's imports included.
@@ -294,6 +325,11 @@ def next_command(path: Path, out: Path, small: bool) -> str:
     return f"axolotl merge-lora {recipe} --lora-model-dir {out.relative_to(ROOT)}"
 
 
+def device_name() -> str:
+    found = checks.gpus()
+    return found[0][0] if found else platform.processor() or platform.machine()
+
+
 def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
@@ -317,10 +353,33 @@ def main() -> None:
     parser.add_argument("recipe", help="a name from `make recipes`, FinLoRA's name for a run, or a YAML file")
     parser.add_argument("--tiny", action="store_true", help="two steps on a tiny model, on any machine")
     parser.add_argument("--force", action="store_true", help="set aside what the output folder holds")
+    parser.add_argument("--gpus", type=count, default=1, help="processes on this machine, one a GPU")
+    parser.add_argument("--nodes", type=count, default=1, help="machines; run the same command on each")
+    parser.add_argument("--node-rank", type=int, default=0, help="which of them this is, from 0")
+    parser.add_argument("--master", help="HOST or HOST:PORT of machine 0")
+    parser.add_argument("--zero", type=int, help="DeepSpeed's ZeRO stage: 1, 2 or 3")
+    parser.add_argument("--offload", action="store_true", help="with --zero 2 or 3: use the CPU's memory too")
     parser.epilog = "What follows -- goes to axolotl: -- --learning-rate 0.0002"
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given = parser.parse_args(sys.argv[1:cut])
-    train(recipes.find(given.recipe), small=given.tiny, force=given.force, args=sys.argv[cut + 1 :])
+    train(
+        recipes.find(given.recipe),
+        small=given.tiny,
+        force=given.force,
+        args=sys.argv[cut + 1 :],
+        gpus=given.gpus,
+        nodes=given.nodes,
+        rank=given.node_rank,
+        master=given.master,
+        zero=given.zero,
+        offload=given.offload,
+    )
+
+
+def count(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 4096")
+    return int(text)
 
 
 if __name__ == "__main__":

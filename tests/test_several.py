@@ -1,0 +1,246 @@
+"""GPUS=, NODES= and ZERO=: the batch is kept, what cannot work is refused, and the cluster files run make train."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tools import checks, recipes, several
+from tools.cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+PATH = recipes.RECIPES / "sentiment_r8_dora.yaml"
+RECIPE = recipes.load(PATH)
+
+
+@given(
+    micro=st.integers(1, 16),
+    accumulation=st.integers(1, 64),
+    length=st.integers(512, 20000),
+    gpus=st.integers(1, 8),
+    nodes=st.integers(1, 4),
+)
+def test_the_global_batch_is_kept(micro, accumulation, length, gpus, nodes):
+    changes = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation, "sequence_len": length}
+    before = micro * accumulation * length
+    try:
+        after, say = several.spread(PATH, RECIPE | changes, gpus, nodes)
+    except UserError:
+        assert before // (gpus * nodes) < 128 * max(1, micro * accumulation // (gpus * nodes) + 1)
+        return
+    each = after["micro_batch_size"] * after["gradient_accumulation_steps"]
+    tokens = each * after["sequence_len"] * gpus * nodes
+    assert before - each * gpus * nodes < tokens <= before
+    assert after["sequence_len"] <= length  # longer packs would not fit where the recipe's did
+    assert (say is None) == (gpus * nodes == 1)
+    if micro * accumulation % (gpus * nodes) == 0:
+        assert after["sequence_len"] == length and tokens == before
+    changed = {key for key in after if after[key] != (RECIPE | changes)[key]}
+    assert changed <= {"micro_batch_size", "gradient_accumulation_steps", "sequence_len"}
+
+
+def test_how_the_batch_is_kept_is_said():
+    say = several.spread(PATH, RECIPE | {"gradient_accumulation_steps": 1, "sequence_len": 5120}, 4, 1)[1]
+    assert say == "global batch kept: 4 processes x 1 packs of 1,280 tokens a step, as the recipe's 1 of 5,120 on one"
+    say = several.spread(PATH, RECIPE | {"gradient_accumulation_steps": 8}, 2, 2)[1]
+    assert say.startswith("global batch kept: 4 processes x 2 packs of ") and say.endswith(" as the recipe's 8 on one")
+
+
+REFUSED = {
+    "too few tokens": ({"sequence_len": 512}, (8, 1), r"GPUS=8: sentiment_r8_dora trains \d+ tokens a step, too few"),
+    "rows that do not divide": (
+        {"sample_packing": False, "micro_batch_size": 6, "gradient_accumulation_steps": 1},
+        (4, 1),
+        r"GPUS=4: sentiment_r8_dora trains 6 rows a step, which 4 processes cannot share; use 1, 2, 3, 6, or set",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_batch_that_cannot_be_kept_is_refused(case):
+    changes, (gpus, nodes), expected = REFUSED[case]
+    with pytest.raises(UserError, match=expected):
+        several.spread(PATH, RECIPE | changes, gpus, nodes)
+
+
+SHARD_REFUSED = [
+    ({}, 4, False, "ZERO=4: DeepSpeed's stages are 1, 2 and 3"),
+    ({}, 0, False, "ZERO=0: DeepSpeed's stages are 1, 2 and 3"),
+    ({}, None, True, "OFFLOAD=1 needs ZERO=2 or ZERO=3"),
+    ({}, 1, True, "OFFLOAD=1 needs ZERO=2 or ZERO=3"),
+    ({"deepspeed": "own.json"}, 2, False, "key 'deepspeed' says how to shard already"),
+    ({"fsdp_version": 2, "fsdp_config": {"offload_params": False}}, 2, False, "key 'fsdp_config' says how to shard"),
+]
+
+
+@pytest.mark.parametrize("changes, zero, offload, expected", SHARD_REFUSED)
+def test_sharding_that_cannot_work_is_refused(changes, zero, offload, expected):
+    with pytest.raises(UserError, match=expected):
+        several.shard(PATH, RECIPE | changes, zero, offload)
+
+
+@pytest.mark.parametrize("zero, offload", [(1, False), (2, False), (3, False), (2, True), (3, True)])
+def test_every_stage_has_its_file(zero, offload):
+    """And DeepSpeed's own model of its configuration takes every key of it: a misspelt one would be ignored."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    recipe = several.shard(PATH, RECIPE | {"gradient_checkpointing": True}, zero, offload)
+    assert several.stage(recipe) == zero
+    assert recipe["gradient_checkpointing_kwargs"]["use_reentrant"] == (zero == 3)
+    config = json.loads((ROOT / recipe["deepspeed"]).read_text(encoding="utf-8"))
+    section = config["zero_optimization"]
+    known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert section.keys() <= known
+    DeepSpeedZeroConfig(**section)
+    assert ("offload_optimizer" in section) == offload and ("offload_param" in section) == (offload and zero == 3)
+    assert config.get("zero_force_ds_cpu_optimizer", True) != offload  # else accelerate puts another Adam in its place
+
+
+def test_torchrun_is_called_with_what_make_was_given():
+    assert several.launcher(1, 1, 0, None) == (["--launcher", "python"], [])
+    assert several.launcher(4, 1, 0, None)[1] == ["--", "--standalone", "--nproc_per_node=4"]
+    options = several.launcher(8, 2, 1, "node0:29400")[1]
+    assert {"--nnodes=2", "--node_rank=1", "--master_addr=node0", "--master_port=29400"} <= set(options)
+    from torch.distributed.run import get_args_parser
+
+    parsed = get_args_parser().parse_args([*options[1:], "script.py"])
+    assert (parsed.nnodes, parsed.nproc_per_node, parsed.rdzv_conf) == ("2", "8", "timeout=3600")
+
+
+@pytest.mark.parametrize("master", [None, "", "node0:", "node0:0", "node0:70000", "a b", "node0;reboot", "$(id)"])
+def test_a_master_that_is_none_is_refused(master):
+    with pytest.raises(UserError, match=r"MASTER=.*: NODES=2 needs the first node's HOST:PORT, as in node0:29500"):
+        several.launcher(1, 2, 0, master)
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_a_node_rank_that_is_none_is_refused(rank):
+    with pytest.raises(UserError, match=f"NODE_RANK={rank}: with NODES=2 it is 0 to 1, another on each node"):
+        several.launcher(1, 2, rank, "node0")
+
+
+@pytest.mark.skipif(bool(checks.gpus()), reason="this machine has a GPU")
+@pytest.mark.parametrize("options", [("--gpus", "2"), ("--zero", "2"), ("--nodes", "2", "--master", "node0")])
+def test_several_processes_need_a_gpu_each(command, options):
+    done = command("tools.train", "sentiment_r8_dora", "--tiny", *options)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    number = "2" if "--gpus" in options else "1"
+    assert lines == [f"error: GPUS={number}: several processes and DeepSpeed need a GPU each, and 0 are here"]
+
+
+@pytest.mark.xdist_group("axolotl")
+def test_two_nodes(house, tmp_path):
+    """Two `make train` on two loopback addresses and one folder, through torchrun: one run, one adapter.
+
+    Equal, bit for bit, to what one process makes of the same packs.
+    """
+    recipe = RECIPE | {
+        "plugins": [*RECIPE["plugins"], "cpu_processes.CpuProcesses"],
+        "base_model": ".cache/tiny",
+        "sequence_len": 128,
+        "gradient_accumulation_steps": 2,
+        "lora_dropout": 0.0,
+        "max_steps": 2,
+        "optimizer": "adamw_torch",
+        "output_dir": "outputs/nodes",
+        "dataset_prepared_path": "outputs/nodes/tokenised",
+    }
+    data = house / "train.jsonl"
+    turns = [{"role": "user", "content": "Shares rose."}, {"role": "assistant", "content": "up"}]
+    data.write_text((json.dumps({"messages": turns}) + "\n") * 40, encoding="utf-8")
+    recipe["datasets"] = [RECIPE["datasets"][0] | {"path": str(data)}]
+    for key in ("test_datasets", "evals_per_epoch"):
+        del recipe[key]
+    file = house / "recipes" / "nodes.yaml"
+    file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": f"{house}:{house / 'tests'}", "GLOO_SOCKET_IFNAME": "lo"}
+    port = 20000 + os.getpid() % 20000
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "tests/cpu_train.py", str(file), "--nodes", "2", "--node-rank", str(rank)]
+            + ["--master", f"127.0.0.2:{port}"],
+            cwd=house,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    assert "node 1 of 2 is done; the first node checks the adapter and reports" in outputs[1]
+    out = house / "outputs" / "nodes"
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert record["processes"] == 2 and record["metrics"]["steps"] == 2
+    adapter = (out / "adapter_model.safetensors").read_bytes()
+
+    one = tmp_path / "one.yaml"
+    one.write_text(
+        yaml.safe_dump(recipe | {"base_model": str(house / ".cache/tiny"), "output_dir": str(tmp_path / "one")})
+    )
+    from forked import axolotl_command
+
+    code, output = axolotl_command("train", str(one), "--launcher", "python")
+    assert code == 0, output[-3000:]
+    assert (tmp_path / "one" / "adapter_model.safetensors").read_bytes() == adapter
+
+
+def stand_ins(folder: Path, **scripts: str) -> dict[str, str]:
+    """An environment whose PATH begins with these programs, which stand for a cluster's."""
+    folder.mkdir()
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_the_slurm_file_runs_make_train_on_each_node(tmp_path):
+    """With sbatch's variables set as Slurm sets them, and srun, scontrol and make stood in for."""
+    env = stand_ins(
+        tmp_path / "bin",
+        srun='for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        scontrol='[ "$*" = "show hostnames gpu[3-4]" ] && printf "gpu3\\ngpu4\\n"',
+        make='printf "%s|" "$@"; echo',
+    )
+    env |= {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_JOB_NODELIST": "gpu[3-4]",
+        "SLURM_JOB_ID": "41234",
+    }
+    file = ROOT / "cluster" / "slurm.sbatch"
+    done = subprocess.run(
+        ["bash", str(file), "RECIPE=sentiment_r8_dora", "ARGS=--learning-rate 0.0002"],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rest = "MASTER=gpu3:21234|RECIPE=sentiment_r8_dora|ARGS=--learning-rate 0.0002|"
+    assert done.stdout.splitlines() == ["setup|"] + [f"train|GPUS=8|NODES=2|NODE_RANK={rank}|{rest}" for rank in (0, 1)]
+    several.launcher(8, 2, 1, "gpu3:21234")
+
+
+def test_the_skypilot_file_runs_make_train_on_each_node(tmp_path):
+    task = yaml.safe_load((ROOT / "cluster" / "skypilot.yaml").read_text(encoding="utf-8"))
+    assert set(task) == {"name", "workdir", "num_nodes", "resources", "envs", "setup", "run"}
+    assert task["envs"]["RECIPE"] in recipes.names() and not task["envs"]["HF_TOKEN"]
+    env = stand_ins(tmp_path / "bin", make='printf "%s|" "$@"') | task["envs"]
+    env |= {
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": "1",
+        "SKYPILOT_NODE_IPS": "10.0.0.3\n10.0.0.4",
+    }
+    done = subprocess.run(["bash", "-c", task["run"]], env=env, capture_output=True, text=True)
+    expected = "train|RECIPE=sentiment_r8_dora|ZERO=|GPUS=8|NODES=2|NODE_RANK=1|MASTER=10.0.0.3:29500|"
+    assert done.stdout == expected, done.stderr

@@ -1,0 +1,115 @@
+"""Several GPUs and nodes: what a recipe becomes on them, what cannot work there, and how torchrun is called."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from tools.cli import ROOT, UserError
+
+DEEPSPEED = ROOT / "recipes" / "deepspeed"
+STAGES = (1, 2, 3)
+
+
+def spread(path: Path, recipe: dict[str, Any], gpus: int, nodes: int) -> tuple[dict[str, Any], str | None]:
+    """The recipe for gpus x nodes processes with its global batch kept, and a line that says how (None for one).
+
+    The batch is micro_batch_size x gradient_accumulation_steps rows, or packs of sequence_len tokens. Fewer
+    accumulation steps keep it where they divide; otherwise packs become shorter, so that the tokens of a step stay
+    the same (rounding cuts less than a token for each pack). UserError where neither can keep it.
+    """
+    processes = gpus * nodes
+    if processes == 1:
+        return recipe, None
+    micro, length = recipe["micro_batch_size"], recipe["sequence_len"]
+    batch = micro * recipe["gradient_accumulation_steps"]
+    if batch % processes == 0:
+        each = batch // processes
+        micro = math.gcd(micro, each)
+    elif recipe.get("sample_packing"):
+        micro, each = 1, -(-batch // processes)
+        length = batch * length // (each * processes)
+        if length < 128:
+            raise UserError(
+                f"GPUS={gpus}{f' NODES={nodes}' if nodes > 1 else ''}: {path.stem} trains {batch * length:,} tokens a "
+                f"step, too few for {processes} processes; use fewer"
+            )
+    else:
+        fitting = [number for number in range(1, batch + 1) if batch % number == 0]
+        raise UserError(
+            f"GPUS={gpus}{f' NODES={nodes}' if nodes > 1 else ''}: {path.stem} trains {batch} rows a step, which "
+            f"{processes} processes cannot share; use {', '.join(map(str, fitting))}, or set sample_packing: true"
+        )
+    changed = {"micro_batch_size": micro, "gradient_accumulation_steps": each // micro, "sequence_len": length}
+    unit = f"packs of {length:,} tokens" if recipe.get("sample_packing") else "rows"
+    before = f"{batch} of {recipe['sequence_len']:,}" if length != recipe["sequence_len"] else f"{batch}"
+    say = f"global batch kept: {processes} processes x {each} {unit} a step, as the recipe's {before} on one"
+    return recipe | changed, say
+
+
+def shard(path: Path, recipe: dict[str, Any], zero: int | None, offload: bool) -> dict[str, Any]:
+    """The recipe with DeepSpeed's ZeRO stage, parameters kept in memory with `offload`. UserError for what cannot work.
+
+    Stage 3 releases frozen weights after each forward, which checkpointing that is not re-entrant cannot recompute
+    (fastdora/zero3.py), so it becomes re-entrant: the same gradients, another order of freeing.
+    """
+    if zero is None:
+        if offload:
+            raise UserError("OFFLOAD=1 needs ZERO=2 or ZERO=3: without DeepSpeed nothing moves to the CPU's memory")
+        return recipe
+    if zero not in STAGES:
+        raise UserError(f"ZERO={zero}: DeepSpeed's stages are 1, 2 and 3; use one of them")
+    if recipe.get("deepspeed") or recipe.get("fsdp_config") or recipe.get("fsdp"):
+        key = "deepspeed" if recipe.get("deepspeed") else "fsdp_config" if recipe.get("fsdp_config") else "fsdp"
+        raise UserError(f"{path}: key '{key}' says how to shard already; remove it or leave ZERO={zero} out")
+    if offload and zero == 1:
+        raise UserError("OFFLOAD=1 needs ZERO=2 or ZERO=3: ZERO=1 has no configuration with offload here")
+    name = f"zero{zero}{'_offload' if offload else ''}.json"
+    changed: dict[str, Any] = {"deepspeed": str((DEEPSPEED / name).relative_to(ROOT))}
+    if zero == 3 and recipe.get("gradient_checkpointing"):
+        changed["gradient_checkpointing_kwargs"] = (recipe.get("gradient_checkpointing_kwargs") or {}) | {
+            "use_reentrant": True
+        }
+    return recipe | changed
+
+
+def launcher(gpus: int, nodes: int, rank: int, master: str | None) -> tuple[list[str], list[str]]:
+    """Axolotl's options that choose a launcher, and what follows `--`: torchrun's own. UserError names the variable.
+
+    master: HOST or HOST:PORT of the node with NODE_RANK 0.
+    """
+    if gpus == nodes == 1:
+        return ["--launcher", "python"], []
+    options = [f"--nproc_per_node={gpus}"]
+    if nodes == 1:
+        return ["--launcher", "torchrun"], ["--", "--standalone", *options]
+    if not 0 <= rank < nodes:
+        raise UserError(f"NODE_RANK={rank}: with NODES={nodes} it is 0 to {nodes - 1}, another on each node")
+    host, port = split_master(master, nodes)
+    return ["--launcher", "torchrun"], [
+        "--",
+        f"--nnodes={nodes}",
+        f"--node_rank={rank}",
+        f"--master_addr={host}",
+        f"--master_port={port}",
+        "--rdzv_conf=timeout=3600",  # the first node tokenises before it starts
+        *options,
+    ]
+
+
+def split_master(master: str | None, nodes: int) -> tuple[str, int]:
+    match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::(\d+))?", master or "")
+    if not match or not 0 < int(match[2] or 29500) < 65536:
+        raise UserError(f"MASTER={master or ''}: NODES={nodes} needs the first node's HOST:PORT, as in node0:29500")
+    return match[1], int(match[2] or 29500)
+
+
+def stage(recipe: dict[str, Any]) -> int | None:
+    """The ZeRO stage of a recipe's `deepspeed:`, or None without one."""
+    config = recipe.get("deepspeed")
+    if not config:
+        return None
+    if not isinstance(config, dict):
+        config = json.loads((ROOT / config).read_text(encoding="utf-8"))
+    return config.get("zero_optimization", {}).get("stage", 0)
