@@ -219,8 +219,8 @@ def harness(model, tokenizer, batch_tokens: int | None = None):
             ids = tokenizer([prompt for prompt, _ in asked], add_special_tokens=False)["input_ids"]
             if (largest := max(map(max, ids))) >= known:
                 raise UserError(
-                    f"the tokenizer has a token {largest:,} and the model {known:,} tokens: they do not belong together; "
-                    "name the adapter's own base with MODEL="
+                    f"the tokenizer has a token {largest:,} and the model {known:,} tokens: they do not belong "
+                    "together; name the adapter's own base with MODEL="
                 )
             answers = [""] * len(asked)
             left = sorted(range(len(asked)), key=lambda place: (json.dumps(asked[place][1]), -len(ids[place])))

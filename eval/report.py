@@ -228,12 +228,11 @@ def notes(subject: Subject, base: Subject | None) -> list[str]:
 
 
 def lines(answers: Answers, base: Answers | None) -> Iterator[dict[str, Any]]:
-    """One line a version of the labels, the one that was asked for first; then without rows seen in training."""
-    for labels in answers.labels():
-        yield measure(answers, base, labels)
+    """One line a version of the labels, the one that was asked for first; then those without rows seen in training."""
     unseen = tuple(line for line, row in answers.rows.items() if not row["seen"])
-    if 0 < len(unseen) < len(answers.rows):
-        yield measure(answers, base, answers.labels()[0], unseen)
+    for only in ((), unseen) if 0 < len(unseen) < len(answers.rows) else ((),):
+        for labels in answers.labels():
+            yield measure(answers, base, labels, only)
 
 
 def measure(answers: Answers, base: Answers | None, labels: str, only: tuple = ()) -> dict[str, Any]:

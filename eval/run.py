@@ -290,7 +290,7 @@ def ask(lm, subject: dict[str, Any], sets: list[str], plan, wanted) -> None:
             if name in forgetting.TASKS:
                 about, rows = forgetting.answers(lm, name, plan["folder"], wanted.limit)
             else:
-                about, rows = answers(lm, name, plan, wanted)
+                about, rows = answers(lm, name, plan, wanted, plan["trained_on"] if subject["adapter"] else None)
             about |= {"seconds": round(time.perf_counter() - started, 3), "limit": wanted.limit}
             if about["metric"] == "bertscore_f1":
                 about |= add_bertscore(rows, wanted)
@@ -299,7 +299,7 @@ def ask(lm, subject: dict[str, Any], sets: list[str], plan, wanted) -> None:
     (folder / "answers.part.jsonl").unlink(missing_ok=True)
 
 
-def answers(lm, name: str, plan, wanted) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def answers(lm, name: str, plan, wanted, trained_on: set[str] | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One of FinLoRA's sets through lm-eval: what set.json holds, and a row for each answer."""
     from lm_eval import evaluate
     from lm_eval.tasks import TaskManager, get_task_dict
@@ -320,7 +320,7 @@ def answers(lm, name: str, plan, wanted) -> tuple[dict[str, Any], list[dict[str,
                 "target": doc["published"],
                 "corrected": doc["corrected"],
                 "answer": answer,
-                "seen": None if plan["trained_on"] is None else normalise(doc["context"]) in plan["trained_on"],
+                "seen": None if trained_on is None else normalise(doc["context"]) in trained_on,
                 "prompt_tokens": asked,
                 "answer_tokens": given,
                 "stopped": ended,

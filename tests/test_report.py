@@ -128,6 +128,16 @@ def test_rows_that_were_trained_on_are_left_out_of_a_line_of_their_own(everythin
     assert unseen["difference"]["rows"] == 216 and not unseen["published"]
 
 
+def test_so_they_are_under_both_versions_of_the_labels(tmp_path):
+    folder = made.subject(tmp_path, "a")
+    rows = [row | {"seen": number % 2 == 0} for number, row in enumerate(made.label_rows(60, 0.9, exchanged=True))]
+    made.answered(folder, "tfns", rows)
+    found = [(row["labels"], row["only"], row["rows"]) for row in rows_of(report(tmp_path), "a", "tfns")]
+    without = [("corrected", "not seen in training", 30), ("published", "not seen in training", 30)]
+    assert found == [("corrected", "", 60), ("published", "", 60), *without]
+    assert "not seen in training, published labels" in page(tmp_path)
+
+
 def test_strict_scores_appear_where_they_differ(everything):
     shown = report(everything)
     fpb, formula = (rows_of(shown, "sentiment_r8_dora", name)[0] for name in ("fpb", "formula"))
