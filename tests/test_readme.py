@@ -43,12 +43,23 @@ def test_make_train_runs_as_the_readme_says(house):
     """TINY=1 with ARGS through make itself, in a copy of the house."""
     assert "make train RECIPE=sentiment_r8_dora TINY=1" in COMMANDS
     run = ("train", "RECIPE=sentiment_llama_3_1_8b_8bits_r8_dora", "TINY=1", "ARGS=--learning-rate 0.0002")
-    done = make(*run, f"VENV={ROOT / '.venv'}" if (ROOT / ".venv/bin/axolotl").exists() else "T=", cwd=house)
+    venv = f"VENV={ROOT / '.venv'}" if (ROOT / ".venv/bin/axolotl").exists() else "T="
+    done = make(*run, venv, cwd=house)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((house / "outputs/tiny/sentiment_r8_dora/run.json").read_text(encoding="utf-8"))
     assert record["args"] == ["--learning-rate", "0.0002"] and record["data_from"] == "sample"
     metrics = json.loads((house / "outputs/tiny/sentiment_r8_dora/metrics.json").read_text(encoding="utf-8"))
     assert metrics["steps"] == 2
+    # What was trained is evaluated, reported and compared by the next commands that the README names.
+    tiny = ("RECIPE=sentiment_r8_dora", "TINY=1", "BASE=1", "LIMIT=9")
+    base = f"base-{(ROOT / '.cache' / 'tiny').resolve().name}-8bit"
+    for command in ("eval", *tiny), ("report",), ("compare", f"A={base}", "B=sentiment_r8_dora.tiny"):
+        assert any(line.startswith(f"make {command[0]}") for line in COMMANDS)
+        done = make(*command, venv, cwd=house)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "A and B cannot be told apart on these 9 rows" in done.stdout
+    page = (house / "results/index.html").read_text(encoding="utf-8")
+    assert "sentiment_r8_dora.tiny" in page and base in page and "Training curves" in page
 
 
 def test_make_alone_prints_what_it_can_do():
@@ -73,7 +84,7 @@ def test_ci_runs_the_readmes_test_command():
     assert "run: .ci/run" in (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("file", ["README.md", "recipes/README.md", "data/README.md"])
+@pytest.mark.parametrize("file", ["README.md", "recipes/README.md", "data/README.md", "eval/README.md"])
 def test_links_and_folders_exist(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
