@@ -17,13 +17,13 @@ TARGETS = ["q_proj", "k_proj", "v_proj"]
 IDS = torch.arange(3, 45).reshape(2, 21)
 
 
-def make_adapter(base, folder, method="dora", r=4, targets=TARGETS):
+def make_adapter(base, folder, method="dora", r=4, targets=TARGETS, alpha=16):
     """An untrained adapter whose B and magnitudes are not what PEFT starts with, so that each changes the model."""
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = LoraConfig(
         r=r,
-        lora_alpha=16,
+        lora_alpha=alpha,
         target_modules=targets,
         use_dora=method == "dora",
         use_rslora=method == "rslora",
@@ -50,11 +50,13 @@ def logits(model):
         return model(IDS).logits
 
 
-def test_merging_is_the_formula(tiny_base, adapters):
+@pytest.mark.parametrize("alpha", [16, 32])
+def test_merging_is_the_formula(tiny_base, tmp_path, alpha):
     """W' = m (W0 + s B A) / ||W0 + s B A||, the norm over each output row, in float64."""
     plain = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    merged = models.attach(models.load_base(tiny_base, 16), adapters["dora"])
-    tensors = load_file(adapters["dora"] / "adapter_model.safetensors")
+    adapter = make_adapter(tiny_base, tmp_path / "a", alpha=alpha)
+    merged = models.attach(models.load_base(tiny_base, 16), adapter)
+    tensors = load_file(adapter / "adapter_model.safetensors")
     for layer in range(4):
         for target in TARGETS:
             name = f"model.layers.{layer}.self_attn.{target}"
@@ -62,7 +64,7 @@ def test_merging_is_the_formula(tiny_base, adapters):
                 tensors[f"base_model.model.{name}.{part}"].double()
                 for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
             )
-            summed = plain.get_submodule(name).weight.double() + 16 / 4 * b @ a
+            summed = plain.get_submodule(name).weight.double() + alpha / 4 * b @ a
             expected = m[:, None] * summed / summed.norm(dim=1, keepdim=True)
             assert torch.allclose(merged.get_submodule(name).weight.double(), expected, atol=1e-6)
 
@@ -178,6 +180,24 @@ def test_an_adapter_with_other_target_modules(tiny_base, adapters, tmp_path):
     )
     with pytest.raises(UserError, match="w_q.lora_A.weight is no layer of"):
         models.check_fits(other, str(tiny_base))
+
+
+def test_an_adapter_by_its_hub_id(adapters, tmp_path, monkeypatch):
+    """From the hub's cache as a download leaves it; what is neither there nor a folder is named."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        UserError, match="^ADAPTER=owner/adapter: is neither a folder nor to be had from the hub"
+    ) as error:
+        models.resolve_adapter("owner/adapter")
+    assert "\n" not in str(error.value)
+    kept = tmp_path / "models--owner--adapter"
+    shutil.copytree(adapters["dora"], kept / "snapshots" / ("1" * 40))
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("1" * 40)
+    found = models.resolve_adapter("owner/adapter")
+    assert models.adapter_facts(found) == models.adapter_facts(adapters["dora"])
 
 
 def test_a_base_that_is_not_there(tmp_path):
