@@ -1,0 +1,225 @@
+"""DoRA, LoRA and rsLoRA layers of PEFT at the speed of one product, on 16-, 8- and 4-bit bases.
+
+DoRA (arXiv 2402.09353, equation 5): y = m / ||W0 + s B A|| * (W0 x + s B A x) + bias, the norm taken per row of the
+weight as torch stores it and held constant in back-propagation (section 4.3); s = alpha / r, rsLoRA alpha / sqrt(r).
+With g = m / ||.|| and z = x W0^T + s dropout(x) A^T B^T the layer is y = g z + bias, and its gradients are
+
+    dz = g dy      dm = sum_T(dy z) / ||.||      dt = s dz B      dA = dt^T dropout(x)      dB = s dz^T t
+    dx = dz W0 + dropout(dt A)                   where t = dropout(x) A^T
+
+Dropout touches the low-rank path only (PEFT lets it into the product with W0 too). Neither B A nor W0 + s B A is built:
+
+    ||w_i + s b_i A||^2 = ||w_i||^2 + 2 s (W0 A^T)_i . b_i + s^2 b_i (A A^T) b_i^T        (float32; float64 for float64)
+
+The first term is computed once, the others once per optimizer step: every step of any torch optimizer in the process
+(bitsandbytes', fused and DeepSpeed's inner ones among them) moves a counter of ours that stale norms are told by.
+Tensors' version counters are no help: bitsandbytes, fused optimizers and ZeRO write without moving them.
+
+    model = get_peft_model(...); fastdora.accelerate(model)
+"""
+
+import types
+from collections import Counter
+from dataclasses import dataclass
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners import lora
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fastdora import kernels, products
+
+_steps = 0  # optimizer steps in this process
+
+
+def _count_step(*_) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class UnsupportedLayer(Exception):
+    """A layer that has no fast path. Its text is one line that names the layer and what to do."""
+
+
+@dataclass
+class _Known:
+    steps: int  # of the counter, when it was computed
+    s: float
+    norm: torch.Tensor  # ||W0 + s B A||, (N,)
+    gain: torch.Tensor  # m / norm, (N,)
+
+
+def norm_and_gain(
+    layer: nn.Module, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor, s: float, base_square: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """||W0 + s B A|| per row, at least the smallest normal number, and m over it; both (N,) in base_square's dtype.
+
+    a (R, K), b (N, R), m (N,); base_square: ||W0||^2 per row, (N,).
+    """
+    floats = all(x.dtype == torch.float32 and x.is_contiguous() for x in (a, b, m))
+    if a.is_cuda and floats and a.shape[0] <= kernels.LARGEST_RANK:
+        four = isinstance(layer.weight, bnb.nn.Params4bit)
+        weight = products.widen(layer, torch.bfloat16) if four else layer.weight.data
+        if kernels.fused(weight):
+            scales = products.int8_scales(layer) if products.is_int8(layer) else None
+            return kernels.row_norms(weight, scales, a, b, s, base_square, m)
+    exact = torch.float64 if a.is_cuda else kernels.wide(a.dtype)  # a GPU may take float32 products in tf32
+    wa = (products.widen(layer, exact) @ a.to(exact).t()).double()
+    a, b = a.double(), b.double()
+    square = base_square.double() + ((2 * s * wa + s * s * (b @ (a @ a.t()))) * b).sum(1)
+    norm = square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+    return norm.to(base_square.dtype), (m.double() / norm).to(base_square.dtype)
+
+
+class _Adapted(torch.autograd.Function):
+    """The formulas above for x (T, K); `m`, `norm` and `gain` are None for LoRA."""
+
+    @staticmethod
+    def forward(ctx, x, a, b, m, norm, gain, layer, s, p, seed, fp8):
+        base = products.forward_product(x, layer, fp8)
+        t = kernels.low_rank(x, a, 1.0, p, seed)
+        y = kernels.combine(base, t, b, s, gain, layer.bias)
+        ctx.save_for_backward(x, a, b, norm, gain, t, None if m is None else base)
+        ctx.layer, ctx.s, ctx.p, ctx.seed, ctx.fp8 = layer, s, p, seed, fp8
+        ctx.m_dtype = None if m is None else m.dtype
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, a, b, norm, gain, t, base = ctx.saved_tensors
+        layer, s, p, seed = ctx.layer, ctx.s, ctx.p, ctx.seed
+        dz, dm, db = kernels.combine_backward(dy.contiguous(), base, t, b, s, gain, norm)
+        dt = kernels.low_rank(dz, b.t(), s, 0.0, seed)
+        dx = products.backward_product(dz, layer, ctx.fp8) if ctx.needs_input_grad[0] else None
+        da = kernels.low_rank_backward(dt, x, a, dx, p, seed)
+        dm = None if dm is None else dm.to(ctx.m_dtype)
+        return dx, da.to(a.dtype), db.to(b.dtype), dm, None, None, None, None, None, None, None
+
+
+class _Fast:
+    """Mixed into PEFT's LoRA layers by `accelerate`: the forward above, for one active adapter that is not merged."""
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(names) != 1 or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        name = names[0]
+        s, dropout, layer = self.scaling[name], self.lora_dropout[name], self.base_layer
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        a, b = self.lora_A[name].weight, self.lora_B[name].weight
+        m = norm = gain = None
+        if self.use_dora[name]:
+            m, known = self.lora_magnitude_vector[name].weight, self.known(name)
+            norm, gain = known.norm, known.gain
+        x = products.in_compute_dtype(x)
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        seed = kernels.draw_seed() if p else (1, 0)
+        y = _Adapted.apply(flat, a, b, m, norm, gain, layer, s, p, seed, getattr(layer, "fp8_product", False))
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @torch.no_grad()
+    def known(self, name: str) -> _Known:
+        """Norm and gain of this moment's weights; computed anew only when one of them may have changed."""
+        known, s = self._known.get(name), self.scaling[name]
+        if known is None or known.steps != _steps or known.s != s:
+            a, b = self.lora_A[name].weight, self.lora_B[name].weight
+            m = self.lora_magnitude_vector[name].weight
+            with torch.autocast(a.device.type, enabled=False):
+                if self._base_square is None:
+                    weight = products.widen(self.base_layer, kernels.wide(a.dtype))
+                    self._base_square = (weight * weight).sum(1)
+                known = _Known(_steps, s, *norm_and_gain(self.base_layer, a, b, m, s, self._base_square))
+            self._known[name] = known
+        return known
+
+    def forget(self, *_) -> None:
+        """Compute norms anew at the next forward."""
+        self._known, self._base_square = {}, None
+
+    def merge(self, *args, **kwargs) -> None:
+        super().merge(*args, **kwargs)
+        self.forget()
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        self.forget()
+
+    def update_layer(self, *args, **kwargs) -> None:
+        super().update_layer(*args, **kwargs)
+        self.forget()
+
+    def train(self, mode: bool = True):
+        if mode != self.training:  # the Trainer calls it at each micro-batch
+            self.forget()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):  # every cast and every move of a module comes through here
+        self.forget()
+        return super()._apply(*args, **kwargs)
+
+
+class FastLinear(_Fast, lora.Linear):
+    """LoRA or DoRA on an nn.Linear."""
+
+
+class FastLinear8bit(_Fast, lora.Linear8bitLt):
+    """LoRA or DoRA on bitsandbytes' Linear8bitLt."""
+
+
+class FastLinear4bit(_Fast, lora.Linear4bit):
+    """LoRA or DoRA on bitsandbytes' Linear4bit."""
+
+
+FAST = {lora.Linear: FastLinear, lora.Linear8bitLt: FastLinear8bit, lora.Linear4bit: FastLinear4bit}
+BASES = {nn.Linear: "16-bit", bnb.nn.Linear8bitLt: "8-bit", bnb.nn.Linear4bit: "4-bit"}
+
+
+def accelerate(model: nn.Module, fp8: bool = False) -> str:
+    """Give every adapted or quantised linear layer of `model` its fast path, in place; return a line that says which.
+
+    fp8: products with 8-bit weights in e4m3. Raises UnsupportedLayer, before anything is changed, for an adapted layer
+    that has no fast path. Adapter files stay PEFT's; calling it again changes nothing but `fp8`.
+    """
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, module in adapted.items():
+        _check(name, module)
+    paths: Counter[str] = Counter()
+    for module in adapted.values():
+        if type(module) in FAST:
+            module.__class__ = FAST[type(module)]
+            module.register_load_state_dict_post_hook(_Fast.forget)
+        module.forget()
+        method = "DoRA" if any(module.use_dora.values()) else "LoRA"
+        paths[f"{BASES[type(module.base_layer)]} {method}"] += 1
+    bases = {id(module.base_layer) for module in adapted.values()}
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
+            module.forward = types.MethodType(products.frozen_forward, module)
+            module.fp8_product = fp8 and isinstance(module, bnb.nn.Linear8bitLt)
+            if id(module) not in bases:
+                paths[f"{BASES[type(module)]} frozen"] += 1
+    product = "fp8" if fp8 else "16-bit"
+    return f"{', '.join(f'{count} {kind}' for kind, count in sorted(paths.items()))} layers; {product} products"
+
+
+def _check(name: str, module: LoraLayer) -> None:
+    if type(module) not in FAST and not isinstance(module, _Fast):
+        raise UnsupportedLayer(f"{name}: a {type(module).__name__} adapter has no fast path; target linear layers only")
+    if type(module.base_layer) not in BASES:
+        raise UnsupportedLayer(
+            f"{name}: {type(module.base_layer).__name__} has no fast path; target linear layers only"
+        )
+    for adapter, variant in module.lora_variant.items():
+        if not isinstance(variant, DoraLinearVariant):
+            raise UnsupportedLayer(f"{name}: {type(variant).__name__} of adapter '{adapter}' has no fast path")
+    if any(module.lora_bias.values()):
+        raise UnsupportedLayer(f"{name}: a bias in lora_B has no fast path; leave lora_bias out")
+    if module.base_layer.bias is not None and module.base_layer.bias.requires_grad:
+        raise UnsupportedLayer(f"{name}: a trainable bias has no fast path; set bias: none")

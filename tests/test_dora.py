@@ -1,0 +1,490 @@
+"""fastdora's layers against PEFT's own, the explicit formula, and themselves after every kind of change."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bitsandbytes as bnb
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from fastdora import dora, kernels, peft_int8, products
+
+peft_int8.mend()
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Net(nn.Module):
+    def __init__(self, inputs: int, outputs: int, bias: bool):
+        super().__init__()
+        self.one = nn.Linear(inputs, outputs, bias=bias)
+
+    def forward(self, x):
+        return self.one(x)
+
+
+def quantised(net: Net, bits: int) -> Net:
+    if bits == 8:
+        layer = bnb.nn.Linear8bitLt(net.one.in_features, net.one.out_features, net.one.bias is not None, False)
+    elif bits == 4:
+        layer = bnb.nn.Linear4bit(net.one.in_features, net.one.out_features, net.one.bias is not None, torch.float32)
+    if bits != 16:
+        layer.load_state_dict(net.one.state_dict())
+        net.one = layer.to("cpu")
+    net.is_loaded_in_8bit, net.is_loaded_in_4bit = bits == 8, bits == 4
+    return net
+
+
+def adapted(net: nn.Module, *, r=8, alpha=16, dora=True, rslora=False, dropout=0.0, spread=0.3, seed=0) -> PeftModel:
+    """The net with an adapter whose B and m have moved away from where they start."""
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, use_dora=dora, use_rslora=rslora, lora_dropout=dropout, target_modules=["one"]
+    )
+    model = get_peft_model(net, config, autocast_adapter_dtype=False)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=spread)
+        elif "magnitude" in name:
+            weight.data *= 1 + 0.1 * torch.randn_like(weight)
+    return model
+
+
+def fast(model: PeftModel) -> PeftModel:
+    model = copy.deepcopy(model)
+    dora.accelerate(model)
+    return model
+
+
+def layer(model: PeftModel):
+    return next(module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer))
+
+
+def run(model: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Output and every gradient of sum(output * weights)."""
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    (y * weights).sum().backward()
+    found = {"y": y.detach(), "x": x.grad}
+    return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference of any entry, relative to that entry's largest value."""
+    assert found.keys() == expected.keys()
+    errors = [
+        ((found[key].double() - expected[key].double()).abs().max() / expected[key].abs().max().clamp_min(1e-30)).item()
+        for key in found
+        if found[key].numel()
+    ]
+    return max(errors, default=0.0)
+
+
+def explicit_norm(module, name="default") -> torch.Tensor:
+    """||W0 + s B A|| per row in float64, built in full."""
+    base = products.widen(module.base_layer, torch.float64)
+    a, b = module.lora_A[name].weight.double(), module.lora_B[name].weight.double()
+    return (base + module.scaling[name] * b @ a).norm(dim=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    r=st.sampled_from([1, 2, 8, 33, 256]),
+    alpha=st.sampled_from([1, 16, 512]),
+    method=st.sampled_from(["dora", "lora", "rslora"]),
+    bias=st.booleans(),
+    scale=st.sampled_from([1e-6, 1.0, 1e6]),
+    shape=st.sampled_from([(3,), (2, 5), (1, 1), (0, 4), (2, 2, 3)]),
+    strided=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_float64_equals_peft(sizes, r, alpha, method, bias, scale, shape, strided, seed):
+    torch.manual_seed(seed)
+    net = Net(*sizes, bias).double()
+    for weight in net.parameters():  # the bias too: PEFT takes it off the product and loses what is far smaller
+        weight.data *= scale
+    model = adapted(net, r=r, alpha=alpha, dora=method == "dora", rslora=method == "rslora", seed=seed)
+    layer(model).lora_B["default"].weight.data *= scale  # else one of the two terms says nothing
+    x = torch.randn(*shape, sizes[0], dtype=torch.float64)
+    if strided:
+        x = torch.randn(*shape, 2 * sizes[0], dtype=torch.float64)[..., ::2]
+    weights = torch.randn(*shape, sizes[1], dtype=torch.float64)
+    assert worst(run(fast(model), x, weights), run(model, x, weights)) < 1e-10
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_float32_is_within_rounding(method):
+    model = adapted(Net(128, 96, True), dora=method == "dora")
+    x, weights = torch.randn(64, 128), torch.randn(64, 96)
+    exact = run(copy.deepcopy(model).double(), x.double(), weights.double())
+    assert worst(run(fast(model), x, weights), exact) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_bfloat16_is_no_worse_than_pefts(method):
+    """The same weights, inputs and adapters in bfloat16, both against float64."""
+    theirs, ours = [], []
+    for seed in range(5):
+        model = adapted(Net(128, 96, False), dora=method == "dora", seed=seed).bfloat16()
+        x, weights = torch.randn(64, 128).bfloat16(), torch.randn(64, 96).bfloat16()
+        exact = run(copy.deepcopy(model).double(), x.double(), weights.double())
+        found, peft_found = run(fast(model), x, weights), run(model, x, weights)
+        rms = lambda a, e: ((a.double() - e).norm() / e.norm()).item()  # noqa: E731
+        ours.append([rms(found[key], exact[key]) for key in exact])
+        theirs.append([rms(peft_found[key], exact[key]) for key in exact])
+    for own, other in zip(torch.tensor(ours).mean(0), torch.tensor(theirs).mean(0), strict=True):
+        assert own <= other * 1.05
+
+
+def test_autocast_keeps_activations_in_16_bits():
+    model = fast(adapted(Net(32, 32, True)))
+    kinds = []
+    layer(model).register_forward_hook(lambda module, args, out: kinds.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(torch.randn(4, 32)).sum()
+    loss.backward()
+    assert kinds == [torch.bfloat16]
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(grads) == 3 and all(grad.dtype == torch.float32 and grad.abs().max() > 0 for grad in grads)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_quantised_bases_are_their_widened_weight(bits, method):
+    """Against PEFT in float64 on a plain layer with the widened weight: forward, and backward through it."""
+    torch.manual_seed(3)
+    net = quantised(Net(64, 48, True), bits)
+    model = adapted(net, dora=method == "dora")
+    plain = Net(64, 48, True).double()
+    plain.one.weight.data = products.widen(layer(model).base_layer, torch.float64)
+    plain.one.bias.data = layer(model).base_layer.bias.data.double()
+    exact = adapted(plain, dora=method == "dora")
+    exact.load_state_dict({k: v.double() for k, v in model.state_dict().items() if "lora" in k}, strict=False)
+    x, weights = torch.randn(10, 64), torch.randn(10, 48)
+    expected = run(exact, x.double(), weights.double())
+    assert worst(run(fast(model), x, weights), expected) < 1e-5
+
+
+def test_a_frozen_quantised_layer_multiplies_its_widened_weight():
+    torch.manual_seed(0)
+    for bits in (8, 4):
+        net = quantised(Net(64, 48, True), bits)
+        dora.accelerate(net)
+        x = torch.randn(3, 5, 64, requires_grad=True)
+        expected = x.double() @ products.widen(net.one, torch.float64).t() + net.one.bias.double()
+        y = net(x)
+        assert torch.allclose(y.double(), expected, atol=1e-5)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert torch.allclose(grad, products.widen(net.one, torch.float32).sum(0).expand_as(grad), atol=1e-5)
+
+
+def test_a_zero_row_stays_finite():
+    """PEFT divides by a norm of zero there; elsewhere both agree."""
+    net = Net(12, 6, True).double()
+    net.one.weight.data[2] = 0
+    model = adapted(net)
+    layer(model).lora_B["default"].weight.data[2] = 0
+    layer(model).lora_magnitude_vector["default"].weight.data[2] = 0
+    x, weights = torch.randn(4, 12, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    found = run(fast(model), x, weights)
+    assert all(value.isfinite().all() for value in found.values())
+    assert torch.allclose(found["y"][:, 2], net.one.bias[2].expand(4))
+    others = [0, 1, 3, 4, 5]
+    assert torch.allclose(found["y"][:, others], model(x)[:, others])
+
+
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.01),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, 0.01, fused=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, 0.01, foreach=True),
+    "SGD": lambda p: torch.optim.SGD(p, 0.05),
+    "bitsandbytes AdamW8bit": lambda p: bnb.optim.AdamW8bit(p, 0.01, min_8bit_size=1),
+    "bitsandbytes PagedAdamW8bit": lambda p: bnb.optim.PagedAdamW8bit(p, 0.01, min_8bit_size=1),
+}
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_norm_in_use_is_the_norm_of_this_moment(name, bits):
+    """At each of 20 steps, under each optimizer: some of them change weights without moving a version counter."""
+    torch.manual_seed(1)
+    model = fast(adapted(quantised(Net(64, 32, False), bits), spread=0.05))
+    optimizer = OPTIMIZERS[name]([p for p in model.parameters() if p.requires_grad])
+    x, target = torch.randn(16, 64), torch.randn(16, 32)
+    first = last = None
+    for _ in range(20):
+        ((model(x) - target) ** 2).mean().backward()
+        used = layer(model).known("default")
+        exact = explicit_norm(layer(model))
+        assert ((used.norm - exact).abs() / exact).max() < 1e-5
+        gain = layer(model).lora_magnitude_vector["default"].weight / exact
+        assert torch.allclose(used.gain.double(), gain.double(), rtol=1e-5)
+        first, last = used.norm if first is None else first, used.norm
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ((last - first).abs() / first).max() > 1e-3  # and it did move
+
+
+def test_many_steps_keep_to_peft():
+    """200 steps of AdamW in float64 from the same start: outputs and adapters stay together."""
+    base = adapted(Net(24, 16, True).double(), spread=0.0)
+    models = [copy.deepcopy(base), fast(base)]
+    x, target = torch.randn(32, 24, dtype=torch.float64), torch.randn(32, 16, dtype=torch.float64)
+    for model in models:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01)
+        for _ in range(200):
+            optimizer.zero_grad()
+            ((model(x) - target) ** 2).mean().backward()
+            optimizer.step()
+    assert torch.allclose(models[0](x), models[1](x), atol=1e-9)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-9)
+
+
+def test_norms_are_computed_once_a_step(monkeypatch):
+    """Not once a micro-batch, and not again in recomputation."""
+    model = fast(adapted(Net(16, 16, False)))
+    model.train()
+    calls = []
+    original = dora.norm_and_gain
+    monkeypatch.setattr(dora, "norm_and_gain", lambda *args: calls.append(1) or original(*args))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01, fused=True)
+    for _ in range(3):
+        for _ in range(4):
+            model.train()  # as transformers' Trainer does
+            x = torch.randn(8, 16, requires_grad=True)
+            torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).sum().backward()
+        optimizer.step()
+    assert len(calls) == 3
+
+
+def changed_adapter(model, factor):
+    return {key: value * factor for key, value in model.state_dict().items() if "lora_" in key}
+
+
+CHANGES = {
+    "load": lambda m: m.load_state_dict(changed_adapter(m, 1.5), strict=False),
+    "resume": lambda m: peft.set_peft_model_state_dict(
+        m, {k: v * 1.5 for k, v in peft.get_peft_model_state_dict(m).items()}
+    ),
+    "scale": lambda m: layer(m).set_scale("default", 3.0),
+    "cast": lambda m: m.float(),
+    "cast and back": lambda m: m.bfloat16().double(),
+    "merge and unmerge": lambda m: (m.merge_adapter(), m.unmerge_adapter()),
+    "another adapter": lambda m: (
+        m.add_adapter("second", LoraConfig(r=4, lora_alpha=4, use_dora=True, target_modules=["one"])),
+        nn.init.normal_(layer(m).lora_B["second"].weight),
+        m.set_adapter("second"),
+        m.double(),
+    ),
+    "there and back": lambda m: (
+        m.add_adapter("second", LoraConfig(r=4, lora_alpha=4, use_dora=True, target_modules=["one"])),
+        m.set_adapter("second"),
+        m.double(),
+        m(torch.randn(2, 12, dtype=torch.float64)),
+        m.set_adapter("default"),
+    ),
+    "the same name anew": lambda m: (
+        m.delete_adapter("default"),
+        m.add_adapter("default", LoraConfig(r=4, lora_alpha=4, use_dora=True, target_modules=["one"])),
+        m.set_adapter("default"),
+        nn.init.normal_(layer(m).lora_B["default"].weight),
+        m.double(),
+    ),
+    "evaluation after an edit by hand": lambda m: (
+        layer(m).lora_B["default"].weight.data.mul_(2),
+        m.train(not m.training),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_norms_follow_every_change(change):
+    base = adapted(Net(12, 6, True).double())
+    model = fast(base)
+    x = torch.randn(4, 12, dtype=torch.float64)
+    before = model(x)
+    for each in (base, model):
+        torch.manual_seed(7)
+        CHANGES[change](each)
+    x = x.to(layer(model).lora_A[model.active_adapter].weight.dtype)
+    assert torch.allclose(model(x).double(), base(x).double(), atol=1e-5 if "cast" in change else 1e-10)
+    if change not in ("cast", "merge and unmerge", "there and back"):
+        assert not torch.allclose(model(x).double(), before, atol=1e-4)
+
+
+def test_merged_disabled_and_several_adapters_are_pefts():
+    base = adapted(Net(12, 6, True).double())
+    model = fast(base)
+    x = torch.randn(4, 12, dtype=torch.float64)
+    with model.disable_adapter(), base.disable_adapter():
+        assert torch.equal(model(x), base(x))
+    unmerged = model(x)
+    model.merge_adapter()
+    assert torch.allclose(model(x), unmerged, atol=1e-12)
+    model.unmerge_adapter()
+    for each in (base, model):
+        torch.manual_seed(2)
+        each.add_adapter("second", LoraConfig(r=4, use_dora=True, target_modules=["one"]))
+        nn.init.normal_(layer(each).lora_B["second"].weight)
+        each.double()
+        each.base_model.set_adapter(["default", "second"])
+    assert torch.allclose(model(x), base(x), atol=1e-12)
+    assert not torch.allclose(model(x), unmerged, atol=1e-3)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_merging_equals_the_unmerged_layer(bits):
+    """On quantised bases PEFT quantises what it merges, so the bound is that of the base's own rounding."""
+    torch.manual_seed(5)
+    model = fast(adapted(quantised(Net(64, 48, False), bits), spread=0.1))
+    x = torch.randn(16, 64)
+    unmerged = model(x).detach()
+    model.merge_adapter()
+    error = ((model(x) - unmerged).norm() / unmerged.norm()).item()
+    assert error < {16: 1e-6, 8: 0.02, 4: 0.2}[bits]
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_adapters_are_plain_peft_files(bits, tmp_path):
+    """Saved here and loaded in PEFT without us, and the reverse: equal outputs."""
+    torch.manual_seed(4)
+    base = Net(64, 48, True)
+    model = fast(adapted(quantised(copy.deepcopy(base), bits)))
+    model.save_pretrained(tmp_path / "ours")
+    x = torch.randn(8, 64)
+    plain = PeftModel.from_pretrained(quantised(copy.deepcopy(base), bits), tmp_path / "ours").eval()
+    exact = fast(plain).eval()(x).detach()
+    assert torch.allclose(model.eval()(x), exact, atol=1e-6)
+    if bits == 16:
+        assert torch.allclose(plain(x), exact, atol=1e-5)
+    else:  # PEFT multiplies with its own quantised products
+        assert ((plain(x) - exact).norm() / exact.norm()).item() < 0.05
+    assert type(layer(plain)) in dora.FAST
+    plain.save_pretrained(tmp_path / "theirs")
+    back = fast(PeftModel.from_pretrained(quantised(copy.deepcopy(base), bits), tmp_path / "theirs")).eval()
+    assert torch.equal(back(x), exact)
+
+
+@settings(max_examples=30, deadline=None)
+@given(p=st.floats(0.01, 0.9), seed=st.integers(0, 2**31), shape=st.tuples(st.integers(1, 40), st.integers(1, 60)))
+def test_dropout_touches_the_low_rank_path_only(p, seed, shape):
+    """With its mask known, the layer is the formula of the module's docstring, in value and gradient."""
+    model = fast(adapted(Net(shape[1], 7, True).double(), dropout=p)).train()
+    module = layer(model)
+    x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(seed)
+    y = model(x)
+    torch.manual_seed(seed)
+    mask = kernels.keep_mask(kernels.draw_seed(), shape, p, x.device)
+    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+    gain = module.lora_magnitude_vector["default"].weight / explicit_norm(module).detach()
+    base = module.base_layer
+    z = x @ base.weight.t() + module.scaling["default"] * ((x * mask / (1 - p)) @ a.t()) @ b.t()
+    expected = gain * z + base.bias
+    assert torch.allclose(y, expected, atol=1e-10)
+    weights = torch.randn_like(y)
+    inputs = [x, a, b, module.lora_magnitude_vector["default"].weight]
+    found = torch.autograd.grad((y * weights).sum(), inputs)
+    for one, other in zip(found, torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
+        assert torch.allclose(one, other, atol=1e-9)
+
+
+def test_dropout_masks_are_fair_and_differ():
+    """Its rate, its independence of place and of the call's seed: a chi-squared over bytes of the mask."""
+    torch.manual_seed(0)
+    first, second = (kernels.keep_mask(kernels.draw_seed(), (512, 4096), 0.05, torch.device("cpu")) for _ in range(2))
+    for mask in (first, second):
+        assert abs((~mask).float().mean() - 0.05) < 4 * (0.05 * 0.95 / mask.numel()) ** 0.5
+        assert (~mask).float().mean(0).std() < 1.15 * (0.05 * 0.95 / 512) ** 0.5
+        assert (~mask).float().mean(1).std() < 1.15 * (0.05 * 0.95 / 4096) ** 0.5
+        neighbours = (~mask[:, 1:] & ~mask[:, :-1]).float().mean()
+        assert abs(neighbours - 0.05**2) < 2e-4
+    together = (~first & ~second).float().mean()
+    assert abs(together - 0.05**2) < 2e-4
+
+
+def test_recomputation_draws_the_same_dropout():
+    model = fast(adapted(Net(16, 16, False).double(), dropout=0.5)).train()
+    x = torch.randn(8, 16, dtype=torch.float64, requires_grad=True)
+    grads = []
+    for checkpointed in (False, True):
+        torch.manual_seed(11)
+        call = (lambda m, v: torch.utils.checkpoint.checkpoint(m, v, use_reentrant=False)) if checkpointed else None
+        y = call(model, x) if call else model(x)
+        grads.append(torch.autograd.grad(y.sum(), [x, layer(model).lora_A["default"].weight]))
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    "build, said",
+    [
+        (
+            lambda: get_peft_model(
+                nn.Sequential(nn.Embedding(5, 4)), LoraConfig(r=2, use_dora=True, target_modules=["0"])
+            ),
+            "base_model.model.0: a Embedding adapter has no fast path; target linear layers only",
+        ),
+        (
+            lambda: get_peft_model(Net(4, 4, True), LoraConfig(r=2, lora_bias=True, target_modules=["one"])),
+            "base_model.model.one: a bias in lora_B has no fast path; leave lora_bias out",
+        ),
+        (
+            lambda: get_peft_model(Net(4, 4, True), LoraConfig(r=2, bias="all", target_modules=["one"])),
+            "base_model.model.one: a trainable bias has no fast path; set bias: none",
+        ),
+    ],
+)
+def test_what_has_no_fast_path_is_named(build, said):
+    model = build()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(dora.UnsupportedLayer) as error:
+        dora.accelerate(model)
+    assert str(error.value) == said
+    assert [type(module) for module in model.modules()] == kinds  # and nothing is changed
+
+
+def test_the_line_says_which_path_each_kind_takes():
+    model = adapted(quantised(Net(64, 48, True), 8))
+    model.other = quantised(Net(64, 64, True), 4)
+    assert dora.accelerate(model) == "1 4-bit frozen, 1 8-bit DoRA layers; 16-bit products"
+    assert dora.accelerate(model, fp8=True) == "1 4-bit frozen, 1 8-bit DoRA layers; fp8 products"
+
+
+def test_fp8_costs_what_its_bits_cost():
+    """e4m3 keeps 4 significant bits: a product of random terms is off by about 2^-5, in value and in gradient."""
+    torch.manual_seed(6)
+    model = adapted(quantised(Net(256, 192, False), 8), spread=0.02)
+    exact, rough = copy.deepcopy(model), copy.deepcopy(model)
+    dora.accelerate(exact)
+    dora.accelerate(rough, fp8=True)
+    x, weights = torch.randn(64, 256), torch.randn(64, 192)
+    x[:, 3] *= 100  # an outlier channel, as real activations have
+    x[5] = 0
+    found, expected = run(rough, x, weights), run(exact, x, weights)
+    for key in expected:
+        error = ((found[key] - expected[key]).norm() / expected[key].norm()).item()
+        assert error < 0.05, (key, error)
+    assert any(not torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_the_triton_kernels_compute_the_same_formulas():
+    """In Triton's interpreter, in a process of its own; bench/gpu_check.py does the same on a GPU."""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "interpreted.py"], env=env, capture_output=True, text=True, check=True
+    )
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert len(rows) > 30
+    for name, error in rows.items():
+        assert error < (1e-6 if "norms" in name or "lora" in name else 2e-3), name
