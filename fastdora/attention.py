@@ -1,0 +1,88 @@
+"""Attention within packed samples through torch's own variable-length kernel: flash-attn need not be built.
+
+A pack is several samples in one row; each starts where `position_ids` is 0. On a GPU in 16 bits torch's flash kernel
+gets the samples' boundaries, found once a batch; elsewhere each sample attends by itself.
+"""
+
+import weakref
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "fastdora_varlen"
+_last: tuple = (lambda: None, None)  # the position_ids last seen (weakly) and their boundaries
+
+
+def install(model: torch.nn.Module) -> None:
+    """Switch a transformers model to this attention."""
+    AttentionInterface.register(NAME, varlen_attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    model.config._attn_implementation = NAME
+
+
+def boundaries(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Where samples start in the flattened batch, and its end: int32 (samples + 1,); and the longest sample's length.
+
+    Every row starts a sample.
+    """
+    starts = position_ids == 0
+    starts[:, 0] = True
+    edges = torch.cat([starts.flatten().nonzero().squeeze(1), starts.new_full((1,), starts.numel(), dtype=torch.long)])
+    return edges.to(torch.int32), int(edges.diff().max())
+
+
+def remember(position_ids: torch.Tensor, edges: torch.Tensor, longest: int) -> None:
+    """Keep a batch's boundaries for its layers, which all get the same tensor of positions."""
+    global _last
+    _last = weakref.ref(position_ids), (edges, longest)
+
+
+def _recall(position_ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, int]:
+    if _last[0]() is not position_ids:
+        remember(position_ids, *boundaries(position_ids.expand(rows, -1)))
+    return _last[1]
+
+
+def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Causal attention within samples; query (B, H, S, D), key and value (B, G, S, D), G divides H -> (B, S, H, D).
+
+    With a mask, or while generating from a cache, it is transformers' own sdpa attention.
+    """
+    position_ids = kwargs.get("position_ids")
+    if attention_mask is not None or position_ids is None or query.shape[2] != key.shape[2]:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout or kwargs.get("sliding_window"):
+        raise ValueError(f"{NAME}: neither attention dropout nor a sliding window; set attn_implementation to another")
+    edges, longest = _recall(position_ids, query.shape[0])
+    batch, heads, length, width = query.shape
+    flat = [x.transpose(1, 2).reshape(batch * length, x.shape[1], width) for x in (query, key, value)]
+    attend = _on_gpu if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else _one_by_one
+    scale = width**-0.5 if scaling is None else scaling
+    return attend(*flat, edges, longest, scale).view(batch, length, heads, width), None
+
+
+def _on_gpu(query, key, value, edges, longest, scale):
+    # The operator below torch.nn.attention.varlen.varlen_attn, whose wrapper costs the CPU more than the rest of a layer
+    # and, in torch 2.11, takes no scale.
+    return torch.ops.aten._flash_attention_forward(
+        query, key, value, edges, edges, longest, longest, 0.0, True, False, scale=scale
+    )[0]
+
+
+def _one_by_one(query, key, value, edges, longest, scale):
+    parts = []
+    sizes = edges.diff().tolist()
+    for q, k, v in zip(query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        part = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        parts.append(part.squeeze(0).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def _mask(*args, attention_mask=None, **kwargs):
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)

@@ -1,0 +1,158 @@
+"""Packed attention and the loss on answers only: what they leave out changes nothing."""
+
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fastdora import attention, places
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).double()
+    attention.install(model)
+    return model
+
+
+def packed(sizes: list[int], pad: int = 0) -> torch.Tensor:
+    """position_ids (1, S) of samples of these sizes, padded as axolotl pads them: with zeros."""
+    return torch.cat([*(torch.arange(size) for size in sizes), torch.zeros(pad, dtype=torch.long)])[None]
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6), pad=st.integers(0, 5), seed=st.integers(0, 999))
+def test_packed_samples_are_computed_as_if_alone(model, sizes, pad, seed):
+    """Logits to 1e-10, and the gradient of one sample's logits with respect to another's tokens is exactly zero."""
+    torch.manual_seed(seed)
+    ids = torch.randint(0, 97, (1, sum(sizes) + pad))
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    together = model(inputs_embeds=embedded, position_ids=packed(sizes, pad)).logits[0]
+    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    for start, size in zip(starts, sizes, strict=False):
+        alone = model(input_ids=ids[:, start : start + size], position_ids=torch.arange(size)[None]).logits[0]
+        assert torch.allclose(together[start : start + size], alone, atol=1e-10)
+    chosen = seed % len(sizes)
+    first, last = starts[chosen], starts[chosen] + sizes[chosen]
+    (grad,) = torch.autograd.grad(together[first:last].square().sum(), embedded)
+    outside = torch.cat([grad[0, :first], grad[0, last:]])
+    assert not outside.any() and grad[0, first:last].any()
+
+
+def test_it_equals_transformers_own_sdpa_on_padded_rows_and_while_generating(model):
+    ids = torch.randint(0, 97, (3, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = mask[2, :2] = 0
+    found = model(input_ids=ids, attention_mask=mask).logits
+    generated = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    model.config._attn_implementation = "sdpa"
+    try:
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        assert torch.allclose(found[mask.bool()], expected[mask.bool()], atol=1e-10)
+        wanted = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert torch.equal(generated, wanted)
+    finally:
+        model.config._attn_implementation = attention.NAME
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3), spare=st.integers(0, 3)
+)
+def test_boundaries_are_the_samples_ends(sizes, spare):
+    width = max(map(sum, sizes)) + spare
+    rows = torch.cat([packed(row, width - sum(row)) for row in sizes])
+    edges, longest = attention.boundaries(rows)
+    expected = [0]
+    for row in sizes:
+        for size in [*row, *[1] * (width - sum(row))]:
+            expected.append(expected[-1] + size)
+    assert edges.tolist() == expected and edges.dtype == torch.int32
+    assert longest == max(b - a for a, b in zip(expected, expected[1:], strict=False))
+
+
+def batches():
+    """Labels (B, S) as they come: answers at the end, nothing at all, everything, one sample of two without."""
+    torch.manual_seed(1)
+    for rows, rule in ((1, "end"), (1, "none"), (2, "all"), (3, "end"), (2, "first row")):
+        ids = torch.randint(0, 97, (rows, 20))
+        labels = ids.clone()
+        if rule == "end":
+            labels[:, :17] = -100
+        elif rule == "none":
+            labels[:] = -100
+        elif rule == "first row":
+            labels[1:] = -100
+        yield ids, labels
+
+
+@pytest.mark.parametrize("items", [None, 7])
+@pytest.mark.parametrize("collated", [True, False])
+def test_the_loss_on_answers_only_is_the_loss(model, items, collated):
+    """Value and gradients to 1e-12, with the Trainer's token count and without it."""
+    extra = {} if items is None else {"num_items_in_batch": items}
+    for ids, labels in batches():
+        grads, losses, sizes = [], [], []
+        for only in (False, True):
+            model.zero_grad()
+            batch = {"input_ids": ids, "labels": labels}
+            if only and collated:
+                batch = places.Collator(lambda batch: batch, packed=False, answers=True)(batch)
+            hook = places.read_places(model, answers=only and not collated)
+            out = model(**batch, **extra)
+            hook.remove()
+            losses.append(out.loss.detach())
+            sizes.append(out.logits.shape[1])
+            if out.loss.isfinite():
+                out.loss.backward()
+                grads.append([p.grad.clone() for p in model.parameters()])
+        assert torch.allclose(*losses, atol=1e-12, equal_nan=True)
+        for one, other in zip(*grads, strict=True) if grads else ():
+            assert torch.allclose(one, other, atol=1e-12)
+        kept = max(1, int((labels[:, 1:] != -100).any(0).sum()))
+        assert sizes == [20, kept]
+
+
+def test_the_collator_adds_places_and_keeps_the_rest():
+    inner = SimpleNamespace(tokenizer="kept")
+    collator = places.Collator(inner, packed=True, answers=True)
+    assert collator.tokenizer == "kept"
+    with pytest.raises(AttributeError):
+        _ = collator.nothing
+    collator.collator = dict  # a callable that pickles
+    collator = pickle.loads(pickle.dumps(collator))  # as a worker of a data loader gets it
+    labels = torch.tensor([[-100, -100, 5, -100, 6]])
+    batch = collator(input_ids=labels, position_ids=packed([3, 2]), labels=labels)
+    assert batch[places.EDGES].tolist() == [0, 3, 5] and batch[places.LONGEST] == 3
+    assert batch[places.ANSWERS].tolist() == [1, 3]
+    assert set(collator(input_ids=labels)) == {"input_ids"}
+
+
+def test_the_model_reads_the_packs_the_collator_saw(model, monkeypatch):
+    """No boundary is looked for again in the forward pass, where a GPU would be waited for."""
+    collator = places.Collator(dict, packed=True, answers=False)
+    batch = collator(input_ids=torch.randint(0, 97, (1, 9)), position_ids=packed([4, 5]))
+    expected = model(input_ids=batch["input_ids"], position_ids=packed([4, 5])).logits
+    hook = places.read_places(model)
+    monkeypatch.setattr(attention, "boundaries", lambda *_: pytest.fail("looked for again"))
+    found = model(**batch).logits
+    hook.remove()
+    assert torch.equal(found, expected)
+
+
+def test_what_packs_cannot_have_is_refused(model):
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="neither attention dropout nor a sliding window"):
+        attention.varlen_attention(None, q, q, q, None, dropout=0.1, position_ids=packed([4]))
