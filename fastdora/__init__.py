@@ -11,4 +11,8 @@ def __getattr__(name: str):
         from fastdora.plugin import FastDoraPlugin
 
         return FastDoraPlugin
+    if name == "accelerate":
+        from fastdora.dora import accelerate
+
+        return accelerate
     raise AttributeError(f"module 'fastdora' has no attribute '{name}'")

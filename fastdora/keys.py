@@ -1,10 +1,13 @@
 """Recipe files read strictly: no duplicate key, no key and no type that axolotl's own schema does not know."""
 
 import difflib
+import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import create_model
 from pydantic.json_schema import GenerateJsonSchema
 
 
@@ -60,6 +63,27 @@ class _JsonSchema(GenerateJsonSchema):
         if any(not isinstance(member.value, str | int | float) for member in schema["members"]):
             return {"enum": [member.name for member in schema["members"]]}
         return super().enum_schema(schema)
+
+
+@functools.cache
+def input_schema(plugins: tuple[str, ...]) -> dict[str, Any]:
+    """The strict JSON schema of axolotl's recipe keys and those of `plugins` (import paths), as axolotl joins them.
+
+    Raises RecipeError naming a plugin that cannot be imported.
+    """
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    models = []
+    for plugin in plugins:
+        try:
+            module, _, name = plugin.rpartition(".")
+            arguments = getattr(importlib.import_module(module), name)().get_input_args()
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
+            raise RecipeError(f"key 'plugins': {plugin} cannot be imported ({error}); mend or remove it") from error
+        if arguments:
+            module, _, name = arguments.rpartition(".")
+            models.append(getattr(importlib.import_module(module), name))
+    return strict_schema(create_model("Recipe", __base__=(AxolotlInputConfig, *models)))
 
 
 def strict_schema(model: type) -> dict[str, Any]:

@@ -11,25 +11,37 @@ from axolotl.cli.config import gpu_capabilities
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
-from axolotl.utils.schemas.config import AxolotlInputConfig
+from axolotl.utils.logging import get_logger
 from pydantic import ValidationError
 from transformers import set_seed
 
-from fastdora import adapted, epochs, metrics, peft_int8, rows, zero3
-from fastdora.keys import RecipeError, check_keys, read_recipe, strict_schema
+from fastdora import adapted, attention, dora, epochs, metrics, peft_int8, places, resume, rows, watchdog, zero3
+from fastdora.keys import RecipeError, check_keys, input_schema, read_recipe
+
+LOG = get_logger("axolotl.fastdora")
+LIGER = [f"liger_{part}" for part in ("rope", "rms_norm", "glu_activation", "fused_linear_cross_entropy")]
 
 
 class FastDoraPlugin(BasePlugin):
     """See the package's docstring. A user's mistake ends the run with one line and exit code 1, before any loading."""
 
+    def get_input_args(self) -> str:
+        return "fastdora.args.FastDoraArgs"
+
     def register(self, cfg: dict) -> None:
         source = str(cfg.get("axolotl_config_path"))
         with one_line_errors():
-            check_keys(read_recipe(source), source, strict_schema(AxolotlInputConfig))
+            recipe = read_recipe(source)
+            check_keys(recipe, source, input_schema(tuple(recipe.get("plugins") or ())))
             _validate(cfg, source)
-        if cfg.get("bf16") == "auto" and not torch.cuda.is_available():
-            # axolotl's `auto` means float16 on a CPU: slow there, and without loss scaling.
-            cfg["bf16"] = cfg["fp16"] = False
+            _check_fp8(cfg, source)
+        if not torch.cuda.is_available():
+            if cfg.get("bf16") == "auto":
+                # axolotl's `auto` means float16 on a CPU: slow there, and without loss scaling.
+                cfg["bf16"] = cfg["fp16"] = False
+            for key in LIGER:  # Triton kernels, which need a GPU
+                if cfg.get(key):
+                    cfg[key] = False
 
         # Axolotl collects garbage at each packing and evaluation: over all imported modules that takes a second a time.
         gc.freeze()
@@ -53,9 +65,29 @@ class FastDoraPlugin(BasePlugin):
     def post_model_load(self, cfg, model) -> None:
         with one_line_errors():
             adapted.check_model(cfg, model)
+            if cfg.fastdora_layers == "fast":
+                try:
+                    LOG.info(f"fastdora: {dora.accelerate(model, cfg.fastdora_fp8)}")
+                except dora.UnsupportedLayer as error:
+                    raise RecipeError(f"{cfg.axolotl_config_path}: {error}; or set fastdora_layers: peft") from error
+        if cfg.sample_packing and cfg.attn_implementation == "sdpa":
+            attention.install(model)
+            LOG.info(f"fastdora: attention within packed samples is {attention.NAME}")
 
     def post_trainer_create(self, cfg, trainer) -> None:
         metrics.record(cfg, trainer)
+        watchdog.guard(cfg, trainer)
+        with one_line_errors():
+            resume.guard(cfg, trainer)
+        places.install(
+            trainer,
+            packed=trainer.model.config._attn_implementation == attention.NAME,
+            answers=cfg.fastdora_answers_only
+            and trainer.compute_metrics is None,  # metrics want every position's logits
+        )
+        # Each of these would let the GPU wait at every batch, and the first one hides a loss that is not a number.
+        trainer.args.logging_nan_inf_filter = False
+        trainer.accelerator.dataloader_config.non_blocking = trainer.args.dataloader_pin_memory
 
 
 def _validate(cfg, source: str) -> None:
@@ -68,6 +100,16 @@ def _validate(cfg, source: str) -> None:
         where = ".".join(map(str, first["loc"]))
         message = " ".join(first["msg"].removeprefix("Value error, ").split())
         raise RecipeError(f"{source}: {where + ': ' if where else ''}{message}") from error
+
+
+def _check_fp8(cfg, source: str) -> None:
+    if not cfg.get("fastdora_fp8"):
+        return
+    if not cfg.get("load_in_8bit") or cfg.get("fastdora_layers") == "peft":
+        raise RecipeError(f"{source}: key 'fastdora_fp8': needs load_in_8bit: true and fastdora_layers: fast")
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        name = torch.cuda.get_device_name()
+        raise RecipeError(f"{source}: key 'fastdora_fp8': {name} has no fp8 products; set it to false")
 
 
 @contextmanager

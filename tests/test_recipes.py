@@ -114,7 +114,7 @@ MUTATIONS = {
     ),
     "duplicate key": (
         lambda text: text + "lora_r: 8\n",
-        "{path}: line 66: key 'lora_r' stands twice; keep one",
+        "{path}: line {after}: key 'lora_r' stands twice; keep one",
     ),
     "wrong type": (
         lambda text: text.replace("lora_r: 8", "lora_r: eight"),
@@ -139,12 +139,12 @@ MUTATIONS = {
         "{path}: key 'load_in_8bit' is False, but the name says True; change one of them",
     ),
     "without the plugin": (
-        lambda text: text.replace("plugins:\n  - fastdora.FastDoraPlugin\n", ""),
+        lambda text: text.replace("  - fastdora.FastDoraPlugin\n", ""),
         "{path}: key 'plugins': add fastdora.FastDoraPlugin; without it rows are lost in silence",
     ),
     "not YAML": (
         lambda text: text + "lora_r: [8\n",
-        "{path}: line 67: not valid YAML (expected ',' or ']', but got '<stream end>'); mend that line",
+        "{path}: line {end}: not valid YAML (expected ',' or ']', but got '<stream end>'); mend that line",
     ),
     "a list": (
         lambda text: "- lora_r: 8\n",
@@ -156,7 +156,7 @@ MUTATIONS = {
     ),
     "a tag that runs code": (
         lambda text: text + "hub_model_id: !!python/object/apply:os.system [ls]\n",
-        "{path}: line 66: not valid YAML (could not determine a constructor for the tag "
+        "{path}: line {after}: not valid YAML (could not determine a constructor for the tag "
         "'tag:yaml.org,2002:python/object/apply:os.system'); mend that line",
     ),
 }
@@ -172,7 +172,8 @@ def test_a_mutated_recipe_fails_with_one_line(case, tmp_path):
     with pytest.raises(UserError) as error:
         recipes.load(path)
     assert "\n" not in str(error.value)
-    assert str(error.value) == expected.format(path=path)
+    after = len(text.splitlines()) + 1
+    assert str(error.value) == expected.format(path=path, after=after, end=after + 1)
 
 
 def test_a_recipe_that_is_not_utf8(tmp_path):

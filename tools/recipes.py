@@ -92,27 +92,30 @@ def load(path: Path) -> dict[str, Any]:
     """A recipe that can be trusted: strict YAML, only keys and types that axolotl knows, content as the name says."""
     try:
         recipe = read_recipe(path)
-        check_keys(recipe, str(path), axolotl_schema())
+        if "fastdora.FastDoraPlugin" not in (recipe.get("plugins") or []):
+            raise UserError(f"{path}: key 'plugins': add fastdora.FastDoraPlugin; without it rows are lost in silence")
+        check_keys(recipe, str(path), axolotl_schema(recipe["plugins"]))
     except RecipeError as error:
         raise UserError(str(error)) from error
     check_name(path, recipe)
-    if "fastdora.FastDoraPlugin" not in recipe.get("plugins", []):
-        raise UserError(f"{path}: key 'plugins': add fastdora.FastDoraPlugin; without it rows are lost in silence")
     return recipe
 
 
-def axolotl_schema() -> dict[str, Any]:
-    """Axolotl's strict JSON schema; importing axolotl takes ten seconds, so it is kept in `.cache`."""
-    source = (ROOT / "fastdora" / "keys.py").read_bytes()
-    key = hashlib.sha256(source + version("axolotl").encode() + version("pydantic").encode()).hexdigest()[:12]
+def axolotl_schema(plugins: Any) -> dict[str, Any]:
+    """The strict JSON schema of axolotl and `plugins`; importing axolotl takes ten seconds, so it is kept in `.cache`.
+
+    Raises RecipeError naming a plugin that cannot be imported.
+    """
+    from fastdora.keys import input_schema
+
+    names = tuple(name for name in plugins if isinstance(name, str)) if isinstance(plugins, list) else ()
+    source = b"".join((ROOT / "fastdora" / name).read_bytes() for name in ("keys.py", "args.py"))
+    state = f"{version('axolotl')}{version('pydantic')}{names}"
+    key = hashlib.sha256(source + state.encode()).hexdigest()[:12]
     cached = ROOT / ".cache" / f"axolotl-schema-{key}.json"
     if cached.is_file():
         return json.loads(cached.read_text(encoding="utf-8"))
-    from axolotl.utils.schemas.config import AxolotlInputConfig
-
-    from fastdora.keys import strict_schema
-
-    schema = strict_schema(AxolotlInputConfig)
+    schema = input_schema(names)
     with replacing(cached) as file:
         json.dump(schema, file)
     return schema

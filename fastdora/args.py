@@ -1,0 +1,21 @@
+"""The plugin's own recipe keys, typed, for axolotl's schema."""
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+
+class FastDoraArgs(BaseModel):
+    """Keys of `plugins: [fastdora.FastDoraPlugin]`."""
+
+    fastdora_layers: Literal["fast", "peft"] = Field(
+        default="fast",
+        json_schema_extra={"description": "fast: our LoRA and DoRA layers; peft: PEFT's own, to compare with"},
+    )
+    fastdora_fp8: bool = Field(
+        default=False,
+        json_schema_extra={"description": "Multiply 8-bit weights and activations in e4m3 with row scales (Hopper)"},
+    )
+    fastdora_answers_only: bool = Field(
+        default=True, json_schema_extra={"description": "Apply the head and the loss where a label is, and only there"}
+    )
