@@ -1,0 +1,164 @@
+"""The Triton kernels and the attention on a real GPU: right against float64, and how long each takes against its bytes.
+
+    python -m bench.gpu_check [--out FILE]
+
+Exit code 1 when a result is off by more than its dtype explains. CI has no GPU and runs the same kernels in Triton's
+interpreter (tests/interpreted.py).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from triton.testing import do_bench
+
+from fastdora import attention, kernels
+from tools.checks import gpus
+from tools.cli import ROOT
+from tools.train import git_state, versions
+
+T, K, N = 5120, 4096, 4096
+SEED = (2**30 + 1, 4242)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """||found - expected|| / ||expected||."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def kernel_rows(rank: int) -> dict[str, dict[str, float]]:
+    """Error and time of each kernel at the sentiment recipe's sizes; `gb` is what it must read and write at least."""
+    torch.manual_seed(rank)
+    make = dict(device="cuda", dtype=torch.bfloat16)
+    x, dy, base = torch.randn(T, K, **make), torch.randn(T, N, **make), torch.randn(T, N, **make)
+    a, b, t = torch.randn(rank, K, **make), torch.randn(N, rank, **make), torch.randn(T, rank, **make)
+    gain = torch.rand(N, device="cuda") + 0.5
+    weight = torch.randint(-127, 128, (N, K), dtype=torch.int8, device="cuda")
+    scales = torch.rand(N, device="cuda") + 0.1
+    X, DY, BASE, A, B, D = (y.double() for y in (x, dy, base, a, b, t))
+    dropped = X * kernels.keep_mask(SEED, (T, K), 0.05, x.device) / 0.95
+    z = BASE + 0.5 * D @ B.t()
+    rows = {}
+
+    def note(name, gb, call, *expected):
+        found = call()
+        found = found if isinstance(found, tuple) else (found,)
+        error = max(relative(f, e) for f, e in zip(found, expected, strict=True))
+        ms = do_bench(call, warmup=5, rep=40, return_mode="median")
+        rows[f"{name} r{rank}"] = {"error": error, "ms": round(ms, 4), "gb": gb, "gb_s": round(gb / ms * 1e3)}
+
+    big = T * K * 2 / 1e9
+    note("low_rank", big, lambda: kernels.low_rank(x, a, 1.0, 0.0, SEED), X @ A.t())
+    note("low_rank dropout", big, lambda: kernels.low_rank(x, a, 1.0, 0.05, SEED), dropped @ A.t())
+    note("low_rank transposed", big, lambda: kernels.low_rank(dy, b.t(), 0.5, 0.0, SEED), 0.5 * DY @ B)
+    note("combine", 2 * big, lambda: kernels.combine(base, t, b, 0.5, gain, None), z * gain)
+    note(
+        "combine_backward",
+        3 * big,
+        lambda: kernels.combine_backward(dy, base, t, b, 0.5, gain),
+        DY * gain,
+        (DY * z).sum(0),
+        0.5 * (DY * gain).t() @ D,
+    )
+    kept = kernels.keep_mask(SEED, (T, K), 0.05, x.device)
+    dx = dy.clone()
+    da = kernels.low_rank_backward(t, x, a, dx, 0.05, SEED)
+    error = max(relative(da, D.t() @ dropped), relative(dx, DY + (D @ A) * kept / 0.95))
+    ms = do_bench(lambda: kernels.low_rank_backward(t, x, a, dx, 0.05, SEED), warmup=5, rep=40, return_mode="median")
+    rows[f"low_rank_backward r{rank}"] = {
+        "error": error,
+        "ms": round(ms, 4),
+        "gb": 3 * big,
+        "gb_s": round(3 * big / ms * 1e3),
+    }
+    exact = weight.double() * (scales.double() / 127).unsqueeze(1)
+    note("widen_int8", N * K * 3 / 1e9, lambda: kernels.widen_int8(weight, scales, torch.bfloat16), exact)
+    if rank <= 64:
+        a32 = torch.randn(rank, K, device="cuda")
+        note("row_dot int8", N * K / 1e9, lambda: kernels.row_dot(weight, scales, a32), exact @ a32.double().t())
+        w16 = dy[:N, :K].contiguous()
+        note("row_dot bf16", N * K * 2 / 1e9, lambda: kernels.row_dot(w16, None, a32), w16.double() @ a32.double().t())
+    if torch.cuda.get_device_capability() >= (8, 9):
+        q, s = kernels.quantise_rows(x, scales)
+        worst = (
+            (q.double() * s.double() - X * scales.double()).abs().amax(1) / (X * scales.double()).abs().amax(1)
+        ).max()
+        ms = do_bench(lambda: kernels.quantise_rows(x), warmup=5, rep=40, return_mode="median")
+        gb = T * K * 3 / 1e9
+        rows[f"quantise_rows r{rank}"] = {
+            "error": worst.item() / 40,
+            "ms": round(ms, 4),
+            "gb": gb,
+            "gb_s": round(gb / ms * 1e3),
+        }
+        for transpose in (False, True):
+            q = kernels.int8_to_fp8(weight, transpose).double()
+            expected = (weight.t() if transpose else weight).float().to(kernels.FP8).double()
+            ms = do_bench(lambda: kernels.int8_to_fp8(weight, transpose), warmup=5, rep=40, return_mode="median")  # noqa: B023
+            gb = N * K * 2 / 1e9
+            rows[f"int8_to_fp8 {transpose} r{rank}"] = {
+                "error": relative(q, expected),
+                "ms": round(ms, 4),
+                "gb": gb,
+                "gb_s": round(gb / ms * 1e3),
+            }
+    return rows
+
+
+def product_rows() -> dict[str, dict[str, float]]:
+    """TFLOP/s of the products of one Llama-3.1-8B layer, in bf16 and in fp8."""
+    rows = {}
+    for n, k in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)):
+        x, w = (torch.randn(rows_, k, device="cuda", dtype=torch.bfloat16) for rows_ in (T, n))
+        ms = do_bench(lambda: F.linear(x, w), warmup=10, rep=60, return_mode="median")  # noqa: B023
+        rows[f"bf16 {T}x{k}x{n}"] = {"tflop_s": round(2 * T * n * k / ms / 1e9)}
+        if torch.cuda.get_device_capability() >= (8, 9):
+            (xq, xs), (wq, ws) = kernels.quantise_rows(x), kernels.quantise_rows(w)
+            ws = ws.view(1, -1)
+            call = lambda: torch._scaled_mm(xq, wq.t(), xs, ws, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731, B023
+            error = relative(call(), x.double() @ w.double().t())
+            ms = do_bench(call, warmup=10, rep=60, return_mode="median")
+            rows[f"fp8 {T}x{k}x{n}"] = {"tflop_s": round(2 * T * n * k / ms / 1e9), "fp8_error": round(error, 4)}
+    return rows
+
+
+def attention_row() -> dict[str, float]:
+    """Packed attention against one sample at a time in float64, values and gradients; 32 query and 8 key heads."""
+    torch.manual_seed(1)
+    sizes = [97, 1, 300, 64, 640, 2]
+    positions = torch.cat([torch.arange(size) for size in sizes]).cuda()[None]
+    q, k, v = (torch.randn(1, heads, sum(sizes), 128, device="cuda", dtype=torch.bfloat16) for heads in (32, 8, 8))
+    errors = []
+    inputs = [y.detach().requires_grad_() for y in (q, k, v)]
+    exact = [y.detach().double().requires_grad_() for y in (q, k, v)]
+    out, _ = attention.varlen_attention(None, *inputs, None, position_ids=positions)
+    weights = torch.randn_like(out)
+    (out * weights).sum().backward()
+    wanted, _ = attention.varlen_attention(None, *exact, None, position_ids=positions)
+    (wanted * weights.double()).sum().backward()
+    errors.append(relative(out, wanted))
+    errors += [relative(found.grad, expected.grad) for found, expected in zip(inputs, exact, strict=True)]
+    return {"error": max(errors)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "gpu_check.json")
+    given = parser.parse_args()
+    rows = {"varlen_attention": attention_row()}
+    for rank in (8, 64, 256):
+        rows |= kernel_rows(rank)
+    rows |= product_rows()
+    record = {"what": "python -m bench.gpu_check", "device": gpus()[0][0], "versions": versions(), "git": git_state()}
+    given.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+    for name, row in rows.items():
+        print(f"{name:32}", row)
+    wrong = [name for name, row in rows.items() if not row.get("error", 0) < 1e-2]
+    sys.exit(f"wrong: {', '.join(wrong)}" if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
