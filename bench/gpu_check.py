@@ -55,12 +55,13 @@ def kernel_rows(rank: int) -> dict[str, dict[str, float]]:
     note("low_rank dropout", big, lambda: kernels.low_rank(x, a, 1.0, 0.05, SEED), dropped @ A.t())
     note("low_rank transposed", big, lambda: kernels.low_rank(dy, b.t(), 0.5, 0.0, SEED), 0.5 * DY @ B)
     note("combine", 2 * big, lambda: kernels.combine(base, t, b, 0.5, gain, None), z * gain)
+    norm = torch.rand(N, device="cuda") + 1
     note(
         "combine_backward",
         3 * big,
-        lambda: kernels.combine_backward(dy, base, t, b, 0.5, gain),
+        lambda: kernels.combine_backward(dy, base, t, b, 0.5, gain, norm),
         DY * gain,
-        (DY * z).sum(0),
+        (DY * z).sum(0) / norm.double(),
         0.5 * (DY * gain).t() @ D,
     )
     kept = kernels.keep_mask(SEED, (T, K), 0.05, x.device)
@@ -76,11 +77,14 @@ def kernel_rows(rank: int) -> dict[str, dict[str, float]]:
     }
     exact = weight.double() * (scales.double() / 127).unsqueeze(1)
     note("widen_int8", N * K * 3 / 1e9, lambda: kernels.widen_int8(weight, scales, torch.bfloat16), exact)
-    if rank <= 64:
-        a32 = torch.randn(rank, K, device="cuda")
-        note("row_dot int8", N * K / 1e9, lambda: kernels.row_dot(weight, scales, a32), exact @ a32.double().t())
-        w16 = dy[:N, :K].contiguous()
-        note("row_dot bf16", N * K * 2 / 1e9, lambda: kernels.row_dot(w16, None, a32), w16.double() @ a32.double().t())
+    if rank <= kernels.LARGEST_RANK:
+        a32, b32 = torch.randn(rank, K, device="cuda") / 64, torch.randn(N, rank, device="cuda")
+        for kind, w, factors in (("int8", weight, scales), ("bf16", exact.bfloat16(), None)):
+            whole = exact if factors is not None else w.double()
+            square = (whole * whole).sum(1).float()
+            expected = (whole + 0.5 * b32.double() @ a32.double()).norm(dim=1)
+            call = lambda: kernels.row_norms(w, factors, a32, b32, 0.5, square, gain)  # noqa: B023, E731
+            note(f"row_norms {kind}", w.nbytes / 1e9, call, expected, gain / expected)
     if torch.cuda.get_device_capability() >= (8, 9):
         q, s = kernels.quantise_rows(x, scales)
         worst = (
