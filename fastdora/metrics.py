@@ -16,10 +16,10 @@ def record(cfg, trainer) -> None:
     """Count the samples and tokens of each training batch; write `metrics.json` when training ends.
 
     Fields: samples, tokens (padding not counted), steps, seconds, samples_per_second, tokens_per_second, final_loss,
-    final_eval_loss, peak_memory_gib (null on a CPU), interrupted, base_layers (class -> adapted layers), log (step,
-    loss, eval_loss, learning_rate). Counting adds no synchronisation with the GPU. Ctrl-C ends the run after the step
-    under way, with a checkpoint from which the same command goes on; axolotl alone would save a half-trained adapter
-    and report success. Of several processes all end after the same step.
+    final_eval_loss, peak_memory_gib (null on a CPU), interrupted, stopped_early, base_layers (class -> adapted
+    layers), log (step, loss, eval_loss, learning_rate). Counting adds no synchronisation with the GPU. Ctrl-C ends the
+    run after the step under way, with a checkpoint from which the same command goes on; axolotl alone would save a
+    half-trained adapter and report success. Of several processes all end after the same step.
     """
     counts = torch.zeros(2, dtype=torch.long, device=trainer.args.device)
     pad = trainer.processing_class.pad_token_id
@@ -93,6 +93,7 @@ class _Writer(TrainerCallback):
             "final_eval_loss": next((entry["eval_loss"] for entry in reversed(log) if "eval_loss" in entry), None),
             "peak_memory_gib": round(self.peak / 2**30, 2) if self.peak else None,
             "interrupted": self.interrupted,
+            "stopped_early": not self.interrupted and state.global_step < state.max_steps,
             "base_layers": self.base_layers,
             "log": log,
         }

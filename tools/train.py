@@ -22,6 +22,7 @@ import yaml
 
 from data import prepare
 from data.tasks import load_tasks
+from fastdora import checkpoints
 from tools import checks, recipes, several, tiny
 from tools.checks import (
     check_adapter,
@@ -95,7 +96,8 @@ def train(
             return finished
         check_disk(path, run_recipe, out, needs_gpu)
         config = path if run_recipe == recipe else out / "recipe.yaml"
-        (out / "metrics.json").unlink(missing_ok=True)
+        for name in ("metrics.json", "stepping"):
+            (out / name).unlink(missing_ok=True)
         started = datetime.datetime.now(datetime.timezone.utc)
         axolotl("preprocess", config, args, not needs_gpu, lock)
         axolotl("train", config, [*launch, *args, *launcher_args], not needs_gpu, lock)
@@ -186,18 +188,28 @@ def task_parts(task: str) -> list[str]:
 
 
 def claim_folder(path: Path, out: Path, identity: dict[str, Any], force: bool) -> dict[str, Any] | None:
-    """Make the output folder this run's, or return run.json of an equal finished run. UserError before work is lost."""
+    """Make the output folder this run's, or return run.json of an equal finished run. UserError before work is lost.
+
+    Broken checkpoints are named and set aside; the run goes on from the last whole one.
+    """
     mark, done = out / "started.json", out / "run.json"
     before = read_json(mark)
     if before == identity:
         if done.is_file():
             if not force:
                 return read_json(done)
-        elif checkpoints := sorted(out.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])):
-            if not force:
-                print(f"{out.relative_to(ROOT)}: going on from {checkpoints[-1].name}")
+        elif not force:
+            last, _, broken = checkpoints.last_whole(out)
+            for line in broken:
+                print(f"warning: {line}", file=sys.stderr)
+            if last:
+                print(f"{out.relative_to(ROOT)}: going on from {last.name}")
                 return None
-    precious = done.is_file() or any(out.glob("checkpoint-*")) or (before is None and any(out.iterdir()))
+            if broken:
+                print(f"{out.relative_to(ROOT)}: no whole checkpoint is left; beginning anew")
+    # Files that begin with a dot are this command's own, left where it was killed.
+    foreign = before is None and any(not path.name.startswith(".") for path in out.iterdir())
+    precious = done.is_file() or any(out.glob("checkpoint-*")) or foreign
     if precious and not force:
         what = difference(before, identity) if before else "files that this command did not write"
         state = "a finished run" if done.is_file() else "an unfinished run"
@@ -208,11 +220,11 @@ def claim_folder(path: Path, out: Path, identity: dict[str, Any], force: bool) -
         out.rename(aside := out.with_name(f"{out.name}.{stamp}"))
         print(f"set aside: {aside.relative_to(ROOT)}")
         out.mkdir()
-    with replacing(out / "recipe.yaml") as file:
-        file.write(identity["recipe"])
-    with replacing(mark) as file:
+    with replacing(mark) as file:  # first: a folder with it is this run's, however early it is killed
         json.dump(identity, file, indent=1)
         file.write("\n")
+    with replacing(out / "recipe.yaml") as file:
+        file.write(identity["recipe"])
     return None
 
 

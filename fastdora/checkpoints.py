@@ -1,0 +1,110 @@
+"""Checkpoints that can be trusted: sealed when they are whole, checked before a run goes on from one.
+
+transformers writes a checkpoint file by file. A run that is killed meanwhile leaves one that fails to load, or loads
+without its optimizer and goes on in silence. Here the last file is `seal.json`: sizes and SHA-256 of all others, and
+what the run was made of. Needs neither torch nor axolotl.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SEAL, PREFIX = "seal.json", "checkpoint-"
+
+
+class BrokenCheckpoint(Exception):
+    """What is wrong with a checkpoint, in a few words."""
+
+
+def seal(folder: Path, run: dict[str, Any]) -> None:
+    """Declare the checkpoint in `folder` whole. run: what must be equal for another run to go on from it."""
+    content = {"files": {name: _print_of(folder / name) for name in _names(folder)}, "run": run}
+    beside = folder / f".{SEAL}"
+    with beside.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, folder / SEAL)
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """The run of a whole checkpoint. Raises BrokenCheckpoint."""
+    try:
+        content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        sealed, run = content["files"], content["run"]
+        prints = {name: (entry["bytes"], entry["sha256"]) for name, entry in sealed.items()}
+    except FileNotFoundError:
+        raise BrokenCheckpoint("the run was ended while it was written") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise BrokenCheckpoint(f"{SEAL} cannot be read") from None
+    for name, (size, digest) in prints.items():
+        file = folder / name
+        if not file.is_file():
+            raise BrokenCheckpoint(f"{name} is missing")
+        if file.stat().st_size != size:
+            raise BrokenCheckpoint(f"{name} has {file.stat().st_size} of {size} bytes")
+        if _print_of(file)["sha256"] != digest:
+            raise BrokenCheckpoint(f"{name} has changed")
+    return run
+
+
+def numbered(out: Path) -> list[Path]:
+    """The checkpoints of an output folder, the newest first."""
+    found = [path for path in out.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def last_whole(out: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest whole checkpoint (None without one), its run, and a line for each newer one that was set aside.
+
+    A broken one is renamed to `broken-checkpoint-<step>`, where neither axolotl nor rotation looks.
+    """
+    lines = []
+    for folder in numbered(out):
+        try:
+            return folder, check(folder), lines
+        except BrokenCheckpoint as error:
+            aside = next(path for path in _asides(folder) if not path.exists())
+            folder.rename(aside)
+            lines.append(f"{folder} is broken ({error}); set aside as {aside.name}")
+    return None, {}, lines
+
+
+def plain(value: Any) -> Any:
+    """The value as it comes back from JSON, so that it can be compared with what a seal holds."""
+    return json.loads(json.dumps(value, default=str, sort_keys=True))
+
+
+def _asides(folder: Path) -> Iterator[Path]:
+    yield folder.with_name(f"broken-{folder.name}")
+    number = 2
+    while True:
+        yield folder.with_name(f"broken-{folder.name}.{number}")
+        number += 1
+
+
+def _names(folder: Path) -> list[str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(folder)) for path in files if path.name not in (SEAL, f".{SEAL}"))
+
+
+def _print_of(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What two runs differ by: up to three recipe keys or the data files; None where they do not."""
+    old, new = before.get("recipe", {}), now.get("recipe", {})
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    if keys:
+        return ", ".join(f"key '{key}' was {old.get(key)} and is {new.get(key)}" for key in keys[:3])
+    files = [name for name, digest in now.get("data", {}).items() if before.get("data", {}).get(name) != digest]
+    return f"{', '.join(files)} changed" if files else None
