@@ -26,6 +26,7 @@ from data.neardup import normalise
 from data.tasks import load_tasks
 from eval import forgetting
 from eval.models import adapter_facts, check_fits, prompts, resolve_adapter, template_sha256
+from eval.results import RESULTS
 from eval.scorers import bertscore_items, scorings, summary
 from eval.testsets import RAW, SAMPLE, TASK_FILES, all_sets, choose, read_set
 from tools import recipes
@@ -33,7 +34,6 @@ from tools.checks import gpus, read_json, sha256
 from tools.cli import ROOT, UserError, replacing, run
 from tools.train import OUTPUTS, git_state, versions
 
-RESULTS = ROOT / "results"
 # What makes answers another subject's. Where one of these differs, an old folder's answers are not these.
 IDENTITY = ("model", "adapter_sha256", "bits", "prompt", "template_sha256", "way", "backend")
 DISK_NEEDED = 64 * 2**20

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from functools import partial
 
@@ -15,6 +16,7 @@ import torch
 import yaml
 from test_endpoint import server  # noqa: F401 (a fixture)
 from test_eval_models import adapters, make_adapter  # noqa: F401 (a fixture)
+from tqdm import tqdm
 
 from eval import forgetting, models, run, testsets
 from tools.cli import UserError
@@ -194,6 +196,7 @@ def test_killed_at_any_moment_it_goes_on(evaluate, tmp_path):
     while True:
         child = os.fork()
         if not child:
+            tqdm.set_lock(threading.RLock())  # its own is shared between processes, and a killed one may hold it
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             evaluate(*argv, "killed")
             os._exit(0)
