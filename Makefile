@@ -28,7 +28,7 @@ EVAL = $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(MODEL),--model "$(MODEL)") $(
   $(if $(TASKS),--tasks "$(TASKS)") $(if $(LIMIT),--limit "$(LIMIT)") $(if $(LABELS),--labels "$(LABELS)") \
   $(if $(BITS),--bits "$(BITS)") $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(TESTS),--tests "$(TESTS)") \
   $(if $(NAME),--name "$(NAME)") $(if $(BATCH_TOKENS),--batch-tokens "$(BATCH_TOKENS)") $(if $(BACKEND),--backend "$(BACKEND)") \
-  $(if $(ENDPOINT),--endpoint "$(ENDPOINT)") $(if $(ENCODER),--encoder "$(ENCODER)") $(if $(BASE),--base) \
+  $(if $(ENDPOINT),--endpoint "$(ENDPOINT)") $(if $(ENCODER),--encoder "$(ENCODER)") $(if $(LAYER),--layer "$(LAYER)") $(if $(BASE),--base) \
   $(if $(TINY),--tiny) $(if $(FORCE),--force) $(if $(KEEP_QUANTISED),--keep-quantised)
 
 eval: $(READY) ## evaluate RECIPE=, or MODEL= ADAPTER=; BASE=1 the base too, TASKS= LIMIT= LABELS=published BITS= PROMPT=

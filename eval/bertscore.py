@@ -88,7 +88,7 @@ def _load(encoder: str, layer: int) -> tuple[PreTrainedTokenizerBase, PreTrained
         what = " ".join(str(error).split())[:200]
         raise UserError(f"{encoder}: the encoder for BERTScore cannot be loaded ({what}); {ADVICE}") from error
     if not 1 <= layer <= layers:
-        raise UserError(f"{encoder}: has no layer {layer} for BERTScore; choose one of 1 to {layers}")
+        raise UserError(f"{encoder}: has no layer {layer} for BERTScore; LAYER= takes 1 to {layers}")
     if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id):
         raise UserError(f"{encoder}: is no encoder (its tokenizer has no [CLS], [SEP] or padding token); {ADVICE}")
     if not len(tokenizer.all_special_ids) < len(tokenizer) <= model.config.vocab_size:

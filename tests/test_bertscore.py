@@ -189,5 +189,5 @@ def test_a_decoder_is_refused(tiny_base):
 
 @pytest.mark.parametrize("layer", [-1, 0, 13])
 def test_a_layer_that_is_not_there_is_refused(encoder, layer):
-    with pytest.raises(UserError, match=rf"has no layer {layer} for BERTScore; choose one of 1 to 12$"):
+    with pytest.raises(UserError, match=rf"has no layer {layer} for BERTScore; LAYER= takes 1 to 12$"):
         bertscore(["a"], ["b"], encoder=encoder, layer=layer)

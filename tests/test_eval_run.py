@@ -14,11 +14,13 @@ from functools import partial
 import pytest
 import torch
 import yaml
+from test_bertscore import make_encoder
 from test_endpoint import server  # noqa: F401 (a fixture)
 from test_eval_models import adapters, make_adapter  # noqa: F401 (a fixture)
 from tqdm import tqdm
 
 from eval import forgetting, models, run, testsets
+from eval.bertscore import bertscore
 from tools.cli import UserError
 
 WORDS = ["negative", "neutral", "positive"]
@@ -154,6 +156,20 @@ def test_quantised_bases_merged_and_kept(evaluate, bits):
     same = sum(a["answer"] == b["answer"] for a, b in zip(merged[1], kept[1], strict=True))
     assert same >= 6 if bits == 8 else same == 8
     assert merged[0]["evaluated"] == 8
+
+
+def test_explanations_are_measured_with_the_encoder_that_is_named(evaluate, tests_folder, tmp_path, monkeypatch):
+    write_rows(tests_folder, "xbrl_term", 6)
+    encoder = str(make_encoder(tmp_path / "encoder", layers=3))
+    about, rows = read(evaluate("--encoder", encoder, "--layer", "2", tasks="xbrl_term")[0], "xbrl_term")
+    assert about["metric"] == "bertscore_f1" and about["encoder"] == "encoder, layer 2"
+    expected = bertscore([row["answer"] for row in rows], [row["target"] for row in rows], encoder, 2)
+    assert [row["bertscore"] for row in rows] == expected and 0 < max(expected) < 1
+    monkeypatch.setattr(models, "load_base", None)  # what is missing is found out before weights are loaded
+    with pytest.raises(UserError, match="no folder with an encoder"):
+        evaluate("--encoder", str(tmp_path / "none"), "--name", "other", tasks="xbrl_term")
+    with pytest.raises(UserError, match="has no layer 10 for BERTScore; LAYER= takes 1 to 3"):
+        evaluate("--encoder", encoder, "--name", "other", tasks="xbrl_term")
 
 
 def test_a_second_run_asks_nothing_and_a_larger_limit_all(evaluate, capsys, monkeypatch):
