@@ -274,6 +274,10 @@ def is_answered(folder: Path, name: str, plan: dict[str, Any], wanted: argparse.
         print(f"{found['path']}: has changed since {folder.parent.name} answered it; asking again")
         return False
     rows = min(wanted.limit or len(found["rows"]), len(found["rows"]))
+    if about["encoder"] and about["encoder"] != encoder_named(wanted)[2]:
+        kept = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+        about |= add_bertscore(kept, wanted)
+        write(folder, about, kept)
     if about["labels_used"] != wanted.labels:  # the answers are the same; only what counts as right is another
         with replacing(folder / "set.json") as file:
             json.dump(about | {"labels_used": wanted.labels}, file, indent=1)
@@ -346,13 +350,20 @@ def answers(lm, name: str, plan, wanted, trained_on: set[str] | None) -> tuple[d
 
 def add_bertscore(rows: list[dict[str, Any]], wanted: argparse.Namespace) -> dict[str, str]:
     """Give each row its BERTScore F1 and return which encoder and layer measured it."""
-    from eval.bertscore import ENCODER, LAYER, bertscore
+    from eval.bertscore import bertscore
 
-    encoder, layer = wanted.encoder or ENCODER, LAYER if wanted.layer is None else wanted.layer
+    encoder, layer, named = encoder_named(wanted)
     values = bertscore([row["answer"] for row in rows], [row["target"] for row in rows], encoder, layer)
     for row, value in zip(rows, values, strict=True):
         row["bertscore"] = value
-    return {"encoder": f"{shown(encoder)}, layer {layer}"}
+    return {"encoder": named}
+
+
+def encoder_named(wanted: argparse.Namespace) -> tuple[str, int, str]:
+    from eval.bertscore import ENCODER, LAYER
+
+    encoder, layer = wanted.encoder or ENCODER, LAYER if wanted.layer is None else wanted.layer
+    return encoder, layer, f"{shown(encoder)}, layer {layer}"
 
 
 def summary_line(name: str, about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -446,8 +457,8 @@ def out_of_memory_named():
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "the GPU is out of memory with a single prompt; free it, or set BITS=4 KEEP_QUANTISED=1 (what is answered "
-            "is kept)"
+            "the GPU is out of memory; the same command goes on with smaller batches with BATCH_TOKENS=2048, and "
+            "BITS=4 KEEP_QUANTISED=1 needs less memory"
         ) from error
 
 

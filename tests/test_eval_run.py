@@ -165,7 +165,12 @@ def test_explanations_are_measured_with_the_encoder_that_is_named(evaluate, test
     assert about["metric"] == "bertscore_f1" and about["encoder"] == "encoder, layer 2"
     expected = bertscore([row["answer"] for row in rows], [row["target"] for row in rows], encoder, 2)
     assert [row["bertscore"] for row in rows] == expected and 0 < max(expected) < 1
-    monkeypatch.setattr(models, "load_base", None)  # what is missing is found out before weights are loaded
+    monkeypatch.setattr(models, "load_base", None)  # no weights are loaded from here on
+    about, again = read(evaluate("--encoder", encoder, "--layer", "1", tasks="xbrl_term")[0], "xbrl_term")
+    assert about["encoder"] == "encoder, layer 1", "another encoder measures the answers that are there"
+    assert [row["answer"] for row in again] == [row["answer"] for row in rows]
+    assert [row["bertscore"] for row in again] != expected
+    # What is missing is found out before that.
     with pytest.raises(UserError, match="no folder with an encoder"):
         evaluate("--encoder", str(tmp_path / "none"), "--name", "other", tasks="xbrl_term")
     with pytest.raises(UserError, match="has no layer 10 for BERTScore; LAYER= takes 1 to 3"):
@@ -265,7 +270,7 @@ def test_memory_that_does_not_suffice(evaluate, monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(models, "_answers", fail)
-    with pytest.raises(UserError, match="out of memory with a single prompt; .*BITS=4 KEEP_QUANTISED=1"):
+    with pytest.raises(UserError, match="out of memory; .*BATCH_TOKENS=2048, and BITS=4 KEEP_QUANTISED=1"):
         evaluate()
 
 
