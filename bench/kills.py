@@ -129,7 +129,8 @@ def main() -> None:
             if row.pop("ended"):
                 break
             mine += 1
-            if len(rows) % 3 == 2 and (newest := checkpoints.numbered(out)[:1]):
+            sealed = [folder for folder in checkpoints.numbered(out) if (folder / checkpoints.SEAL).exists()]
+            if len(rows) % 3 == 2 and (newest := sealed[:1]):
                 kind = DAMAGES[sum(count for count, _ in tried.values()) % len(DAMAGES)]
                 row["damaged"] = f"{newest[0].name}/{damage(newest[0], kind, choose)} {kind}"
                 last, _, lines = checkpoints.last_whole(out)
