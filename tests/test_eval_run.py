@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -218,13 +219,16 @@ def test_killed_at_any_moment_it_goes_on(evaluate, tmp_path):
         child = os.fork()
         if not child:
             tqdm.set_lock(threading.RLock())  # its own is shared between processes, and a killed one may hold it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            evaluate(*argv, "killed")
-            os._exit(0)
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                evaluate(*argv, "killed")
+            finally:
+                os._exit(0)
         before = len(part.read_bytes().splitlines()) if part.exists() else 0
-        deadline, target = time.monotonic() + 60, before + draw.randint(1, 9)
+        deadline, lines, target = time.monotonic() + 60, 0, before + draw.randint(1, 9)
         while time.monotonic() < deadline and not os.waitpid(child, os.WNOHANG)[0]:
-            lines = part.read_bytes().count(b"\n") if part.exists() else 0
+            with suppress(FileNotFoundError):  # before its first answer, and when it has ended
+                lines = part.read_bytes().count(b"\n")
             if lines >= target:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
