@@ -111,7 +111,7 @@ def load_tokenizer(model: str, adapter: Path | None, prompt: str):
     source = str(adapter) if beside else model
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # every file format has errors of its own
         raise UserError(f"{source}: its tokenizer cannot be loaded ({_first_line(error)})") from error
     if prompt != "saved":
         tokenizer.chat_template = (PROMPTS / f"{prompt}.jinja").read_text(encoding="utf-8")
@@ -128,6 +128,7 @@ def load_base(model: str, bits: int, keep_quantised: bool = False):
     bits: 8 and 4 quantise the linear layers as the recipes do (LLM.int8 rows; NF4 with double quantisation).
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from fastdora import peft_int8
@@ -157,8 +158,8 @@ def load_base(model: str, bits: int, keep_quantised: bool = False):
         )
     except torch.OutOfMemoryError as error:
         raise UserError(f"{model}: does not fit on the GPU; free it, or set BITS=4 KEEP_QUANTISED=1") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{model}: cannot be loaded ({_first_line(error)})") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{model}: cannot be loaded ({_first_line(error)}); fetch it again") from error
     if bits != 16 and not keep_quantised:
         loaded = loaded.dequantize(dtype=dtype)
     return loaded.eval()

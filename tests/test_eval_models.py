@@ -207,6 +207,23 @@ def test_a_base_that_is_not_there(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("file", "load"),
+    [
+        ("model.safetensors", lambda model: models.load_base(model, 16)),
+        ("tokenizer.json", lambda model: models.load_tokenizer(model, None, "raw")),
+        ("config.json", models.load_config),
+    ],
+)
+def test_a_base_that_is_cut_short(tiny_base, tmp_path, file, load):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    path = tmp_path / "base" / file
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match=f"^{tmp_path}/base: .*cannot be loaded") as error:
+        load(str(tmp_path / "base"))
+    assert "\n" not in str(error.value)
+
+
 def test_prompts(tiny_base, adapters, tmp_path):
     """Saved beside the adapter, then the base's; FinLoRA's two by name; none at all is an error."""
     question = [{"role": "user", "content": "Up or down?"}]
