@@ -32,6 +32,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastdora import kernels, products
 
+WIDENED = 2**29  # bytes of 4-bit weights that may be widened at once for their norms
+
 _steps = 0  # optimizer steps in this process
 
 
@@ -62,13 +64,6 @@ def norm_and_gain(
 
     a (R, K), b (N, R), m (N,); base_square: ||W0||^2 per row, (N,).
     """
-    floats = all(x.dtype == torch.float32 and x.is_contiguous() for x in (a, b, m))
-    if a.is_cuda and floats and a.shape[0] <= kernels.LARGEST_RANK:
-        four = isinstance(layer.weight, bnb.nn.Params4bit)
-        weight = products.widen(layer, torch.bfloat16) if four else layer.weight.data
-        if kernels.fused(weight):
-            scales = products.int8_scales(layer) if products.is_int8(layer) else None
-            return kernels.row_norms(weight, scales, a, b, s, base_square, m)
     exact = torch.float64 if a.is_cuda else kernels.wide(a.dtype)  # a GPU may take float32 products in tf32
     wa = (products.widen(layer, exact) @ a.to(exact).t()).double()
     a, b = a.double(), b.double()
@@ -83,24 +78,26 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, b, m, norm, gain, layer, s, p, seed, fp8):
         base = products.forward_product(x, layer, fp8)
-        t = kernels.low_rank(x, a, 1.0, p, seed)
-        y = kernels.combine(base, t, b, s, gain, layer.bias)
-        ctx.save_for_backward(x, a, b, norm, gain, t, None if m is None else base)
+        a16, b16 = a.to(x.dtype), b.to(x.dtype)
+        t = kernels.low_rank(x, a16, 1.0, p, seed)
+        y = kernels.combine(base, t, b16, s, gain, layer.bias)
+        ctx.save_for_backward(x, a16, b16, norm, gain, t, None if m is None else base)
         ctx.layer, ctx.s, ctx.p, ctx.seed, ctx.fp8 = layer, s, p, seed, fp8
-        ctx.m_dtype = None if m is None else m.dtype
+        ctx.dtypes = a.dtype, b.dtype, None if m is None else m.dtype
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, a, b, norm, gain, t, base = ctx.saved_tensors
-        layer, s, p, seed = ctx.layer, ctx.s, ctx.p, ctx.seed
+        s, p, seed = ctx.s, ctx.p, ctx.seed
+        a_dtype, b_dtype, m_dtype = ctx.dtypes
         dz, dm, db = kernels.combine_backward(dy.contiguous(), base, t, b, s, gain, norm)
         dt = kernels.low_rank(dz, b.t(), s, 0.0, seed)
-        dx = products.backward_product(dz, layer, ctx.fp8) if ctx.needs_input_grad[0] else None
+        dx = products.backward_product(dz, ctx.layer, ctx.fp8) if ctx.needs_input_grad[0] else None
         da = kernels.low_rank_backward(dt, x, a, dx, p, seed)
-        dm = None if dm is None else dm.to(ctx.m_dtype)
-        return dx, da.to(a.dtype), db.to(b.dtype), dm, None, None, None, None, None, None, None
+        dm = None if dm is None else dm.to(m_dtype)
+        return dx, da.to(a_dtype), db.to(b_dtype), dm, None, None, None, None, None, None, None
 
 
 class _Fast:
@@ -127,17 +124,31 @@ class _Fast:
     @torch.no_grad()
     def known(self, name: str) -> _Known:
         """Norm and gain of this moment's weights; computed anew only when one of them may have changed."""
-        known, s = self._known.get(name), self.scaling[name]
-        if known is None or known.steps != _steps or known.s != s:
-            a, b = self.lora_A[name].weight, self.lora_B[name].weight
-            m = self.lora_magnitude_vector[name].weight
-            with torch.autocast(a.device.type, enabled=False):
-                if self._base_square is None:
-                    weight = products.widen(self.base_layer, kernels.wide(a.dtype))
-                    self._base_square = (weight * weight).sum(1)
-                known = _Known(_steps, s, *norm_and_gain(self.base_layer, a, b, m, s, self._base_square))
-            self._known[name] = known
-        return known
+        if not self._is_known(name):
+            with torch.autocast(self.lora_A[name].weight.device.type, enabled=False):
+                own = self._parts(name)
+                if _fits_kernel(own):
+                    _refresh(self._group, name, own)
+                else:
+                    found = norm_and_gain(self.base_layer, own.a, own.b, own.m, own.s, own.base_square)
+                    self._known[name] = _Known(_steps, own.s, *found)
+        return self._known[name]
+
+    def _is_known(self, name: str) -> bool:
+        known = self._known.get(name)
+        return known is not None and known.steps == _steps and known.s == self.scaling[name]
+
+    def _parts(self, name: str) -> kernels.Adapted:
+        layer, a = self.base_layer, self.lora_A[name].weight
+        if self._base_square is None:
+            weight = products.widen(layer, kernels.wide(a.dtype))
+            self._base_square = (weight * weight).sum(1)
+        if isinstance(layer.weight, bnb.nn.Params4bit) and a.is_cuda:
+            weight, scales = products.widen(layer, torch.bfloat16), None
+        else:
+            weight, scales = layer.weight.data, products.int8_scales(layer) if products.is_int8(layer) else None
+        m = self.lora_magnitude_vector[name].weight
+        return kernels.Adapted(weight, scales, a, self.lora_B[name].weight, m, self.scaling[name], self._base_square)
 
     def forget(self, *_) -> None:
         """Compute norms anew at the next forward."""
@@ -163,6 +174,50 @@ class _Fast:
     def _apply(self, *args, **kwargs):  # every cast and every move of a module comes through here
         self.forget()
         return super()._apply(*args, **kwargs)
+
+
+def _fits_kernel(parts: kernels.Adapted) -> bool:
+    small = (parts.a, parts.b, parts.m, parts.base_square)
+    return (
+        kernels.fused(parts.weight)
+        and parts.a.shape[0] <= kernels.LARGEST_RANK
+        and all(x.dtype == torch.float32 and x.is_contiguous() for x in small)
+    )
+
+
+def _is_whole(module: "_Fast", name: str) -> bool:
+    """Whether a layer's tensors are all here: ZeRO-3 and FSDP gather them in the layer's own forward alone."""
+    if name not in module.lora_A or not module.use_dora[name] or module.merged:
+        return False
+    tensors = (module.base_layer.weight, module.lora_A[name].weight, module.lora_magnitude_vector[name].weight)
+    return all(x.numel() and not hasattr(x, "placements") for x in tensors)
+
+
+def _refresh(group: list["_Fast"], name: str, own: kernels.Adapted) -> None:
+    """Norms and gains of all layers of a group that are stale and like `own` in kind, together.
+
+    Weights of 4 bits are widened for it, so those go a few at a time.
+    """
+    found, widened = [], 0
+
+    def finish() -> None:
+        for (module, parts), pair in zip(found, kernels.row_norms([parts for _, parts in found]), strict=True):
+            module._known[name] = _Known(_steps, parts.s, *pair)
+        found.clear()
+
+    for module in group:
+        if module._is_known(name) or not _is_whole(module, name):
+            continue
+        parts = module._parts(name)
+        alike = parts.weight.dtype == own.weight.dtype and parts.a.shape == (own.a.shape[0], parts.weight.shape[1])
+        if alike and parts.a.device == own.a.device and _fits_kernel(parts):
+            found.append((module, parts))
+            widened += parts.weight.nbytes * (parts.weight.data_ptr() != module.base_layer.weight.data_ptr())
+        if widened > WIDENED:
+            finish()
+            widened = 0
+    if found:
+        finish()
 
 
 class FastLinear(_Fast, lora.Linear):
@@ -191,7 +246,9 @@ def accelerate(model: nn.Module, fp8: bool = False) -> str:
     for name, module in adapted.items():
         _check(name, module)
     paths: Counter[str] = Counter()
-    for module in adapted.values():
+    group = list(adapted.values())
+    for module in group:
+        module._group = group
         if type(module) in FAST:
             module.__class__ = FAST[type(module)]
             module.register_load_state_dict_post_hook(_Fast.forget)

@@ -5,6 +5,7 @@ cross programs go through partial results in a fixed order, so that equal runs g
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -199,27 +200,46 @@ def widen_int8(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
 LARGEST_RANK = 64  # of `row_norms`: the sums of one program stay in its registers
 
 
-def row_norms(
-    weight: torch.Tensor,
-    scales: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    s: float,
-    base_square: torch.Tensor,
-    m: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(norm, m / norm), float32 (N,): norm = ||W + s B A|| a row, at least the smallest normal number.
+class Adapted(NamedTuple):
+    """What a layer's norm is made of: weight (N, K), row scales (N,) of int8 weights, adapters and ||W||^2 a row."""
 
-    weight (N, K) in 16 bits, or int8 with row scales (N,); a (R, K) and b (N, R) float32 with R <= LARGEST_RANK;
-    base_square = ||W||^2 a row. Each float32 product is three tf32 ones, which keeps its precision.
+    weight: torch.Tensor
+    scales: torch.Tensor | None
+    a: torch.Tensor  # (R, K)
+    b: torch.Tensor  # (N, R)
+    m: torch.Tensor  # (N,)
+    s: float
+    base_square: torch.Tensor  # (N,)
+
+
+def row_norms(layers: list[Adapted]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(norm, m / norm) of each layer, float32 (N,): norm = ||W + s B A|| a row, at least the smallest normal number.
+
+    All layers in two launches, by a table of addresses: one layer alone does not fill a GPU. Weights are of one dtype,
+    16 bits or int8; a, b and m float32 and contiguous, of one rank, at most LARGEST_RANK. tf32 products keep float32
+    precision here: the weight has fewer bits than tf32, and the adapter is split into two terms.
     """
-    outputs, inputs = weight.shape
-    norm, gain = torch.empty(2, outputs, dtype=torch.float32, device=weight.device).unbind()
-    _row_norms_kernel[(triton.cdiv(outputs, 16),)](
-        weight, scales, a, b, base_square, m, norm, gain, outputs, inputs, a.shape[0], s,
-        BLOCK_N=16, BLOCK_K=128, BLOCK_R=_block(a.shape[0]), SCALES=scales is not None, num_warps=4,
+    first = layers[0]
+    rank, device = first.a.shape[0], first.a.device
+    sizes = [layer.weight.shape[0] for layer in layers]
+    norms, gains = torch.empty(2, sum(sizes), dtype=torch.float32, device=device).unbind()
+    grams = torch.empty(len(layers), rank, rank, dtype=torch.float32, device=device)
+    table, start = [], 0
+    for layer, size in zip(layers, sizes, strict=True):
+        scales = 0 if layer.scales is None else layer.scales.data_ptr()
+        tensors = (layer.weight, layer.a, layer.b, layer.m, layer.base_square)
+        table += [*(tensor.data_ptr() for tensor in tensors), scales, *layer.weight.shape, start]
+        start += size
+    table = torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True)
+    factors = torch.tensor([layer.s for layer in layers], dtype=torch.float32).to(device, non_blocking=True)
+    block_r = _block(rank)
+    _grams_kernel[(len(layers),)](table, grams, rank, BLOCK_K=2048 // block_r, BLOCK_R=block_r, num_warps=4)
+    kind = {torch.int8: tl.int8, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[first.weight.dtype]
+    _row_norms_kernel[(triton.cdiv(max(sizes), 32), len(layers))](
+        table, factors, grams, norms, gains, rank,
+        KIND=kind, BLOCK_N=32, BLOCK_K=128, BLOCK_R=block_r, SCALES=first.scales is not None, num_warps=4,
     )  # fmt: skip
-    return norm, gain
+    return list(zip(norms.split(sizes), gains.split(sizes), strict=True))
 
 
 # -- fp8 ---------------------------------------------------------------------------------------------------------------
@@ -418,40 +438,78 @@ if triton is not None:
             out + row * columns + places, (value.to(tl.float32) * scale).to(out.dtype.element_ty), mask=places < columns
         )
 
+    # A row of the table: addresses of weight, a, b, m, base_square, scales; N, K, and where the layer's results start.
+
     @triton.jit
-    def _row_norms_kernel(
-        weight, scales, a, b, base_square, m, norm, gain, outputs, inputs, rank, s,
-        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SCALES: tl.constexpr,
-    ):  # fmt: skip
-        rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    def _grams_kernel(table, grams, rank, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr):
+        layer = tl.program_id(0)
+        a = tl.load(table + layer * 9 + 1).to(tl.pointer_type(tl.float32))
+        inputs = tl.load(table + layer * 9 + 7).to(tl.int32)
         ranks = tl.arange(0, BLOCK_R)
-        wa = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-        aa = tl.zeros((BLOCK_R, BLOCK_R), dtype=tl.float32)
+        total = tl.zeros((BLOCK_R, BLOCK_R), dtype=tl.float32)
         for start in range(0, inputs, BLOCK_K):
             columns = start + tl.arange(0, BLOCK_K)
-            value = tl.load(
-                weight + rows.to(tl.int64)[:, None] * inputs + columns[None, :],
-                mask=(rows < outputs)[:, None] & (columns < inputs)[None, :],
-                other=0,
-            ).to(tl.float32)
-            factor = tl.load(
-                a + ranks[None, :] * inputs + columns[:, None],
-                mask=(columns < inputs)[:, None] & (ranks < rank)[None, :],
+            inside = (ranks < rank)[:, None] & (columns < inputs)[None, :]
+            factor = tl.load(a + ranks[:, None] * inputs + columns[None, :], mask=inside, other=0.0)
+            total = tl.dot(factor, tl.trans(factor), total, input_precision="tf32x3")
+        tl.store(
+            grams + (layer * rank + ranks[:, None]) * rank + ranks[None, :],
+            total,
+            mask=(ranks < rank)[:, None] & (ranks < rank)[None, :],
+        )
+
+    @triton.jit
+    def _row_norms_kernel(
+        table, factors, grams, norms, gains, rank,
+        KIND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SCALES: tl.constexpr,
+    ):  # fmt: skip
+        layer = tl.program_id(1)
+        row = table + layer * 9
+        outputs = tl.load(row + 6).to(tl.int32)
+        rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        if tl.program_id(0) * BLOCK_N < outputs:
+            weight = tl.load(row).to(tl.pointer_type(KIND))
+            a = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+            b = tl.load(row + 2).to(tl.pointer_type(tl.float32))
+            m = tl.load(row + 3).to(tl.pointer_type(tl.float32))
+            base_square = tl.load(row + 4).to(tl.pointer_type(tl.float32))
+            inputs = tl.load(row + 7).to(tl.int32)
+            place = tl.load(row + 8)
+            s = tl.load(factors + layer)
+            ranks = tl.arange(0, BLOCK_R)
+            inside = rows < outputs
+            wa = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+            for start in range(0, inputs, BLOCK_K):
+                columns = start + tl.arange(0, BLOCK_K)
+                value = tl.load(
+                    weight + rows.to(tl.int64)[:, None] * inputs + columns[None, :],
+                    mask=inside[:, None] & (columns < inputs)[None, :],
+                    other=0,
+                ).to(tl.float32)
+                factor = tl.load(
+                    a + ranks[None, :] * inputs + columns[:, None],
+                    mask=(columns < inputs)[:, None] & (ranks < rank)[None, :],
+                    other=0.0,
+                )
+                high = (factor.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+                wa = tl.dot(value, factor - high, wa, input_precision="tf32")
+                wa = tl.dot(value, high, wa, input_precision="tf32")
+            if SCALES:
+                scales = tl.load(row + 5).to(tl.pointer_type(tl.float32))
+                wa *= tl.load(scales + rows, mask=inside, other=0.0)[:, None] * (1.0 / 127.0)
+            small = tl.load(
+                b + rows[:, None] * rank + ranks[None, :], mask=inside[:, None] & (ranks < rank)[None, :], other=0.0
+            )
+            gram = tl.load(
+                grams + (layer * rank + ranks[:, None]) * rank + ranks[None, :],
+                mask=(ranks < rank)[:, None] & (ranks < rank)[None, :],
                 other=0.0,
             )
-            wa = tl.dot(value, factor, wa, input_precision="tf32x3")
-            aa = tl.dot(tl.trans(factor), factor, aa, input_precision="tf32x3")
-        inside = rows < outputs
-        if SCALES:
-            wa *= tl.load(scales + rows, mask=inside, other=0.0).to(tl.float32)[:, None] * (1.0 / 127.0)
-        small = tl.load(
-            b + rows[:, None] * rank + ranks[None, :], mask=inside[:, None] & (ranks < rank)[None, :], other=0.0
-        )
-        change = (2.0 * s * wa + s * s * tl.dot(small, aa, input_precision="tf32x3")) * small
-        square = tl.load(base_square + rows, mask=inside, other=1.0) + tl.sum(change, axis=1)
-        found = tl.sqrt(tl.maximum(square, 1.17549435e-38))
-        tl.store(norm + rows, found, mask=inside)
-        tl.store(gain + rows, tl.load(m + rows, mask=inside, other=0.0).to(tl.float32) / found, mask=inside)
+            change = (2.0 * s * wa + s * s * tl.dot(small, gram, input_precision="tf32x3")) * small
+            square = tl.load(base_square + rows, mask=inside, other=1.0) + tl.sum(change, axis=1)
+            found = tl.sqrt(tl.maximum(square, 1.17549435e-38))
+            tl.store(norms + place + rows, found, mask=inside)
+            tl.store(gains + place + rows, tl.load(m + rows, mask=inside, other=0.0) / found, mask=inside)
 
     @triton.jit
     def _quantise_rows_kernel(x, factors, q, scales, columns, BLOCK: tl.constexpr, FACTORS: tl.constexpr):

@@ -5,6 +5,8 @@ where asked for. A widened weight lives for one product: reading 8 bits and writ
 5,000 tokens, and the library's product beats what a fused kernel reaches.
 """
 
+import functools
+
 import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,7 @@ def widen(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
 def forward_product(x: torch.Tensor, layer: nn.Module, fp8: bool = False) -> torch.Tensor:
     """x W^T; x (T, K) -> (T, N) in x's dtype. fp8: int8 layers in e4m3 with a scale a row of x and of W."""
     if fp8 and is_int8(layer):
-        scales = int8_scales(layer).float().view(1, -1) / 127
+        scales = _fp8_scales(layer).view(1, -1)
         return _scaled_product(*kernels.quantise_rows(x), kernels.int8_to_fp8(layer.weight.data), scales, x.dtype)
     return F.linear(x, widen(layer, x.dtype))
 
@@ -45,10 +47,22 @@ def backward_product(dy: torch.Tensor, layer: nn.Module, fp8: bool = False) -> t
     """dy W; dy (T, N) -> (T, K) in dy's dtype. fp8: the rows' scales go into dy before it is quantised."""
     if fp8 and is_int8(layer):
         weight = kernels.int8_to_fp8(layer.weight.data, transpose=True)
-        one = torch.ones(1, weight.shape[0], device=dy.device)
-        q, scale = kernels.quantise_rows(dy, int8_scales(layer).float() / 127)
-        return _scaled_product(q, scale, weight, one, dy.dtype)
+        q, scale = kernels.quantise_rows(dy, _fp8_scales(layer))
+        return _scaled_product(q, scale, weight, _ones(weight.shape[0], dy.device), dy.dtype)
     return dy @ widen(layer, dy.dtype)
+
+
+def _fp8_scales(layer: nn.Module) -> torch.Tensor:
+    # Kept with the weight they belong to: merging replaces the weight.
+    kept = getattr(layer, "fp8_scales", None)
+    if kept is None or kept[0] is not layer.weight:
+        layer.fp8_scales = kept = (layer.weight, int8_scales(layer).float() / 127)
+    return kept[1]
+
+
+@functools.cache
+def _ones(count: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(1, count, device=device)
 
 
 def _scaled_product(

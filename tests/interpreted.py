@@ -10,8 +10,10 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
-from fastdora import kernels
+from fastdora import dora, kernels
 
 
 def both(function, *args):
@@ -62,14 +64,53 @@ def main() -> None:
         rows[f"widen_int8 {shape}"] = difference(kernels.widen_int8, weight, scales, torch.float16)
         a32, b32 = torch.randn(rank, inputs), torch.randn(outputs, rank)
         kernels.fused = lambda _: True
-        for name, w, factor in (("int8", weight, scales), ("bf16", torch.randn(outputs, inputs).bfloat16(), None)):
-            exact = w.double() if factor is None else w.double() * (factor.double() / 127).unsqueeze(1)
-            square = (exact * exact).sum(1)
-            found, gained = kernels.row_norms(w, factor, a32, b32, 0.5, square.float(), gain)
-            exact = (exact + 0.5 * b32.double() @ a32.double()).norm(dim=1)
-            worst = ((found.double() - exact) / exact).abs().max(), ((gained * exact - gain) / gain).abs().max()
-            rows[f"row_norms {name} {shape}"] = max(worst).item()
-    print(json.dumps(rows))
+        for name, make, factor in (("int8", weight, scales), ("fp16", torch.randn(outputs, inputs).half(), None)):
+            layers, exact = [], []
+            for count in (outputs, outputs // 2, 1):  # layers of several sizes in one launch
+                w, f, up = (
+                    make[:count].contiguous(),
+                    None if factor is None else factor[:count].contiguous(),
+                    b32[:count],
+                )
+                whole = w.double() if f is None else w.double() * (f.double() / 127).unsqueeze(1)
+                s = 0.5 / count
+                square = (whole * whole).sum(1).float()
+                layers.append(kernels.Adapted(w, f, a32, up, gain[:count].contiguous(), s, square))
+                exact.append((whole + s * up.double() @ a32.double()).norm(dim=1))
+            for number, (found, expected) in enumerate(zip(kernels.row_norms(layers), exact, strict=True)):
+                norm, gained = found
+                wrong = ((norm - expected) / expected).abs().max(), (gained * expected - layers[number].m).abs().max()
+                rows[f"row_norms {name} {number} {shape}"] = max(wrong).item()
+    print(json.dumps(rows | whole_layers()))
+
+
+def whole_layers() -> dict[str, float]:
+    """Three DoRA layers with dropout through fastdora.accelerate: outputs and gradients on both paths, after a step."""
+    found = {}
+    for on in (False, True):
+        kernels.fused = lambda x, on=on: on and x.dtype in kernels.NARROW
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 32), nn.Linear(32, 32)).half()
+        config = LoraConfig(r=4, use_dora=True, lora_dropout=0.2, target_modules=["0", "1", "2"])
+        model = get_peft_model(net, config)
+        dora.accelerate(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, 0.05)
+        x = torch.randn(20, 48).half().requires_grad_()
+        for _ in range(3):
+            optimizer.zero_grad()
+            y = model(x)
+            y.float().square().mean().backward()
+            optimizer.step()
+        found[on] = [y.detach(), x.grad, *(p.detach() for p in trained)]
+    together = {module.known("default").norm.untyped_storage().data_ptr() for module in dora_layers(model)}
+    assert on and len(together) == 1, "the norms of the three layers were not taken together"
+    pairs = zip(*found.values(), strict=True)
+    return {"layers": max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)}
+
+
+def dora_layers(model: nn.Module) -> list:
+    return [module for module in model.modules() if isinstance(module, dora._Fast)]
 
 
 if __name__ == "__main__":

@@ -488,3 +488,85 @@ def test_the_triton_kernels_compute_the_same_formulas():
     assert len(rows) > 30
     for name, error in rows.items():
         assert error < (1e-6 if "norms" in name or "lora" in name else 2e-3), name
+
+
+F, INT, P, H = "fp32", "i32", "*fp32", "*bf16"
+DROPOUT = dict(
+    tokens=INT, inputs=INT, rank=INT, stride_r=INT, stride_k=INT, scale=F, threshold=INT, multiplier=INT, offset=INT
+)
+
+
+def kernel_signatures(block_r: int):
+    """(kernel, types of its arguments, its constants), as fastdora/kernels.py launches them."""
+    block_t, block_k = (32, 128) if block_r <= 64 else (16, 32)
+    sizes = dict(BLOCK_T=64, BLOCK_N=64 if block_r <= 64 else 32, BLOCK_R=block_r)
+    combined = dict(
+        dy=H, base=H, t=H, b=H, gain=P, norm=P, dz=H, parts=P, tokens=INT, outputs=INT, rank=INT, share=INT, size=INT
+    )
+    yield (
+        "_low_rank",
+        dict(x=H, a=H, t=H, **DROPOUT),
+        dict(BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=block_r, DROPOUT=True),
+    )
+    yield (
+        "_low_rank_backward",
+        dict(dt=H, x=H, a=H, dx=H, parts=P, share=INT, **DROPOUT),
+        dict(BLOCK_T=64, BLOCK_K=64 if block_r <= 64 else 32, BLOCK_R=block_r, DROPOUT=True, INTO_X=True),
+    )
+    yield (
+        "_combine",
+        dict(base=H, t=H, b=H, gain=P, bias=H, y=H, tokens=INT, outputs=INT, rank=INT, s=F),
+        dict(
+            BLOCK_T=64 if block_r <= 64 else 32,
+            BLOCK_N=128 if block_r <= 64 else 64,
+            BLOCK_R=block_r,
+            GAIN=True,
+            BIAS=True,
+        ),
+    )
+    yield "_combine_backward", dict(s=F, **combined), dict(GAIN=True, **sizes)
+    if block_r > 64:
+        return
+    table = dict(table="*i64", factors=P, grams=P, norms=P, gains=P, rank=INT)
+    yield "_grams", dict(table="*i64", grams=P, rank=INT), dict(BLOCK_K=2048 // block_r, BLOCK_R=block_r)
+    for kind in ("int8", "bfloat16"):
+        yield "_row_norms", table, dict(KIND=kind, BLOCK_N=32, BLOCK_K=128, BLOCK_R=block_r, SCALES=kind == "int8")
+    yield "_widen_int8", dict(weight="*i8", scales=P, out=H, columns=INT), dict(BLOCK=4096)
+
+
+@pytest.mark.parametrize("block_r", [16, 256])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_triton_kernels_compile_for_cards_that_are_not_here(capability, block_r):
+    """For an A100 (sm_80) and an H100, within the shared memory of the 24 GB cards (99 KiB a block)."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    cases = list(kernel_signatures(block_r))
+    if capability == 90 and block_r == 16:  # e4m3 begins with sm_89
+        cases.append(
+            (
+                "_quantise_rows",
+                dict(x=H, factors=P, q="*fp8e4nv", scales=P, columns=INT),
+                dict(BLOCK=16384, FACTORS=True),
+            )
+        )
+        cases.append(
+            (
+                "_int8_to_fp8",
+                dict(weight="*i8", q="*fp8e4nv", rows=INT, columns=INT, stride_n=INT, stride_k=INT),
+                dict(BLOCK_N=64, BLOCK_K=128),
+            )
+        )
+    for name, types, constants in cases:
+        kernel = getattr(kernels, f"{name}_kernel")
+        if "KIND" in constants:
+            constants["KIND"] = getattr(triton.language, constants["KIND"])
+        assert set(kernel.arg_names) == set(types) | set(constants), name
+        source = ASTSource(
+            fn=kernel,
+            signature={arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names},
+            constexprs={(kernel.arg_names.index(arg),): value for arg, value in constants.items()},
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        assert compiled.metadata.shared <= 99 * 1024, name
