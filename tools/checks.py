@@ -37,24 +37,44 @@ def gpus() -> list[tuple[str, float, float]]:
 
 
 def memory_estimate(recipe: dict[str, Any], shape: dict[str, Any]) -> float:
-    """GiB that training takes on one GPU, with gradient checkpointing; within 5% of bench/train_h200.json.
+    """GiB that training takes on one GPU at its peak; within 5% of bench/train_throughput.json.
 
-    Weights at their bits, embeddings and head in 16 bits, adapter with gradients and two moments in float32, one
-    layer's activations, a checkpoint a layer, the logits (16-bit, float32, and their gradient) and the packing mask.
+    Weights at their bits, embeddings and head in 16 bits, adapter with gradients and two moments in float32, and
+    activations in 16 bits: what each layer keeps for the backward pass (or its input alone, with gradient
+    checkpointing, and one layer in full), what one layer's backward pass needs besides, and the logits of answers,
+    taken as one token in 32.
     """
     hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
-    linear = sum(i * o for i, o in recipes.linear_layers(shape).values()) * layers
-    bits = 8 if recipe.get("load_in_8bit") else 4.5 if recipe.get("load_in_4bit") else 16
+    linears = recipes.linear_layers(shape)
+    bits = 8 if recipe.get("load_in_8bit") else 4.13 if recipe.get("load_in_4bit") else 16
     tables = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
+    linear = sum(i * o for i, o in linears.values()) * layers
     weights = linear * bits / 8 + tables * 2 + recipes.trainable_parameters(recipe, shape) * 16
     tokens = recipe["sequence_len"] * recipe["micro_batch_size"]
-    one_layer = tokens * (10 * hidden + 3 * inner) * 2
-    kept = tokens * hidden * 2 * layers if recipe.get("gradient_checkpointing") else one_layer * layers
-    if bits == 8 and recipe.get("peft_use_dora"):
-        kept += tokens * hidden * 19 * layers  # what PEFT's DoRA on 8-bit weights holds on to: measured, not derived
-    logits = tokens * shape["vocab_size"] * 10
-    mask = recipe["sequence_len"] ** 2 * 2 if recipe.get("attn_implementation") == "sdpa" else 0
-    return (weights + one_layer + kept + logits + mask) / GIB
+    targets = recipe["lora_target_modules"]
+    # Kept: two norms' inputs, the first one's output, q, k, v, the attention's output, gate and up; by adapters the
+    # inputs that nothing else keeps, and under DoRA each product before it is scaled.
+    one_layer = 5 * hidden + 2 * linears["k_proj"][1] + 2 * inner
+    one_layer += hidden * bool({"gate_proj", "up_proj"} & set(targets)) + inner * ("down_proj" in targets)
+    if recipe.get("peft_use_dora"):
+        one_layer += sum(linears[name][1] for name in targets)
+    kept = one_layer + hidden * layers if recipe.get("gradient_checkpointing") else one_layer * layers
+    positions = tokens / 32 if recipe.get("fastdora_answers_only") else tokens
+    activations = tokens * (kept + 3 * inner) * 2 + positions * shape["vocab_size"] * 10
+    return (weights + activations) / GIB
+
+
+def what_fits(recipe: dict[str, Any], shape: dict[str, Any], free: float) -> str:
+    """The keys to set so that the recipe takes at most `free` GiB: recomputation, then shorter packs, more a step."""
+    changes: dict[str, Any] = {"gradient_checkpointing": True}
+    length, accumulation = recipe["sequence_len"], recipe["gradient_accumulation_steps"]
+    while memory_estimate(recipe | changes, shape) > free and length >= 1024:
+        length, accumulation = length // 2, accumulation * 2
+        changes |= {"sequence_len": length, "gradient_accumulation_steps": accumulation}
+    new = {key: value for key, value in changes.items() if recipe.get(key) != value}
+    if memory_estimate(recipe | changes, shape) > free:
+        return "take a recipe of fewer bits"
+    return "set " + " and ".join(f"{key}: {str(value).lower()}" for key, value in new.items())
 
 
 def check_device(path: Path, recipe: dict[str, Any], wanted: int = 0) -> bool:
@@ -79,10 +99,9 @@ def check_device(path: Path, recipe: dict[str, Any], wanted: int = 0) -> bool:
         )
     name, total, free = min(found[: wanted or 1], key=lambda gpu: gpu[2])
     if free < need:
-        length, accumulation = recipe["sequence_len"] // 2, 2 * recipe["gradient_accumulation_steps"]
         raise UserError(
-            f"{path}: needs about {need:.0f} GiB and {name} has {free:.0f} of {total:.0f} free; free the GPU, or set "
-            f"sequence_len: {length} and gradient_accumulation_steps: {accumulation}"
+            f"{path}: needs about {need:.0f} GiB and {name} has {free:.0f} of {total:.0f} free; free the GPU, or "
+            f"{what_fits(recipe, shape, free)}"
         )
     return True
 
@@ -108,6 +127,29 @@ def check_disk(path: Path, recipe: dict[str, Any], out: Path, needs_gpu: bool) -
         free = shutil.disk_usage(existing).free
         if free < 17 * GIB:
             raise UserError(f"{cache}: {recipe['base_model']} takes 17 GiB and {free / GIB:.1f} are free; set HF_HOME")
+
+
+def check_places(path: Path, recipe: dict[str, Any]) -> None:
+    """UserError for a path of the recipe that leads out of this repository, through `..`, a link, or from the root.
+
+    What is written lies in outputs/. A base model may lie anywhere: it is read alone, and as safetensors.
+    """
+    for key in ("output_dir", "dataset_prepared_path"):
+        if not (ROOT / recipe[key]).resolve().is_relative_to((ROOT / "outputs").resolve()):
+            raise UserError(f"{path}: key '{key}': {recipe[key]} is not in outputs/; name a folder there")
+    read = [(kind, name) for kind in ("datasets", "test_datasets") for name in data_files({kind: recipe.get(kind, [])})]
+    read += [(key, recipe[key]) for key in ("chat_template_jinja", "deepspeed") if isinstance(recipe.get(key), str)]
+    for key, name in read:
+        if key == "chat_template_jinja" and not name.endswith((".jinja", ".jinja2", ".j2")):
+            continue  # the template itself
+        places = (
+            ROOT,
+            ROOT / "data",
+            ROOT / "data" / "raw",
+            ROOT / "data" / "prepared",
+        )  # each may be a link or a mount
+        if not any((ROOT / name).resolve().is_relative_to(place.resolve()) for place in places):
+            raise UserError(f"{path}: key '{key}': {name} leads out of the repository; copy it to data/")
 
 
 def check_messages(path: Path, file: Path) -> None:
