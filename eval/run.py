@@ -73,6 +73,8 @@ def resolve(wanted: argparse.Namespace) -> dict[str, Any]:
             print(f"MODEL= is not given: taking the adapter's own base, {plan['model']}")
     plan["bits"] = wanted.bits or plan.get("bits") or 16
     if wanted.name:
+        if slug(wanted.name) != wanted.name:
+            raise UserError(f"NAME={wanted.name}: becomes a folder of results/; write {slug(wanted.name)}")
         plan["subject"] = wanted.name
     if wanted.prompt != "saved":
         plan["subject"] += f"-{wanted.prompt}"

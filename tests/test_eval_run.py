@@ -417,6 +417,7 @@ def test_mistakes_are_one_line(command, house, tmp_path):
             "x",
         ): "PROMPT=x: there are saved",
         (*model, "--tasks", "gsm8k", "--tests", str(tmp_path)): "gsm8k: is missing; put a copy of openai/gsm8k there",
+        (*model, "--tasks", "fpb", "--name", "../x"): "NAME=../x: becomes a folder of results/; write x",
         (*model, "--limit", "0"): "error: argument --limit: '0' is not a number above 0",
     }.items():
         assert expected in run_cli(command, *argv), argv
