@@ -15,7 +15,7 @@ from axolotl.utils.logging import get_logger
 from pydantic import ValidationError
 from transformers import set_seed
 
-from fastdora import adapted, attention, dora, epochs, metrics, peft_int8, places, resume, rows, watchdog, zero3
+from fastdora import adapted, attention, dora, epochs, metrics, peft_int8, places, resume, rows, safety, watchdog, zero3
 from fastdora.keys import RecipeError, check_keys, input_schema, read_recipe
 
 LOG = get_logger("axolotl.fastdora")
@@ -32,6 +32,7 @@ class FastDoraPlugin(BasePlugin):
         source = str(cfg.get("axolotl_config_path"))
         with one_line_errors():
             recipe = read_recipe(source)
+            safety.check(recipe, source)
             check_keys(recipe, source, input_schema(tuple(recipe.get("plugins") or ())))
             _validate(cfg, source)
             _check_fp8(cfg, source)

@@ -17,6 +17,13 @@ from tools.cli import UserError
 ROOT = Path(__file__).resolve().parent.parent
 PATH = recipes.RECIPES / "sentiment_r8_dora.yaml"
 RECIPE = recipes.load(PATH)
+# Made up; no log and no file of a run may show them.
+PLANTED = {
+    "HF_TOKEN": "hf_PLANTEDplantedPLANTEDplanted0001",
+    "WANDB_API_KEY": "planted0002planted0002planted0002planted0",
+    "AWS_SECRET_ACCESS_KEY": "plantedPLANTED0003plantedPLANTED0003plan",
+    "MY_PASSWORD": "correct-horse-planted-0004",
+}
 
 
 @given(
@@ -138,7 +145,7 @@ def test_several_processes_need_a_gpu_each(command, options):
 def test_two_nodes(house, tmp_path):
     """Two `make train` on two loopback addresses and one folder, through torchrun: one run, one adapter.
 
-    Equal, bit for bit, to what one process makes of the same packs.
+    Equal, bit for bit, to what one process makes of the same packs. Secrets in the environment are left nowhere.
     """
     recipe = RECIPE | {
         "plugins": [*RECIPE["plugins"], "cpu_processes.CpuProcesses"],
@@ -159,7 +166,7 @@ def test_two_nodes(house, tmp_path):
         del recipe[key]
     file = house / "recipes" / "nodes.yaml"
     file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    env = {**os.environ, "PYTHONPATH": f"{house}:{house / 'tests'}", "GLOO_SOCKET_IFNAME": "lo"}
+    env = {**os.environ, "PYTHONPATH": f"{house}:{house / 'tests'}", "GLOO_SOCKET_IFNAME": "lo"} | PLANTED
     port = 20000 + os.getpid() % 20000
     nodes = [
         subprocess.Popen(
@@ -173,13 +180,23 @@ def test_two_nodes(house, tmp_path):
         )
         for rank in range(2)
     ]
-    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    try:
+        outputs = [node.communicate(timeout=150)[0] for node in nodes]
+    except subprocess.TimeoutExpired:
+        for node in nodes:
+            node.terminate()
+        raise
     assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
     assert "node 1 of 2 is done; the first node checks the adapter and reports" in outputs[1]
     out = house / "outputs" / "nodes"
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert record["processes"] == 2 and record["metrics"]["steps"] == 2
     adapter = (out / "adapter_model.safetensors").read_bytes()
+    texts = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert {"run.json", "README.md", "metrics.json", "recipe.yaml", "debug.log"} <= {path.name for path in texts}
+    for secret in PLANTED.values():
+        assert not [path for path, content in texts.items() if secret.encode() in content]
+        assert secret not in outputs[0] + outputs[1]
 
     one = tmp_path / "one.yaml"
     one.write_text(

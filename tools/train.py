@@ -29,6 +29,7 @@ from tools.checks import (
     check_device,
     check_disk,
     check_messages,
+    check_places,
     data_files,
     read_json,
     sha256,
@@ -39,6 +40,7 @@ OUTPUTS = ROOT / "outputs"
 TINY_LENGTH, TINY_STEPS = 512, 2
 # Keys that a recipe's name decides: ARGS may not change them, or the folder and the adapter would not be the recipe's.
 NAMED = {key for part in ("bits", "r", "alpha", "method", "name") for key in recipes.DECIDED_BY[part]}
+BASE_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
 
@@ -67,6 +69,7 @@ def train(
         if key in NAMED:
             raise UserError(f"ARGS={shlex.join(args)}: {key} belongs to the recipe's name; copy {path} and edit that")
     recipe = recipes.load(path)
+    check_places(path, recipe)
     run_recipe, say = several.spread(path, for_tiny(recipe) if small else recipe, gpus, nodes)
     run_recipe = several.shard(path, run_recipe, zero, offload)
     launch, launcher_args = several.launcher(gpus, nodes, rank, master)
@@ -83,7 +86,8 @@ def train(
             "data": {name: sha256(ROOT / name) for name in data_files(run_recipe)},
         }
         if rank:
-            config = out / f"recipe.node{rank}.yaml"
+            fetch_base(path, run_recipe)
+            config = out / f".recipe.node{rank}.yaml"  # not a file that the first node would take for another run's
             with replacing(config) as file:
                 file.write(text)
             axolotl("train", config, [*launch, *args, *launcher_args], not needs_gpu, lock)
@@ -95,6 +99,7 @@ def train(
             report(path, out, finished, small)
             return finished
         check_disk(path, run_recipe, out, needs_gpu)
+        fetch_base(path, run_recipe)
         config = path if run_recipe == recipe else out / "recipe.yaml"
         for name in ("metrics.json", "stepping"):
             (out / name).unlink(missing_ok=True)
@@ -183,6 +188,30 @@ def base_model(recipe: dict[str, Any]) -> str:
     return os.path.relpath(folder.resolve(), ROOT) if folder.is_dir() else recipe["base_model"]
 
 
+def fetch_base(path: Path, recipe: dict[str, Any]) -> None:
+    """Bring a base model of the hub into the cache: weights as safetensors and text, no code and no pickle.
+
+    What follows runs without the hub, so that neither transformers nor bitsandbytes fetches anything of its own.
+    """
+    if (ROOT / recipe["base_model"]).is_dir():
+        return
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name = recipe["base_model"]
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, revision=recipe.get("revision_of_model"), allow_patterns=BASE_FILES, ignore_patterns=["*/*"]
+        )
+    except GatedRepoError as error:
+        raise UserError(f"{name} is gated: accept its licence on its page and set HF_TOKEN") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, HFValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: key 'base_model': {name} cannot be fetched ({reason})") from error
+    if not any(Path(folder).glob("*.safetensors")):
+        raise UserError(f"{path}: key 'base_model': {name} has no safetensors; choose a model that has")
+
+
 def task_parts(task: str) -> list[str]:
     return load_tasks()[task]["mixture_of"] or [task]
 
@@ -267,20 +296,20 @@ def folder_lock(out: Path, rank: int = 0):
 def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> None:
     """Run one axolotl command with its output visible; UserError when it fails, and on Ctrl-C a whole checkpoint.
 
-    local: base model and data are on this machine and small, so nothing is looked up or spread over processes.
+    local: the base model is small, so nothing is spread over processes. The hub is never asked: `fetch_base` has.
     """
     env = os.environ | {
         "AXOLOTL_DO_NOT_TRACK": os.environ.get("AXOLOTL_DO_NOT_TRACK", "1"),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # torchrun would kill a checkpoint under way after 30 s
     }
     if command == "train" or local:
         # 0: none but this one. Tokens are ready by then, and others would only start anew, axolotl's imports included.
         env["AXOLOTL_DATASET_NUM_PROC"] = "0"
-    if local:
-        env["HF_HUB_OFFLINE"] = "1"
     # Its own process group: Ctrl-C reaches it from here alone, and once. The lock goes with it.
     child = subprocess.Popen(
         [sys.executable, "-m", "axolotl.cli.main", command, str(config), *args],
@@ -353,7 +382,8 @@ def git_state() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    return {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain") not in ("", None)}
+    commit = git("rev-parse", "HEAD") or os.environ.get("SOURCE_COMMIT") or None  # an image has no .git
+    return {"commit": commit, "changed": git("status", "--porcelain") not in ("", None)}
 
 
 def identity_digest(identity: dict[str, Any]) -> str:

@@ -1,0 +1,187 @@
+"""No code from elsewhere, no pickle, no secret in a file, no path out of the repository."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import tomllib
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.kills import recipe as small_recipe
+from fastdora import safety
+from fastdora.keys import RecipeError
+from tools import checks, recipes, train
+from tools.cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = recipes.load(recipes.RECIPES / "sentiment_r8_dora.yaml")
+
+
+def planted(key: str, value, depth: int):
+    node = {key: value}
+    for level in range(depth):
+        node = {"datasets": [{"path": "x"}, node]} if level % 2 else {"extra": node}
+    return node
+
+
+@given(
+    key=st.sampled_from(["trust_remote_code", "use_kernels"]),
+    depth=st.integers(0, 4),
+)
+def test_code_from_the_hub_is_refused_at_any_depth(key, depth):
+    with pytest.raises(RecipeError, match=rf"a.yaml: key '[\w.]*{key}': runs code from the hub; remove it"):
+        safety.check(RECIPE | planted(key, True, depth), "a.yaml")
+    safety.check(RECIPE | planted(key, False, depth), "a.yaml")
+
+
+@given(
+    key=st.sampled_from(["hub_token", "comet_api_key", "token", "aws_secret_access_key", "my_password"]) | st.none(),
+    text=st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", min_size=20, max_size=40),
+    depth=st.integers(0, 4),
+)
+def test_secrets_are_refused_at_any_depth_and_never_repeated(key, text, depth):
+    value = text if key else f"see hf_{text}"
+    with pytest.raises(RecipeError, match="holds a secret; remove it and set it in the environment") as error:
+        safety.check(planted(key or "wandb_name", value, depth), "a.yaml")
+    assert text not in str(error.value)
+
+
+def test_no_recipe_here_is_refused():
+    for path in sorted(recipes.RECIPES.glob("*.yaml")):
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        safety.check(recipe, str(path))
+        checks.check_places(path, recipe)
+
+
+def test_pickled_base_weights_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(RecipeError, match="key 'base_model': .* holds pickles, not safetensors; convert it first"):
+        safety.check({"base_model": str(tmp_path)}, "a.yaml")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    safety.check({"base_model": str(tmp_path)}, "a.yaml")
+
+
+@pytest.mark.xdist_group("axolotl")
+def test_axolotls_own_command_is_guarded_too(tmp_path, tiny_base):
+    from forked import axolotl_command
+
+    path = small_recipe(tmp_path, "run", tiny_base, trust_remote_code=True)
+    code, output = axolotl_command("train", str(path), "--launcher", "python")
+    assert code == 1 and f"error: {path}: key 'trust_remote_code': runs code from the hub; remove it" in output
+
+
+@pytest.mark.parametrize("path", ["/etc", "../elsewhere", "outputs/../../x", "data/prepared", "outputs/link/out"])
+@pytest.mark.parametrize("key", ["output_dir", "dataset_prepared_path"])
+def test_outputs_stay_in_their_folder(path, key, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "ROOT", tmp_path / "house")
+    (tmp_path / "house" / "outputs").mkdir(parents=True)
+    (tmp_path / "house" / "outputs" / "link").symlink_to(tmp_path)
+    checks.check_places(Path("a.yaml"), RECIPE)
+    with pytest.raises(UserError, match=f"a.yaml: key '{key}': .* is not in outputs/; name a folder there"):
+        checks.check_places(Path("a.yaml"), RECIPE | {key: path})
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", "../other.jsonl", "data/../../x.jsonl", "data/link/x.jsonl"])
+@pytest.mark.parametrize("key", ["datasets", "test_datasets"])
+def test_data_stays_in_the_repository(file, key, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "ROOT", tmp_path / "house")
+    (tmp_path / "house" / "data").mkdir(parents=True)
+    (tmp_path / "house" / "data" / "link").symlink_to(tmp_path)
+    with pytest.raises(UserError, match=f"a.yaml: key '{key}': .* leads out of the repository; copy it to data/"):
+        checks.check_places(Path("a.yaml"), RECIPE | {key: [RECIPE[key][0] | {"path": file}]})
+
+
+def test_folders_may_be_links_or_mounts_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "ROOT", tmp_path / "house")
+    (tmp_path / "house" / "data").mkdir(parents=True)
+    for name in ("outputs", "data/prepared"):
+        (tmp_path / "disk" / name).mkdir(parents=True)
+        (tmp_path / "house" / name).symlink_to(tmp_path / "disk" / name)
+    checks.check_places(Path("a.yaml"), RECIPE)
+
+
+def test_a_base_model_comes_as_safetensors_and_text_alone(tmp_path, monkeypatch):
+    """The hub's client is stood in for; what it is asked for, and what its errors become, is ours."""
+    import httpx
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    asked = {}
+
+    def download(name, **options):
+        asked.update(options)
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(UserError, match="has no safetensors; choose a model that has"):
+        train.fetch_base(Path("a.yaml"), RECIPE)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    train.fetch_base(Path("a.yaml"), RECIPE)
+    names = ["model-00001-of-00004.safetensors", "tokenizer.json", "pytorch_model.bin", "modeling_llama.py", "a.pth"]
+    from huggingface_hub.utils import filter_repo_objects
+
+    options = {key: asked[key] for key in ("allow_patterns", "ignore_patterns")}
+    kept = list(filter_repo_objects([*names, "original/params.json"], **options))
+    assert kept == names[:2]
+
+    def gated(name, **options):
+        raise GatedRepoError("401", response=httpx.Response(401, request=httpx.Request("GET", "https://hub/")))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
+    with pytest.raises(UserError, match="is gated: accept its licence on its page and set HF_TOKEN"):
+        train.fetch_base(Path("a.yaml"), RECIPE)
+
+
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+FORBIDDEN_CALLS = {
+    "eval",
+    "exec",
+    "os.system",
+    "os.popen",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "torch.load",
+    "np.load",
+}
+
+
+@pytest.mark.parametrize("folder", ["tools", "data", "fastdora", "eval", "bench"])
+def test_no_code_of_ours_unpickles_or_runs_text(folder):
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Import):
+                assert not {name.name.split(".")[0] for name in node.names} & FORBIDDEN_MODULES, where
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] not in FORBIDDEN_MODULES, where
+            elif isinstance(node, ast.Call):
+                name, options = ast.unparse(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
+                assert name not in FORBIDDEN_CALLS, f"{where}: {name}"
+                if name == "yaml.load":
+                    assert re.search("SafeLoader|StrictLoader|BaseLoader", ast.unparse(node)), where
+                for option in ("shell", "trust_remote_code", "allow_pickle"):
+                    assert option not in options or not getattr(options[option], "value", True), f"{where}: {option}"
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "constraints").glob("*.txt")))
+def test_every_package_is_pinned(file):
+    lines = (ROOT / "constraints" / file).read_text(encoding="utf-8").splitlines()
+    pins = [line.split(";")[0].strip() for line in lines if line and not line.startswith("#")]
+    assert len(pins) > 200 and all(re.fullmatch(r"[A-Za-z0-9._-]+==[\w.+!]+", pin) for pin in pins)
+    pinned = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for wanted in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        assert re.match(r"[A-Za-z0-9._-]+", wanted)[0].lower() in pinned, wanted
+
+
+def test_telemetry_is_off_unless_asked_for():
+    assert "AXOLOTL_DO_NOT_TRACK=$${AXOLOTL_DO_NOT_TRACK:-1}" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    for recipe in recipes.names():
+        keys = yaml.safe_load((recipes.RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8"))
+        assert not [key for key in keys if re.match("wandb|mlflow|comet|trackio|push|hub_|use_wandb", key)], recipe
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "AXOLOTL_DO_NOT_TRACK=0" in readme
