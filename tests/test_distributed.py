@@ -127,3 +127,32 @@ def test_what_zero_3_cannot_train_is_refused(train, tmp_path):
     (tmp_path / "own.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError, match="needs zero_optimization.stage3_param_persistence_threshold: 0"):
         train(2, **zero(3) | {"deepspeed": str(tmp_path / "own.json")})
+
+
+def test_a_sharded_run_goes_on_from_its_checkpoint(tmp_path, tiny_base):
+    """ZeRO-2 in two processes, ended after step 4 of 6 by damage to what came later: the same adapter, bit for bit."""
+    from forked import axolotl_processes
+
+    from bench.kills import digest, recipe
+
+    changes = {
+        "deepspeed": str(ROOT / "recipes" / "deepspeed" / "zero2.json"),
+        "max_steps": 6,
+        "optimizer": "adamw_torch",
+        "save_total_limit": 5,
+    }
+    path = recipe(tmp_path, "run", tiny_base, **changes)
+    wanted = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path.write_text(yaml.safe_dump(wanted | {"plugins": [*wanted["plugins"], "cpu_processes.CpuProcesses"]}))
+    digests = []
+    for steps in (6, 2):
+        results = axolotl_processes(2, "train", str(path), "--launcher", "python")
+        assert [code for code, _ in results] == [0, 0], results[0][1][-3000:]
+        out = tmp_path / "run"
+        assert json.loads((out / "metrics.json").read_text(encoding="utf-8"))["steps_this_run"] == steps
+        digests.append(digest(out))
+        last = out / "checkpoint-6"
+        assert any(path.name.startswith("zero_pp_rank_1") for path in last.rglob("*"))  # the second process's share
+        (last / "trainer_state.json").unlink()
+        (out / "adapter_model.safetensors").unlink()
+    assert digests[0] == digests[1]
