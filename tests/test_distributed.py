@@ -11,7 +11,7 @@ from tools.cli import UserError
 pytestmark = pytest.mark.xdist_group("axolotl")
 
 ROOT = Path(__file__).resolve().parent.parent
-RATE, STEPS = 0.001, 4
+RATE, STEPS, LAYERS = 0.001, 4, 12
 WORDS = "rose fell gained lost grew shrank climbed slid".split()
 
 
@@ -41,7 +41,7 @@ def train(tmp_path_factory, tiny_base):
         recipe = yaml.safe_load((ROOT / "recipes" / "sentiment_r8_dora.yaml").read_text(encoding="utf-8"))
         name = f"{len(kept)}"
         recipe |= {
-            "plugins": [*recipe["plugins"], "cpu_processes.CpuProcesses"],
+            "plugins": [*recipe["plugins"], "cpu_processes.CpuProcesses", "norm_check.NormCheck"],
             "base_model": str(tiny_base),
             "datasets": [recipe["datasets"][0] | {"path": str(folder / "train.jsonl")}],
             "output_dir": str(folder / name),
@@ -68,6 +68,9 @@ def train(tmp_path_factory, tiny_base):
         assert all(code == 0 for code, _ in results), max((output for _, output in results), key=len)[-3000:]
         log = json.loads((folder / name / "metrics.json").read_text(encoding="utf-8"))["log"]
         adapter = load_file(folder / name / "adapter_model.safetensors")
+        if recipe["fastdora_layers"] == "fast":  # every forward of every layer was looked at by norm_check.NormCheck
+            norms = json.loads((folder / name / "norms.json").read_text(encoding="utf-8"))
+            assert norms["moved"] > 1e-5 and norms["compared"] >= LAYERS * len(log)
         kept[key] = adapter, [entry["loss"] for entry in log]
         return kept[key]
 
@@ -129,30 +132,37 @@ def test_what_zero_3_cannot_train_is_refused(train, tmp_path):
         train(2, **zero(3) | {"deepspeed": str(tmp_path / "own.json")})
 
 
-def test_a_sharded_run_goes_on_from_its_checkpoint(tmp_path, tiny_base):
-    """ZeRO-2 in two processes, ended after step 4 of 6 by damage to what came later: the same adapter, bit for bit."""
-    from forked import axolotl_processes
+@pytest.mark.parametrize("number", [16, 8, 4])
+def test_the_fast_layers_train_what_pefts_train(train, number):
+    """Within what the order of sums explains: far less than what another seed changes."""
+    weights, losses = difference(train(1, **bits(number)), train(1, **bits(number), fastdora_layers="peft"))
+    assert weights < RATE / 10 and losses < 1e-5
+    other_weights, other_losses = difference(train(1), train(1, seed=7))
+    assert other_weights > 1000 * weights and other_losses > 1000 * losses
 
-    from bench.kills import digest, recipe
 
-    changes = {
-        "deepspeed": str(ROOT / "recipes" / "deepspeed" / "zero2.json"),
-        "max_steps": 6,
-        "optimizer": "adamw_torch",
-        "save_total_limit": 5,
-    }
-    path = recipe(tmp_path, "run", tiny_base, **changes)
-    wanted = yaml.safe_load(path.read_text(encoding="utf-8"))
-    path.write_text(yaml.safe_dump(wanted | {"plugins": [*wanted["plugins"], "cpu_processes.CpuProcesses"]}))
-    digests = []
-    for steps in (6, 2):
-        results = axolotl_processes(2, "train", str(path), "--launcher", "python")
-        assert [code for code, _ in results] == [0, 0], results[0][1][-3000:]
-        out = tmp_path / "run"
-        assert json.loads((out / "metrics.json").read_text(encoding="utf-8"))["steps_this_run"] == steps
-        digests.append(digest(out))
-        last = out / "checkpoint-6"
-        assert any(path.name.startswith("zero_pp_rank_1") for path in last.rglob("*"))  # the second process's share
-        (last / "trainer_state.json").unlink()
-        (out / "adapter_model.safetensors").unlink()
-    assert digests[0] == digests[1]
+def test_a_pack_trains_what_its_rows_train_side_by_side(train):
+    """All 16 rows in one pack, or in one padded batch."""
+    packed = train(1, sequence_len=1024, gradient_accumulation_steps=1)
+    plain = dict(sample_packing=False, eval_sample_packing=False, micro_batch_size=16)
+    weights, losses = difference(packed, train(1, sequence_len=1024, gradient_accumulation_steps=1, **plain))
+    assert weights < RATE / 10 and losses < 1e-5
+
+
+def test_what_axolotls_own_kernels_do_to_dora(train):
+    """They keep the norm until a tensor's version moves. torch's plain AdamW moves it; the fused one, axolotl's default,
+    bitsandbytes' and ZeRO's do not, and another adapter comes out. Recipes therefore switch those kernels off.
+    """
+    changes = {"learning_rate": 0.02, **bits(16)}
+    right = train(1, **changes, optimizer="adamw_torch_fused", fastdora_layers="peft")
+    kernels = {"fastdora_layers": "peft", "lora_qkv_kernel": True}
+    seen = difference(train(1, **changes, **kernels), right)
+    unseen = difference(train(1, **changes, **kernels, optimizer="adamw_torch_fused"), right)
+    ours = difference(train(1, **changes, optimizer="adamw_torch_fused"), right)
+    assert unseen[0] > 10 * max(seen[0], ours[0]) and unseen[1] > 10 * max(seen[1], ours[1])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_bnb_8bit", "paged_adamw_8bit"])
+def test_norms_under_optimizers_that_move_no_version(train, optimizer):
+    """The fixture compares them in every forward."""
+    train(1, optimizer=optimizer)

@@ -1,0 +1,34 @@
+"""An axolotl plugin for tests: in every forward of every DoRA layer, the norm in use against the norm built in full.
+
+Ends the run where they differ. Writes how many were compared, and by how much norms moved, to norms.json.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from axolotl.integrations.base import BasePlugin
+
+from fastdora import dora, products
+
+
+class NormCheck(BasePlugin):
+    def post_model_load(self, cfg, model) -> None:
+        first, found = {}, {"compared": 0, "moved": 0.0}
+
+        @torch.no_grad()
+        def compare(module, args, output):
+            used = module._known["default"].norm.double()
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            weight = products.widen(module.base_layer, torch.float64)
+            exact = (weight + module.scaling["default"] * b.double() @ a.double()).norm(dim=1)
+            worst = ((used - exact) / exact).abs().max().item()
+            assert worst < 1e-5, f"a norm in use is off by {worst}"
+            start = first.setdefault(id(module), exact)
+            found["compared"] += 1
+            found["moved"] = max(found["moved"], ((exact - start) / start).abs().max().item())
+            (Path(cfg.output_dir) / "norms.json").write_text(json.dumps(found))
+
+        for module in model.modules():
+            if isinstance(module, dora._Fast):
+                module.register_forward_hook(compare)
