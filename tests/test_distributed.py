@@ -150,7 +150,7 @@ def test_a_pack_trains_what_its_rows_train_side_by_side(train):
 
 
 def test_what_axolotls_own_kernels_do_to_dora(train):
-    """They keep the norm until a tensor's version moves. torch's plain AdamW moves it; the fused one, axolotl's default,
+    """They keep the norm until a tensor's version moves. torch's plain AdamW moves it; the fused one (the default),
     bitsandbytes' and ZeRO's do not, and another adapter comes out. Recipes therefore switch those kernels off.
     """
     changes = {"learning_rate": 0.02, **bits(16)}

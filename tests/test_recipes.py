@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from data.tasks import load_tasks
 from tools import recipes
+from tools.checks import memory_estimate
 from tools.cli import UserError
 
 ALL = {path.stem: recipes.load(path) for path in sorted(recipes.RECIPES.glob("*.yaml"))}
@@ -53,6 +54,20 @@ def test_every_recipe_states_its_global_batch():
     for name in ALL:
         first = (recipes.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
         assert first.startswith("# Global batch: about ") and (" on 1 GPU." in first or " on 1 CPU." in first), name
+
+
+def test_every_recipe_states_the_memory_it_takes():
+    """As the estimate has it, which is held against measured runs; on the smallest usual card with 7% to spare."""
+    shape = recipes.shape("meta-llama/Llama-3.1-8B-Instruct")
+    for name in set(ALL) - {"demo_r8_dora"}:
+        second = (recipes.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1]
+        needs = [memory_estimate(ALL[name] | changes, shape) for changes in ({}, {"gradient_checkpointing": True})]
+        (most, large), (least, small) = (
+            (round(need), next(card for card in (16, 24, 40, 48, 80) if need <= card * 0.93)) for need in needs
+        )
+        assert second == (
+            f"# Memory: about {most} GiB (a GPU of {large} GB), {least} with gradient_checkpointing: true ({small} GB)."
+        ), name
 
 
 def test_dora_recipes_keep_axolotls_stale_norm_kernels_off():

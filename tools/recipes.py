@@ -36,7 +36,7 @@ DECIDED_BY = {
         "num_epochs",
         "eval_sample_packing",
     ],
-    "bits": ["load_in_8bit", "load_in_4bit", "adapter", "optimizer"],
+    "bits": ["load_in_8bit", "load_in_4bit", "adapter"],
     "r": ["lora_r"],
     "alpha": ["lora_alpha"],
     "method": ["peft_use_dora", "peft_use_rslora"],

@@ -1,0 +1,48 @@
+"""The package's README: its Python example runs as it stands, and its recipe keys are the plugin's."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "fastdora" / "README.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    return re.search(rf"```{language}\n(.*?)```", README, re.S)[1]
+
+
+def test_the_example_runs(house):
+    env = os.environ | {"PYTHONPATH": str(house), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-c", block("python")], cwd=house, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expected = re.search(r"accelerate\(model\)\)\s+# (.*)", README)[1]
+    assert done.stdout.splitlines()[0] == expected
+    assert (house / "outputs" / "plain" / "adapter_model.safetensors").is_file()
+
+
+def test_the_keys_are_the_plugins_with_their_defaults():
+    from fastdora.args import FastDoraArgs
+
+    shown = yaml.safe_load(block("yaml"))
+    assert shown.pop("plugins") == ["fastdora.FastDoraPlugin"]
+    assert shown == FastDoraArgs().model_dump()
+
+
+def test_the_figures_are_the_recorded_ones():
+    import json
+
+    rows = json.loads((ROOT / "bench" / "train_throughput.json").read_text(encoding="utf-8"))["rows"]
+    table = [line.split("|")[2:4] for line in README.splitlines() if line.startswith("| ") and "GiB" not in line]
+    shown = {(float(a.split()[0]), float(b)) for a, b in table if a.strip()[0].isdigit()}
+    measured = {name: row for name, row in rows.items() if "samples_s" in row}
+    assert len(shown) == len(measured) >= 10
+    for name, row in measured.items():
+        near = [pair for pair in shown if abs(pair[1] - row["peak_gib"]) < 0.06]
+        assert any(abs(rate - row["samples_s"]) <= max(0.006 * rate, 0.05) for rate, _ in near), name
+    times = float(re.search(r"\((\d+\.\d) times\)", README)[1])
+    assert abs(times - rows["8bit_dora"]["samples_s"] / rows["finlora"]["samples_s"]) < 0.06
