@@ -1,4 +1,4 @@
-"""The Triton kernels against the torch formulas, in Triton's interpreter: run as `TRITON_INTERPRET=1 python ...`.
+"""The Triton kernels against the torch formulas, and Liger's loss with ours, in Triton's interpreter.
 
 A process of its own, since the interpreter is chosen when the kernels are defined. Prints one JSON line: the largest
 relative difference of each kernel's results.
@@ -10,10 +10,12 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from liger_kernel.transformers import apply_liger_kernel_to_llama
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastdora import dora, kernels
+from fastdora import dora, kernels, places
 
 
 def both(function, *args):
@@ -81,7 +83,7 @@ def main() -> None:
                 norm, gained = found
                 wrong = ((norm - expected) / expected).abs().max(), (gained * expected - layers[number].m).abs().max()
                 rows[f"row_norms {name} {number} {shape}"] = max(wrong).item()
-    print(json.dumps(rows | whole_layers()))
+    print(json.dumps(rows | whole_layers() | answers_with_liger()))
 
 
 def whole_layers() -> dict[str, float]:
@@ -107,6 +109,30 @@ def whole_layers() -> dict[str, float]:
     assert on and len(together) == 1, "the norms of the three layers were not taken together"
     pairs = zip(*found.values(), strict=True)
     return {"layers": max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)}
+
+
+def answers_with_liger() -> dict[str, float]:
+    """Liger's fused head and loss on answer positions only, against all positions: loss and gradients."""
+    apply_liger_kernel_to_llama(
+        rope=False, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=False, swiglu=False
+    )
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config).train()
+    ids = torch.randint(0, 97, (1, 20))
+    labels = ids.clone()
+    labels[:, :16] = -100
+    found = []
+    for only in (False, True):
+        model.zero_grad()
+        hook = places.read_places(model, answers=only)
+        loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        hook.remove()
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    return {"answers with Liger": max((a - b).abs().max().item() for a, b in zip(*found, strict=True))}
 
 
 def dora_layers(model: nn.Module) -> list:

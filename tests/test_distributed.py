@@ -68,11 +68,15 @@ def train(tmp_path_factory, tiny_base):
         assert all(code == 0 for code, _ in results), max((output for _, output in results), key=len)[-3000:]
         log = json.loads((folder / name / "metrics.json").read_text(encoding="utf-8"))["log"]
         adapter = load_file(folder / name / "adapter_model.safetensors")
-        if recipe["fastdora_layers"] == "fast":  # every forward of every layer was looked at by norm_check.NormCheck
+        if (
+            recipe["fastdora_layers"] == "fast" and recipe["peft_use_dora"]
+        ):  # every forward of every layer was looked at by norm_check.NormCheck
             norms = json.loads((folder / name / "norms.json").read_text(encoding="utf-8"))
             assert norms["moved"] > 1e-5 and norms["compared"] >= LAYERS * len(log)
-        kept[key] = adapter, [entry["loss"] for entry in log]
+        kept[key], run.recipes[key] = (adapter, [entry["loss"] for entry in log]), path
         return kept[key]
+
+    run.recipes = {}
 
     return run
 
@@ -166,3 +170,34 @@ def test_what_axolotls_own_kernels_do_to_dora(train):
 def test_norms_under_optimizers_that_move_no_version(train, optimizer):
     """The fixture compares them in every forward."""
     train(1, optimizer=optimizer)
+
+
+@pytest.mark.parametrize("number", [16, 8, 4])
+@pytest.mark.parametrize("method", ["lora", "rslora"])
+def test_every_kind_of_base_trains_without_dora_too(train, number, method):
+    changes = {"peft_use_dora": False, "peft_use_rslora": method == "rslora"}
+    _, losses = train(1, **bits(number), **changes)
+    assert losses[-1] < losses[0]
+
+
+def test_axolotls_merge_is_what_was_trained(train):
+    """`axolotl merge-lora` on what the fast layers trained: the logits of PEFT's unmerged model, loaded without us."""
+    import torch
+    from forked import axolotl_command
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    train(1, learning_rate=0.02, **bits(16))
+    path = next(
+        path for key, path in train.recipes.items() if json.loads(key) == [1, {"learning_rate": 0.02, **bits(16)}]
+    )
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    code, output = axolotl_command("merge-lora", str(path), "--lora-model-dir", recipe["output_dir"])
+    assert code == 0, output[-3000:]
+    base = AutoModelForCausalLM.from_pretrained(recipe["base_model"], dtype=torch.float32)
+    ids = torch.arange(40)[None] + 100
+    with torch.no_grad():
+        without = base(ids).logits
+        unmerged = PeftModel.from_pretrained(base, recipe["output_dir"])(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(f"{recipe['output_dir']}/merged", dtype=torch.float32)(ids).logits
+    assert (merged - unmerged).abs().max() < 1e-4 and (unmerged - without).abs().max() > 0.1

@@ -487,7 +487,7 @@ def test_the_triton_kernels_compute_the_same_formulas():
     rows = json.loads(done.stdout.splitlines()[-1])
     assert len(rows) > 30
     for name, error in rows.items():
-        assert error < (1e-6 if "norms" in name or "lora" in name else 2e-3), name
+        assert error < (1e-6 if "norms" in name or "lora" in name or "Liger" in name else 2e-3), name
 
 
 F, INT, P, H = "fp32", "i32", "*fp32", "*bf16"
