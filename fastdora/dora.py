@@ -21,6 +21,7 @@ Tensors' version counters are no help: bitsandbytes, fused optimizers and ZeRO w
 import types
 from collections import Counter
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import bitsandbytes as bnb
 import torch
@@ -45,8 +46,8 @@ def _count_step(*_) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-class UnsupportedLayer(Exception):
-    """A layer that has no fast path. Its text is one line that names the layer and what to do."""
+class Unsupported(Exception):
+    """A layer or a library without a fast path. Its text is one line that names it and what to do."""
 
 
 @dataclass
@@ -232,21 +233,28 @@ class FastLinear4bit(_Fast, lora.Linear4bit):
     """LoRA or DoRA on bitsandbytes' Linear4bit."""
 
 
+KNOWN = {"peft": "0.20", "bitsandbytes": "0.50"}
 FAST = {lora.Linear: FastLinear, lora.Linear8bitLt: FastLinear8bit, lora.Linear4bit: FastLinear4bit}
 BASES = {nn.Linear: "16-bit", bnb.nn.Linear8bitLt: "8-bit", bnb.nn.Linear4bit: "4-bit"}
+
+
+def check_versions() -> None:
+    """Raise Unsupported for a PEFT or bitsandbytes whose layers this module has not been held against."""
+    for name, known in KNOWN.items():
+        found = version(name)
+        if not found.startswith(f"{known}."):
+            raise Unsupported(f"fastdora knows {name} {known}, not {found}; run pip install '{name}=={known}.*'")
 
 
 def accelerate(model: nn.Module, fp8: bool = False) -> str:
     """Give every adapted or quantised linear layer of `model` its fast path, in place; return a line that says which.
 
-    fp8: products with 8-bit weights in e4m3. Raises UnsupportedLayer, before anything is changed, for an adapted layer
-    that has no fast path. Adapter files stay PEFT's; calling it again changes nothing but `fp8`.
+    fp8: products with 8-bit weights in e4m3. Raises Unsupported, before anything is changed, for an adapted layer or an
+    installed library that has no fast path. Adapter files stay PEFT's; called again it takes all norms anew.
     """
-    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    for name, module in adapted.items():
-        _check(name, module)
+    check_versions()
+    group = check_layers(model)
     paths: Counter[str] = Counter()
-    group = list(adapted.values())
     for module in group:
         module._group = group
         if type(module) in FAST:
@@ -255,7 +263,7 @@ def accelerate(model: nn.Module, fp8: bool = False) -> str:
         module.forget()
         method = "DoRA" if any(module.use_dora.values()) else "LoRA"
         paths[f"{BASES[type(module.base_layer)]} {method}"] += 1
-    bases = {id(module.base_layer) for module in adapted.values()}
+    bases = {id(module.base_layer) for module in group}
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
             module.forward = types.MethodType(products.frozen_forward, module)
@@ -266,17 +274,20 @@ def accelerate(model: nn.Module, fp8: bool = False) -> str:
     return f"{', '.join(f'{count} {kind}' for kind, count in sorted(paths.items()))} layers; {product} products"
 
 
-def _check(name: str, module: LoraLayer) -> None:
-    if type(module) not in FAST and not isinstance(module, _Fast):
-        raise UnsupportedLayer(f"{name}: a {type(module).__name__} adapter has no fast path; target linear layers only")
-    if type(module.base_layer) not in BASES:
-        raise UnsupportedLayer(
-            f"{name}: {type(module.base_layer).__name__} has no fast path; target linear layers only"
-        )
-    for adapter, variant in module.lora_variant.items():
-        if not isinstance(variant, DoraLinearVariant):
-            raise UnsupportedLayer(f"{name}: {type(variant).__name__} of adapter '{adapter}' has no fast path")
-    if any(module.lora_bias.values()):
-        raise UnsupportedLayer(f"{name}: a bias in lora_B has no fast path; leave lora_bias out")
-    if module.base_layer.bias is not None and module.base_layer.bias.requires_grad:
-        raise UnsupportedLayer(f"{name}: a trainable bias has no fast path; set bias: none")
+def check_layers(model: nn.Module) -> list[LoraLayer]:
+    """The adapted layers of `model`. Raises Unsupported naming the first that has no fast path."""
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, module in adapted.items():
+        kind = type(module.base_layer).__name__
+        if type(module) not in FAST and not isinstance(module, _Fast):
+            raise Unsupported(f"{name}: {type(module).__name__} adapters have no fast path; target linear layers only")
+        if type(module.base_layer) not in BASES:
+            raise Unsupported(f"{name}: {kind} layers have no fast path; target linear layers only")
+        for adapter, variant in module.lora_variant.items():
+            if not isinstance(variant, DoraLinearVariant):
+                raise Unsupported(f"{name}: {type(variant).__name__} of adapter '{adapter}' has no fast path")
+        if any(module.lora_bias.values()):
+            raise Unsupported(f"{name}: a bias in lora_B has no fast path; leave lora_bias out")
+        if module.base_layer.bias is not None and module.base_layer.bias.requires_grad:
+            raise Unsupported(f"{name}: a trainable bias has no fast path; set bias: none")
+    return list(adapted.values())

@@ -36,13 +36,15 @@ class FastDoraPlugin(BasePlugin):
             check_keys(recipe, source, input_schema(tuple(recipe.get("plugins") or ())))
             _validate(cfg, source)
             _check_fp8(cfg, source)
+            if cfg.get("fastdora_layers") != "peft":
+                dora.check_versions()
         if not torch.cuda.is_available():
             if cfg.get("bf16") == "auto":
                 # axolotl's `auto` means float16 on a CPU: slow there, and without loss scaling.
                 cfg["bf16"] = cfg["fp16"] = False
-            for key in LIGER:  # Triton kernels, which need a GPU
-                if cfg.get(key):
-                    cfg[key] = False
+            if on := [key for key in LIGER if cfg.get(key)]:
+                cfg.update(dict.fromkeys(on, False))
+                LOG.info(f"fastdora: off without a GPU: {', '.join(on)}")
 
         # Axolotl collects garbage at each packing and evaluation: over all imported modules that takes a second a time.
         gc.freeze()
@@ -65,12 +67,14 @@ class FastDoraPlugin(BasePlugin):
 
     def post_model_load(self, cfg, model) -> None:
         with one_line_errors():
-            adapted.check_model(cfg, model)
             if cfg.fastdora_layers == "fast":
                 try:
-                    LOG.info(f"fastdora: {dora.accelerate(model, cfg.fastdora_fp8)}")
-                except dora.UnsupportedLayer as error:
+                    dora.check_layers(model)
+                except dora.Unsupported as error:
                     raise RecipeError(f"{cfg.axolotl_config_path}: {error}; or set fastdora_layers: peft") from error
+            adapted.check_model(cfg, model)
+        if cfg.fastdora_layers == "fast":
+            LOG.info(f"fastdora: {dora.accelerate(model, cfg.fastdora_fp8)}")
         if cfg.sample_packing and cfg.attn_implementation == "sdpa":
             attention.install(model)
             LOG.info(f"fastdora: attention within packed samples is {attention.NAME}")
@@ -115,8 +119,8 @@ def _check_fp8(cfg, source: str) -> None:
 
 @contextmanager
 def one_line_errors():
-    """Turn a RecipeError into `error: ...` on stderr and exit code 1: axolotl itself would print a traceback."""
+    """Turn a recipe's fault into `error: ...` on stderr and exit code 1: axolotl itself would print a traceback."""
     try:
         yield
-    except RecipeError as error:
+    except (RecipeError, dora.Unsupported) as error:
         sys.exit(f"\nerror: {error}")  # on a line of its own, below a progress bar

@@ -433,7 +433,7 @@ def test_recomputation_draws_the_same_dropout():
             lambda: get_peft_model(
                 nn.Sequential(nn.Embedding(5, 4)), LoraConfig(r=2, use_dora=True, target_modules=["0"])
             ),
-            "base_model.model.0: a Embedding adapter has no fast path; target linear layers only",
+            "base_model.model.0: Embedding adapters have no fast path; target linear layers only",
         ),
         (
             lambda: get_peft_model(Net(4, 4, True), LoraConfig(r=2, lora_bias=True, target_modules=["one"])),
@@ -448,10 +448,17 @@ def test_recomputation_draws_the_same_dropout():
 def test_what_has_no_fast_path_is_named(build, said):
     model = build()
     kinds = [type(module) for module in model.modules()]
-    with pytest.raises(dora.UnsupportedLayer) as error:
+    with pytest.raises(dora.Unsupported) as error:
         dora.accelerate(model)
     assert str(error.value) == said
     assert [type(module) for module in model.modules()] == kinds  # and nothing is changed
+
+
+def test_a_library_that_it_does_not_know_is_named(monkeypatch):
+    monkeypatch.setattr(dora, "version", lambda name: {"peft": "0.21.0"}.get(name, "0.50.2"))
+    with pytest.raises(dora.Unsupported) as error:
+        dora.accelerate(Net(4, 4, True))
+    assert str(error.value) == "fastdora knows peft 0.20, not 0.21.0; run pip install 'peft==0.20.*'"
 
 
 def test_the_line_says_which_path_each_kind_takes():

@@ -111,11 +111,31 @@ def test_unknown_key_stops_axolotl_itself(axolotl, recipe):
             {"load_in_8bit": False, "load_in_4bit": True},
             "key 'load_in_4bit': ",
         ),
+        (
+            {"fastdora_layers": "slow"},
+            "key 'fastdora_layers': 'slow' is not one of ['fast', 'peft']",
+        ),
+        (
+            {"fastdora_fp8": True, "load_in_8bit": False},
+            "key 'fastdora_fp8': needs load_in_8bit: true and fastdora_layers: fast",
+        ),
+        (
+            {"load_in_8bit": False, "lora_target_modules": ["q_proj", "embed_tokens"]},
+            "embed_tokens: Embedding adapters have no fast path; target linear layers only; or set fastdora_layers: ",
+        ),
     ],
 )
 def test_what_would_train_something_else_is_refused(axolotl, recipe, changes, expected):
     code, output = train(axolotl, recipe(**changes))
     assert code == 1 and expected in error_line(output)
+
+
+def test_fp8_products_train_and_the_log_says_so(axolotl, recipe):
+    """On a CPU the same formulas without the matrix unit."""
+    code, output = train(axolotl, recipe(fastdora_fp8=True))
+    assert code == 0, output[-3000:]
+    assert "fastdora: 12 8-bit DoRA, 16 8-bit frozen layers; fp8 products" in output
+    assert "fastdora: off without a GPU: liger_rope, liger_rms_norm, liger_glu_activation" in output
 
 
 def test_what_axolotl_refuses_is_said_in_one_line(axolotl, recipe):
