@@ -76,6 +76,18 @@ def test_a_batch_that_cannot_be_kept_is_refused(case):
         several.spread(PATH, RECIPE | changes, gpus, nodes)
 
 
+def test_a_row_too_long_for_shorter_packs_names_the_way_out():
+    shared = several.spread(PATH, RECIPE | {"gradient_accumulation_steps": 1, "sequence_len": 5120}, 4, 1)[0]
+    with pytest.raises(
+        UserError, match="^it failed; if a row is longer than the 1,280 tokens of these packs, use fewer"
+    ):
+        with several.shorter_packs(RECIPE | {"sequence_len": 5120}, shared):
+            raise UserError("it failed")
+    with pytest.raises(UserError, match="^it failed$"):
+        with several.shorter_packs(shared, shared):
+            raise UserError("it failed")
+
+
 SHARD_REFUSED = [
     ({}, 4, False, "ZERO=4: DeepSpeed's stages are 1, 2 and 3"),
     ({}, 0, False, "ZERO=0: DeepSpeed's stages are 1, 2 and 3"),

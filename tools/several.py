@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,20 @@ def spread(path: Path, recipe: dict[str, Any], gpus: int, nodes: int) -> tuple[d
     before = f"{batch} of {recipe['sequence_len']:,}" if length != recipe["sequence_len"] else f"{batch}"
     say = f"global batch kept: {processes} processes x {each} {unit} a step, as the recipe's {before} on one"
     return recipe | changed, say
+
+
+@contextmanager
+def shorter_packs(whole: dict[str, Any], shared: dict[str, Any]) -> Iterator[None]:
+    """Add to a UserError what only this command knows: the recipe's packs were made shorter for several processes."""
+    try:
+        yield
+    except UserError as error:
+        length = shared["sequence_len"]
+        if length == whole["sequence_len"]:
+            raise
+        raise UserError(
+            f"{error}; if a row is longer than the {length:,} tokens of these packs, use fewer GPUs"
+        ) from error
 
 
 def shard(path: Path, recipe: dict[str, Any], zero: int | None, offload: bool) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def train(
             raise UserError(f"ARGS={shlex.join(args)}: {key} belongs to the recipe's name; copy {path} and edit that")
     recipe = recipes.load(path)
     check_places(path, recipe)
-    run_recipe, say = several.spread(path, for_tiny(recipe) if small else recipe, gpus, nodes)
+    whole = for_tiny(recipe) if small else recipe
+    run_recipe, say = several.spread(path, whole, gpus, nodes)
     run_recipe = several.shard(path, run_recipe, zero, offload)
     launch, launcher_args = several.launcher(gpus, nodes, rank, master)
     out = ROOT / run_recipe["output_dir"]
@@ -104,7 +105,8 @@ def train(
         for name in ("metrics.json", "stepping"):
             (out / name).unlink(missing_ok=True)
         started = datetime.datetime.now(datetime.timezone.utc)
-        axolotl("preprocess", config, args, not needs_gpu, lock)
+        with several.shorter_packs(whole, run_recipe):
+            axolotl("preprocess", config, args, not needs_gpu, lock)
         axolotl("train", config, [*launch, *args, *launcher_args], not needs_gpu, lock)
         metrics = read_metrics(out)
         adapter = check_adapter(run_recipe, out, metrics)
