@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from triton.testing import do_bench
@@ -77,6 +78,9 @@ def kernel_rows(rank: int) -> dict[str, dict[str, float]]:
     }
     exact = weight.double() * (scales.double() / 127).unsqueeze(1)
     note("widen_int8", N * K * 3 / 1e9, lambda: kernels.widen_int8(weight, scales, torch.bfloat16), exact)
+    packed, state = bnb.functional.quantize_4bit(exact.bfloat16(), quant_type="nf4", compress_statistics=True)
+    expected = bnb.functional.dequantize_4bit(packed, state)
+    note("widen_4bit", N * K * 2.5 / 1e9, lambda: kernels.widen_4bit(packed, state, torch.bfloat16), expected)
     if rank <= kernels.LARGEST_RANK:
         a32, b32 = torch.randn(rank, K, device="cuda") / 64, torch.randn(N, rank, device="cuda")
         for kind, w, factors in (("int8", weight, scales), ("bf16", exact.bfloat16(), None)):

@@ -128,7 +128,7 @@ class _Fast:
         if not self._is_known(name):
             with torch.autocast(self.lora_A[name].weight.device.type, enabled=False):
                 own = self._parts(name)
-                if _fits_kernel(own):
+                if _fits_kernel(own) and _is_whole(self, name):
                     _refresh(self._group, name, own)
                 else:
                     found = norm_and_gain(self.base_layer, own.a, own.b, own.m, own.s, own.base_square)
@@ -178,7 +178,7 @@ class _Fast:
 
 
 def _fits_kernel(parts: kernels.Adapted) -> bool:
-    small = (parts.a, parts.b, parts.m, parts.base_square)
+    small = [x for x in (parts.a, parts.b, parts.m, parts.base_square, parts.scales) if x is not None]
     return (
         kernels.fused(parts.weight)
         and parts.a.shape[0] <= kernels.LARGEST_RANK

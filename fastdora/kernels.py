@@ -15,7 +15,7 @@ try:
 except ImportError:  # torch's builds for machines without a GPU may come without it
     triton = None
 
-NARROW = (torch.bfloat16, torch.float16, torch.int8)
+NARROW = (torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 SPLITS = 16  # partial sums over T, of which each program of a backward kernel adds up one
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -195,6 +195,21 @@ def widen_int8(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     rows, columns = weight.shape
     _widen_int8_kernel[(rows, triton.cdiv(columns, 4096))](weight, scales, wide_weight, columns, BLOCK=4096)
     return wide_weight
+
+
+def widen_4bit(packed: torch.Tensor, state, dtype: torch.dtype) -> torch.Tensor:
+    """bitsandbytes' NF4 or FP4 weight, (N, K), from its bytes and its QuantState (QLoRA, arXiv 2305.14314, section 3).
+
+    One launch; bitsandbytes takes three for double quantisation, in which the blocks' scales are 8-bit themselves.
+    """
+    out = torch.empty(state.shape, dtype=dtype, device=packed.device)
+    more = state.state2 if state.nested else None
+    second = (None, None, None) if more is None else (more.code, more.absmax, state.offset)
+    _widen_4bit_kernel[(triton.cdiv(packed.numel(), 1024),)](
+        packed, state.code, state.absmax, *second, out, packed.numel(),
+        NESTED=state.nested, SIZE=state.blocksize, SIZE2=more.blocksize if more else 1, BLOCK=1024,
+    )  # fmt: skip
+    return out
 
 
 LARGEST_RANK = 64  # of `row_norms`: the sums of one program stay in its registers
@@ -437,6 +452,24 @@ if triton is not None:
         tl.store(
             out + row * columns + places, (value.to(tl.float32) * scale).to(out.dtype.element_ty), mask=places < columns
         )
+
+    @triton.jit
+    def _widen_4bit_kernel(
+        packed, code, scales, code2, scales2, offset, out, count,
+        NESTED: tl.constexpr, SIZE: tl.constexpr, SIZE2: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = places < count
+        byte = tl.load(packed + places, mask=inside, other=0).to(tl.int32)
+        block = places * 2 // SIZE
+        scale = tl.load(scales + block, mask=inside, other=0)
+        if NESTED:
+            scale2 = tl.load(scales2 + block // SIZE2, mask=inside, other=0.0)
+            scale = tl.load(code2 + scale.to(tl.int32), mask=inside, other=0.0) * scale2 + tl.load(offset)
+        high = tl.load(code + (byte >> 4), mask=inside, other=0.0) * scale
+        low = tl.load(code + (byte & 15), mask=inside, other=0.0) * scale
+        both = tl.program_id(0) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
+        tl.store(out + both, tl.interleave(high, low).to(out.dtype.element_ty), mask=both < 2 * count)
 
     # A row of the table: addresses of weight, a, b, m, base_square, scales; N, K, and where the layer's results start.
 

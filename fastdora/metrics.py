@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -50,7 +51,8 @@ class _Writer(TrainerCallback):
         self.started, self.first_step = time.perf_counter(), state.global_step
         if _several():
             self.group = torch.distributed.new_group(backend="gloo")  # on the CPU: no wait for the GPU
-        signal.signal(signal.SIGINT, self.interrupt)
+        if threading.current_thread() is threading.main_thread():  # Ray trains in another, where none can be set
+            signal.signal(signal.SIGINT, self.interrupt)
         if state.is_world_process_zero:
             self.stepping.touch()
 

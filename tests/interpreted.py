@@ -9,6 +9,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import bitsandbytes as bnb
 import torch
 from liger_kernel.transformers import apply_liger_kernel_to_llama
 from peft import LoraConfig, get_peft_model
@@ -64,6 +65,13 @@ def main() -> None:
         weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
         scales = torch.rand(outputs) + 0.1
         rows[f"widen_int8 {shape}"] = difference(kernels.widen_int8, weight, scales, torch.float16)
+        for name, kind, nested in (("nf4", "nf4", True), ("fp4", "fp4", False)):
+            quantised, state = bnb.functional.quantize_4bit(
+                torch.randn(outputs + 1, 192), quant_type=kind, compress_statistics=nested
+            )
+            expected = bnb.functional.dequantize_4bit(quantised, state)
+            found = kernels.widen_4bit(quantised, state, torch.float32)
+            rows[f"widen_4bit {name} {shape}"] = ((found - expected).abs().max() / expected.abs().max()).item()
         a32, b32 = torch.randn(rank, inputs), torch.randn(outputs, rank)
         kernels.fused = lambda _: True
         for name, make, factor in (("int8", weight, scales), ("fp16", torch.randn(outputs, inputs).half(), None)):

@@ -494,7 +494,7 @@ def test_the_triton_kernels_compute_the_same_formulas():
     rows = json.loads(done.stdout.splitlines()[-1])
     assert len(rows) > 30
     for name, error in rows.items():
-        assert error < (1e-6 if "norms" in name or "lora" in name or "Liger" in name else 2e-3), name
+        assert error < (1e-6 if "norms" in name or "lora" in name or "Liger" in name else 5e-3), name
 
 
 F, INT, P, H = "fp32", "i32", "*fp32", "*bf16"
@@ -538,6 +538,8 @@ def kernel_signatures(block_r: int):
     yield "_grams", dict(table="*i64", grams=P, rank=INT), dict(BLOCK_K=2048 // block_r, BLOCK_R=block_r)
     for kind in ("int8", "bfloat16"):
         yield "_row_norms", table, dict(KIND=kind, BLOCK_N=32, BLOCK_K=128, BLOCK_R=block_r, SCALES=kind == "int8")
+    nested = dict(packed="*u8", code=P, scales="*u8", code2=P, scales2=P, offset=P, out=H, count=INT)
+    yield "_widen_4bit", nested, dict(NESTED=True, SIZE=64, SIZE2=256, BLOCK=1024)
     yield "_widen_int8", dict(weight="*i8", scales=P, out=H, columns=INT), dict(BLOCK=4096)
 
 
