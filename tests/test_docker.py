@@ -106,6 +106,6 @@ def test_hadolint():
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed: the scripts were not checked")
 def test_shellcheck():
-    scripts = [*sorted(ROOT.glob("tools/*.sh")), ROOT / "cluster" / "slurm.sbatch", ROOT / ".ci" / "run"]
+    scripts = [*sorted(ROOT.glob("tools/*.sh")), *sorted(ROOT.glob("cluster/*.s*")), ROOT / ".ci" / "run"]
     done = subprocess.run(["shellcheck", *map(str, scripts)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -88,6 +88,20 @@ def test_a_row_too_long_for_shorter_packs_names_the_way_out():
             raise UserError("it failed")
 
 
+def test_ray_is_asked_for_a_worker_a_gpu_and_a_recipe_that_its_workers_take(monkeypatch):
+    monkeypatch.setattr(several.importlib.util, "find_spec", lambda name: name == "ray")
+    assert several.launcher(4, 2, 0, None, ray=True) == (["--use-ray", "--ray-num-workers", "8"], [])
+    with pytest.raises(UserError, match="RAY=1 finds its nodes itself; leave NODE_RANK and MASTER out"):
+        several.launcher(4, 2, 1, None, ray=True)
+    recipe = RECIPE | {"saves_per_epoch": 4, "evals_per_epoch": 2, "num_epochs": 4}
+    changed = several.for_ray(recipe)
+    assert (changed["save_steps"], changed["eval_steps"]) == (1 / 16, 1 / 8)
+    assert recipe.keys() - changed.keys() == {"saves_per_epoch", "evals_per_epoch"}
+    monkeypatch.setattr(several.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"RAY=1 needs Ray, which is not pinned here: .* -m pip install 'ray\[train\]'"):
+        several.launcher(4, 2, 0, None, ray=True)
+
+
 SHARD_REFUSED = [
     ({}, 4, False, "ZERO=4: DeepSpeed's stages are 1, 2 and 3"),
     ({}, 0, False, "ZERO=0: DeepSpeed's stages are 1, 2 and 3"),
@@ -257,6 +271,20 @@ def test_the_slurm_file_runs_make_train_on_each_node(tmp_path):
     rest = "MASTER=gpu3:21234|RECIPE=sentiment_r8_dora|ARGS=--learning-rate 0.0002|"
     assert done.stdout.splitlines() == ["setup|"] + [f"train|GPUS=8|NODES=2|NODE_RANK={rank}|{rest}" for rank in (0, 1)]
     several.launcher(8, 2, 1, "gpu3:21234")
+
+
+def test_the_ray_file_starts_a_cluster_and_runs_make_train(tmp_path):
+    say = 'printf "%s " "$(basename "$0")" "$RAY_USAGE_STATS_ENABLED" "${RAY_ADDRESS:-}" "$@"; echo'
+    env = stand_ins(tmp_path / "bin", ray=say, make=say)
+    file = ROOT / "cluster" / "ray.sh"
+    first = subprocess.run(["bash", str(file), "RECIPE=a", "GPUS=8"], env=env, capture_output=True, text=True)
+    assert [line.split() for line in first.stdout.splitlines()] == [
+        ["ray", "0", "start", "--head", "--port=6379"],
+        ["make", "0", "127.0.0.1:6379", "train", "RAY=1", "RECIPE=a", "GPUS=8"],
+        ["ray", "0", "stop"],
+    ]
+    other = subprocess.run(["bash", str(file)], env=env | {"HEAD": "gpu0:6379"}, capture_output=True, text=True)
+    assert other.stdout.split() == ["ray", "0", "start", "--address=gpu0:6379", "--block"]
 
 
 def test_the_skypilot_file_runs_make_train_on_each_node(tmp_path):

@@ -1,8 +1,10 @@
 """Several GPUs and nodes: what a recipe becomes on them, what cannot work there, and how torchrun is called."""
 
+import importlib.util
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,11 +92,31 @@ def shard(path: Path, recipe: dict[str, Any], zero: int | None, offload: bool) -
     return recipe | changed
 
 
-def launcher(gpus: int, nodes: int, rank: int, master: str | None) -> tuple[list[str], list[str]]:
+def for_ray(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with saves and looks in parts of the run instead of an epoch.
+
+    Axolotl works the one out from the other, and then refuses a recipe with both when it validates it again on each of
+    Ray's workers.
+    """
+    changed = dict(recipe)
+    for each, every in (("saves_per_epoch", "save_steps"), ("evals_per_epoch", "eval_steps")):
+        if number := changed.pop(each, None):
+            changed[every] = 1.0 / (number * recipe["num_epochs"])
+    return changed
+
+
+def launcher(gpus: int, nodes: int, rank: int, master: str | None, ray: bool = False) -> tuple[list[str], list[str]]:
     """Axolotl's options that choose a launcher, and what follows `--`: torchrun's own. UserError names the variable.
 
-    master: HOST or HOST:PORT of the node with NODE_RANK 0.
+    master: HOST or HOST:PORT of the node with NODE_RANK 0. ray: axolotl's Ray trainer on the cluster of RAY_ADDRESS, or
+    on this machine without one.
     """
+    if ray:
+        if rank or master:
+            raise UserError("RAY=1 finds its nodes itself; leave NODE_RANK and MASTER out")
+        if not importlib.util.find_spec("ray"):
+            raise UserError(f"RAY=1 needs Ray, which is not pinned here: {sys.executable} -m pip install 'ray[train]'")
+        return ["--use-ray", "--ray-num-workers", str(gpus * nodes)], []
     if gpus == nodes == 1:
         return ["--launcher", "python"], []
     options = [f"--nproc_per_node={gpus}"]

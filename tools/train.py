@@ -56,13 +56,15 @@ def train(
     master: str | None = None,
     zero: int | None = None,
     offload: bool = False,
+    ray: bool = False,
 ) -> dict[str, Any] | None:
     """Train the recipe in `path` and return what run.json holds. Raises UserError before anything is loaded.
 
     small: on the tiny base model (TINY=1). force: set a finished or foreign run aside first. args: for axolotl.
     gpus: processes on this node; nodes, rank, master: of how many this is which, and HOST:PORT of the first. zero:
-    DeepSpeed's stage, with optimizer (and in stage 3 weights) in the CPU's memory where offload says so. The nodes
-    after the first return None: the first one checks the adapter and writes run.json.
+    DeepSpeed's stage, with optimizer (and in stage 3 weights) in the CPU's memory where offload says so. ray: on a Ray
+    cluster, gpus x nodes workers. The nodes after the first return None: the first one checks the adapter and writes
+    run.json.
     """
     args = args or []
     for key in (arg.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_") for arg in args):
@@ -73,9 +75,12 @@ def train(
     whole = for_tiny(recipe) if small else recipe
     run_recipe, say = several.spread(path, whole, gpus, nodes)
     run_recipe = several.shard(path, run_recipe, zero, offload)
-    launch, launcher_args = several.launcher(gpus, nodes, rank, master)
+    launch, launcher_args = several.launcher(gpus, nodes, rank, master, ray)
+    if ray:
+        run_recipe = several.for_ray(run_recipe)
     out = ROOT / run_recipe["output_dir"]
-    needs_gpu = check_device(path, run_recipe, gpus if gpus * nodes > 1 or zero else 0)
+    # Ray's GPUs may be elsewhere; it waits until it has them.
+    needs_gpu = ray or check_device(path, run_recipe, gpus if gpus * nodes > 1 or zero else 0)
     if say:
         print(say, flush=True)
     with folder_lock(out, rank) as lock:
@@ -305,6 +310,8 @@ def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> N
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "TOKENIZERS_PARALLELISM": "false",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a recipe's paths are this repository's
+        "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # torchrun would kill a checkpoint under way after 30 s
@@ -403,6 +410,7 @@ def main() -> None:
     parser.add_argument("--master", help="HOST or HOST:PORT of machine 0")
     parser.add_argument("--zero", type=int, help="DeepSpeed's ZeRO stage: 1, 2 or 3")
     parser.add_argument("--offload", action="store_true", help="with --zero 2 or 3: use the CPU's memory too")
+    parser.add_argument("--ray", action="store_true", help="on a Ray cluster: --gpus times --nodes workers")
     parser.epilog = "What follows -- goes to axolotl: -- --learning-rate 0.0002"
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given = parser.parse_args(sys.argv[1:cut])
@@ -417,6 +425,7 @@ def main() -> None:
         master=given.master,
         zero=given.zero,
         offload=given.offload,
+        ray=given.ray,
     )
 
 
