@@ -46,8 +46,7 @@ class FastDoraPlugin(BasePlugin):
                 cfg.update(dict.fromkeys(on, False))
                 LOG.info(f"fastdora: off without a GPU: {', '.join(on)}")
 
-        # Axolotl collects garbage at each packing and evaluation: over all imported modules that takes a second a time.
-        gc.freeze()
+        gc.freeze()  # as in post_trainer_create
         # bitsandbytes warns of its cast to float16 in each layer of each step: thousands of lines.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
@@ -80,6 +79,8 @@ class FastDoraPlugin(BasePlugin):
             LOG.info(f"fastdora: attention within packed samples is {attention.NAME}")
 
     def post_trainer_create(self, cfg, trainer) -> None:
+        # Axolotl collects garbage at each packing and evaluation: over all modules and the model, a second a time.
+        gc.freeze()
         metrics.record(cfg, trainer)
         watchdog.guard(cfg, trainer)
         with one_line_errors():

@@ -15,6 +15,7 @@ from typing import IO, Any
 import axolotl.cli.preprocess  # noqa: F401 (imported before forking, as below)
 import axolotl.core.builders  # noqa: F401
 import axolotl.train  # noqa: F401
+import liger_kernel.transformers.monkey_patch  # noqa: F401 (axolotl's Liger plugin imports it at each start)
 import numpy as np
 import torch
 import torchao  # noqa: F401
