@@ -10,6 +10,8 @@ import pytest
 
 # The tests run on both cores already: torch's own threads only wait for each other there, up to minutes a run.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in ("ARGS", "MAKEFLAGS", "MAKELEVEL"):  # of `make test ARGS=...`: the tests run make too
+    os.environ.pop(name, None)
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torchao  # noqa: F401
 from axolotl.cli import main as axolotl_cli
+from axolotl.integrations.base import PluginManager
 from axolotl.logging_config import configure_logging
 from axolotl.utils.samplers.multipack import pack_parallel
 
@@ -71,6 +72,7 @@ def start(argv: Sequence[str], env: dict[str, Any] | None = None) -> tuple[int, 
     os.dup2(output.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     configure_logging()  # its handlers write to the streams that pytest has replaced
+    PluginManager.get_instance().plugins.clear()  # what a test has loaded in this process would come before a recipe's
     sys.argv = ["axolotl", *argv]
     code = 1
     try:
