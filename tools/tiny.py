@@ -50,7 +50,7 @@ def build(texts: list[str]) -> Path:
     CACHE.mkdir(exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=CACHE, prefix=".tiny-"))
     try:
-        tokenizer = _train_tokenizer(texts)
+        tokenizer = train_tokenizer(texts)
         tokenizer.save_pretrained(beside)
         _train_model(tokenizer, texts).save_pretrained(beside)
         beside.chmod(0o755)
@@ -71,7 +71,8 @@ def link(folder: Path) -> None:
     beside.replace(CACHE / "tiny")
 
 
-def _train_tokenizer(texts: list[str]):
+def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY):
+    """A byte-level BPE tokenizer of these texts with Llama-3.1's special tokens, at most `vocabulary` tokens in all."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -79,7 +80,7 @@ def _train_tokenizer(texts: list[str]):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
