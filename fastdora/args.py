@@ -19,3 +19,9 @@ class FastDoraArgs(BaseModel):
     fastdora_answers_only: bool = Field(
         default=True, json_schema_extra={"description": "Apply the head and the loss where a label is, and only there"}
     )
+    fastdora_graphs: bool = Field(
+        default=False,
+        json_schema_extra={
+            "description": "Record the decoder's forward and backward pass as CUDA graphs (packs, no recomputation)"
+        },
+    )

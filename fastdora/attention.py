@@ -40,7 +40,8 @@ def remember(position_ids: torch.Tensor, edges: torch.Tensor, longest: int) -> N
     _last = weakref.ref(position_ids), (edges, longest)
 
 
-def _recall(position_ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, int]:
+def recall(position_ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, int]:
+    """The boundaries of a batch of `rows` rows: those remembered, or found now, for which the GPU is waited for."""
     if _last[0]() is not position_ids:
         remember(position_ids, *boundaries(position_ids.expand(rows, -1)))
     return _last[1]
@@ -58,7 +59,7 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         )
     if dropout or kwargs.get("sliding_window"):
         raise ValueError(f"{NAME}: neither attention dropout nor a sliding window; set attn_implementation to another")
-    edges, longest = _recall(position_ids, query.shape[0])
+    edges, longest = recall(position_ids, query.shape[0])
     batch, heads, length, width = query.shape
     flat = [x.transpose(1, 2).reshape(batch * length, x.shape[1], width) for x in (query, key, value)]
     attend = _on_gpu if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else _one_by_one

@@ -101,7 +101,7 @@ class _Adapted(torch.autograd.Function):
         return dx, da.to(a_dtype), db.to(b_dtype), dm, None, None, None, None, None, None, None
 
 
-class _Fast:
+class Fast:
     """Mixed into PEFT's LoRA layers by `accelerate`: the forward above, for one active adapter that is not merged."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -109,8 +109,8 @@ class _Fast:
         if self.disable_adapters or self.merged or len(names) != 1 or args or kwargs:
             return super().forward(x, *args, **kwargs)
         name = names[0]
-        s, dropout, layer = self.scaling[name], self.lora_dropout[name], self.base_layer
-        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        s, layer = self.scaling[name], self.base_layer
+        p = self.dropout_of(name)
         a, b = self.lora_A[name].weight, self.lora_B[name].weight
         m = norm = gain = None
         if self.use_dora[name]:
@@ -121,6 +121,11 @@ class _Fast:
         seed = kernels.draw_seed() if p else (1, 0)
         y = _Adapted.apply(flat, a, b, m, norm, gain, layer, s, p, seed, getattr(layer, "fp8_product", False))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def dropout_of(self, name: str) -> float:
+        """The share of inputs that the low-rank path drops at this moment."""
+        dropout = self.lora_dropout[name]
+        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
 
     @torch.no_grad()
     def known(self, name: str) -> _Known:
@@ -186,7 +191,7 @@ def _fits_kernel(parts: kernels.Adapted) -> bool:
     )
 
 
-def _is_whole(module: "_Fast", name: str) -> bool:
+def _is_whole(module: "Fast", name: str) -> bool:
     """Whether a layer's tensors are all here: ZeRO-3 and FSDP gather them in the layer's own forward alone."""
     if name not in module.lora_A or not module.use_dora[name] or module.merged:
         return False
@@ -194,7 +199,7 @@ def _is_whole(module: "_Fast", name: str) -> bool:
     return all(x.numel() and not hasattr(x, "placements") for x in tensors)
 
 
-def _refresh(group: list["_Fast"], name: str, own: kernels.Adapted) -> None:
+def _refresh(group: list["Fast"], name: str, own: kernels.Adapted) -> None:
     """Norms and gains of all layers of a group that are stale and like `own` in kind, together.
 
     Weights of 4 bits are widened for it, so those go a few at a time.
@@ -221,15 +226,15 @@ def _refresh(group: list["_Fast"], name: str, own: kernels.Adapted) -> None:
         finish()
 
 
-class FastLinear(_Fast, lora.Linear):
+class FastLinear(Fast, lora.Linear):
     """LoRA or DoRA on an nn.Linear."""
 
 
-class FastLinear8bit(_Fast, lora.Linear8bitLt):
+class FastLinear8bit(Fast, lora.Linear8bitLt):
     """LoRA or DoRA on bitsandbytes' Linear8bitLt."""
 
 
-class FastLinear4bit(_Fast, lora.Linear4bit):
+class FastLinear4bit(Fast, lora.Linear4bit):
     """LoRA or DoRA on bitsandbytes' Linear4bit."""
 
 
@@ -259,7 +264,7 @@ def accelerate(model: nn.Module, fp8: bool = False) -> str:
         module._group = group
         if type(module) in FAST:
             module.__class__ = FAST[type(module)]
-            module.register_load_state_dict_post_hook(_Fast.forget)
+            module.register_load_state_dict_post_hook(Fast.forget)
         module.forget()
         method = "DoRA" if any(module.use_dora.values()) else "LoRA"
         paths[f"{BASES[type(module.base_layer)]} {method}"] += 1
@@ -279,7 +284,7 @@ def check_layers(model: nn.Module) -> list[LoraLayer]:
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, module in adapted.items():
         kind = type(module.base_layer).__name__
-        if type(module) not in FAST and not isinstance(module, _Fast):
+        if type(module) not in FAST and not isinstance(module, Fast):
             raise Unsupported(f"{name}: {type(module).__name__} adapters have no fast path; target linear layers only")
         if type(module.base_layer) not in BASES:
             raise Unsupported(f"{name}: {kind} layers have no fast path; target linear layers only")

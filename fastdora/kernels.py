@@ -36,7 +36,10 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 # pass draw the same one, and every device draws the same one. The mixing is that of a 32-bit finaliser.
 
 
-def keep_mask(seed: tuple[int, int], shape: tuple[int, int], p: float, device: torch.device) -> torch.Tensor:
+Seed = tuple[int, int] | torch.Tensor  # two numbers; int64 (2,) on the GPU where a CUDA graph reads them
+
+
+def keep_mask(seed: Seed, shape: tuple[int, int], p: float, device: torch.device) -> torch.Tensor:
     """The elements that dropout keeps, bool (T, K): the i-th where hash(i * seed[0] + seed[1]) >= p * 2^31."""
     low = 0xFFFFFFFF
     value = torch.arange(shape[0] * shape[1], dtype=torch.int64, device=device)
@@ -51,20 +54,51 @@ def threshold(p: float) -> int:
     return min(int(p * 2**31), 2**31 - 1)
 
 
-def draw_seed() -> tuple[int, int]:
+class Seeds:
+    """Seeds of one forward pass in a tensor (count, 2), so that a CUDA graph reads new ones at each replay.
+
+    Within `with seeds:` `draw_seed` hands out its rows in turn; `draw` fills it with what as many calls would have
+    drawn.
+    """
+
+    given: "Seeds | None" = None
+
+    def __init__(self, count: int, device: torch.device):
+        self.table = torch.empty(count, 2, dtype=torch.int64, device=device)
+
+    def draw(self) -> None:
+        drawn = torch.randint(0, 2**31 - 1, self.table.shape)
+        drawn[:, 0] |= 1
+        self.table.copy_(drawn, non_blocking=True)
+
+    def __enter__(self) -> None:
+        self.rows, Seeds.given = iter(self.table), self
+
+    def __exit__(self, *_) -> None:
+        Seeds.given = None
+
+
+def draw_seed() -> Seed:
     """Two numbers for `keep_mask` from torch's CPU generator, which activation checkpointing restores; no GPU waits."""
+    if Seeds.given is not None:
+        return next(Seeds.given.rows)
     first, second = torch.randint(0, 2**31 - 1, (2,)).tolist()
     return first | 1, second
 
 
-def _dropped(x: torch.Tensor, p: float, seed: tuple[int, int]) -> torch.Tensor:
+def _seed_arguments(seed: Seed, other: torch.Tensor) -> tuple:
+    """Address of a seed in memory, whether it is read from there, and the seed where it is not."""
+    return (seed, True, 1, 0) if isinstance(seed, torch.Tensor) else (other, False, *seed)
+
+
+def _dropped(x: torch.Tensor, p: float, seed: Seed) -> torch.Tensor:
     return x * keep_mask(seed, x.shape, p, x.device) / (1 - p) if p else x
 
 
 # -- the low-rank path -------------------------------------------------------------------------------------------------
 
 
-def low_rank(x: torch.Tensor, a: torch.Tensor, scale: float, p: float, seed: tuple[int, int]) -> torch.Tensor:
+def low_rank(x: torch.Tensor, a: torch.Tensor, scale: float, p: float, seed: Seed) -> torch.Tensor:
     """t = scale * dropout(x) A^T; x (T, K), a (R, K) with any strides -> (T, R) in x's dtype."""
     if not fused(x):
         return scale * (_dropped(x, p, seed) @ a.to(x.dtype).t())
@@ -76,7 +110,8 @@ def low_rank(x: torch.Tensor, a: torch.Tensor, scale: float, p: float, seed: tup
     block_r = _block(rank)
     block_t = 32 if block_r <= 64 else 16
     _low_rank_kernel[(triton.cdiv(tokens, block_t),)](
-        x, a, t, tokens, inputs, rank, a.stride(0), a.stride(1), scale / (1 - p), threshold(p), *seed,
+        x, a, t, tokens, inputs, rank, a.stride(0), a.stride(1), scale / (1 - p), threshold(p),
+        *_seed_arguments(seed, x),
         BLOCK_T=block_t, BLOCK_K=128 if block_r <= 64 else 32, BLOCK_R=block_r, DROPOUT=p > 0, num_warps=4,
     )  # fmt: skip
     return t
@@ -88,7 +123,7 @@ def low_rank_backward(
     a: torch.Tensor,
     dx: torch.Tensor | None,
     p: float,
-    seed: tuple[int, int],
+    seed: Seed,
 ) -> torch.Tensor:
     """dA = dt^T dropout(x), in the wide dtype; adds the low-rank path's share, dropout(dt A), to `dx` in place.
 
@@ -107,7 +142,7 @@ def low_rank_backward(
     parts = torch.empty(SPLITS, rank, inputs, dtype=torch.float32, device=x.device)
     _low_rank_backward_kernel[(triton.cdiv(inputs, block_k), SPLITS)](
         dt, x, a, x if dx is None else dx, parts, tokens, inputs, rank, a.stride(0), a.stride(1),
-        triton.cdiv(tokens, SPLITS), 1 / (1 - p), threshold(p), *seed,
+        triton.cdiv(tokens, SPLITS), 1 / (1 - p), threshold(p), *_seed_arguments(seed, x),
         BLOCK_T=64, BLOCK_K=block_k, BLOCK_R=block_r, DROPOUT=p > 0, INTO_X=dx is not None, num_warps=4,
     )  # fmt: skip
     return parts.sum(0)
@@ -311,9 +346,12 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["threshold", "multiplier", "offset"])
     def _low_rank_kernel(
-        x, a, t, tokens, inputs, rank, stride_r, stride_k, scale, threshold, multiplier, offset,
+        x, a, t, tokens, inputs, rank, stride_r, stride_k, scale, threshold, seed,
+        READ: tl.constexpr, multiplier, offset,
         BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
     ):  # fmt: skip
+        if DROPOUT and READ:
+            multiplier, offset = tl.load(seed).to(tl.uint32), tl.load(seed + 1).to(tl.uint32)
         rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
         ranks = tl.arange(0, BLOCK_R)
         lines = rows.to(tl.int64) * inputs
@@ -338,10 +376,13 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["threshold", "multiplier", "offset"])
     def _low_rank_backward_kernel(
-        dt, x, a, dx, parts, tokens, inputs, rank, stride_r, stride_k, share, scale, threshold, multiplier, offset,
+        dt, x, a, dx, parts, tokens, inputs, rank, stride_r, stride_k, share, scale, threshold, seed,
+        READ: tl.constexpr, multiplier, offset,
         BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
         INTO_X: tl.constexpr,
     ):  # fmt: skip
+        if DROPOUT and READ:
+            multiplier, offset = tl.load(seed).to(tl.uint32), tl.load(seed + 1).to(tl.uint32)
         columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
         split = tl.program_id(1)
         ranks = tl.arange(0, BLOCK_R)

@@ -15,7 +15,21 @@ from axolotl.utils.logging import get_logger
 from pydantic import ValidationError
 from transformers import set_seed
 
-from fastdora import adapted, attention, dora, epochs, metrics, peft_int8, places, resume, rows, safety, watchdog, zero3
+from fastdora import (
+    adapted,
+    attention,
+    dora,
+    epochs,
+    graphs,
+    metrics,
+    peft_int8,
+    places,
+    resume,
+    rows,
+    safety,
+    watchdog,
+    zero3,
+)
 from fastdora.keys import RecipeError, check_keys, input_schema, read_recipe
 
 LOG = get_logger("axolotl.fastdora")
@@ -77,6 +91,11 @@ class FastDoraPlugin(BasePlugin):
         if cfg.sample_packing and cfg.attn_implementation == "sdpa":
             attention.install(model)
             LOG.info(f"fastdora: attention within packed samples is {attention.NAME}")
+        if cfg.fastdora_graphs:
+            why = _why_no_graphs(cfg)
+            if not why:
+                graphs.install(model)
+            LOG.info(f"fastdora: CUDA graphs {f'off: {why}' if why else 'on'}")
 
     def post_trainer_create(self, cfg, trainer) -> None:
         # Axolotl collects garbage at each packing and evaluation: over all modules and the model, a second a time.
@@ -106,6 +125,16 @@ def _validate(cfg, source: str) -> None:
         where = ".".join(map(str, first["loc"]))
         message = " ".join(first["msg"].removeprefix("Value error, ").split())
         raise RecipeError(f"{source}: {where + ': ' if where else ''}{message}") from error
+
+
+def _why_no_graphs(cfg) -> str | None:
+    if not torch.cuda.is_available():
+        return "no GPU"
+    if cfg.fastdora_layers != "fast":
+        return "fastdora_layers: peft"
+    if not cfg.sample_packing or cfg.attn_implementation != "sdpa":
+        return "without sample_packing and attn_implementation: sdpa"
+    return next((key for key in ("gradient_checkpointing", "deepspeed", "fsdp_config", "fsdp") if cfg.get(key)), None)
 
 
 def _check_fp8(cfg, source: str) -> None:

@@ -53,6 +53,14 @@ def main() -> None:
         shape = f"{tokens}x{inputs}x{outputs} r{rank}"
         rows[f"low_rank {shape}"] = difference(kernels.low_rank, x, a, 0.5, 0.0, seed)
         rows[f"low_rank dropout {shape}"] = difference(kernels.low_rank, x, a, 1.0, 0.3, seed)
+        kernels.fused = lambda _: True
+        low = [kernels.low_rank(x, a, 1.0, 0.3, given) for given in (seed, torch.tensor(seed))]
+        into = [x.clone(), x.clone()]
+        high = [
+            kernels.low_rank_backward(t, x, a, dx, 0.3, given)
+            for dx, given in zip(into, (seed, torch.tensor(seed)), strict=True)
+        ]
+        rows[f"seeds in memory {shape}"] = max((a - b).abs().max().item() for a, b in (low, high, into))
         rows[f"low_rank transposed {shape}"] = difference(
             lambda y, f: kernels.low_rank(y, f.t(), 2.0, 0.0, (1, 0)), dy, b
         )
@@ -144,7 +152,7 @@ def answers_with_liger() -> dict[str, float]:
 
 
 def dora_layers(model: nn.Module) -> list:
-    return [module for module in model.modules() if isinstance(module, dora._Fast)]
+    return [module for module in model.modules() if isinstance(module, dora.Fast)]
 
 
 if __name__ == "__main__":

@@ -30,5 +30,5 @@ class NormCheck(BasePlugin):
             (Path(cfg.output_dir) / "norms.json").write_text(json.dumps(found))
 
         for module in model.modules():
-            if isinstance(module, dora._Fast) and module.use_dora["default"]:
+            if isinstance(module, dora.Fast) and module.use_dora["default"]:
                 module.register_forward_hook(compare)

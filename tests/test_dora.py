@@ -499,12 +499,21 @@ def test_the_triton_kernels_compute_the_same_formulas():
 
 F, INT, P, H = "fp32", "i32", "*fp32", "*bf16"
 DROPOUT = dict(
-    tokens=INT, inputs=INT, rank=INT, stride_r=INT, stride_k=INT, scale=F, threshold=INT, multiplier=INT, offset=INT
+    tokens=INT,
+    inputs=INT,
+    rank=INT,
+    stride_r=INT,
+    stride_k=INT,
+    scale=F,
+    threshold=INT,
+    multiplier=INT,
+    offset=INT,
+    seed="*i64",
 )
 
 
-def kernel_signatures(block_r: int):
-    """(kernel, types of its arguments, its constants), as fastdora/kernels.py launches them."""
+def kernel_signatures(block_r: int, read: bool):
+    """(kernel, types of its arguments, its constants), as fastdora/kernels.py launches them. read: seeds of graphs."""
     block_t, block_k = (32, 128) if block_r <= 64 else (16, 32)
     sizes = dict(BLOCK_T=64, BLOCK_N=64 if block_r <= 64 else 32, BLOCK_R=block_r)
     combined = dict(
@@ -513,12 +522,12 @@ def kernel_signatures(block_r: int):
     yield (
         "_low_rank",
         dict(x=H, a=H, t=H, **DROPOUT),
-        dict(BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=block_r, DROPOUT=True),
+        dict(BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=block_r, DROPOUT=True, READ=read),
     )
     yield (
         "_low_rank_backward",
         dict(dt=H, x=H, a=H, dx=H, parts=P, share=INT, **DROPOUT),
-        dict(BLOCK_T=64, BLOCK_K=64 if block_r <= 64 else 32, BLOCK_R=block_r, DROPOUT=True, INTO_X=True),
+        dict(BLOCK_T=64, BLOCK_K=64 if block_r <= 64 else 32, BLOCK_R=block_r, DROPOUT=True, READ=read, INTO_X=True),
     )
     yield (
         "_combine",
@@ -551,7 +560,7 @@ def test_the_triton_kernels_compile_for_cards_that_are_not_here(capability, bloc
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    cases = list(kernel_signatures(block_r))
+    cases = list(kernel_signatures(block_r, read=capability == 90))
     if capability == 90 and block_r == 16:  # e4m3 begins with sm_89
         cases.append(
             (

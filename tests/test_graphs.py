@@ -1,0 +1,165 @@
+"""Everything around the CUDA graphs: here a "replay" runs the recorded function again, so a value that was not read
+from the graphs' memory would show. The graphs themselves: bench/gpu_check.py.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastdora
+from fastdora import attention, graphs, places
+
+
+def rerun(run, parameters):
+    """A Recording whose replays run everything again."""
+    with torch.enable_grad():
+        out = run()
+    d_out, flat = torch.zeros_like(out), torch.zeros(sum(p.numel() for p in parameters))
+    kept, shown = {}, out.detach().clone()
+
+    def forward():
+        with torch.enable_grad():
+            kept["out"] = run()
+        shown.copy_(kept["out"].detach())
+
+    def backward():
+        found = torch.autograd.grad(kept.pop("out"), parameters, d_out)
+        flat.copy_(torch.cat([gradient.reshape(-1) for gradient in found]))
+
+    replays = SimpleNamespace(replay=forward), SimpleNamespace(replay=backward)
+    return graphs.Recording(*replays, shown, d_out, flat)
+
+
+def made(dora=True, dropout=0.1):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = get_peft_model(
+        LlamaForCausalLM(config),
+        LoraConfig(
+            r=4, use_dora=dora, lora_dropout=dropout, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+        ),
+    )
+    fastdora.accelerate(model)
+    attention.install(model.get_base_model())
+    places.read_places(model, answers=True)
+    return model.train()
+
+
+def batch(*sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 61, (1, sum(sizes)), generator=generator)
+    labels = ids.clone()
+    labels[:, ::3] = -100
+    positions = torch.cat([torch.arange(size) for size in sizes])[None]
+    edges, longest = attention.boundaries(positions)
+    return dict(
+        input_ids=ids, position_ids=positions, labels=labels, fastdora_edges=edges, fastdora_longest=longest,
+        num_items_in_batch=torch.tensor(50),
+    )  # fmt: skip
+
+
+BATCHES = [batch(20, 28, 12, seed=n) if n % 3 else batch(9, 9, 30, 12, seed=n) for n in range(12)]
+
+
+def trained(model, batches, accumulation=2):
+    """Losses and adapter after AdamW; a batch of another length and an evaluation come in between."""
+    torch.manual_seed(1)
+    own = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(own, 0.02)
+    losses = []
+    for number, given in enumerate(batches):
+        loss = model(**given).loss
+        (loss / accumulation).backward()
+        losses.append(loss.item())
+        if number % accumulation == accumulation - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+        if number == 7:
+            model.eval()
+            with torch.no_grad():
+                losses.append(model(**batch(40, 20)).loss.item())
+            model.train()
+            model(**batch(15, seed=5)).loss.backward()
+    return losses, [p.detach().clone() for p in own]
+
+
+@pytest.mark.parametrize("dora, dropout", [(True, 0.1), (True, 0.0), (False, 0.1)])
+def test_graphs_train_as_the_ordinary_way_does(monkeypatch, dora, dropout):
+    monkeypatch.setattr(graphs, "record", rerun)
+    losses, adapter = trained(made(dora, dropout), BATCHES)
+    model = made(dora, dropout)
+    found = graphs.install(model)
+    graph_losses, graph_adapter = trained(model, BATCHES)
+    assert found.recorded == 1 and found.turn == len(BATCHES) - graphs.WARM_UP
+    assert graph_losses == losses
+    assert all(torch.equal(a, b) for a, b in zip(adapter, graph_adapter, strict=True))
+
+
+def test_recorded_anew_only_where_something_that_it_holds_fast_has_changed(monkeypatch):
+    monkeypatch.setattr(graphs, "record", rerun)
+    model, plain = made(dropout=0.0), made(dropout=0.0)
+    found = graphs.install(model)
+
+    def both(given):
+        assert torch.equal(model(**given).logits, plain(**given).logits)
+        return found.recorded
+
+    recorded = [both(batch(20, 40)) for _ in range(graphs.WARM_UP + 2)]
+    assert recorded == [0] * graphs.WARM_UP + [1, 1]
+    assert both(batch(30, 30)) == 1
+    assert both(batch(*[1] * 60)) == 2, "more samples than there was room for"
+    assert both(batch(20, 40)) == 2
+    for other in (model, plain):
+        other.add_adapter("second", LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]))
+        torch.manual_seed(3)
+        for name, tensor in other.named_parameters():
+            if "second" in name and "magnitude" not in name:
+                torch.nn.init.normal_(tensor, std=0.1)
+        fastdora.accelerate(other)
+        other.set_adapter("second")
+    assert both(batch(20, 40)) == 3
+    for other in (model, plain):
+        other.set_adapter("default")
+    assert both(batch(20, 40)) == 4
+    with model.disable_adapter(), plain.disable_adapter():
+        assert torch.equal(model(**batch(20, 40)).logits, plain(**batch(20, 40)).logits)
+    assert both(batch(20, 40)) >= 4
+
+
+def test_a_sample_longer_than_there_was_room_for(monkeypatch):
+    monkeypatch.setattr(graphs, "record", rerun)
+    model, plain = made(dropout=0.0), made(dropout=0.0)
+    found = graphs.install(model)
+    for given in [batch(100, 200)] * 3 + [batch(300)]:
+        assert torch.equal(model(**given).logits, plain(**given).logits)
+    assert found.recorded == 2 and found.longest == 512
+
+
+def test_two_forward_passes_before_a_backward_pass_are_refused(monkeypatch):
+    monkeypatch.setattr(graphs, "record", rerun)
+    model = made()
+    graphs.install(model)
+    for _ in range(graphs.WARM_UP):
+        model(**batch(20, 40))
+    first, _ = model(**batch(20, 40)).loss, model(**batch(20, 40)).loss
+    with pytest.raises(RuntimeError, match="fastdora_graphs: false"):
+        first.backward()
+
+
+def test_other_calls_go_the_ordinary_way(monkeypatch):
+    monkeypatch.setattr(graphs, "record", rerun)
+    model = made()
+    found = graphs.install(model)
+    given = batch(20, 40)
+    ids, positions = given["input_ids"], given["position_ids"]
+    mask = torch.ones_like(ids)
+    for kwargs in ({"attention_mask": mask}, {"position_ids": positions, "output_hidden_states": True}, {}):
+        assert model(input_ids=ids, **kwargs).logits.shape == (1, 60, 61)
+    assert model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (1, 62)
+    assert found.passes == 0
