@@ -21,8 +21,8 @@ test: $(READY) ## all tests; ARGS= for pytest
 SEVERAL = $(if $(GPUS),--gpus "$(GPUS)") $(if $(ZERO),--zero "$(ZERO)") $(if $(OFFLOAD),--offload) \
   $(if $(RAY),--ray) $(if $(NODES),--nodes "$(NODES)") $(if $(NODE_RANK),--node-rank "$(NODE_RANK)") $(if $(MASTER),--master "$(MASTER)")
 
-train: $(READY) ## train RECIPE=<name>; GPUS=4 ZERO=2, TINY=1 on a CPU, FORCE=1 anew, ARGS="--learning-rate 0.0002"
-	@$(PY) -m tools.train "$(RECIPE)" $(if $(TINY),--tiny) $(if $(FORCE),--force) $(SEVERAL) -- $(ARGS)
+train: $(READY) ## train RECIPE=<name>; GPUS=4 ZERO=2, TINY=1 on a CPU, FORCE=1 anew, TRACK=wandb, ARGS="--learning-rate 0.0002"
+	@$(PY) -m tools.train "$(RECIPE)" $(if $(TINY),--tiny) $(if $(FORCE),--force) $(SEVERAL) $(if $(TRACK),--track "$(TRACK)") -- $(ARGS)
 
 EVAL = $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(MODEL),--model "$(MODEL)") $(if $(ADAPTER),--adapter "$(ADAPTER)") \
   $(if $(TASKS),--tasks "$(TASKS)") $(if $(LIMIT),--limit "$(LIMIT)") $(if $(LABELS),--labels "$(LABELS)") \

@@ -18,6 +18,7 @@ from transformers import set_seed
 from fastdora import (
     adapted,
     attention,
+    curves,
     dora,
     epochs,
     graphs,
@@ -102,6 +103,7 @@ class FastDoraPlugin(BasePlugin):
         gc.freeze()
         metrics.record(cfg, trainer)
         watchdog.guard(cfg, trainer)
+        curves.guard(trainer)
         with one_line_errors():
             resume.guard(cfg, trainer)
         places.install(

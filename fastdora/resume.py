@@ -19,7 +19,8 @@ LOG = get_logger("axolotl.fastdora")
 FREE = re.compile(
     r"axolotl_config_path|output_dir|dataset_prepared_path|dataset_num_proc|dataset_processes|capabilities|"
     r"env_capabilities|device|device_map|local_rank|resume_from_checkpoint|auto_resume_from_checkpoints|logging_steps|"
-    r"saves?_.*|dataloader_.*|wandb_.*|mlflow_.*|comet_.*|trackio_.*|.*(token|api_key|password|secret)"
+    r"saves?_.*|dataloader_.*|use_(tensorboard|wandb|mlflow|comet|trackio)|wandb_.*|(hf_)?mlflow_.*|comet_.*|trackio_.*|"
+    r".*(token|api_key|password|secret)"
 )
 
 

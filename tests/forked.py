@@ -18,7 +18,9 @@ import axolotl.train  # noqa: F401
 import liger_kernel.transformers.monkey_patch  # noqa: F401 (axolotl's Liger plugin imports it at each start)
 import numpy as np
 import torch
+import torch.utils.tensorboard  # noqa: F401 (every recipe logs to it)
 import torchao  # noqa: F401
+import wandb
 from axolotl.cli import main as axolotl_cli
 from axolotl.integrations.base import PluginManager
 from axolotl.logging_config import configure_logging
@@ -84,6 +86,8 @@ def start(argv: Sequence[str], env: dict[str, Any] | None = None) -> tuple[int, 
     except BaseException:
         traceback.print_exc()
     with contextlib.suppress(Exception):
+        if wandb.run:
+            wandb.finish()  # a process that ends as usual does
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)

@@ -23,7 +23,7 @@ import yaml
 from data import prepare
 from data.tasks import load_tasks
 from fastdora import checkpoints
-from tools import checks, recipes, several, tiny
+from tools import checks, recipes, several, tiny, track
 from tools.checks import (
     check_adapter,
     check_device,
@@ -57,14 +57,15 @@ def train(
     zero: int | None = None,
     offload: bool = False,
     ray: bool = False,
+    tracker: str | None = None,
 ) -> dict[str, Any] | None:
     """Train the recipe in `path` and return what run.json holds. Raises UserError before anything is loaded.
 
     small: on the tiny base model (TINY=1). force: set a finished or foreign run aside first. args: for axolotl.
     gpus: processes on this node; nodes, rank, master: of how many this is which, and HOST:PORT of the first. zero:
     DeepSpeed's stage, with optimizer (and in stage 3 weights) in the CPU's memory where offload says so. ray: on a Ray
-    cluster, gpus x nodes workers. The nodes after the first return None: the first one checks the adapter and writes
-    run.json.
+    cluster, gpus x nodes workers. tracker: as in tools/track.py. The nodes after the first return None: the first
+    one checks the adapter and writes run.json.
     """
     args = args or []
     for key in (arg.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_") for arg in args):
@@ -79,6 +80,7 @@ def train(
     if ray:
         run_recipe = several.for_ray(run_recipe)
     out = ROOT / run_recipe["output_dir"]
+    tracking = track.options(tracker, out)
     # Ray's GPUs may be elsewhere; it waits until it has them.
     needs_gpu = ray or check_device(path, run_recipe, gpus if gpus * nodes > 1 or zero else 0)
     if say:
@@ -96,7 +98,7 @@ def train(
             config = out / f".recipe.node{rank}.yaml"  # not a file that the first node would take for another run's
             with replacing(config) as file:
                 file.write(text)
-            axolotl("train", config, [*launch, *args, *launcher_args], not needs_gpu, lock)
+            axolotl("train", config, [*launch, *args, *tracking, *launcher_args], not needs_gpu, lock)
             print(f"node {rank} of {nodes} is done; the first node checks the adapter and reports")
             return None
         finished = claim_folder(path, out, identity, force)
@@ -112,7 +114,7 @@ def train(
         started = datetime.datetime.now(datetime.timezone.utc)
         with several.shorter_packs(whole, run_recipe):
             axolotl("preprocess", config, args, not needs_gpu, lock)
-        axolotl("train", config, [*launch, *args, *launcher_args], not needs_gpu, lock)
+        axolotl("train", config, [*launch, *args, *tracking, *launcher_args], not needs_gpu, lock)
         metrics = read_metrics(out)
         adapter = check_adapter(run_recipe, out, metrics)
         record = {
@@ -411,6 +413,7 @@ def main() -> None:
     parser.add_argument("--zero", type=int, help="DeepSpeed's ZeRO stage: 1, 2 or 3")
     parser.add_argument("--offload", action="store_true", help="with --zero 2 or 3: use the CPU's memory too")
     parser.add_argument("--ray", action="store_true", help="on a Ray cluster: --gpus times --nodes workers")
+    parser.add_argument("--track", help="log to wandb or mlflow besides TensorBoard, or to none")
     parser.epilog = "What follows -- goes to axolotl: -- --learning-rate 0.0002"
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given = parser.parse_args(sys.argv[1:cut])
@@ -426,6 +429,7 @@ def main() -> None:
         zero=given.zero,
         offload=given.offload,
         ray=given.ray,
+        tracker=given.track,
     )
 
 

@@ -1,0 +1,169 @@
+"""Where runs log: TensorBoard by itself, Weights & Biases and MLflow on demand, and never at the run's expense."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from bench.kills import digest, recipe
+from fastdora.resume import FREE
+from tools import track
+from tools.cli import UserError
+
+pytestmark = pytest.mark.xdist_group("axolotl")
+
+
+@pytest.fixture
+def nothing_set(monkeypatch, tmp_path):
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a login of this machine's user would be
+    return monkeypatch
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory, tiny_base):
+    """A folder with the run `whole/`, which logs to TensorBoard, and a function that trains the same elsewhere."""
+    from forked import finish, start
+
+    folder = tmp_path_factory.mktemp("track")
+
+    def train(name: str, *args: str, **env: str) -> str:
+        path = recipe(folder, name, tiny_base, save_total_limit=10)
+        code, output = finish(start(["train", str(path), "--launcher", "python", *args], env))
+        assert code == 0, output[-3000:]
+        return output
+
+    train("whole")
+    return folder, train
+
+
+def curve(out, tag: str) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = out.glob("runs/*/events.*")
+    found = EventAccumulator(str(events.parent)).Reload()
+    return {event.step: event.value for event in found.Scalars(tag)}
+
+
+def test_every_run_leaves_its_curves_for_tensorboard(logged):
+    out = logged[0] / "whole"
+    log = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["log"]
+    assert curve(out, "train/loss") == pytest.approx({entry["step"]: entry["loss"] for entry in log if "loss" in entry})
+    assert len(log) >= 12
+
+
+def test_wandb_through_axolotls_keys_on_a_run_that_goes_on(logged, nothing_set):
+    """What TRACK=wandb adds, without a network; the run resumes although it logs elsewhere, to the same adapter."""
+    folder, train = logged
+    out = folder / "wandb"
+    out.mkdir()
+    shutil.copytree(folder / "whole" / "checkpoint-4", out / "checkpoint-4")
+    nothing_set.setenv("WANDB_MODE", "offline")
+    nothing_set.setenv("WANDB_SILENT", "true")
+    train("wandb", *track.options("wandb", out), "--no-use-tensorboard")
+    assert json.loads((out / "metrics.json").read_text(encoding="utf-8"))["steps_this_run"] == 8
+    assert digest(out) == digest(folder / "whole") and not (out / "runs").exists()
+    (run,) = out.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"train/loss" in run.read_bytes()
+
+
+def test_mlflow_through_axolotls_keys(logged, nothing_set):
+    pytest.importorskip("mlflow", reason="mlflow is not pinned; pip install mlflow-skinny tests TRACK=mlflow")
+    folder, train = logged
+    out = folder / "mlflow"
+    train("mlflow", *track.options("mlflow", out))
+    assert digest(out) == digest(folder / "whole")
+    (losses,) = (folder / "mlruns").glob("*/*/metrics/loss")
+    assert len(losses.read_text(encoding="utf-8").splitlines()) == 12
+    names = [path.read_text(encoding="utf-8") for path in (folder / "mlruns").glob("*/*/tags/mlflow.runName")]
+    assert names == ["mlflow"]
+
+
+def test_a_folder_in_the_way_of_the_curves_does_not_cost_the_run(logged):
+    folder, train = logged
+    out = folder / "blocked"
+    out.mkdir()
+    (out / "runs").write_text("in the way", encoding="utf-8")
+    output = " ".join(train("blocked").split())
+    assert "could not be written (" in output and "going on without TensorBoard's curves" in output
+    assert digest(out) == digest(folder / "whole")
+
+
+def test_a_disk_that_fills_up_costs_the_curves_alone(tmp_path):
+    from forked import torch  # noqa: F401 (its imports, once)
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers import TrainerState
+
+    from fastdora import curves
+
+    callback = curves._Curves(SummaryWriter(str(tmp_path)))
+    callback.logging_dir = tmp_path
+    state = TrainerState(is_world_process_zero=True, global_step=1)
+    callback.on_log(None, state, None, logs={"loss": 1.0})
+    assert not callback.lost
+    events = callback.tb_writer.file_writer.event_writer._async_writer._writer
+    with open("/dev/full", "wb") as full:
+        events._writer = full
+        callback.on_log(None, state, None, logs={"loss": 2.0})
+        assert callback.lost
+        callback.on_log(None, state, None, logs={"loss": 3.0})
+        callback.on_train_end(None, state, None)
+        full.raw.close()  # what it still holds could not be written
+
+
+def test_what_a_run_logs_is_no_reason_not_to_go_on():
+    for key in ("use_tensorboard", "use_wandb", "use_mlflow", "wandb_project", "mlflow_run_name", "wandb_name"):
+        assert FREE.fullmatch(key)
+    assert not FREE.fullmatch("use_eval") and not FREE.fullmatch("learning_rate")
+
+
+@pytest.mark.parametrize(
+    "wanted, missing, expected",
+    [
+        ("wand", None, r"TRACK=wand: choose wandb, mlflow, none; TensorBoard is on without it"),
+        ("wandb", None, r"TRACK=wandb needs WANDB_API_KEY in the environment, or WANDB_MODE=offline to log locally"),
+        ("wandb", "wandb", r"TRACK=wandb needs a package that is not here: \S+ -m pip install wandb"),
+        ("mlflow", "mlflow", r"TRACK=mlflow needs a package that is not here: \S+ -m pip install mlflow-skinny"),
+    ],
+)
+def test_bad_track(wanted, missing, expected, nothing_set, tmp_path):
+    find = importlib.util.find_spec
+    nothing_set.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    with pytest.raises(UserError) as error:
+        track.options(wanted, tmp_path)
+    assert re.fullmatch(expected, str(error.value))
+
+
+def test_keys_and_places_come_from_the_environment(nothing_set, tmp_path):
+    out = tmp_path / "outputs" / "ner_r8_dora"
+    assert track.options(None, out) == [] and track.options("none", out) == ["--no-use-tensorboard"]
+    nothing_set.setenv("WANDB_API_KEY", "1" * 40)
+    assert track.options("wandb", out) == ["--wandb-project", "finlora", "--wandb-name", "ner_r8_dora"]
+    assert os.environ["WANDB_DIR"] == str(out)
+    nothing_set.delenv("WANDB_API_KEY")
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password x\n", encoding="utf-8")
+    nothing_set.setenv("WANDB_PROJECT", "mine")
+    assert track.options("wandb", out)[:2] == ["--wandb-project", "mine"]
+    nothing_set.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
+    nothing_set.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert track.options("mlflow", out) == ["--mlflow-experiment-name", "finlora", "--mlflow-run-name", "ner_r8_dora"]
+    assert os.environ["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5000"
+    nothing_set.delenv("MLFLOW_TRACKING_URI")
+    track.options("mlflow", out)
+    assert os.environ["MLFLOW_TRACKING_URI"] == (tmp_path / "outputs" / "mlruns").as_uri()
+
+
+def test_make_train_says_what_is_missing(command, tmp_path):
+    done: subprocess.CompletedProcess = command(
+        "tools.train", "ner_r8_dora", "--tiny", "--track", "wandb", env={"WANDB_API_KEY": "", "HOME": str(tmp_path)}
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == (
+        "error: TRACK=wandb needs WANDB_API_KEY in the environment, or WANDB_MODE=offline to log locally\n"
+    )
