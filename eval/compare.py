@@ -113,14 +113,19 @@ def pool(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     """All rows of these lines as one set, each set under the labels that were asked for; None for a single set."""
     if len(lines) < 2:
         return None
-    pooled: tuple[dict[str, list], dict[str, list]] = ({}, {})
+    return line("pooled", f"{len(lines)} sets", *join([entry["items"] for entry in lines]))
+
+
+def join(sets: list[tuple[dict[str, list], ...]]) -> tuple[dict[str, list], ...]:
+    """Each subject's items on several sets as items on one, every set's rows after those of the one before."""
+    pooled: tuple[dict[str, list], ...] = tuple({} for _ in sets[0])
     start = 0
-    for entry in lines:
-        for whole, part in zip(pooled, entry["items"], strict=True):
+    for items in sets:
+        for whole, part in zip(pooled, items, strict=True):
             for key, values in part.items():
                 whole.setdefault(key, []).extend([row + start for row in values] if key == "row" else values)
-        start += max(entry["items"][0]["row"]) + 1
-    return line("pooled", f"{len(lines)} sets", *pooled)
+        start += max(items[0]["row"]) + 1
+    return pooled
 
 
 def line(name: str, labels: str, items_a: dict[str, list], items_b: dict[str, list]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from eval.testsets import RAW, SAMPLE, TASK_FILES, all_sets, choose, read_set
 from tools import recipes
 from tools.checks import gpus, read_json, sha256
 from tools.cli import ROOT, UserError, replacing, run
-from tools.train import OUTPUTS, git_state, versions
+from tools.train import git_state, output_folder, versions
 
 # What makes answers another subject's. Where one of these differs, an old folder's answers are not these.
 IDENTITY = ("model", "adapter_sha256", "bits", "prompt", "template_sha256", "way", "backend")
@@ -103,10 +103,10 @@ def resolve(wanted: argparse.Namespace) -> dict[str, Any]:
 def of_recipe(name: str, tiny: bool) -> dict[str, Any]:
     """A trained recipe's model, adapter, bits, test sets and training. UserError where it is not trained."""
     path = recipes.find(name)
-    out = OUTPUTS / ("tiny" if tiny else "") / path.stem
+    out = output_folder(recipes.load(path), tiny)
     record, as_run = read_json(out / "run.json"), out / "recipe.yaml"
     if record is None or not as_run.is_file():
-        again = f"make train RECIPE={path.stem}{' TINY=1' if tiny else ''}"
+        again = f"make train RECIPE={name}{' TINY=1' if tiny else ''}"
         state = "its training is unfinished" if any(out.glob("checkpoint-*")) else "is not trained"
         raise UserError(f"{out.relative_to(ROOT)}: {state}; run `{again}`" + ("" if tiny else ", or add TINY=1"))
     recipe = yaml.safe_load(as_run.read_text(encoding="utf-8"))

@@ -77,6 +77,12 @@ def what_fits(recipe: dict[str, Any], shape: dict[str, Any], free: float) -> str
     return "set " + " and ".join(f"{key}: {str(value).lower()}" for key, value in new.items())
 
 
+def on_cpu(shape: dict[str, Any]) -> bool:
+    """Whether a base model of this shape is small enough to train on a CPU."""
+    matrices = sum(inputs * outputs for inputs, outputs in recipes.linear_layers(shape).values())
+    return matrices * shape["num_hidden_layers"] < 100_000_000
+
+
 def check_device(path: Path, recipe: dict[str, Any], wanted: int = 0) -> bool:
     """Whether the recipe needs a GPU; UserError when it does and there is none, or none with enough memory.
 
@@ -88,7 +94,7 @@ def check_device(path: Path, recipe: dict[str, Any], wanted: int = 0) -> bool:
         raise UserError(f"GPUS={wanted}: several processes and DeepSpeed need a GPU each, and {len(gpus())} are here")
     if shape is None:
         return bool(gpus())
-    if recipes.trainable_parameters(recipe, shape) < 1_000_000:
+    if on_cpu(shape):
         return False
     need = memory_estimate(recipe, shape)
     found = gpus()

@@ -61,6 +61,14 @@ def parse_name(name: str) -> dict[str, Any] | None:
     }
 
 
+def compose_name(task: str, recipe: dict[str, Any]) -> str:
+    """The name that says what a recipe of this task holds; parse_name reads it back."""
+    bits = "_4bit" if recipe.get("load_in_4bit") else "" if recipe.get("load_in_8bit") else "_bf16"
+    alpha = "" if recipe["lora_alpha"] == 16 else f"_a{recipe['lora_alpha']}"
+    method = "rslora" if recipe.get("peft_use_rslora") else "dora" if recipe.get("peft_use_dora") else "lora"
+    return f"{task}{bits}_r{recipe['lora_r']}{alpha}_{method}"
+
+
 def names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -122,10 +130,15 @@ def axolotl_schema(plugins: Any) -> dict[str, Any]:
 
 
 def check_name(path: Path, recipe: dict[str, Any]) -> None:
-    """Raise UserError where a recipe's content is not what its name says (names outside the grammar say nothing)."""
+    """Raise UserError where a recipe's content is not what its name says (names outside the grammar say nothing).
+
+    A recipe writes to outputs/<name>; one that lies in outputs/ itself, as a sweep's points do, beside itself.
+    """
     parts = parse_name(path.stem)
     if not parts:
         return
+    folder, outputs = path.resolve().parent, (ROOT / "outputs").resolve()
+    out = "outputs" / (folder.relative_to(outputs) if folder.is_relative_to(outputs) else Path()) / path.stem
     expected = {
         "load_in_8bit": parts["bits"] == 8,
         "load_in_4bit": parts["bits"] == 4,
@@ -134,8 +147,8 @@ def check_name(path: Path, recipe: dict[str, Any]) -> None:
         "lora_alpha": parts["alpha"],
         "peft_use_dora": parts["method"] == "dora",
         "peft_use_rslora": parts["method"] == "rslora",
-        "output_dir": f"outputs/{path.stem}",
-        "dataset_prepared_path": f"outputs/{path.stem}/tokenised",
+        "output_dir": str(out),
+        "dataset_prepared_path": str(out / "tokenised"),
     }
     for key, value in expected.items():
         if recipe.get(key) != value:

@@ -87,17 +87,12 @@ def train(
         print(say, flush=True)
     with folder_lock(out, rank) as lock:
         sources = prepare_data(path, run_recipe, small)
-        text = path.read_text(encoding="utf-8") if run_recipe == recipe else dump(path, run_recipe)
-        identity = {
-            "recipe": text,
-            "args": args,
-            "data": {name: sha256(ROOT / name) for name in data_files(run_recipe)},
-        }
+        identity = identify(path, recipe, run_recipe, args)
         if rank:
             fetch_base(path, run_recipe)
             config = out / f".recipe.node{rank}.yaml"  # not a file that the first node would take for another run's
             with replacing(config) as file:
-                file.write(text)
+                file.write(identity["recipe"])
             axolotl("train", config, [*launch, *args, *tracking, *launcher_args], not needs_gpu, lock)
             print(f"node {rank} of {nodes} is done; the first node checks the adapter and reports")
             return None
@@ -142,17 +137,43 @@ def train(
     return record
 
 
+def finished_run(path: Path, small: bool, args: list[str]) -> dict[str, Any] | None:
+    """run.json of the recipe's finished run on one GPU; None where `train` would train. Brings its data up to date."""
+    recipe = recipes.load(path)
+    check_places(path, recipe)
+    run_recipe = for_tiny(recipe) if small else recipe
+    prepare_data(path, run_recipe, small)
+    out = ROOT / run_recipe["output_dir"]
+    same = read_json(out / "started.json") == identify(path, recipe, run_recipe, args)
+    return read_json(out / "run.json") if same else None
+
+
+def identify(path: Path, recipe: dict[str, Any], run_recipe: dict[str, Any], args: list[str]) -> dict[str, Any]:
+    """What makes a run this one and no other: the recipe's text as run, axolotl's options, the data's SHA-256."""
+    return {
+        "recipe": path.read_text(encoding="utf-8") if run_recipe == recipe else dump(path, run_recipe),
+        "args": args,
+        "data": {name: sha256(ROOT / name) for name in data_files(run_recipe)},
+    }
+
+
+def output_folder(recipe: dict[str, Any], small: bool) -> Path:
+    """Where a recipe's run lies; TINY=1 has the same folders below outputs/tiny."""
+    out = ROOT / recipe["output_dir"]
+    return OUTPUTS / "tiny" / os.path.relpath(out, OUTPUTS) if small else out
+
+
 def for_tiny(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe with base model, lengths and steps for a CPU, and folders of its own."""
-    name = Path(recipe["output_dir"]).name
+    out = str(output_folder(recipe, small=True).relative_to(ROOT))
     base = str(tiny.build(tiny.sample_texts()).relative_to(ROOT))
     return recipe | {
         "base_model": base,
         "sequence_len": min(TINY_LENGTH, recipe["sequence_len"]),
         "excess_length_strategy": "drop",
         "max_steps": TINY_STEPS,
-        "output_dir": f"outputs/tiny/{name}",
-        "dataset_prepared_path": f"outputs/tiny/{name}/tokenised",
+        "output_dir": out,
+        "dataset_prepared_path": f"{out}/tokenised",
     }
 
 
