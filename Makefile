@@ -5,7 +5,7 @@ BIN := $(if $(VENV),$(VENV)/bin,$(if $(ACTIVE),$(patsubst %/,%,$(dir $(ACTIVE)))
 READY := $(if $(filter .venv/bin,$(BIN)),.venv/.ready-$(TORCH))
 PY := PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" AXOLOTL_DO_NOT_TRACK=$${AXOLOTL_DO_NOT_TRACK:-1} $(BIN)/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train eval report compare recipes check data audit vllm lint constraints
+.PHONY: help setup demo test train eval report compare plan recipes check data audit vllm lint constraints
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
@@ -39,6 +39,9 @@ report: $(READY) ## results/index.html and results/README.md from all evaluation
 
 compare: $(READY) ## are A= and B= distinguishable? paired, on the same rows
 	@$(PY) -m eval.compare "$(A)" "$(B)" $(ARGS)
+
+plan: $(READY) ## what RECIPE= will take: parameters, memory, time, cost; GPU=a100-80g GPUS=4 PRICE=<a GPU-hour>
+	@$(PY) -m tools.plan "$(RECIPE)" $(if $(GPU),--gpu "$(GPU)") $(if $(GPUS),--gpus "$(GPUS)") $(if $(PRICE),--price "$(PRICE)")
 
 recipes: $(READY) ## list the recipes; TASK= filters
 	@$(PY) -m tools.recipes $(if $(TASK),--task "$(TASK)")

@@ -180,7 +180,7 @@ def _measure(
     recipe_path = ROOT / "recipes" / f"{task}_r8_dora.yaml"
     recipe = yaml.safe_load(recipe_path.read_text(encoding="utf-8")) if recipe_path.exists() else {}
     base = recipe.get("base_model")
-    places = [(_of_base_model(base), f"{base}'s tokenizer", False), (TINY, "the tiny tokenizer", True)]
+    places = [(tokenizer_of(base), f"{base}'s tokenizer", False), (TINY, "the tiny tokenizer", True)]
     if tokenizer:
         places = [(tokenizer, "the tokenizer given", False)]
     length = sequence_len or recipe.get("sequence_len")
@@ -193,7 +193,7 @@ def _measure(
     return {}, None
 
 
-def _of_base_model(base: str | None) -> Path | None:
+def tokenizer_of(base: str | None) -> Path | None:
     """The tokenizer of a base model, if it is a folder or has been downloaded before; nothing is fetched."""
     if not base:
         return None

@@ -18,6 +18,7 @@ TASK_KEYS = {
     "train",
     "train_rows",
     "train_rows_about",
+    "tokens_about",
     "labels",
     "metric",
     "max_new_tokens",
@@ -37,7 +38,7 @@ TEST_KEYS = {
     "licence",
     "source",
 }
-OPTIONAL = {"train_rows", "train_rows_about", "rows", "rows_about", "source_counts"}
+OPTIONAL = {"train_rows", "train_rows_about", "tokens_about", "rows", "rows_about", "source_counts"}
 INHERITED = ("labels", "metric", "max_new_tokens", "licence", "source")
 
 

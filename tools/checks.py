@@ -36,20 +36,19 @@ def gpus() -> list[tuple[str, float, float]]:
     return found
 
 
-def memory_estimate(recipe: dict[str, Any], shape: dict[str, Any]) -> float:
-    """GiB that training takes on one GPU at its peak; within 5% of bench/train_throughput.json.
+def memory_parts(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, float]:
+    """GiB that training takes on one GPU at its peak, by what takes them; their sum is `memory_estimate`.
 
-    Weights at their bits, embeddings and head in 16 bits, adapter with gradients and two moments in float32, and
-    activations in 16 bits: what each layer keeps for the backward pass (or its input alone, with gradient
-    checkpointing, and one layer in full), what one layer's backward pass needs besides, and the logits of answers,
-    taken as one token in 32.
+    weights: at their bits, embeddings and head in 16 bits. adapter: with gradients and two moments in float32.
+    activations: in 16 bits what each layer keeps for the backward pass (or its input alone, with gradient
+    checkpointing, and one layer in full), and what one layer's backward pass needs besides. logits: of answers, taken
+    as one token in 32.
     """
     hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     linears = recipes.linear_layers(shape)
     bits = 8 if recipe.get("load_in_8bit") else 4.13 if recipe.get("load_in_4bit") else 16
     tables = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
     linear = sum(i * o for i, o in linears.values()) * layers
-    weights = linear * bits / 8 + tables * 2 + recipes.trainable_parameters(recipe, shape) * 16
     tokens = recipe["sequence_len"] * recipe["micro_batch_size"]
     targets = recipe["lora_target_modules"]
     # Kept: two norms' inputs, the first one's output, q, k, v, the attention's output, gate and up; by adapters the
@@ -60,8 +59,18 @@ def memory_estimate(recipe: dict[str, Any], shape: dict[str, Any]) -> float:
         one_layer += sum(linears[name][1] for name in targets)
     kept = one_layer + hidden * layers if recipe.get("gradient_checkpointing") else one_layer * layers
     positions = tokens / 32 if recipe.get("fastdora_answers_only") else tokens
-    activations = tokens * (kept + 3 * inner) * 2 + positions * shape["vocab_size"] * 10
-    return (weights + activations) / GIB
+    parts = {
+        "weights": linear * bits / 8 + tables * 2,
+        "adapter": recipes.trainable_parameters(recipe, shape) * 16,
+        "activations": tokens * (kept + 3 * inner) * 2,
+        "logits": positions * shape["vocab_size"] * 10,
+    }
+    return {name: size / GIB for name, size in parts.items()}
+
+
+def memory_estimate(recipe: dict[str, Any], shape: dict[str, Any]) -> float:
+    """GiB that training takes on one GPU at its peak; within 5% of bench/train_throughput.json."""
+    return sum(memory_parts(recipe, shape).values())
 
 
 def what_fits(recipe: dict[str, Any], shape: dict[str, Any], free: float) -> str:

@@ -1,0 +1,418 @@
+"""What a run will take, before it begins: parameters, memory, samples, tokens, steps, time and cost (`make plan`).
+
+    python -m tools.plan sentiment_r8_dora [--gpu a100-80g] [--gpus 4] [--price 2.50]
+
+Parameters are counted on the model itself, built without memory. Memory is tools/checks.py's estimate. Time is work
+over rates: products, attention and memory traffic, each over the GPU's own rate (tools/gpus.yaml), and the launches of
+each layer, times four factors that are fitted to bench/train_throughput.json whenever this runs.
+"""
+
+import argparse
+import bisect
+import difflib
+import json
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from data.audit import tokenizer_of
+from data.tasks import load_tasks
+from fastdora.keys import read_recipe
+from tools import checks, recipes, several
+from tools.cli import ROOT, UserError, run
+
+GPUS = ROOT / "tools" / "gpus.yaml"
+MEASURED = ROOT / "bench" / "train_throughput.json"
+SAMPLE = 2000  # rows whose tokens are counted
+SPARE = 0.93  # of a card's memory: the driver, the libraries and fragments take the rest
+# Seconds for a second of work at the data sheet's rates (products, attention, traffic), and milliseconds for a layer's
+# launches: what a profile of one step on an H100 showed. The recorded rows move them; FIRM is how much a row must say.
+EXPECTED, FIRM = np.array([1.33, 3.0, 1.3, 0.3]), 0.1
+
+
+class Rows(NamedTuple):
+    """A recipe's rows: how many train and how many validate, tokens of some or all of them, and where that is from."""
+
+    train: int
+    validation: int
+    tokens: list[int]
+    source: str
+
+
+class Rates(NamedTuple):
+    """The factors of `work`, the GPU and the runs they are from, and the largest relative errors on those.
+
+    error: of a run's time when the factors are fitted to the others. memory_error: of its peak.
+    """
+
+    factors: np.ndarray
+    gpu: str
+    runs: int
+    error: float
+    memory_error: float
+
+
+def known_gpus() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load(GPUS.read_text(encoding="utf-8"))
+
+
+def find_gpu(name: str | None) -> tuple[str, dict[str, Any]]:
+    """A GPU of the table by its short name or the driver's; without one the GPU that is here, else the measured one."""
+    table, here = known_gpus(), checks.gpus()
+    wanted = name or (here[0][0] if here else measured_device())
+    for key, entry in table.items():
+        if wanted.lower() in (key, *(other.lower() for other in entry["names"])):
+            return key, entry
+    near = difflib.get_close_matches(wanted.lower(), table, 1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"GPU={wanted}: {hint}tools/gpus.yaml has {', '.join(table)}; add a line for another")
+
+
+def measured_device() -> str:
+    return json.loads(MEASURED.read_text(encoding="utf-8"))["device"]
+
+
+def is_modelled(recipe: dict[str, Any]) -> bool:
+    """Whether the factors are meant for such a recipe: the fast layers, and products in 16 bits."""
+    return recipe.get("fastdora_layers") == "fast" and not recipe.get("fastdora_fp8")
+
+
+def measured_runs() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """(recipe, row) of each recorded run that `is_modelled`."""
+    runs = {}
+    for name, row in json.loads(MEASURED.read_text(encoding="utf-8"))["rows"].items():
+        recipe = read_recipe(recipes.RECIPES / f"{row['recipe']}.yaml") | row["set"]
+        for key in recipe.pop("drop", []):
+            del recipe[key]
+        if "step_s" in row and is_modelled(recipe):
+            runs[name] = recipe, row
+    return runs
+
+
+def work(
+    recipe: dict[str, Any], shape: dict[str, Any], gpu: dict[str, Any], length: float, fill: float, train: bool = True
+) -> np.ndarray:
+    """Seconds of one step at a GPU's data-sheet rates: products, attention and memory traffic; and launches in ms.
+
+    length: tokens that a token's row has, on average. fill: the share of a pack that is not padding. train=False: one
+    forward pass instead of a step. A step is gradient_accumulation_steps micro-batches.
+    """
+    linears, layers = recipes.linear_layers(shape), shape["num_hidden_layers"]
+    hidden, inner, kv = shape["hidden_size"], shape["intermediate_size"], linears["k_proj"][1]
+    matrices = sum(inputs * outputs for inputs, outputs in linears.values()) * layers
+    again = bool(recipe.get("gradient_checkpointing"))
+    forwards, backwards = (1 + again, 1) if train else (1, 0)
+    passes = forwards + backwards  # frozen weights: backward is one product as well
+    slots = recipe["sequence_len"] * recipe["micro_batch_size"]
+    answers = slots / 32 if recipe.get("fastdora_answers_only") else slots
+    products = 2 * matrices * slots * passes + 2 * answers * hidden * shape["vocab_size"] * (1 + backwards)
+    attention = 2 * slots * fill * length * hidden * layers * (forwards + 2.5 * backwards)
+    # What a token reads and writes outside the products, in numbers of 16 bits: norms, residual sums, rotary positions,
+    # attention's own, the MLP's gate; then the adapted layers.
+    forward = 12 * hidden + 4 * kv + 3 * inner
+    backward = 21 * hidden + 6 * kv + 5 * inner
+    dora = bool(recipe.get("peft_use_dora"))
+    for name in recipe["lora_target_modules"]:
+        inputs, outputs = linears[name]
+        forward += inputs + 2 * outputs
+        backward += 3 * inputs + (2 + 2 * dora) * outputs
+    traffic = 2 * slots * layers * (forward * forwards + backward * backwards)
+    # Widened weights are read and written: 8 bits to 16, 4 bits to 16. DoRA's norms read theirs once a step.
+    widening = 3 if recipe.get("load_in_8bit") else 2.5 if recipe.get("load_in_4bit") else 0
+    traffic += widening * matrices * passes
+    # Two CUDA graphs launch all layers at once.
+    launches = 0 if recipe.get("fastdora_graphs") and train and not again else layers * passes
+    micro_batches = recipe["gradient_accumulation_steps"] if train else 1
+    rates = np.array([gpu["tflops"] * 1e12, gpu["tflops"] * 1e12, gpu["bandwidth"] * 1e9, 1e3])
+    return micro_batches * np.array([products, attention, traffic, launches]) / rates
+
+
+def fit(rows: list[np.ndarray], seconds: list[float]) -> np.ndarray:
+    """The factors that make `work` the measured seconds, relative errors squared, drawn to EXPECTED by FIRM."""
+    shares = np.array(rows) / np.array(seconds)[:, None]
+    left = np.vstack([shares, np.diag(FIRM / EXPECTED)])
+    right = np.concatenate([np.ones(len(shares)), np.full(len(EXPECTED), FIRM)])
+    return np.linalg.lstsq(left, right, rcond=None)[0].clip(min=0)
+
+
+def measured_rates() -> Rates:
+    """Factors from the recorded runs, all of the 8B shape."""
+    key, gpu = find_gpu(measured_device())
+    rows, seconds, memory_errors = [], [], []
+    for recipe, row in measured_runs().values():
+        shape = recipes.shape(recipe["base_model"])
+        rows.append(work(recipe, shape, gpu, row["tokens_s"] / row["samples_s"], row["tokens_s"] / row["slots_s"]))
+        seconds.append(row["step_s"])
+        memory_errors.append(abs(checks.memory_estimate(recipe, shape) / row["peak_gib"] - 1))
+    errors = []
+    for left_out, (row, measured) in enumerate(zip(rows, seconds, strict=True)):
+        others = [number for number in range(len(rows)) if number != left_out]
+        factors = fit([rows[number] for number in others], [seconds[number] for number in others])
+        errors.append(abs(float(row @ factors) / measured - 1))
+    return Rates(fit(rows, seconds), key, len(rows), max(errors), max(memory_errors))
+
+
+def parameters(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
+    """Trainable parameters by target module: (layers, in A and B, in DoRA's magnitudes), counted on PEFT's own model.
+
+    The model is built on torch's meta device: shapes without memory.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # bitsandbytes, which PEFT imports, would look for kernels there
+    logging.disable(logging.WARNING)  # and says that it found none
+    try:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoConfig, AutoModelForCausalLM
+    finally:
+        logging.disable(logging.NOTSET)
+    adapter = LoraConfig(
+        r=recipe["lora_r"],
+        lora_alpha=recipe["lora_alpha"],
+        target_modules=recipe["lora_target_modules"],
+        use_dora=bool(recipe.get("peft_use_dora")),
+        use_rslora=bool(recipe.get("peft_use_rslora")),
+        task_type="CAUSAL_LM",
+    )
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{"model_type": "llama"} | shape))
+        model = get_peft_model(base, adapter)
+    found = {name: [0, 0, 0] for name in recipe["lora_target_modules"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            target, kind = name.split(".")[-4:-2]  # q_proj.lora_A.default.weight
+            found[target][0] += kind == "lora_A"
+            found[target][2 if kind == "lora_magnitude_vector" else 1] += parameter.numel()
+    return {target: tuple(counts) for target, counts in found.items()}
+
+
+def rows_of(path: Path, recipe: dict[str, Any]) -> Rows:
+    """The recipe's rows from its prepared files where they are there, else from data/tasks.yaml's figures.
+
+    UserError names what is missing for a recipe on rows that are in neither.
+    """
+    files = {kind: [ROOT / entry["path"] for entry in recipe.get(kind) or []] for kind in ("datasets", "test_datasets")}
+    if not all(file.is_file() for file in files["datasets"]):
+        return rows_of_task(path, files["datasets"])
+    counts = {
+        kind: [sum(1 for _ in file.open("rb")) for file in found if file.is_file()] for kind, found in files.items()
+    }
+    train, validation = sum(counts["datasets"]), sum(counts["test_datasets"])
+    if not train:
+        raise UserError(f"{path}: key 'datasets': its files hold no rows")
+    lines = [line for file in files["datasets"] for line in every(file, -(-train // SAMPLE))]
+    texts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            turns = json.loads(line)["messages"]
+            texts.append(
+                "".join(
+                    f"<|start_header_id|>{t['role']}<|end_header_id|>\n\n{t['content'].strip()}<|eot_id|>"
+                    for t in turns
+                )
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: key 'datasets': row {number} is not one of messages; `make train` says which"
+            ) from error
+    folder = tokenizer_of(recipe["base_model"])
+    names = ", ".join(os.path.relpath(file, ROOT) for file in files["datasets"])
+    if folder:
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json" if folder.is_dir() else folder))
+        tokens = [len(encoding.ids) + 1 for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        how = f"{len(tokens):,} rows counted by the base model's tokenizer"
+    else:
+        tokens = [math.ceil(len(text) / 4) for text in texts]
+        how = "a token taken as 4 characters, since the base model's tokenizer is not here"
+    return Rows(train, validation, tokens, f"{names}; {how}")
+
+
+def every(file: Path, step: int) -> list[bytes]:
+    with file.open("rb") as lines:
+        return [line for number, line in enumerate(lines) if number % step == 0]
+
+
+def rows_of_task(path: Path, files: list[Path]) -> Rows:
+    """What data/tasks.yaml says of a task's rows; a mixture as `make data` builds it from its tasks."""
+    table = load_tasks()
+    task = next((file.parent.name for file in files if file.parent.name in table), None)
+    if task is None:
+        missing = next((file for file in files if not file.is_file()), "datasets")
+        raise UserError(
+            f"{path}: key 'datasets': {missing} is missing, and its rows are needed to plan; bring it there"
+        )
+    parts = [table[name] for name in table[task]["mixture_of"] or [task]]
+    largest = max(part["train_rows"] or part["train_rows_about"] for part in parts)
+    rows = largest * len(parts)  # smaller tasks are repeated
+    validation = round(rows * 0.02 / len(parts))
+    tokens = [part["tokens_about"] for part in parts] * (SAMPLE // len(parts))
+    return Rows(
+        rows - validation, validation, tokens, f"data/tasks.yaml, about; `make data TASK={task}` brings the rows"
+    )
+
+
+def packs(tokens: list[int], length: int) -> int:
+    """How many packs of `length` tokens hold these rows: the longest first, each where it leaves least room."""
+    room: list[int] = []  # of the packs so far, in order
+    for row in sorted((min(row, length) for row in tokens), reverse=True):
+        place = bisect.bisect_left(room, row)
+        left = room.pop(place) - row if place < len(room) else length - row
+        bisect.insort(room, left)
+    return len(room)
+
+
+def make_plan(
+    path: Path, recipe: dict[str, Any], gpu_name: str | None = None, gpus: int = 1, price: float | None = None
+) -> dict[str, Any]:
+    """Everything that `show` prints. UserError where the recipe cannot be planned, or GPUs cannot share its batch."""
+    for key in ("adapter", "lora_r", "lora_target_modules"):
+        if not recipe.get(key):
+            raise UserError(f"{path}: key '{key}' is missing: plans are for recipes that train an adapter")
+    shape = recipes.shape(recipe["base_model"])
+    if not shape:
+        raise UserError(
+            f"{path}: key 'base_model': the sizes of {recipe['base_model']} are not known here; add them to "
+            "tools/base_models.yaml, or run `make demo` for .cache/tiny"
+        )
+    known = recipes.linear_layers(shape)
+    if unknown := [name for name in recipe["lora_target_modules"] if name not in known]:
+        raise UserError(f"{path}: key 'lora_target_modules': {unknown[0]} is none of {', '.join(known)}")
+    key, gpu = find_gpu(gpu_name)
+    shared, say = several.spread(path, recipe, gpus, 1)
+    rows = rows_of(path, shared)
+    mean = sum(rows.tokens) / len(rows.tokens)
+    micro, accumulation = shared["micro_batch_size"], shared["gradient_accumulation_steps"]
+    if recipe.get("sample_packing"):
+        fill = sum(rows.tokens) / (packs(rows.tokens, shared["sequence_len"]) * shared["sequence_len"])
+        batches = rows.train * mean / (shared["sequence_len"] * fill) / micro
+        worked = shared
+    else:  # a batch is padded to its longest row; a third of it is a guess
+        fill, batches = 2 / 3, rows.train / micro
+        worked = shared | {"sequence_len": math.ceil(mean / fill)}
+    steps = recipe["num_epochs"] * math.ceil(math.ceil(batches) / (accumulation * gpus))
+    steps = min(steps, recipe.get("max_steps") or steps)
+    length = sum(row * row for row in rows.tokens) / sum(rows.tokens)
+    rates = measured_rates()
+    step = float(work(worked, shape, gpu, length, fill) @ rates.factors)
+    slots = worked["sequence_len"] * micro * fill
+    looks = (recipe.get("evals_per_epoch") or 0) * recipe["num_epochs"] if recipe.get("test_datasets") else 0
+    forward = float(work(worked, shape, gpu, length, fill, train=False) @ rates.factors)
+    looking = looks * rows.validation * mean / (slots * gpus) * forward
+    counted = parameters(recipe, shape)
+    total = sum(own + magnitude for _, own, magnitude in counted.values())
+    if total != recipes.trainable_parameters(recipe, shape):
+        raise UserError(
+            f"{path}: key 'base_model': PEFT would train {total:,} parameters, tools/recipes.py counts others"
+        )
+    warnings = []
+    if max(rows.tokens) > shared["sequence_len"]:
+        warnings = [
+            f"           one of {max(rows.tokens):,} is longer than sequence_len {shared['sequence_len']:,}: refused"
+        ]
+    memory = checks.memory_parts(shared, shape)
+    room = gpu["memory"] * SPARE
+    return {
+        "recipe": path.stem,
+        "gpu": key,
+        "names": gpu["names"],
+        "gpus": gpus,
+        "shared": say,
+        "parameters": counted,
+        "memory": memory,
+        "card": gpu["memory"],
+        "fits": sum(memory.values()) <= room,
+        "change": checks.what_fits(shared, shape, room),
+        "rows": rows,
+        "mean": mean,
+        "warnings": warnings,
+        "samples": rows.train * recipe["num_epochs"],
+        "steps": steps,
+        "step_tokens": accumulation * micro * worked["sequence_len"] * gpus,
+        "step": step,
+        "looking": looking,
+        "seconds": steps * step + looking,
+        "modelled": is_modelled(recipe),
+        "rates": rates,
+        "price": price,
+    }
+
+
+def show(plan: dict[str, Any]) -> str:
+    lines = [f"{plan['recipe']} on {plan['gpus']} x {plan['gpu']} ({plan['names'][0]}, {plan['card']} GiB)"]
+    if plan["shared"]:
+        lines.append(plan["shared"])
+    lines.append(f"\n{'trainable parameters':<24}{'layers':>8}{'A and B':>14}{'magnitude':>12}{'together':>14}")
+    counted = plan["parameters"]
+    for name, (layers, own, magnitude) in counted.items():
+        lines.append(f"  {name:<22}{layers:>8}{own:>14,}{magnitude:>12,}{own + magnitude:>14,}")
+    own, magnitude = (sum(counts[column] for counts in counted.values()) for column in (1, 2))
+    lines.append(f"  {'all':<30}{own:>14,}{magnitude:>12,}{own + magnitude:>14,}")
+    memory, rows, rates = plan["memory"], plan["rows"], plan["rates"]
+    peak = sum(memory.values())
+    fits = "fits" if plan["fits"] else f"does not fit: {plan['change']}"
+    lines += [
+        "\nmemory on each GPU, GiB",
+        f"  weights {memory['weights']:.1f}, adapter with gradients and optimizer {memory['adapter']:.2f}, activations "
+        f"{memory['activations']:.1f}, logits {memory['logits']:.1f}",
+        f"  peak {peak:.1f} of {plan['card']}: {fits}",
+        "\nrun",
+        f"  rows     {rows.train:,} to train on, {rows.validation:,} to validate, {plan['mean']:.0f} tokens each",
+        f"           ({rows.source})",
+        *plan["warnings"],
+        f"  samples  {plan['samples']:,} ({plan['samples'] * plan['mean'] / 1e6:.1f} million tokens)",
+        f"  steps    {plan['steps']:,} of {plan['step_tokens']:,} tokens, {plan['step']:.3g} s each",
+        f"  time     {duration(plan['seconds'])}, validation {duration(plan['looking'])} of it; loading not counted",
+    ]
+    hours = plan["seconds"] / 3600 * plan["gpus"]
+    if plan["price"] is None:
+        lines.append(f"  cost     {hours:.2f} GPU-hours; PRICE=<of one> says what they cost")
+    else:
+        lines.append(f"  cost     {hours * plan['price']:.2f} for {hours:.2f} GPU-hours at {plan['price']:g}")
+    basis = f"\nHeld against {rates.runs} runs measured on {rates.gpu}: memory within {rates.memory_error:.0%}, time "
+    basis += f"within {rates.error:.0%} of each when the rates are taken from the others"
+    if plan["gpu"] != rates.gpu:
+        basis += f"; on {plan['gpu']} time is scaled by the data sheets' rates, a guess"
+    if plan["gpus"] > 1:
+        basis += "; that GPUs do not wait for each other is a guess"
+    if not plan["modelled"]:
+        basis += "; none of them with this recipe's fastdora_layers and fastdora_fp8, so both are off"
+    return "\n".join([*lines, basis + "."])
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("recipe", help="a name from `make recipes`, FinLoRA's name for a run, or a YAML file")
+    parser.add_argument("--gpu", help="a GPU of tools/gpus.yaml; without it the one that is here, or the measured one")
+    parser.add_argument("--gpus", default="1", help="how many of them")
+    parser.add_argument("--price", help="of one GPU for an hour, in any currency")
+    given = parser.parse_args()
+    if not given.gpus.isdecimal() or not 0 < int(given.gpus) <= 4096:
+        raise UserError(f"GPUS={given.gpus}: give a number from 1 to 4096")
+    path = recipes.find(given.recipe)
+    print(show(make_plan(path, recipes.load(path), given.gpu, int(given.gpus), price(given.price))))
+
+
+def price(text: str | None) -> float | None:
+    try:
+        value = None if text is None else float(text)
+    except ValueError:
+        value = math.nan
+    if value is not None and not 0 <= value < math.inf:
+        raise UserError(f"PRICE={text}: give a number, as in PRICE=2.50, the price of one GPU for an hour")
+    return value
+
+
+if __name__ == "__main__":
+    run(main)
