@@ -1,0 +1,579 @@
+"""Statistics of the study's rows, and docs/dora.md with its plots: each sentence with a figure follows from the record.
+
+Intervals are 95% and over both seeds and test rows: each bootstrap draw takes seeds and rows anew, crosswise (Owen's
+pigeonhole bootstrap, which is rather too wide than too narrow). Comparisons use the seeds that both sides have, on the
+same rows; p is eval.stats' paired sign-flip test over rows, Holm-adjusted within a question. A difference is called
+distinguishable only when its interval excludes 0 and the adjusted p is below 0.05.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.dora_study import identity, planned_count, read_rows, resolved, variants
+from eval import stats
+from tools.cli import UserError, replacing
+
+RESAMPLES = 5000
+LEVEL = 0.05
+NAMES = {"full": "full fine-tuning", "lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
+PROMPTS = {"llama3": "chat template", "finlora_inst": "`[INST]`", "raw": "raw context"}
+COLOURS = {"full": "#6b7280", "lora": "#2563eb", "rslora": "#d97706", "dora": "#059669"}
+
+
+def record(study: dict[str, Any], files: list[Path], out: Path) -> None:
+    """Write bench/dora_study.json from rows.jsonl files and the about.json beside the first one."""
+    rows = {key: row for key, row in read_rows(files).items() if "failed" not in row}
+    if not rows:
+        raise UserError(f"{files[0]}: holds no finished run; run the study first")
+    beside = files[0].with_name("about.json")
+    try:
+        about = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{beside}: cannot be read; bring it back beside {files[0].name}") from error
+    about["study"] |= {key: study[key] for key in ("defaults", "questions")}
+    about["devices"] = sorted({row["device"] for row in rows.values()})
+    count = len(about["targets"])
+    cells = {question: settings_of(study, question, rows, count) for question in study["questions"]}
+    cells["prompt"] = [*_same_prompt(cells.get("methods", []), cells.get("prompt", [])), *cells.get("prompt", [])]
+    families = {question: compared(question, cells[question]) for question in cells if question != "grid"}
+    for question in cells:
+        for cell in cells[question]:
+            del cell["right"]
+    about["planned"] = planned_count(study, rows)
+    result = {
+        "about": about,
+        "runs": [rows[key] for key in sorted(rows)],
+        "questions": cells,
+        "comparisons": families,
+    }
+    with replacing(out) as file:
+        file.write(_compact(result))
+
+
+def settings_of(study: dict[str, Any], question: str, rows: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The settings of a question with the scores of the seeds that ran; `right` (seeds, test rows) is kept for pairing.
+
+    A setting that is tested with several prompts is as many entries. Settings without a run are left out.
+    """
+    found = []
+    for change in variants(study, question):
+        settings = resolved(study, study["defaults"] | change, rows)
+        if settings is None:
+            continue
+        seeds = range(1, study["questions"][question]["seeds"] + 1)
+        runs = {seed: rows[key] for seed in seeds if (key := identity(settings | {"seed": seed})) in rows}
+        for prompt in settings["tests"] if runs else []:
+            tests = {seed: row["test"][prompt] for seed, row in runs.items()}
+            right = np.array([bits(test["right"], count) for test in tests.values()], float)
+            low, high = interval(right)
+            found.append(
+                {
+                    "label": _label(question, settings, prompt),
+                    "changes": change,
+                    "method": settings["method"],
+                    "prompt": prompt,
+                    "rate": settings["rate"],
+                    "seeds": list(tests),
+                    "scores": {str(seed): round(test["accuracy"], 5) for seed, test in tests.items()},
+                    "mean": round(float(right.mean()), 5),
+                    "low": low,
+                    "high": high,
+                    "finlora": round(float(np.mean([test["finlora"] for test in tests.values()])), 5),
+                    "validation": round(float(np.mean([row["validation"]["accuracy"] for row in runs.values()])), 5),
+                    "parameters": next(iter(runs.values()))["parameters"],
+                    "seconds": round(float(np.median([row["train_seconds"] for row in runs.values()])), 2),
+                    "right": right,
+                }
+            )
+    return found
+
+
+def _same_prompt(methods: list[dict[str, Any]], prompted: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The settings of the methods question that the prompt question is held against, with as many seeds."""
+    wanted = {cell["method"]: set(cell["seeds"]) for cell in prompted}
+    found = []
+    for cell in methods:
+        if cell["method"] in wanted:
+            keep = [i for i, seed in enumerate(cell["seeds"]) if seed in wanted[cell["method"]]]
+            if not keep:
+                continue
+            right = cell["right"][keep]
+            low, high = interval(right)
+            seeds = [cell["seeds"][i] for i in keep]
+            label = _label("prompt", {"method": cell["method"], "prompt": "llama3"}, "llama3")
+            mean = {"mean": round(float(right.mean()), 5), "low": low, "high": high, "right": right}
+            scores = {str(seed): cell["scores"][str(seed)] for seed in seeds}
+            found.append(cell | mean | {"label": label, "seeds": seeds, "scores": scores})
+    return found
+
+
+def compared(question: str, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The comparisons of a question, Holm-adjusted together; pairs without two seeds in common are left out."""
+    results = []
+    for a, b in pairs(question, cells):
+        common = [seed for seed in a["seeds"] if seed in b["seeds"]]
+        if len(common) < 2:
+            continue
+        one, other = (cell["right"][[cell["seeds"].index(seed) for seed in common]] for cell in (a, b))
+        low, high = interval(other - one)
+        p = stats.paired(_items(one), _items(other), resamples=RESAMPLES)["p"]
+        difference = round(float((other - one).mean()), 5)
+        results.append(
+            {
+                "a": a["label"],
+                "b": b["label"],
+                "seeds": len(common),
+                "difference": difference,
+                "low": low,
+                "high": high,
+                "p": p,
+            }
+        )
+    for result, adjusted in zip(results, holm([result["p"] for result in results]), strict=True):
+        result["p"], result["p_holm"] = round(result["p"], 6), round(adjusted, 6)
+        result["distinguishable"] = bool(adjusted < LEVEL and not result["low"] <= 0 <= result["high"])
+    return results
+
+
+def pairs(question: str, cells: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(from, to) of each comparison that a question makes."""
+    if question == "methods":
+        order = sorted(cells, key=lambda cell: list(NAMES).index(cell["method"]))
+        return list(itertools.combinations(order, 2))
+    if question == "prompt":
+        found = []
+        for method in NAMES:
+            own = {
+                (cell["changes"].get("prompt", "llama3"), cell["prompt"]): cell
+                for cell in cells
+                if cell["method"] == method
+            }
+            same, mismatch, chat = (
+                own.get(key) for key in (("finlora_inst",) * 2, ("finlora_inst", "raw"), ("llama3",) * 2)
+            )
+            found += [pair for pair in ((same, mismatch), (chat, same), (chat, mismatch)) if all(pair)]
+        return found
+    if question == "ranks":
+        by = {(cell["method"], cell["changes"]["rank"]): cell for cell in cells}
+        ranks = sorted({rank for _, rank in by})
+        found = [(by.get(("lora", rank)), by.get((method, rank))) for method in ("rslora", "dora") for rank in ranks]
+        found += [
+            (by.get((method, 8)), by.get((method, rank)))
+            for method in ("lora", "rslora", "dora")
+            for rank in ranks
+            if rank != 8
+        ]
+        return [pair for pair in found if all(pair)]
+    key, against = {"magnitude": ("magnitude", 1.0), "bits": ("bits", 16)}[question]
+    base = next((cell for cell in cells if cell["changes"][key] == against), None)
+    return [(base, cell) for cell in cells if base is not None and cell is not base]
+
+
+def bits(text: str, count: int) -> np.ndarray:
+    """`count` booleans of a hexadecimal bit string. Raises UserError where it has another length."""
+    raw = np.frombuffer(bytes.fromhex(text), np.uint8)
+    if len(raw) != -(-count // 8):
+        raise UserError(f"a row has {8 * len(raw)} test bits and not {count}; its run used another split")
+    return np.unpackbits(raw, count=count).astype(bool)
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95% interval of the mean of (seeds, rows) values, seeds and rows drawn anew crosswise; it holds the mean."""
+    seed_weights, row_weights = (_weights(count, place) for place, count in enumerate(values.shape))
+    means = (row_weights @ values.T.astype(np.float32) * seed_weights).sum(1)
+    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
+    return round(min(float(low), float(values.mean())), 5), round(max(float(high), float(values.mean())), 5)
+
+
+@cache
+def _weights(count: int, seed: int) -> np.ndarray:
+    """How much each of `count` weighs in each draw, (RESAMPLES, count)."""
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    return (drawn / count).astype(np.float32)
+
+
+def holm(values: list[float]) -> list[float]:
+    """Holm's adjusted p values, in the order given."""
+    adjusted, largest = [0.0] * len(values), 0.0
+    for place, i in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, values[i] * (len(values) - place)))
+        adjusted[i] = largest
+    return adjusted
+
+
+def _items(right: np.ndarray) -> dict[str, list]:
+    rows = range(right.shape[1])
+    means = right.mean(0).tolist()
+    return {
+        "row": list(rows),
+        "target": ["" for _ in rows],
+        "predicted": ["" for _ in rows],
+        "right": means,
+        "unparsed": [],
+    }
+
+
+def _label(question: str, settings: dict[str, Any], prompt: str) -> str:
+    name = NAMES[settings["method"]]
+    if question == "grid":
+        return f"{name}, rate {settings['rate']:g}"
+    if question == "magnitude":
+        return "frozen" if settings["magnitude"] == 0 else f"x {settings['magnitude']:g}"
+    if question == "ranks":
+        return f"{name}, rank {settings['rank']}"
+    if question == "prompt":
+        return f"{name}: {PROMPTS[settings['prompt']]} → {PROMPTS[prompt]}"
+    if question == "bits":
+        return f"{settings['bits']} bits"
+    return name
+
+
+def _compact(result: dict[str, Any]) -> str:
+    """JSON with a line for each run, setting and comparison, so that a diff shows what changed."""
+
+    def listed(rows: list) -> str:
+        return "[\n" + ",\n".join("  " + json.dumps(row, ensure_ascii=False) for row in rows) + "\n ]"
+
+    def named(groups: dict[str, list]) -> str:
+        return "{" + ",\n ".join(f"{json.dumps(name)}: {listed(rows)}" for name, rows in groups.items()) + "}"
+
+    return (
+        f'{{"about": {json.dumps(result["about"])},\n"runs": {listed(result["runs"])},\n'
+        f'"questions": {named(result["questions"])},\n"comparisons": {named(result["comparisons"])}}}\n'
+    )
+
+
+def write(record: Path, page: Path) -> None:
+    """Write the page and its plots from the record alone; equal records give equal files."""
+    try:
+        result = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{record}: cannot be read; make it with --page OUT/rows.jsonl") from error
+    for name, drawing in plots(result).items():
+        with replacing(page.with_name(name)) as file:
+            file.write(drawing)
+    with replacing(page) as file:
+        file.write(text(result))
+
+
+def text(result: dict[str, Any]) -> str:
+    """The page in Markdown."""
+    about, cells, families = result["about"], result["questions"], result["comparisons"]
+    base, study, split = about["base"], about["study"], about["kit"]["split"]
+    training, defaults = study["training"], study["defaults"]
+    majority = max(about["targets"].count(letter) for letter in "nup") / len(about["targets"])
+    every = [one for family in families.values() for one in family]
+    seen = [one for one in every if one["distinguishable"]]
+    half = np.median([(one["high"] - one["low"]) / 2 for one in every]) if every else math.nan
+    part = split["test"]
+    parts = [
+        "# DoRA under equal conditions",
+        "<!-- Written by `python -m bench.dora_study --page`; edit bench/dora_page.py. -->",
+        f"DoRA, LoRA, rsLoRA and full fine-tuning of one base model on the same rows, prompt, alpha, dropout, batch "
+        f"and epochs: {len(result['runs'])} runs of {about['planned']} planned, on {_joined(about['devices'])}. The "
+        f"record is [bench/dora_study.json](../bench/dora_study.json), with the answer to every test row; "
+        f"[bench/dora_study.yaml](../bench/dora_study.yaml) is what was asked.",
+        "```\npython -m bench.dora_study --corpus KIT --data data/raw --texts TEXTS  # text and split\n"
+        "python -m bench.dora_study --kit KIT --out OUT                          # base model and runs\n"
+        "python -m bench.dora_study --page OUT/rows.jsonl                        # this page\n```",
+        "## What this can say",
+        f"The base is a Llama of {base['parameters'] / 1e6:.1f} million parameters, trained here from scratch on "
+        f"{base['tokens'] / 1e6:.0f} million tokens ({about['kit']['tokens'] / 1e6:.1f} million distinct ones of "
+        f"documentation, dictionaries, prose and train prompts) in {base['seconds']:.0f} seconds, to a loss of "
+        f"{base['loss']:.2f} on text held out. It is far weaker than Llama-3.1-8B, so what is found here need not hold "
+        f"there; what the comparison has is equal conditions and several seeds.",
+        f"Rows: {split['train']['rows']:,} to train, {split['validation']['rows']} to choose the learning rate, "
+        f"{part['rows']:,} to test ({part['fpb']} FPB, {part['fiqa']} FiQA, {part['tfns']} TFNS with its "
+        f"swapped labels "
+        f"corrected), near-duplicates on one side. Always answering the most frequent label scores "
+        f"{majority:.1%}. The score is accuracy of greedy answers, where the whole answer must be the label.",
+        f"All runs: alpha {defaults['alpha']}, dropout {defaults['dropout']} (adapters), AdamW without weight "
+        f"decay, cosine "
+        f"with {training['warmup']} warm-up steps, {training['batch']} rows a step, {training['epochs']} "
+        f"epochs, loss on "
+        f"the answer, adapters on {', '.join(training['targets'])}, fastdora's layers. Full fine-tuning trains every "
+        f"weight.",
+        f"Intervals are 95%, over seeds and test rows together. Each question's comparisons are paired on the "
+        f"same seeds "
+        f"and rows and Holm-adjusted within the question. Of {len(every)} comparisons {len(seen)} "
+        f"{'is' if len(seen) == 1 else 'are'} distinguishable; half of the differences' intervals reach less than "
+        f"{100 * half:.1f} points to either side, and a smaller effect could not have been seen.",
+    ]
+    parts += _section_grid(cells.get("grid", []))
+    for question, title, note, plot in SECTIONS:
+        if cells.get(question):
+            parts += [f"## {title}", note(result), f"![{title}]({plot})", _table(cells[question])]
+            parts += [_comparisons(families.get(question, []))]
+    parts += ["## What follows for the recipes", _verdict(result)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _section_grid(cells: list[dict[str, Any]]) -> list[str]:
+    methods = [method for method in NAMES if any(cell["method"] == method for cell in cells)]
+    rates = sorted({cell["rate"] for cell in cells})
+    by = {(cell["method"], cell["rate"]): cell for cell in cells}
+    lines = ["| | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- |" + " --- |" * len(rates)]
+    edge = []
+    for method in methods:
+        own = {rate: by[method, rate]["validation"] for rate in rates if (method, rate) in by}
+        best = max(own.values())
+        shown = [f"{100 * own[rate]:.1f}" + ("*" if own[rate] == best else "") if rate in own else "" for rate in rates]
+        lines.append(f"| {NAMES[method]} | " + " | ".join(shown) + " |")
+        if any(own.get(rate) == best for rate in (rates[0], rates[-1])):
+            edge.append(NAMES[method])
+    seeds = max((len(cell["seeds"]) for cell in cells), default=0)
+    note = (
+        f"Mean validation accuracy in percent over {seeds} seeds, rank 8; * marks the best (of equals the one "
+        f"with the lower "
+        "loss is taken), whose rate all other questions use for that method, at every rank and prompt."
+    )
+    if edge:
+        note += f" The best is at the grid's edge for {_joined(edge)}: a rate outside it may be better."
+    return ["## Learning rates", note, "\n".join(lines)] if cells else []
+
+
+def _table(cells: list[dict[str, Any]]) -> str:
+    lines = [
+        "| | rate | trainable | seeds | accuracy % | interval | FinLoRA's scorer % | s to train |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for cell in cells:
+        lines.append(
+            f"| {cell['label']} | {cell['rate']:g} | {cell['parameters']:,} | {len(cell['seeds'])} | "
+            f"{100 * cell['mean']:.1f} "
+            f"| {100 * cell['low']:.1f} to {100 * cell['high']:.1f} | {100 * cell['finlora']:.1f} | "
+            f"{cell['seconds']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _comparisons(family: list[dict[str, Any]]) -> str:
+    if not family:
+        return "Too few runs ended for a comparison."
+    lines = ["| difference, points | | interval | adjusted p | seeds | |", "| --- | --- | --- | --- | --- | --- |"]
+    for one in family:
+        verdict = "distinguishable" if one["distinguishable"] else "not distinguishable"
+        lines.append(
+            f"| {one['b']} − {one['a']} | {100 * one['difference']:+.1f} | {100 * one['low']:+.1f} to "
+            f"{100 * one['high']:+.1f} | {_p(one['p_holm'])} | {one['seeds']} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _said(one: dict[str, Any]) -> str:
+    what = f"{one['b']} − {one['a']}: {100 * one['difference']:+.1f} points "
+    what += f"[{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]"
+    return what if one["distinguishable"] else f"{what}, not distinguishable"
+
+
+def _found(family: list[dict[str, Any]], nothing: str) -> str:
+    """The distinguishable comparisons of a family in one sentence, or `nothing`."""
+    seen = [one for one in family if one["distinguishable"]]
+    if not family:
+        return ""
+    if not seen:
+        return f"{nothing} is distinguishable here ({len(family)} comparisons)."
+    rest = f"; the other {len(family) - len(seen)} are not" if len(seen) < len(family) else ""
+    return f"Distinguishable: {'; '.join(map(_said, seen))}{rest}."
+
+
+def _methods_note(result: dict[str, Any]) -> str:
+    return "Each method at its best rate of the grid, rank 8. " + _found(
+        result["comparisons"]["methods"], "No pair of methods"
+    )
+
+
+def _magnitude_note(result: dict[str, Any]) -> str:
+    return (
+        "FinLoRA suspects that its DoRA falls behind because the magnitude shares the low-rank update's "
+        "learning rate. Here "
+        "the magnitude's rate is DoRA's best rate times a factor; x 1 is what the recipes do. "
+        + _found(result["comparisons"]["magnitude"], "No factor against x 1")
+    )
+
+
+def _ranks_note(result: dict[str, Any]) -> str:
+    return (
+        "Alpha stays 16, and each method keeps the rate that was best at rank 8, which may favour that rank. "
+        + _found(result["comparisons"]["ranks"], "Neither a method against LoRA at equal rank nor a rank against 8")
+    )
+
+
+def _prompt_note(result: dict[str, Any]) -> str:
+    return (
+        "The published benchmark trains on `[INST] context [/INST]` and tests on the raw context. Left of "
+        "the arrow is the "
+        "prompt of training, right of it that of testing; the adapter of `[INST]` → `[INST]` and of `[INST]` "
+        "→ raw is the "
+        "same one. " + _found(result["comparisons"]["prompt"], "No prompt against another")
+    )
+
+
+def _bits_note(result: dict[str, Any]) -> str:
+    return "DoRA on the base in 16, 8 (LLM.int8's weights) and 4 bits (NF4). " + _found(
+        result["comparisons"]["bits"], "Neither 8 nor 4 bits against 16"
+    )
+
+
+def _verdict(result: dict[str, Any]) -> str:
+    families = result["comparisons"]
+    lines = []
+    pair = next(
+        (one for one in families.get("methods", []) if (one["a"], one["b"]) == (NAMES["lora"], NAMES["dora"])), None
+    )
+    if pair and pair["distinguishable"]:
+        better, worse = (NAMES["dora"], NAMES["lora"]) if pair["difference"] > 0 else (NAMES["lora"], NAMES["dora"])
+        lines.append(f"{better} beats {worse} at equal budget ({_said(pair)}).")
+    elif pair:
+        lines.append(f"Neither DoRA nor LoRA is to be preferred for its score ({_said(pair)}); LoRA is the faster one.")
+    better = [one for one in families.get("magnitude", []) if one["distinguishable"] and one["difference"] > 0]
+    if better:
+        best = max(better, key=lambda one: one["difference"])
+        lines.append(f"A rate of its own for the magnitude helps: {_said(best)}.")
+    elif families.get("magnitude"):
+        lines.append("The magnitude keeps the learning rate of the rest: no other factor is distinguishably better.")
+    better = [
+        one
+        for one in families.get("ranks", [])
+        if one["distinguishable"] and one["difference"] > 0 and "rank 8" in one["a"]
+    ]
+    better = [one for one in better if one["a"].split(",")[0] == one["b"].split(",")[0]]
+    if better:
+        lines.append(f"Ranks that are better than 8 here: {'; '.join(map(_said, better))}.")
+    elif families.get("ranks"):
+        lines.append("Rank 8 stays: no other rank is distinguishably better for the same method.")
+    worse = [
+        one
+        for one in families.get("prompt", [])
+        if one["distinguishable"] and one["b"].endswith(PROMPTS["raw"]) and one["difference"] < 0
+    ]
+    if worse:
+        lines.append(f"One prompt in training and testing matters: {'; '.join(map(_said, worse))}.")
+    elif families.get("prompt"):
+        lines.append(
+            "The prompt mismatch is not distinguishable from one prompt here; one prompt is kept because it "
+            "costs nothing."
+        )
+    worse = [one for one in families.get("bits", []) if one["distinguishable"]]
+    if worse:
+        lines.append(f"Bits: {'; '.join(map(_said, worse))}.")
+    elif families.get("bits"):
+        lines.append("8 and 4 bits are not distinguishable from 16 in score.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _joined(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str], str]] = [
+    ("methods", "Methods at equal budget", _methods_note, "dora_methods.svg"),
+    ("magnitude", "The magnitude's own learning rate", _magnitude_note, "dora_magnitude.svg"),
+    ("prompt", "The prompt mismatch", _prompt_note, "dora_prompt.svg"),
+    ("ranks", "Ranks", _ranks_note, "dora_ranks.svg"),
+    ("bits", "Bits", _bits_note, "dora_bits.svg"),
+]
+
+
+def plots(result: dict[str, Any]) -> dict[str, str]:
+    """SVG by file name."""
+    drawn = {}
+    for question, title, _, name in SECTIONS:
+        if cells := result["questions"].get(question):
+            drawn[name] = lines_plot(title, cells) if question == "ranks" else dots_plot(title, cells)
+    return drawn
+
+
+def dots_plot(title: str, cells: list[dict[str, Any]]) -> str:
+    """A row for each setting: its seeds as dots, mean and interval as a bar."""
+    left, right, top, step = 250, 620, 44, 26
+    place, ticks = _scale(cells, left, right)
+    bottom = top + step * len(cells)
+    body = [
+        _grid_line(place(tick), top - 8, place(tick), bottom, f"{100 * tick:g}%", place(tick), bottom + 16)
+        for tick in ticks
+    ]
+    for i, cell in enumerate(cells):
+        y = top + step * i + step / 2
+        colour = COLOURS[cell["method"]]
+        body.append(f'<text x="{left - 12}" y="{y + 4:.0f}" text-anchor="end">{_escaped(cell["label"])}</text>')
+        body.append(_stroke(place(cell["low"]), y, place(cell["high"]), y, colour, 3))
+        body += [
+            f'<circle cx="{place(score):.1f}" cy="{y:.1f}" r="2.5" fill="{colour}" fill-opacity="0.35"/>'
+            for score in cell["scores"].values()
+        ]
+        body.append(f'<circle cx="{place(cell["mean"]):.1f}" cy="{y:.1f}" r="4.5" fill="{colour}"/>')
+    return _svg(title, right + 30, bottom + 28, body)
+
+
+def lines_plot(title: str, cells: list[dict[str, Any]]) -> str:
+    """Score against rank, a line for each method, with intervals."""
+    left, right, top, bottom = 56, 620, 60, 330
+    place, ticks = _scale(cells, bottom, top)
+    ranks = sorted({cell["changes"]["rank"] for cell in cells})
+    methods = [method for method in NAMES if any(cell["method"] == method for cell in cells)]
+    width = (right - left) / len(ranks)
+    body = [
+        _grid_line(left, place(tick), right, place(tick), f"{100 * tick:g}%", left - 26, place(tick) + 4)
+        for tick in ticks
+    ]
+    for i, rank in enumerate(ranks):
+        body.append(f'<text x="{left + width * (i + 0.5):.0f}" y="{bottom + 18}" text-anchor="middle">{rank}</text>')
+    for k, method in enumerate(methods):
+        own = {cell["changes"]["rank"]: cell for cell in cells if cell["method"] == method}
+        across = {rank: left + width * (ranks.index(rank) + 0.5) + 8 * (k - (len(methods) - 1) / 2) for rank in own}
+        colour = COLOURS[method]
+        points = " ".join(f"{across[rank]:.1f},{place(own[rank]['mean']):.1f}" for rank in sorted(own))
+        body.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        for rank, cell in own.items():
+            body.append(_stroke(across[rank], place(cell["low"]), across[rank], place(cell["high"]), colour, 2))
+            body.append(f'<circle cx="{across[rank]:.1f}" cy="{place(cell["mean"]):.1f}" r="3.5" fill="{colour}"/>')
+        body.append(f'<text x="{left + 110 * k}" y="44" style="fill:{colour}">{NAMES[method]}</text>')
+    body.append(f'<text x="{(left + right) / 2:.0f}" y="{bottom + 38}" text-anchor="middle">rank</text>')
+    return _svg(title, right + 20, bottom + 50, body)
+
+
+def _scale(cells: Iterable[dict[str, Any]], start: float, end: float) -> tuple[Callable[[float], float], list[float]]:
+    """Where an accuracy is drawn, and round values that cover all of them."""
+    values = [value for cell in cells for value in (cell["low"], cell["high"], *cell["scores"].values())]
+    span = max(values) - min(values) or 0.01
+    step = next(step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if span / step <= 8)
+    low, high = math.floor(min(values) / step), math.ceil(max(values) / step)
+    high = max(high, low + 1)
+    return lambda value: start + (value / step - low) / (high - low) * (end - start), [
+        round(tick * step, 4) for tick in range(low, high + 1)
+    ]
+
+
+def _stroke(x1: float, y1: float, x2: float, y2: float, colour: str, width: float) -> str:
+    return f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="{colour}" stroke-width="{width}" fill="none"/>'
+
+
+def _grid_line(x1: float, y1: float, x2: float, y2: float, text: str, x: float, y: float) -> str:
+    return _stroke(x1, y1, x2, y2, "#9ca3af55", 1) + f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{text}</text>'
+
+
+def _svg(title: str, width: float, height: float, body: list[str]) -> str:
+    # GitHub shows it on a light or a dark page: a grey that reads on both, and no background.
+    style = "text{font:12px system-ui,sans-serif;fill:#7d8590}.t{font-size:14px;font-weight:600}"
+    note = "accuracy on test rows; dots are seeds, bars 95% intervals over seeds and rows"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}">\n'
+        f"<title>{_escaped(title)}: {note}</title>\n<style>{style}</style>\n"
+        f'<text class="t" x="12" y="22">{_escaped(title)}</text>\n' + "\n".join(body) + "\n</svg>\n"
+    )
+
+
+def _escaped(text: str) -> str:
+    return text.replace("`", "").replace("&", "&amp;").replace("<", "&lt;")
