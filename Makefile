@@ -19,7 +19,7 @@ test: $(READY) ## all tests; ARGS= for pytest
 	@$(PY) -m ruff check . && $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 SEVERAL = $(if $(GPUS),--gpus "$(GPUS)") $(if $(ZERO),--zero "$(ZERO)") $(if $(OFFLOAD),--offload) \
-  $(if $(RAY),--ray) $(if $(NODES),--nodes "$(NODES)") $(if $(NODE_RANK),--node-rank "$(NODE_RANK)") $(if $(MASTER),--master "$(MASTER)")
+  $(if $(FSDP),--fsdp "$(FSDP)") $(if $(RAY),--ray) $(if $(NODES),--nodes "$(NODES)") $(if $(NODE_RANK),--node-rank "$(NODE_RANK)") $(if $(MASTER),--master "$(MASTER)")
 
 train: $(READY) ## train RECIPE=<name>; GPUS=4 ZERO=2, TINY=1 on a CPU, FORCE=1 anew, TRACK=wandb, ARGS="--learning-rate 0.0002"
 	@$(PY) -m tools.train "$(RECIPE)" $(if $(TINY),--tiny) $(if $(FORCE),--force) $(SEVERAL) $(if $(TRACK),--track "$(TRACK)") -- $(ARGS)

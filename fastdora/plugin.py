@@ -21,6 +21,7 @@ from fastdora import (
     curves,
     dora,
     epochs,
+    fsdp2,
     graphs,
     metrics,
     peft_int8,
@@ -78,6 +79,7 @@ class FastDoraPlugin(BasePlugin):
         epochs.mend()
         with one_line_errors():
             zero3.prepare(cfg)
+            fsdp2.prepare(cfg)
 
     def post_model_load(self, cfg, model) -> None:
         with one_line_errors():
@@ -101,6 +103,7 @@ class FastDoraPlugin(BasePlugin):
     def post_trainer_create(self, cfg, trainer) -> None:
         # Axolotl collects garbage at each packing and evaluation: over all modules and the model, a second a time.
         gc.freeze()
+        fsdp2.keep_dtypes(trainer)
         metrics.record(cfg, trainer)
         watchdog.guard(cfg, trainer)
         curves.guard(trainer)

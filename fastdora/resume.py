@@ -11,7 +11,7 @@ from axolotl.utils.logging import get_logger
 from safetensors import SafetensorError
 from transformers.trainer_utils import rotate_checkpoints
 
-from fastdora import checkpoints
+from fastdora import checkpoints, fsdp2
 from fastdora.keys import RecipeError
 
 LOG = get_logger("axolotl.fastdora")
@@ -47,13 +47,14 @@ def guard(cfg, trainer) -> None:
 
     def sealed(*args, **kwargs) -> None:
         folder = out / f"{checkpoints.PREFIX}{trainer.state.global_step}"
-        if not finite(trainer.model):
+        if not finite(trainer.model, trainer.args.device):
             LOG.warning(f"{folder} is not written: the adapter holds values that are not finite")
             return
         (folder / checkpoints.SEAL).unlink(missing_ok=True)
         limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None  # rotation waits for the seal
         try:
             save(*args, **kwargs)
+            fsdp2.save_adapter(trainer, folder)
             wait()
             if trainer.args.should_save:
                 checkpoints.seal(folder, run)
@@ -86,15 +87,20 @@ def identity(cfg) -> dict[str, Any]:
     return checkpoints.plain({"recipe": recipe, "data": data})
 
 
-def finite(model) -> bool:
-    """Whether everything that trains is finite on every process; of a parameter that ZeRO-3 shares out, this part."""
-    parts = [getattr(p, "ds_tensor", p).detach() for p in model.parameters() if p.requires_grad]
+def finite(model, device: torch.device) -> bool:
+    """Whether everything that trains is finite on every process; of a parameter that is shared out, this part."""
+    parts = [_part_here(parameter) for parameter in model.parameters() if parameter.requires_grad]
     good = torch.stack([torch.isfinite(part).all() for part in parts]).all()
     if several():
-        number = good.to(torch.uint8)
+        number = good.to(device, torch.uint8)  # offloaded parameters are on the CPU
         torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MIN)
         good = number
     return bool(good)
+
+
+def _part_here(parameter: torch.Tensor) -> torch.Tensor:
+    part = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3's
+    return part.to_local() if hasattr(part, "to_local") else part  # FSDP2's
 
 
 def several() -> bool:

@@ -9,8 +9,9 @@ import os
 import deepspeed.comm
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, ParallelismConfig
 from axolotl.integrations.base import BasePlugin
+from axolotl.loaders import ModelLoader
 from deepspeed.comm.torch import TorchBackend
 
 
@@ -21,14 +22,23 @@ def several() -> bool:
 class CpuProcesses(BasePlugin):
     def register(self, cfg: dict) -> None:
         if several():
-            # accelerate starts gloo only under the Trainer's `use_cpu`, which axolotl does not set.
-            PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_CPU)
+            # accelerate starts gloo only under the Trainer's `use_cpu`, which axolotl does not set; FSDP on GPUs only.
+            kind = DistributedType.MULTI_GPU if cfg.get("fsdp_config") else DistributedType.MULTI_CPU
+            PartialState._prepare_backend = lambda self, *args: ("gloo", kind)
+            PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+            # axolotl builds FSDP2's mesh of CUDA devices.
+            mesh = ParallelismConfig.build_device_mesh
+            ParallelismConfig.build_device_mesh = lambda self, device: mesh(self, "cpu")
+            # And it places models on the process's number, which means a GPU.
+            place = ModelLoader._set_device_map_config
+            ModelLoader._set_device_map_config = lambda self: place(self) or on_the_cpu(self.model_kwargs)
             # axolotl asks DeepSpeed for nccl by name.
             started = deepspeed.comm.init_distributed
             deepspeed.comm.init_distributed = lambda dist_backend=None, **options: started("gloo", **options)
             # torch gathers over gloo through views that autograd guards; over nccl it does not.
             TorchBackend.all_gather_into_tensor = torch.no_grad()(TorchBackend.all_gather_into_tensor)
 
-    def load_datasets(self, cfg, preprocess: bool = False) -> None:
-        if several():
-            cfg.device_map = {"": "cpu"}  # axolotl's is the process's number, which means a GPU
+
+def on_the_cpu(options: dict) -> None:
+    if "device_map" in options:
+        options["device_map"] = {"": "cpu"}

@@ -1,12 +1,14 @@
-"""Several processes train what one trains: DDP and DeepSpeed's ZeRO stages on two CPU processes, for real."""
+"""Several processes train what one trains: DDP, DeepSpeed's ZeRO stages and FSDP2 on two CPU processes, for real."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tools.cli import UserError
+from tools.several import fsdp2_keys
 
 pytestmark = pytest.mark.xdist_group("axolotl")
 
@@ -96,6 +98,10 @@ def zero(stage: int) -> dict:
     return changes
 
 
+def fsdp2(number: int, **keys) -> dict:
+    return {"fsdp_version": 2, "fsdp_config": fsdp2_keys(bits(number), False) | keys}
+
+
 def difference(one, other) -> tuple[float, float]:
     """The largest difference between two runs' adapters, and between their losses. They hold the same tensors."""
     (adapter, losses), (other_adapter, other_losses) = one, other
@@ -122,6 +128,58 @@ def test_zero_3_on_4_bits(train):
     """bench/zero.py has all bits, methods and stages."""
     weights, losses = difference(train(1, **bits(4)), train(2, **bits(4), **zero(3)))
     assert weights < RATE / 10 and losses < 1e-5
+
+
+@pytest.mark.parametrize("number", [16, 8, 4])
+def test_fsdp2_trains_what_one_process_trains(train, number):
+    """The weights of every kind of base shared out, the norms that every forward uses right."""
+    weights, losses = difference(train(1, **bits(number)), train(2, **bits(number), **fsdp2(number)))
+    assert weights < RATE / 10 and losses < 1e-5
+
+
+def test_a_run_under_fsdp2_goes_on_from_its_checkpoint(tmp_path, tiny_base):
+    """Bit for bit, under gradient checkpointing; and the checkpoint holds the whole adapter as PEFT writes it."""
+    from forked import axolotl_processes
+    from safetensors.torch import load_file
+
+    from bench.kills import digest, recipe
+
+    changes = {"lora_dropout": 0.0, "max_steps": 3, "optimizer": "adamw_torch", "gradient_checkpointing": True}
+    path = recipe(tmp_path, "run", tiny_base, **bits(8), **fsdp2(8), **changes)
+    wanted = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path.write_text(yaml.safe_dump(wanted | {"plugins": [*wanted["plugins"], "cpu_processes.CpuProcesses"]}))
+    out, digests, written = tmp_path / "run", [], set()
+    for _ in range(2):
+        for code, output in axolotl_processes(2, "train", str(path), "--launcher", "python"):
+            assert code == 0, output[-3000:]
+        digests.append(digest(out))
+        written.add((out / "checkpoint-2" / "seal.json").stat().st_mtime_ns)
+        end = load_file(out / "adapter_model.safetensors")
+        last = load_file(out / "checkpoint-3" / "adapter_model.safetensors")
+        assert end.keys() == last.keys() and all(end[key].equal(last[key]) for key in end)
+        shutil.rmtree(out / "checkpoint-3")
+        (out / "adapter_model.safetensors").unlink()
+    assert len(written) == 1 and digests[0] == digests[1]
+
+
+def test_what_fsdp2_cannot_train_is_refused(monkeypatch):
+    from fastdora import fsdp2 as checked
+    from fastdora.keys import RecipeError
+
+    def refused(key: str, number: int = 16, **changes):
+        keys = changes.pop("fsdp_config", {})
+        with pytest.raises(RecipeError, match=f"^own.yaml: key '{key}': "):
+            checked.check(fsdp2(number, **keys) | bits(number) | changes, "own.yaml")
+
+    refused("fsdp_config")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    checked.check(fsdp2(16) | bits(16) | {"optimizer": "adamw_torch_fused"}, "own.yaml")
+    refused("fsdp_version", fsdp_version=1)
+    refused("optimizer", optimizer="paged_adamw_8bit")
+    refused("fsdp_config.state_dict_type", fsdp_config={"state_dict_type": "FULL_STATE_DICT"})
+    refused("fsdp_config.activation_checkpointing", fsdp_config={"activation_checkpointing": True})
+    refused("fsdp_config.mixed_precision_policy", fsdp_config={"mixed_precision_policy": "bf16"})
+    refused("fsdp_config.cpu_ram_efficient_loading", 8, fsdp_config={"cpu_ram_efficient_loading": True})
 
 
 def test_what_zero_3_cannot_train_is_refused(train, tmp_path):

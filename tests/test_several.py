@@ -105,7 +105,7 @@ def test_ray_is_asked_for_a_worker_a_gpu_and_a_recipe_that_its_workers_take(monk
 SHARD_REFUSED = [
     ({}, 4, False, "ZERO=4: DeepSpeed's stages are 1, 2 and 3"),
     ({}, 0, False, "ZERO=0: DeepSpeed's stages are 1, 2 and 3"),
-    ({}, None, True, "OFFLOAD=1 needs ZERO=2 or ZERO=3"),
+    ({}, None, True, "OFFLOAD=1 needs ZERO=2, ZERO=3 or FSDP=2"),
     ({}, 1, True, "OFFLOAD=1 needs ZERO=2 or ZERO=3"),
     ({"deepspeed": "own.json"}, 2, False, "key 'deepspeed' says how to shard already"),
     ({"fsdp_version": 2, "fsdp_config": {"offload_params": False}}, 2, False, "key 'fsdp_config' says how to shard"),
@@ -116,6 +116,37 @@ SHARD_REFUSED = [
 def test_sharding_that_cannot_work_is_refused(changes, zero, offload, expected):
     with pytest.raises(UserError, match=expected):
         several.shard(PATH, RECIPE | changes, zero, offload)
+
+
+@pytest.mark.parametrize(
+    "changes, zero, fsdp, processes, expected",
+    [
+        ({}, 2, 2, 2, "ZERO=2 FSDP=2: each shards the run by itself; leave one out"),
+        ({}, None, 1, 2, "FSDP=1: only FSDP2 is offered; use FSDP=2"),
+        ({}, None, 2, 1, "FSDP=2 shares a model among several GPUs; set GPUS=2 or more"),
+        ({"deepspeed": "own.json"}, None, 2, 2, "key 'deepspeed' says how to shard already; .* leave FSDP=2 out"),
+    ],
+)
+def test_fsdp_that_cannot_work_is_refused(changes, zero, fsdp, processes, expected):
+    with pytest.raises(UserError, match=expected):
+        several.shard(PATH, RECIPE | changes, zero, False, fsdp, processes)
+
+
+@pytest.mark.parametrize("name", ["sentiment_bf16_r8_dora", "sentiment_r8_dora", "sentiment_4bit_r4_lora"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_fsdp_keys_are_axolotls(name, offload):
+    """Its strict schema takes them, and its own validators the recipe with them."""
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+
+    from fastdora.keys import check_keys, input_schema
+
+    path = recipes.RECIPES / f"{name}.yaml"
+    recipe = several.shard(path, recipes.load(path), None, offload, 2, 2)
+    check_keys(recipe, str(path), input_schema(tuple(recipe["plugins"])))
+    found = validate_config(DictDefault(recipe))
+    assert found.fsdp_version == 2 and found.fsdp_config.offload_params == offload
+    assert found.fsdp_config.cpu_ram_efficient_loading == ("bf16" in name)
 
 
 @pytest.mark.parametrize("zero, offload", [(1, False), (2, False), (3, False), (2, True), (3, True)])

@@ -66,21 +66,31 @@ def shorter_packs(whole: dict[str, Any], shared: dict[str, Any]) -> Iterator[Non
         ) from error
 
 
-def shard(path: Path, recipe: dict[str, Any], zero: int | None, offload: bool) -> dict[str, Any]:
-    """The recipe with DeepSpeed's ZeRO stage, parameters kept in memory with `offload`. UserError for what cannot work.
+def shard(
+    path: Path, recipe: dict[str, Any], zero: int | None, offload: bool, fsdp: int | None = None, processes: int = 2
+) -> dict[str, Any]:
+    """The recipe with DeepSpeed's ZeRO stage or FSDP2, `offload` to the CPU's memory. UserError for what cannot work.
 
     Stage 3 releases frozen weights after each forward, which checkpointing that is not re-entrant cannot recompute
     (fastdora/zero3.py), so it becomes re-entrant: the same gradients, another order of freeing.
     """
-    if zero is None:
+    if zero is None and fsdp is None:
         if offload:
-            raise UserError("OFFLOAD=1 needs ZERO=2 or ZERO=3: without DeepSpeed nothing moves to the CPU's memory")
+            raise UserError("OFFLOAD=1 needs ZERO=2, ZERO=3 or FSDP=2: nothing else moves to the CPU's memory")
         return recipe
-    if zero not in STAGES:
+    if zero is not None and fsdp is not None:
+        raise UserError(f"ZERO={zero} FSDP={fsdp}: each shards the run by itself; leave one out")
+    if zero is not None and zero not in STAGES:
         raise UserError(f"ZERO={zero}: DeepSpeed's stages are 1, 2 and 3; use one of them")
-    if recipe.get("deepspeed") or recipe.get("fsdp_config") or recipe.get("fsdp"):
-        key = "deepspeed" if recipe.get("deepspeed") else "fsdp_config" if recipe.get("fsdp_config") else "fsdp"
-        raise UserError(f"{path}: key '{key}' says how to shard already; remove it or leave ZERO={zero} out")
+    if fsdp is not None and fsdp != 2:
+        raise UserError(f"FSDP={fsdp}: only FSDP2 is offered; use FSDP=2")
+    asked = f"ZERO={zero}" if zero is not None else f"FSDP={fsdp}"
+    if key := next((key for key in ("deepspeed", "fsdp_config", "fsdp") if recipe.get(key)), None):
+        raise UserError(f"{path}: key '{key}' says how to shard already; remove it or leave {asked} out")
+    if fsdp is not None:
+        if processes == 1:
+            raise UserError("FSDP=2 shares a model among several GPUs; set GPUS=2 or more, or leave FSDP out")
+        return recipe | {"fsdp_version": fsdp, "fsdp_config": fsdp2_keys(recipe, offload)}
     if offload and zero == 1:
         raise UserError("OFFLOAD=1 needs ZERO=2 or ZERO=3: ZERO=1 has no configuration with offload here")
     name = f"zero{zero}{'_offload' if offload else ''}.json"
@@ -90,6 +100,17 @@ def shard(path: Path, recipe: dict[str, Any], zero: int | None, offload: bool) -
             "use_reentrant": True
         }
     return recipe | changed
+
+
+def fsdp2_keys(recipe: dict[str, Any], offload: bool) -> dict[str, Any]:
+    """Axolotl's `fsdp_config:` for a recipe; fastdora/fsdp2.py says what others would do."""
+    return {
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",  # the model names its decoder layers
+        "state_dict_type": "SHARDED_STATE_DICT",
+        "reshard_after_forward": True,
+        "cpu_ram_efficient_loading": not (recipe.get("load_in_8bit") or recipe.get("load_in_4bit")),
+        "offload_params": offload,
+    }
 
 
 def for_ray(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,7 @@ def train(
     master: str | None = None,
     zero: int | None = None,
     offload: bool = False,
+    fsdp: int | None = None,
     ray: bool = False,
     tracker: str | None = None,
 ) -> dict[str, Any] | None:
@@ -63,9 +64,9 @@ def train(
 
     small: on the tiny base model (TINY=1). force: set a finished or foreign run aside first. args: for axolotl.
     gpus: processes on this node; nodes, rank, master: of how many this is which, and HOST:PORT of the first. zero:
-    DeepSpeed's stage, with optimizer (and in stage 3 weights) in the CPU's memory where offload says so. ray: on a Ray
-    cluster, gpus x nodes workers. tracker: as in tools/track.py. The nodes after the first return None: the first
-    one checks the adapter and writes run.json.
+    DeepSpeed's stage, with optimizer (and in stage 3 weights) in the CPU's memory where offload says so. fsdp: 2 for
+    torch's FSDP2. ray: on a Ray cluster, gpus x nodes workers. tracker: as in tools/track.py. The nodes after the first
+    return None: the first one checks the adapter and writes run.json.
     """
     args = args or []
     for key in (arg.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_") for arg in args):
@@ -75,7 +76,7 @@ def train(
     check_places(path, recipe)
     whole = for_tiny(recipe) if small else recipe
     run_recipe, say = several.spread(path, whole, gpus, nodes)
-    run_recipe = several.shard(path, run_recipe, zero, offload)
+    run_recipe = several.shard(path, run_recipe, zero, offload, fsdp, gpus * nodes)
     launch, launcher_args = several.launcher(gpus, nodes, rank, master, ray)
     if ray:
         run_recipe = several.for_ray(run_recipe)
@@ -129,6 +130,7 @@ def train(
             "device": device_name(),
             "processes": gpus * nodes,
             "zero": several.stage(run_recipe),
+            "fsdp": run_recipe.get("fsdp_version"),
         }
         with replacing(out / "run.json") as file:
             json.dump(record, file, indent=1)
@@ -432,7 +434,8 @@ def main() -> None:
     parser.add_argument("--node-rank", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument("--master", help="HOST or HOST:PORT of machine 0")
     parser.add_argument("--zero", type=int, help="DeepSpeed's ZeRO stage: 1, 2 or 3")
-    parser.add_argument("--offload", action="store_true", help="with --zero 2 or 3: use the CPU's memory too")
+    parser.add_argument("--offload", action="store_true", help="with --zero 2, 3 or --fsdp 2: use the CPU's memory too")
+    parser.add_argument("--fsdp", type=int, help="2: share the model out with torch's FSDP2")
     parser.add_argument("--ray", action="store_true", help="on a Ray cluster: --gpus times --nodes workers")
     parser.add_argument("--track", help="log to wandb or mlflow besides TensorBoard, or to none")
     parser.epilog = "What follows -- goes to axolotl: -- --learning-rate 0.0002"
@@ -449,6 +452,7 @@ def main() -> None:
         master=given.master,
         zero=given.zero,
         offload=given.offload,
+        fsdp=given.fsdp,
         ray=given.ray,
         tracker=given.track,
     )
