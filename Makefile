@@ -5,7 +5,7 @@ BIN := $(if $(VENV),$(VENV)/bin,$(if $(ACTIVE),$(patsubst %/,%,$(dir $(ACTIVE)))
 READY := $(if $(filter .venv/bin,$(BIN)),.venv/.ready-$(TORCH))
 PY := PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" AXOLOTL_DO_NOT_TRACK=$${AXOLOTL_DO_NOT_TRACK:-1} $(BIN)/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train eval report compare plan recipes check data audit vllm lint constraints
+.PHONY: help setup demo test train eval report compare plan recipes check data audit pictures vllm lint constraints
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
@@ -54,6 +54,9 @@ data: $(READY) ## fetch and prepare TASK= (all without); FILE=<your rows> TASK=c
 
 audit: $(READY) ## what is in the fetched files: labels, duplicates, leaks, lengths; TASK= for one
 	@$(PY) -m data.audit $(TASK) $(ARGS)
+
+pictures: $(READY) ## draw docs/speed.svg and docs/scores.svg from the recorded results
+	@$(PY) -m tools.pictures
 
 setup: $(READY) ## make .venv (TORCH=2.11.0, 2.12.1 or 2.13.0); every target does it by itself
 	@$(PY) -c "import torch, axolotl; print('ready: torch', torch.__version__, 'in $(BIN)')"

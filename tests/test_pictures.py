@@ -1,0 +1,117 @@
+"""The README's pictures are what the recorded results give, and nothing in them is cut off."""
+
+import copy
+import json
+import shutil
+import subprocess
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tools import pictures
+from tools.cli import UserError
+
+RECORD = json.loads(pictures.SPEED.read_text(encoding="utf-8"))
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def test_the_committed_pictures_are_what_the_results_give():
+    drawn = pictures.draw()
+    assert pictures.FOLDER / "speed.svg" in drawn
+    for path, text in drawn.items():
+        assert path.is_file() and path.read_text(encoding="utf-8") == text, f"{path}: run `make pictures`"
+    assert drawn == pictures.draw()
+
+
+def check(picture: str) -> list[str]:
+    """Well-formed, and every letter inside the frame if it is as wide as in a wide font; the texts."""
+    root = ElementTree.fromstring(picture)
+    width, height = map(float, root.get("viewBox").split()[2:])
+    texts = []
+    for text in root.iter(f"{SVG}text"):
+        said, size = "".join(text.itertext()), 18 if text.get("class") == "t" else 15
+        size = 13 if text.get("class") == "s" else size
+        wide, x = len(said) * size * 0.56, float(text.get("x"))
+        left = x - wide * {"end": 1, "middle": 0.5}.get(text.get("text-anchor"), 0)
+        assert 0 <= left and left + wide <= width and size <= float(text.get("y")) <= height - 4, said
+        texts.append(said)
+    for bar in root.iter(f"{SVG}rect"):
+        assert 0 <= float(bar.get("x")) + float(bar.get("width")) <= width
+    return texts
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(1, 999), min_size=len(pictures.RUNS), max_size=len(pictures.RUNS)), st.floats(0.5, 9))
+def test_bars_of_any_rates(rates, finlora):
+    record = copy.deepcopy(RECORD)
+    for name, rate in zip(pictures.RUNS, [finlora, *(max(rate, finlora) for rate in rates[1:])], strict=True):
+        record["rows"][name] = {"samples_s": rate}
+    texts = check(pictures.speed(record))
+    assert [text for text in texts if "×" in text][0].startswith(
+        pictures._rate(record["rows"]["8bit_dora"]["samples_s"])
+    )
+    assert texts.count("4-bit LoRA") == 1
+
+
+CELL = st.builds(
+    lambda values, method, seeds: (
+        dict(zip(("low", "mean", "high"), sorted(values), strict=True))
+        | {
+            "label": f"{method}, trained on `[INST]` & <raw>",
+            "method": method,
+            "seeds": list(range(seeds)),
+            "prompt": "raw",
+        }
+    ),
+    st.lists(st.floats(0, 1), min_size=3, max_size=3),
+    st.sampled_from(sorted(pictures.COLOURS)),
+    st.integers(1, 8),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(CELL, min_size=1, max_size=5), st.lists(CELL, max_size=3))
+def test_intervals_of_any_scores(methods, prompts):
+    texts = check(pictures.scores({"questions": {"methods": methods, "prompt": prompts}}))
+    assert f"{100 * methods[0]['mean']:.1f}%" in texts
+    assert sum(text.endswith((" seed", " seeds")) for text in texts) == len(methods) + len(prompts)
+
+
+def test_results_that_are_not_there(tmp_path, monkeypatch):
+    record = copy.deepcopy(RECORD)
+    record["rows"]["4bit_dora"] = {"failed": 1}
+    with pytest.raises(UserError, match="has no 4bit_dora; run python -m bench.train_throughput --runs 4bit_dora"):
+        pictures.speed(record)
+    with pytest.raises(UserError, match="has no scores of methods; run python -m bench.dora_study"):
+        pictures.scores({"questions": {}})
+    monkeypatch.setattr(pictures, "SPEED", tmp_path / "speed.json")
+    monkeypatch.setattr(pictures, "SCORES", tmp_path / "scores.json")
+    assert pictures.draw() == {}
+    (tmp_path / "scores.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match="scores.json: is not a recorded result .*; restore it from git"):
+        pictures.draw()
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on PATH: the pictures were not looked at")
+def test_a_browser_draws_every_letter_inside_the_frame(tmp_path):
+    """By its own fonts, at 400 pixels."""
+    asks = """<script>let out = [];
+    for (const svg of document.querySelectorAll("svg")) { const frame = svg.getBoundingClientRect();
+      for (const text of svg.querySelectorAll("text")) { const box = text.getBoundingClientRect();
+        if (box.left < frame.left || box.right > frame.right || box.bottom > frame.bottom || box.height < 11)
+          out.push(text.textContent); } }
+    document.title = "outside: " + out.join("|");</script>"""
+    drawn = [text.replace(' width="480"', ' width="400"') for text in pictures.draw().values()]
+    (tmp_path / "page.html").write_text(f"<!doctype html><title></title>{''.join(drawn)}{asks}", encoding="utf-8")
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
+    command = ["chromium", *options, (tmp_path / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "<title>outside: </title>" in done.stdout, done.stdout[:300] + done.stderr[-300:]
