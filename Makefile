@@ -5,7 +5,7 @@ BIN := $(if $(VENV),$(VENV)/bin,$(if $(ACTIVE),$(patsubst %/,%,$(dir $(ACTIVE)))
 READY := $(if $(filter .venv/bin,$(BIN)),.venv/.ready-$(TORCH))
 PY := PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" AXOLOTL_DO_NOT_TRACK=$${AXOLOTL_DO_NOT_TRACK:-1} $(BIN)/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train eval report compare plan recipes check data audit pictures vllm lint constraints
+.PHONY: help setup demo test train eval report compare plan merge serve chat publish recipes check data audit pictures vllm lint constraints
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
@@ -39,6 +39,24 @@ report: $(READY) ## results/index.html and results/README.md from all evaluation
 
 compare: $(READY) ## are A= and B= distinguishable? paired, on the same rows
 	@$(PY) -m eval.compare "$(A)" "$(B)" $(ARGS)
+
+plan: $(READY) ## what RECIPE= will take: parameters, memory, time, cost; GPU=a100-80g GPUS=4 PRICE=<a GPU-hour>
+	@$(PY) -m tools.plan "$(RECIPE)" $(if $(GPU),--gpu "$(GPU)") $(if $(GPUS),--gpus "$(GPUS)") $(if $(PRICE),--price "$(PRICE)")
+
+SUBJECT = $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(ADAPTER),--adapter "$(ADAPTER)") $(if $(MODEL),--model "$(MODEL)") \
+  $(if $(BITS),--bits "$(BITS)") $(if $(TINY),--tiny)
+
+merge: $(READY) ## merge RECIPE='s adapter into its base and verify it; INTO=full or dequantised, ADAPTER= MODEL= BITS=, LIMIT=
+	@$(PY) -m tools.merge $(SUBJECT) $(if $(INTO),--into "$(INTO)") $(if $(LIMIT),--limit "$(LIMIT)") $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(FORCE),--force)
+
+serve: $(READY) ## serve the merged model, OpenAI-compatible; PORT= HOST= BACKEND=transformers, ARGS= for vLLM
+	@$(PY) -m tools.serve $(SUBJECT) $(if $(PORT),--port "$(PORT)") $(if $(HOST),--host "$(HOST)") $(if $(BACKEND),--backend "$(BACKEND)") -- $(ARGS)
+
+chat: $(READY) ## talk to RECIPE= in the terminal; KEEP_QUANTISED=1 for small cards
+	@$(PY) -m tools.chat $(SUBJECT) $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(KEEP_QUANTISED),--keep-quantised) $(ARGS)
+
+publish: $(READY) ## write RECIPE='s model card and list what goes to REPO=; PUSH=1 pushes, MERGED=1 the merged model, PRIVATE=1
+	@$(PY) -m tools.publish $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(TINY),--tiny) --repo "$(REPO)" $(if $(MERGED),--merged) $(if $(PRIVATE),--private) $(if $(PUSH),--push)
 
 plan: $(READY) ## what RECIPE= will take: parameters, memory, time, cost; GPU=a100-80g GPUS=4 PRICE=<a GPU-hour>
 	@$(PY) -m tools.plan "$(RECIPE)" $(if $(GPU),--gpu "$(GPU)") $(if $(GPUS),--gpus "$(GPUS)") $(if $(PRICE),--price "$(PRICE)")

@@ -64,3 +64,28 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared/finlora/data is not here: the real FinLoRA rows were not tested")
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tiny_base: Path, tmp_path_factory) -> Path:
+    """outputs/ with a finished run on 16, 8 and 4 bits, on the tiny base (tests/runs.py); do not write there."""
+    from runs import RECIPES, finished_run
+
+    outputs = tmp_path_factory.mktemp("runs") / "outputs"
+    for name in RECIPES.values():
+        finished_run(outputs, name, tiny_base)
+    return outputs
+
+
+@pytest.fixture
+def runs(finished_runs: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A copy of them in a place of its own, which merge, serve, chat and publish take for the repository."""
+    import eval.run
+    from tools import merge, publish, train
+
+    shutil.copytree(finished_runs, tmp_path / "outputs")
+    for module in eval.run, train, merge, publish:
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    for module in train, merge:
+        monkeypatch.setattr(module, "OUTPUTS", tmp_path / "outputs")
+    return tmp_path / "outputs"

@@ -1,0 +1,203 @@
+"""`make merge`: what is written is DoRA's formula, held against the model as trained; no mistake is silent."""
+
+import argparse
+import json
+import resource
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from runs import RECIPES
+from safetensors.torch import load_file, save_file
+from test_eval_run import write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval import models
+from tools import merge
+from tools.cli import UserError
+
+pytestmark = pytest.mark.xdist_group("after")
+TARGETS = ("q_proj", "k_proj", "v_proj")
+
+
+def plan(recipe=None, adapter=None, model=None, bits=None):
+    return merge.subject(recipe, adapter and str(adapter), model and str(model), bits, tiny=False)
+
+
+def weights(folder):
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_the_merged_model_is_what_was_trained(runs, bits, tiny_base, tmp_path, monkeypatch, capsys):
+    """Every tensor of every shard, in float64 from the formula; then the logits that plain PEFT gives."""
+    monkeypatch.setattr(merge, "SHARD", "3MB")
+    monkeypatch.setattr(merge, "RAW", tmp_path / "tests")
+    write_rows(tmp_path / "tests", "fpb", 5)
+    about_run = plan(RECIPES[bits])
+    folder = merge.merge(about_run, limit=3)
+    assert folder == runs / RECIPES[bits] / "merged" and not list(folder.parent.glob(".merged-*"))
+    about = json.loads((folder / "merge.json").read_text())
+    into = "full" if bits == 16 else "dequantised"
+    assert about["into"] == into and about["adapter_sha256"] == about_run["facts"]["sha256"]
+
+    assert len(about["weights"]) > 2 and (folder / "model.safetensors.index.json").is_file()
+    found, base = weights(folder), models.load_base(str(tiny_base), bits)
+    adapter = load_file(runs / RECIPES[bits] / "adapter_model.safetensors")
+    config = json.loads((runs / RECIPES[bits] / "adapter_config.json").read_text())
+    assert set(found) == set(base.state_dict())
+    for name, tensor in base.state_dict().items():
+        expected, of = tensor.double(), f"base_model.model.{name.removesuffix('.weight')}"
+        if name.split(".")[-2] in TARGETS:
+            a, b = (adapter[f"{of}.lora_{part}.weight"].double() for part in "AB")
+            expected = expected + config["lora_alpha"] / config["r"] * b @ a
+            if config["use_dora"]:
+                m = adapter[f"{of}.lora_magnitude_vector"].double()
+                expected = m[:, None] * expected / expected.norm(dim=1, keepdim=True)
+        assert found[name].dtype == torch.bfloat16
+        assert torch.allclose(found[name].double(), expected, rtol=2**-8, atol=1e-7), name
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and "quantization_config" not in config
+    ours, saved = (AutoTokenizer.from_pretrained(path) for path in (folder, runs / RECIPES[bits]))
+    assert ours.chat_template == saved.chat_template and ours.eos_token == "<|eot_id|>"
+    ids = torch.arange(3, 45).reshape(2, 21)
+    with torch.inference_mode():
+        served = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+        trained = PeftModel.from_pretrained(base, runs / RECIPES[bits]).eval()(ids).logits
+    assert (served - trained).abs().mean() < merge.TOLERANCE * trained.std(-1).mean()
+    assert about["verified"]["mean"] < merge.TOLERANCE * about["verified"]["spread"]
+
+    if bits != 16:
+        full, dequantised = about["from_trained"]["full"], about["from_trained"]["dequantised"]
+        # int8 rounds by about as much as the bfloat16 that both are saved in, NF4 by a lot more.
+        assert dequantised["mean"] * {8: 1.5, 4: 8}[bits] < full["mean"]
+        assert full["asked"] == dequantised["asked"] == 3 and set(full["score"]) == set(about["trained_score"]) == {
+            "fpb"
+        }
+        said = capsys.readouterr().out
+        assert "taking    dequantised, the closer" in said and said.count("answers the same; score fpb ") == 2
+
+
+def test_what_it_merges_into_can_be_chosen_and_is_kept(runs, capsys):
+    base = plan(RECIPES[8])
+    merge.merge(base, into="full", limit=0)
+    first = json.loads((base["merged"] / "merge.json").read_text())
+    assert first["into"] == "full" and list(first["from_trained"]) == ["full"]
+    merge.merge(base, into="full", limit=0)
+    assert "is already merged from this adapter; FORCE=1 merges again" in capsys.readouterr().out
+    left = base["folder"] / ".merged-killed"
+    left.mkdir()
+    merge.merge(base, limit=0)
+    second = json.loads((base["merged"] / "merge.json").read_text())
+    assert second["into"] == "dequantised" and second["weights"] != first["weights"] and not left.exists()
+    assert merge.need_merged(base) == base["merged"]
+
+
+def test_an_adapter_alone_names_its_base(runs, tiny_base, monkeypatch):
+    found = plan(adapter=runs / RECIPES[16])
+    assert found["model"] == str(tiny_base) and found["bits"] == 16 and found["name"] == RECIPES[16]
+    config = runs / RECIPES[16] / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    with pytest.raises(UserError, match="does not say which base it was trained on; name it with MODEL="):
+        plan(adapter=runs / RECIPES[16])
+
+
+def other_base(tiny_base, folder):
+    shutil.copytree(tiny_base, folder)
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 2}))
+    return folder
+
+
+def cut(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def change(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path)
+
+
+BAD = {
+    "not trained": (
+        lambda f: (f / "run.json").unlink(),
+        "is not trained; run `make train RECIPE=sentiment_bf16_r8_dora`",
+    ),
+    "truncated": (cut, "adapter_model.safetensors: cannot be read .*; fetch or train the adapter again"),
+    "another adapter": (
+        change,
+        "the adapter is not the one that run.json tells of; run `make train RECIPE=.* FORCE=1`",
+    ),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_an_adapter_that_is_not_whole_is_one_line(case, runs):
+    spoil, expected = BAD[case]
+    spoil(runs / RECIPES[16])
+    with pytest.raises(UserError, match=expected) as error:
+        plan(RECIPES[16])
+    assert "\n" not in str(error.value) and not (runs / RECIPES[16] / "merged").exists()
+
+
+def test_mistakes_are_one_line_and_leave_nothing(runs, tiny_base, tmp_path, monkeypatch):
+    def fails(expected, what, **options):
+        with pytest.raises(UserError, match=expected) as error:
+            merge.merge(what, limit=0, **options)
+        assert "\n" not in str(error.value) and not list(what["folder"].glob("*merged*"))
+
+    for given in ({}, {"recipe": RECIPES[8], "adapter": "x"}, {"recipe": RECIPES[8], "model": "x"}):
+        with pytest.raises(UserError, match="give RECIPE=<trained recipe>, or ADAPTER=<folder or hub id> and MODEL="):
+            plan(**given)
+    other = other_base(tiny_base, tmp_path / "other")
+    fails("layers.[23].* is no layer of .*other; it was trained on", plan(adapter=runs / RECIPES[8], model=other))
+    fails("INTO=dequantised: .* was trained on 16 bits", plan(RECIPES[16]), into="dequantised")
+
+    monkeypatch.setattr(merge, "gpus", lambda: [("NVIDIA T4", 15.0, 0.001)])  # no GPU is here
+    fails("GiB of GPU memory and NVIDIA T4 has 0 free; free it, or merge on the CPU", plan(RECIPES[16]))
+    monkeypatch.setattr(merge, "gpus", lambda: [])
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))  # no file above a MiB: the write itself fails
+    try:
+        fails("merged: cannot be written .*; free some space", plan(RECIPES[16]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    full = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr(merge.shutil, "disk_usage", lambda path: full)
+        fails("the merged model takes 0.0 GiB and 0.0 are free", plan(RECIPES[16]))
+
+    def without_magnitudes(model, adapter):
+        adapted = PeftModel.from_pretrained(model, adapter)
+        for name, tensor in adapted.named_parameters():
+            if "magnitude" in name:
+                tensor.data.fill_(1)
+        return adapted.merge_and_unload()
+
+    monkeypatch.setattr(models, "attach", without_magnitudes)
+    fails("merged, its logits are .* from those of base and adapter; nothing was written", plan(RECIPES[16]))
+
+
+def test_files_of_somebody_else_are_kept(runs):
+    found = plan(RECIPES[16])
+    found["merged"].mkdir()
+    (found["merged"] / "mine").touch()
+    with pytest.raises(UserError, match="holds files that `make merge` did not write; FORCE=1 replaces them"):
+        merge.merge(found, limit=0)
+    assert (found["merged"] / "mine").exists()
+    with pytest.raises(UserError, match="merged: is not there; run `make merge RECIPE=sentiment_bf16_r8_dora`"):
+        merge.need_merged(found)
+    (found["merged"] / "merge.json").write_text('{"adapter_sha256": "0"}')
+    with pytest.raises(UserError, match="merged: holds another adapter's model; run `make merge RECIPE="):
+        merge.need_merged(found)
+
+
+def test_the_subject_of_every_command_is_given_alike():
+    parser = argparse.ArgumentParser()
+    merge.add_subject(parser)
+    assert set(vars(parser.parse_args([]))) == {"recipe", "adapter", "model", "bits", "tiny"}

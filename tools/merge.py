@@ -1,0 +1,410 @@
+"""Merge a trained adapter into its base: 16-bit safetensors with tokenizer and chat template (`make merge`).
+
+python -m tools.merge --recipe sentiment_r8_dora [--tiny] [--into full] [--limit 100] [--force]
+python -m tools.merge --adapter <folder or hub id> [--model <base>] [--bits 8]
+
+Loading, holding the adapter against the base and folding DoRA are evaluation's (eval/models.py), so what is merged is
+what `make eval` scores. axolotl's merge-lora folds with PEFT's layers too, but cannot merge into 8-bit weights as they
+were trained on, rounds embeddings and head to 4 bits with the rest, writes in place and compares nothing.
+
+An adapter of 8 or 4 bits learned to correct rounded weights. It can be merged into the base as published ("full") or
+into the weights that it saw ("dequantised"): both are held against the model as trained, the closer one is taken.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval.models import adapter_facts, check_fits, load_config, resolve_adapter, template_sha256
+from eval.run import of_recipe, shown, slug
+from eval.testsets import RAW, SAMPLE, all_sets
+from tools.checks import GIB, gpus, read_json, sha256
+from tools.cli import ROOT, UserError, run
+from tools.train import OUTPUTS, fetch_base, folder_lock, git_state, versions
+
+SHARD = "5GB"
+DIALOGUES, POSITIONS = 16, 8  # whose logits are compared: so many rows, so many of each one's last tokens
+TOLERANCE = 0.03  # of the logits' spread; rounding weights to bfloat16 moves them by less
+SAMPLE_ROWS = SAMPLE / "test" / "fpb_test.jsonl"
+
+
+def subject(recipe: str | None, adapter: str | None, model: str | None, bits: int | None, tiny: bool) -> dict[str, Any]:
+    """A trained adapter by its recipe, or by its folder or hub id: base, bits, facts, and where its merged model lies.
+
+    Raises UserError where it is not trained, not whole, or not the one that run.json tells of. Loads no weights.
+    """
+    if bool(recipe) == bool(adapter) or (recipe and model):
+        raise UserError("give RECIPE=<trained recipe>, or ADAPTER=<folder or hub id> and MODEL=<its base>")
+    given = f"RECIPE={recipe}{' TINY=1' if tiny else ''}" if recipe else f"ADAPTER={adapter}"
+    given += f" MODEL={model}" if model else ""
+    plan: dict[str, Any] = {"given": given, "recipe": None, "record": None, "run": {}, "tiny": False, "sets": []}
+    if recipe:
+        found = of_recipe(recipe, tiny)
+        plan |= {key: found[key] for key in ("recipe", "model", "adapter", "bits", "tiny")}
+        plan |= {
+            "name": found["recipe"],
+            "sets": found["default_sets"],
+            "record": read_json(found["adapter"] / "run.json"),
+        }
+        plan["run"] = yaml.safe_load((found["adapter"] / "recipe.yaml").read_text(encoding="utf-8"))
+        plan["folder"] = found["adapter"]
+    else:
+        folder = resolve_adapter(adapter)
+        plan |= {"name": slug(adapter), "adapter": folder, "folder": OUTPUTS / slug(adapter), "bits": bits or 16}
+    plan["facts"] = adapter_facts(plan["adapter"])
+    if adapter:
+        plan["model"] = model or plan["facts"]["base"]
+    elif plan["facts"]["sha256"] != plan["record"]["adapter"]["sha256"]:
+        again = f"make train {given} FORCE=1"
+        raise UserError(
+            f"{shown(str(plan['adapter']))}: the adapter is not the one that run.json tells of; run `{again}`"
+        )
+    if not plan["model"]:
+        raise UserError(f"{adapter}: does not say which base it was trained on; name it with MODEL=")
+    plan["merged"] = plan["folder"] / "merged"
+    return plan
+
+
+def merged_folder(plan: dict[str, Any]) -> Path | None:
+    """The folder with the merged model of this very adapter; None where it is not merged, or another one is."""
+    about = read_json(plan["merged"] / "merge.json")
+    return plan["merged"] if about and about["adapter_sha256"] == plan["facts"]["sha256"] else None
+
+
+def need_merged(plan: dict[str, Any]) -> Path:
+    """The same, or UserError that says what to run."""
+    if folder := merged_folder(plan):
+        return folder
+    state = "holds another adapter's model" if (plan["merged"] / "merge.json").is_file() else "is not there"
+    raise UserError(f"{shown(str(plan['merged']))}: {state}; run `make merge {plan['given']}`")
+
+
+def merge(
+    plan: dict[str, Any], into: str | None = None, limit: int = 100, prompt: str = "saved", force: bool = False
+) -> Path:
+    """Merge, hold the saved model against base and adapter, and return its folder; merge.json there says it all.
+
+    into: "full" or "dequantised"; without it the one closer to the model as trained. limit: rows of each test set that
+    is at hand that both are asked, 0 for none. Nothing is left behind where it fails: the folder is written beside
+    and renamed. Raises UserError.
+    """
+    if into == "dequantised" and plan["bits"] == 16:
+        raise UserError(f"INTO=dequantised: {plan['name']} was trained on 16 bits; there is nothing to dequantise")
+    out = plan["merged"]
+    with folder_lock(plan["folder"]):
+        before = read_json(out / "merge.json")
+        if merged_folder(plan) and into in (before["asked_for"], before["into"]) and not force:
+            print(f"{shown(str(out))} is already merged from this adapter; FORCE=1 merges again")
+            return out
+        if out.exists() and before is None and not force:
+            raise UserError(f"{shown(str(out))}: holds files that `make merge` did not write; FORCE=1 replaces them")
+        for left in plan["folder"].glob(".merged-*"):  # of a run that was killed
+            shutil.rmtree(left)
+        fetch_model(plan)
+        check_fits(plan["adapter"], plan["model"])
+        check_room(plan)
+        with tempfile.TemporaryDirectory(dir=plan["folder"], prefix=".merged-") as beside:
+            whole = Path(beside) / "merged"
+            about = write(plan, into, limit, prompt, whole)
+            whole.chmod(0o755)
+            if out.exists():
+                out.rename(Path(beside) / "before")
+            whole.rename(out)
+    weights = list(out.glob("*.safetensors"))
+    print(
+        f"verified  logits of the saved model: {off(about['verified'])} from base and adapter\n"
+        f"merged    {shown(str(out))} ({sum(path.stat().st_size for path in weights) / 1e9:.2f} GB in {len(weights)} "
+        f"file{'s' * (len(weights) > 1)})"
+    )
+    return out
+
+
+def fetch_model(plan: dict[str, Any]) -> None:
+    """Bring the base into the cache, as safetensors and text, and leave the hub alone from there on."""
+    fetch_base(Path(plan["name"]), {"base_model": plan["model"]})
+    without_the_hub()
+
+
+def without_the_hub() -> None:
+    """Before bitsandbytes is imported: it would fetch compiled kernels, or wait for a network that is not there."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True
+    # It warns of its cast to float16 in each layer of each step.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def write(plan: dict[str, Any], into: str | None, limit: int, prompt: str, folder: Path) -> dict[str, Any]:
+    """Choose what to merge into, write the merged model into `folder`, verify it; return what merge.json holds."""
+    from eval import models
+
+    tokenizer = models.load_tokenizer(plan["model"], plan["adapter"], prompt)
+    rows = dialogues(plan, tokenizer)
+    choices = ["full"] if plan["bits"] == 16 else [into] if into else ["full", "dequantised"]
+    print(
+        f"merging   {plan['name']}: {plan['facts']['method']}, r {plan['facts']['r']}, trained on {plan['bits']} bits"
+    )
+    trained = None
+    if plan["bits"] != 16:
+        trained = ask(as_trained(plan), tokenizer, rows, plan, limit)
+        free()
+    merged, found = None, {}
+    for choice in choices:
+        merged = None  # before the next one is loaded
+        free()
+        merged, expected = fold(plan, choice, rows)
+        if trained:
+            found[choice] = compare(ask(merged, tokenizer, rows, plan, limit), trained)
+            print(f"{choice:<12}{said(found[choice])}", flush=True)
+    chosen = min(found, key=lambda choice: found[choice]["mean"], default="full")
+    if chosen != choices[-1]:
+        merged = None
+        free()
+        merged, expected = fold(plan, chosen, rows)
+    if len(choices) > 1:
+        print(f"taking    {chosen}, the closer to the model as trained; INTO= takes the other")
+    try:
+        save(merged, tokenizer, folder)
+        merged = None
+        free()
+        verified = distance(logits(models.load_base(str(folder), 16), rows), expected)
+        if not verified["mean"] <= TOLERANCE * verified["spread"]:
+            raise UserError(
+                f"{plan['adapter']}: merged, its logits are {off(verified)} from those of base and adapter; nothing "
+                "was written, please report this"
+            )
+        about = {
+            "adapter": shown(str(plan["adapter"])),
+            "adapter_sha256": plan["facts"]["sha256"],
+            "base": shown(plan["model"]),
+            **{key: plan["facts"][key] for key in ("method", "r", "alpha")},
+            "trained_bits": plan["bits"],
+            "into": chosen,
+            "asked_for": into,
+            "dialogues": len(rows),
+            "from_trained": found,
+            "trained_score": trained["score"] if trained else {},
+            "verified": verified,
+            "template_sha256": template_sha256(tokenizer),
+            "weights": {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+            "versions": versions(),
+            "git": git_state(),
+        }
+        (folder / "merge.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    except Exception as error:
+        if not is_disk(error):
+            raise
+        raise UserError(
+            f"{shown(str(plan['merged']))}: cannot be written ({' '.join(str(error).split())[:120]}); free some space"
+        ) from error
+    return about
+
+
+def check_room(plan: dict[str, Any]) -> None:
+    """UserError where the merged model does not fit on the disk, or the base in 16 bits (32 on a CPU) in memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(load_config(plan["model"]))
+    size = 2 * sum(tensor.numel() for tensor in skeleton.parameters()) / GIB
+    free = shutil.disk_usage(plan["folder"]).free / GIB
+    if free < size * 1.05:
+        raise UserError(f"{plan['folder']}: the merged model takes {size:.1f} GiB and {free:.1f} are free; free some")
+    if found := gpus():
+        name, _, free = found[0]
+        if free < size * 1.15:
+            raise UserError(
+                f"merging takes {size * 1.15:.0f} GiB of GPU memory and {name} has {free:.0f} free; free it, or merge "
+                "on the CPU: CUDA_VISIBLE_DEVICES= make merge ..."
+            )
+        return
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+    if free < size * 2.15:
+        raise UserError(f"merging takes {size * 2.15:.0f} GiB of memory and {free:.0f} are free; take a larger machine")
+
+
+def dialogues(plan: dict[str, Any], tokenizer) -> list[list[int]]:
+    """Tokens of the shortest of the recipe's own validation rows, or of the sample's where those are not at hand."""
+    own = [ROOT / entry["path"] for entry in plan["run"].get("test_datasets") or []]
+    path = next((path for path in own if path.is_file() and path.stat().st_size), SAMPLE_ROWS)
+    turns = []
+    with path.open(encoding="utf-8") as lines:
+        for line, _ in zip(lines, range(16 * DIALOGUES), strict=False):
+            row = json.loads(line)
+            turns.append(
+                row.get("messages")
+                or [{"role": "user", "content": row["context"]}, {"role": "assistant", "content": str(row["target"])}]
+            )
+    tokens = [tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"] for messages in turns]
+    return sorted(tokens, key=len)[:DIALOGUES]
+
+
+def as_trained(plan: dict[str, Any]):
+    """The quantised base with the adapter unmerged, its products those of training: fastdora's, or PEFT's own."""
+    import fastdora
+    from eval import models
+
+    model = models.attach(models.load_base(plan["model"], plan["bits"], keep_quantised=True), plan["adapter"])
+    if plan["run"].get("fastdora_layers", "peft") == "fast":
+        fastdora.accelerate(model, fp8=bool(plan["run"].get("fastdora_fp8")))
+    return model
+
+
+def fold(plan: dict[str, Any], into: str, rows: list[list[int]]):
+    """The base with the adapter merged, its weights rounded to bfloat16, and the logits before: base and adapter."""
+    import torch
+    from peft import PeftModel
+
+    from eval import models
+
+    base = models.load_base(plan["model"], 16 if into == "full" else plan["bits"])
+    unmerged = PeftModel.from_pretrained(base, plan["adapter"]).eval()
+    expected = logits(unmerged, rows)
+    merged = models.attach(unmerged.unload(), plan["adapter"])
+    for tensor in merged.parameters():  # not .to(): buffers (rotary frequencies) stay float32
+        tensor.data = tensor.data.to(torch.bfloat16).to(tensor.dtype)
+    return merged, expected
+
+
+def save(merged, tokenizer, folder: Path) -> None:
+    """Weights in bfloat16, in shards; answers end where the chat template's do and are greedy, as in evaluation."""
+    import torch
+    from transformers import GenerationConfig
+
+    for tensor in merged.parameters():
+        tensor.data = tensor.data.to(torch.bfloat16)
+    configured = merged.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    merged.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id
+    )
+    merged.save_pretrained(folder, max_shard_size=SHARD)
+    tokenizer.save_pretrained(folder)
+
+
+def logits(model, rows: list[list[int]]):
+    """Logits (positions, vocabulary) of the last tokens of each row, float32, on the CPU."""
+    import torch
+
+    found = []
+    with torch.inference_mode():
+        for ids in rows:
+            out = model(torch.tensor([ids], device=model.device), logits_to_keep=POSITIONS)
+            found.append(out.logits[0].float().cpu())
+    return torch.cat(found)
+
+
+def ask(model, tokenizer, rows: list[list[int]], plan: dict[str, Any], limit: int) -> dict[str, Any]:
+    """Logits, and what the model answers to the first `limit` rows of each test set that is at hand, with its score."""
+    found: dict[str, Any] = {"logits": logits(model, rows), "answers": {}, "score": {}}
+    folder = (
+        RAW if not plan["tiny"] or any((RAW / all_sets()[name]["file"]).is_file() for name in plan["sets"]) else SAMPLE
+    )
+    sets = [name for name in plan["sets"] if (folder / all_sets()[name]["file"]).is_file()]
+    if not limit or not sets:
+        return found
+    from eval import models
+    from eval.run import answers
+    from eval.scorers import scorings, summary
+
+    lm = models.harness(model, tokenizer)
+    for name in sets:
+        wanted = argparse.Namespace(labels="corrected", limit=limit)
+        _, given = answers(lm, name, {"folder": folder}, wanted, None)
+        found["answers"][name] = [row["answer"] for row in given]
+        if ways := scorings(name, all_sets()[name]):
+            score = next(iter(ways.values()))(found["answers"][name], [row["corrected"] for row in given])
+            found["score"][name] = summary(score)["accuracy"]
+    return found
+
+
+def distance(found, expected) -> dict[str, float]:
+    """How far logits (positions, vocabulary) are from those expected; the spread is the latter's own deviation."""
+    apart = (found - expected).abs()
+    return {
+        "mean": apart.mean().item(),
+        "largest": apart.max().item(),
+        "spread": expected.std(-1).mean().item(),
+        "same_next_token": (found.argmax(-1) == expected.argmax(-1)).double().mean().item(),
+    }
+
+
+def compare(found: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
+    """`distance`, and the share of answers that are the trained model's, and each test set's score."""
+    pairs = [
+        one == other
+        for name in trained["answers"]
+        for one, other in zip(found["answers"][name], trained["answers"][name], strict=True)
+    ]
+    return distance(found["logits"], trained["logits"]) | {
+        "asked": len(pairs),
+        "same_answers": sum(pairs) / len(pairs) if pairs else None,
+        "score": found["score"],
+        "score_difference": {name: found["score"][name] - trained["score"][name] for name in trained["score"]},
+    }
+
+
+def off(found: dict[str, Any]) -> str:
+    return f"{found['mean']:.2g} on average ({found['largest']:.2g} at most, of a spread of {found['spread']:.2g})"
+
+
+def said(found: dict[str, Any]) -> str:
+    text = f"logits {off(found)} from the trained model"
+    if found["asked"]:
+        text += f", {found['same_answers']:.1%} of {found['asked']} answers the same"
+    scores = [
+        f"{name} {found['score'][name]:.1%} ({change:+.1%})" for name, change in found["score_difference"].items()
+    ]
+    return text + (f"; score {', '.join(scores)}" if scores else "")
+
+
+def is_disk(error: Exception) -> bool:
+    """Whether it is the disk's: safetensors wraps the operating system's error in one of its own."""
+    return isinstance(error, OSError) or (type(error).__name__ == "SafetensorError" and "os error" in str(error))
+
+
+def free() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """The options that name a trained adapter, for every command that takes one."""
+    parser.add_argument("--recipe", help="a trained recipe, by its name or FinLoRA's")
+    parser.add_argument("--adapter", help="PEFT adapter: folder or hub id")
+    parser.add_argument("--model", help="its base: hub id or folder (default: the one that the adapter names)")
+    parser.add_argument("--bits", type=int, choices=(16, 8, 4), help="that ADAPTER= was trained on (default 16)")
+    parser.add_argument("--tiny", action="store_true", help="the adapter of a TINY=1 run")
+
+
+def of(given: argparse.Namespace) -> dict[str, Any]:
+    return subject(given.recipe, given.adapter, given.model, given.bits, given.tiny)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_subject(parser)
+    parser.add_argument("--into", choices=("full", "dequantised"), help="what to merge into (default: the closer one)")
+    parser.add_argument("--limit", type=int, default=100, help="rows of each test set to ask both, 0 for none")
+    parser.add_argument("--prompt", default="saved", help="chat template: saved, finlora_inst or raw")
+    parser.add_argument("--force", action="store_true", help="merge again; replace what is there")
+    given = parser.parse_args()
+    plan = of(given)
+    merge(plan, given.into, given.limit, given.prompt, given.force)
+    print(f"next      make serve {plan['given']}, or make chat {plan['given']}")
+
+
+if __name__ == "__main__":
+    run(main)
