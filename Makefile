@@ -58,9 +58,6 @@ chat: $(READY) ## talk to RECIPE= in the terminal; KEEP_QUANTISED=1 for small ca
 publish: $(READY) ## write RECIPE='s model card and list what goes to REPO=; PUSH=1 pushes, MERGED=1 the merged model, PRIVATE=1
 	@$(PY) -m tools.publish $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(TINY),--tiny) --repo "$(REPO)" $(if $(MERGED),--merged) $(if $(PRIVATE),--private) $(if $(PUSH),--push)
 
-plan: $(READY) ## what RECIPE= will take: parameters, memory, time, cost; GPU=a100-80g GPUS=4 PRICE=<a GPU-hour>
-	@$(PY) -m tools.plan "$(RECIPE)" $(if $(GPU),--gpu "$(GPU)") $(if $(GPUS),--gpus "$(GPUS)") $(if $(PRICE),--price "$(PRICE)")
-
 recipes: $(READY) ## list the recipes; TASK= filters
 	@$(PY) -m tools.recipes $(if $(TASK),--task "$(TASK)")
 
