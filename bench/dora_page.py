@@ -41,7 +41,6 @@ def record(study: dict[str, Any], files: list[Path], out: Path) -> None:
     about["devices"] = sorted({row["device"] for row in rows.values()})
     count = len(about["targets"])
     cells = {question: settings_of(study, question, rows, count) for question in study["questions"]}
-    cells["prompt"] = [*_same_prompt(cells.get("methods", []), cells.get("prompt", [])), *cells.get("prompt", [])]
     families = {question: compared(question, cells[question]) for question in cells if question != "grid"}
     for question in cells:
         for cell in cells[question]:
@@ -69,7 +68,7 @@ def settings_of(study: dict[str, Any], question: str, rows: dict[str, Any], coun
             continue
         seeds = range(1, study["questions"][question]["seeds"] + 1)
         runs = {seed: rows[key] for seed in seeds if (key := identity(settings | {"seed": seed})) in rows}
-        for prompt in settings["tests"] if runs else []:
+        for prompt in study["tests"][settings["prompt"]] if runs else []:
             tests = {seed: row["test"][prompt] for seed, row in runs.items()}
             right = np.array([bits(test["right"], count) for test in tests.values()], float)
             low, high = interval(right)
@@ -92,25 +91,6 @@ def settings_of(study: dict[str, Any], question: str, rows: dict[str, Any], coun
                     "right": right,
                 }
             )
-    return found
-
-
-def _same_prompt(methods: list[dict[str, Any]], prompted: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The settings of the methods question that the prompt question is held against, with as many seeds."""
-    wanted = {cell["method"]: set(cell["seeds"]) for cell in prompted}
-    found = []
-    for cell in methods:
-        if cell["method"] in wanted:
-            keep = [i for i, seed in enumerate(cell["seeds"]) if seed in wanted[cell["method"]]]
-            if not keep:
-                continue
-            right = cell["right"][keep]
-            low, high = interval(right)
-            seeds = [cell["seeds"][i] for i in keep]
-            label = _label("prompt", {"method": cell["method"], "prompt": "llama3"}, "llama3")
-            mean = {"mean": round(float(right.mean()), 5), "low": low, "high": high, "right": right}
-            scores = {str(seed): cell["scores"][str(seed)] for seed in seeds}
-            found.append(cell | mean | {"label": label, "seeds": seeds, "scores": scores})
     return found
 
 
@@ -150,11 +130,7 @@ def pairs(question: str, cells: list[dict[str, Any]]) -> list[tuple[dict[str, An
     if question == "prompt":
         found = []
         for method in NAMES:
-            own = {
-                (cell["changes"].get("prompt", "llama3"), cell["prompt"]): cell
-                for cell in cells
-                if cell["method"] == method
-            }
+            own = {(cell["changes"]["prompt"], cell["prompt"]): cell for cell in cells if cell["method"] == method}
             same, mismatch, chat = (
                 own.get(key) for key in (("finlora_inst",) * 2, ("finlora_inst", "raw"), ("llama3",) * 2)
             )
@@ -341,8 +317,8 @@ def _section_grid(cells: list[dict[str, Any]]) -> list[str]:
 
 def _table(cells: list[dict[str, Any]]) -> str:
     lines = [
-        "| | rate | trainable | seeds | accuracy % | interval | FinLoRA's scorer % | s to train |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| | rate | trainable | seeds | accuracy % | interval | FinLoRA's scorer % |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for cell in cells:
         lines.append(
@@ -436,7 +412,7 @@ def _verdict(result: dict[str, Any]) -> str:
         better, worse = (NAMES["dora"], NAMES["lora"]) if pair["difference"] > 0 else (NAMES["lora"], NAMES["dora"])
         lines.append(f"{better} beats {worse} at equal budget ({_said(pair)}).")
     elif pair:
-        lines.append(f"Neither DoRA nor LoRA is to be preferred for its score ({_said(pair)}); LoRA is the faster one.")
+        lines.append(f"Neither DoRA nor LoRA is to be preferred for its score ({_said(pair)}).")
     better = [one for one in families.get("magnitude", []) if one["distinguishable"] and one["difference"] > 0]
     if better:
         best = max(better, key=lambda one: one["difference"])
@@ -510,7 +486,7 @@ def dots_plot(title: str, cells: list[dict[str, Any]]) -> str:
         body.append(f'<text x="{left - 12}" y="{y + 4:.0f}" text-anchor="end">{_escaped(cell["label"])}</text>')
         body.append(_stroke(place(cell["low"]), y, place(cell["high"]), y, colour, 3))
         body += [
-            f'<circle cx="{place(score):.1f}" cy="{y:.1f}" r="2.5" fill="{colour}" fill-opacity="0.35"/>'
+            f'<circle cx="{place(score):.1f}" cy="{y - 7:.1f}" r="2.5" fill="{colour}" fill-opacity="0.6"/>'
             for score in cell["scores"].values()
         ]
         body.append(f'<circle cx="{place(cell["mean"]):.1f}" cy="{y:.1f}" r="4.5" fill="{colour}"/>')

@@ -165,14 +165,14 @@ def optimizer_of(model: nn.Module, settings: dict[str, Any], device: torch.devic
 
 
 def fine_tune(
-    settings: dict[str, Any], training: dict[str, Any], base: Path, kit: Kit, device: torch.device
+    settings: dict[str, Any], study: dict[str, Any], base: Path, kit: Kit, device: torch.device
 ) -> dict[str, Any]:
     """One run: train on the train rows, score on validation and test rows. The row without what identifies it.
 
     validation and test[prompt] have accuracy (strict, of greedy answers), finlora (by FinLoRA's scorer), and `right`,
     test rows' strict correctness as a bit string in hexadecimal, first row first.
     """
-    started = time.monotonic()
+    started, training = time.monotonic(), study["training"]
     model = build(settings, training["targets"], base, device).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(model, settings, device)
@@ -206,7 +206,8 @@ def fine_tune(
         "validation": _scores(model, kit, "validation", settings["prompt"], training["new_tokens"], device)
         | {"loss": _rounded(_loss(model, kit, "validation", settings["prompt"], device))},
         "test": {
-            prompt: _scores(model, kit, "test", prompt, training["new_tokens"], device) for prompt in settings["tests"]
+            prompt: _scores(model, kit, "test", prompt, training["new_tokens"], device)
+            for prompt in study["tests"][settings["prompt"]]
         },
     }
     row["validation"].pop("right")

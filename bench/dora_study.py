@@ -167,8 +167,12 @@ def conduct(study: dict[str, Any], kit: Path, out: Path, seconds: float, workers
                     for settings in itertools.islice(waiting(study, rows, running), len(free)):
                         connection = next(iter(free))
                         del free[connection]
-                        busy[connection] = settings
-                        connection.send(settings)
+                        try:
+                            connection.send(settings)
+                        except OSError:
+                            _say("an idle process had ended")
+                        else:
+                            busy[connection] = settings
                 if not busy:
                     break
                 ready = wait(list(busy), timeout=max(0.0, left))
@@ -240,7 +244,7 @@ def work(connection: Connection, study: dict[str, Any], kit: Path, out: Path, gp
                 connection.send(base_of(study, kit, out, device))
                 continue
             own = own or dora_runs.read_kit(kit)
-            row = dora_runs.fine_tune(asked, study["training"], out / "base", own, device)
+            row = dora_runs.fine_tune(asked, study, out / "base", own, device)
             connection.send({"settings": asked} | row | {"device": dora_runs.device_name(device)})
         except Exception as error:
             traceback.print_exc()
@@ -253,7 +257,7 @@ def base_of(study: dict[str, Any], kit: Path, out: Path, device) -> dict[str, An
     """The base model's figures; it is trained unless out/base is whole. Settings that would not fit it are refused."""
     from bench import dora_runs
 
-    about, asked = out / "about.json", {key: study[key] for key in ("model", "pretraining", "training")}
+    about, asked = out / "about.json", {key: study[key] for key in ("model", "pretraining", "training", "tests")}
     if (out / "base" / "base.json").exists() and about.exists():
         known = json.loads(about.read_text(encoding="utf-8"))
         if known["study"] != asked:
