@@ -1,5 +1,6 @@
 """Shared by the tests: a copy of the house to run commands in, and the real FinLoRA rows where they are at hand."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -74,6 +75,7 @@ def finished_runs(tiny_base: Path, tmp_path_factory) -> Path:
     outputs = tmp_path_factory.mktemp("runs") / "outputs"
     for name in RECIPES.values():
         finished_run(outputs, name, tiny_base)
+    gc.freeze()  # merging collects garbage after each model: over all modules, half a second each time
     return outputs
 
 
