@@ -116,7 +116,8 @@ def test_plans_differ_as_they_must(monkeypatch):
     assert planned(gradient_checkpointing=True)["step"] > 1.3 * one["step"]
     assert planned(gpu="a100-80g")["step"] > 2 * one["step"] > 2 * planned(gpu="b200")["step"]
     assert planned(sequence_len=16384)["step"] > 2.5 * one["step"]
-    assert planned(max_steps=7)["steps"] == 7 and planned(evals_per_epoch=None)["looking"] == 0
+    assert planned(max_steps=7)["steps"] == 7 and planned(test_datasets=[])["looking"] == 0
+    assert planned(evals_per_epoch=None, eval_steps=0.0625)["looking"] == pytest.approx(one["looking"])
     other = planned(fastdora_layers="peft")
     assert "none of them with this recipe's fastdora_layers" in plan.show(other)
     assert planned("general_multi_r8_dora")["rows"].train == pytest.approx(3 * 82200, rel=0.02)

@@ -31,7 +31,8 @@ MEASURED = ROOT / "bench" / "train_throughput.json"
 SAMPLE = 2000  # rows whose tokens are counted
 SPARE = 0.93  # of a card's memory: the driver, the libraries and fragments take the rest
 # Seconds for a second of work at the data sheet's rates (products, attention, traffic), and milliseconds for a layer's
-# launches: what a profile of one step on an H100 showed. The recorded rows move them; FIRM is how much a row must say.
+# launches: about what a profile of one step on an H100 showed. A factor of twice that weighs as much as a recorded run
+# whose time is off by FIRM, so that a few runs cannot pull the factors to where no GPU is.
 EXPECTED, FIRM = np.array([1.33, 3.0, 1.3, 0.3]), 0.1
 
 
@@ -204,7 +205,7 @@ def rows_of(path: Path, recipe: dict[str, Any]) -> Rows:
     train, validation = sum(counts["datasets"]), sum(counts["test_datasets"])
     if not train:
         raise UserError(f"{path}: key 'datasets': its files hold no rows")
-    lines = [line for file in files["datasets"] for line in every(file, -(-train // SAMPLE))]
+    lines = [line for file in files["datasets"] for line in lines_of(file, -(-train // SAMPLE))]
     texts = []
     for number, line in enumerate(lines, 1):
         try:
@@ -233,7 +234,8 @@ def rows_of(path: Path, recipe: dict[str, Any]) -> Rows:
     return Rows(train, validation, tokens, f"{names}; {how}")
 
 
-def every(file: Path, step: int) -> list[bytes]:
+def lines_of(file: Path, step: int) -> list[bytes]:
+    """Each `step`th line, from the first on."""
     with file.open("rb") as lines:
         return [line for number, line in enumerate(lines) if number % step == 0]
 
@@ -241,9 +243,9 @@ def every(file: Path, step: int) -> list[bytes]:
 def rows_of_task(path: Path, files: list[Path]) -> Rows:
     """What data/tasks.yaml says of a task's rows; a mixture as `make data` builds it from its tasks."""
     table = load_tasks()
-    task = next((file.parent.name for file in files if file.parent.name in table), None)
-    if task is None:
-        missing = next((file for file in files if not file.is_file()), "datasets")
+    missing = next(file for file in files if not file.is_file())
+    task = missing.parent.name
+    if missing.parent.parent != ROOT / "data" / "prepared" or task not in table:
         raise UserError(
             f"{path}: key 'datasets': {missing} is missing, and its rows are needed to plan; bring it there"
         )
@@ -267,6 +269,40 @@ def packs(tokens: list[int], length: int) -> int:
     return len(room)
 
 
+def course(
+    recipe: dict[str, Any], shape: dict[str, Any], gpu: dict[str, Any], gpus: int, rows: Rows, factors: np.ndarray
+) -> dict[str, Any]:
+    """Steps, and the seconds of one, of all looks at the validation rows, and of the run; recipe: as `several.spread`.
+
+    Without packing a batch is padded to its longest row; that this makes a third of it padding is a guess.
+    """
+    mean, micro, length = sum(rows.tokens) / len(rows.tokens), recipe["micro_batch_size"], recipe["sequence_len"]
+    if recipe.get("sample_packing"):
+        fill = sum(rows.tokens) / (packs(rows.tokens, length) * length)
+        batches = rows.train * mean / (length * fill) / micro
+    else:
+        fill, batches, length = 2 / 3, rows.train / micro, math.ceil(mean * 1.5)
+    each = recipe["gradient_accumulation_steps"] * gpus
+    steps = recipe["num_epochs"] * math.ceil(math.ceil(batches) / each)
+    steps = min(steps, recipe.get("max_steps") or steps)
+    looks = (recipe.get("evals_per_epoch") or 0) * recipe["num_epochs"]
+    if every := recipe.get("eval_steps"):
+        looks = 1 / every if every < 1 else steps / every
+    looks *= bool(recipe.get("test_datasets"))
+    beside = sum(row * row for row in rows.tokens) / sum(rows.tokens)  # tokens in the row of a token
+    own = recipe | {"sequence_len": length}
+    step = float(work(own, shape, gpu, beside, fill) @ factors)
+    forward = float(work(own, shape, gpu, beside, fill, train=False) @ factors)
+    looking = looks * rows.validation * mean / (length * fill * micro * gpus) * forward
+    return {
+        "steps": steps,
+        "step_tokens": each * micro * length,
+        "step": step,
+        "looking": looking,
+        "seconds": steps * step + looking,
+    }
+
+
 def make_plan(
     path: Path, recipe: dict[str, Any], gpu_name: str | None = None, gpus: int = 1, price: float | None = None
 ) -> dict[str, Any]:
@@ -286,24 +322,7 @@ def make_plan(
     key, gpu = find_gpu(gpu_name)
     shared, say = several.spread(path, recipe, gpus, 1)
     rows = rows_of(path, shared)
-    mean = sum(rows.tokens) / len(rows.tokens)
-    micro, accumulation = shared["micro_batch_size"], shared["gradient_accumulation_steps"]
-    if recipe.get("sample_packing"):
-        fill = sum(rows.tokens) / (packs(rows.tokens, shared["sequence_len"]) * shared["sequence_len"])
-        batches = rows.train * mean / (shared["sequence_len"] * fill) / micro
-        worked = shared
-    else:  # a batch is padded to its longest row; a third of it is a guess
-        fill, batches = 2 / 3, rows.train / micro
-        worked = shared | {"sequence_len": math.ceil(mean / fill)}
-    steps = recipe["num_epochs"] * math.ceil(math.ceil(batches) / (accumulation * gpus))
-    steps = min(steps, recipe.get("max_steps") or steps)
-    length = sum(row * row for row in rows.tokens) / sum(rows.tokens)
     rates = measured_rates()
-    step = float(work(worked, shape, gpu, length, fill) @ rates.factors)
-    slots = worked["sequence_len"] * micro * fill
-    looks = (recipe.get("evals_per_epoch") or 0) * recipe["num_epochs"] if recipe.get("test_datasets") else 0
-    forward = float(work(worked, shape, gpu, length, fill, train=False) @ rates.factors)
-    looking = looks * rows.validation * mean / (slots * gpus) * forward
     counted = parameters(recipe, shape)
     total = sum(own + magnitude for _, own, magnitude in counted.values())
     if total != recipes.trainable_parameters(recipe, shape):
@@ -329,14 +348,10 @@ def make_plan(
         "fits": sum(memory.values()) <= room,
         "change": checks.what_fits(shared, shape, room),
         "rows": rows,
-        "mean": mean,
+        "mean": sum(rows.tokens) / len(rows.tokens),
         "warnings": warnings,
         "samples": rows.train * recipe["num_epochs"],
-        "steps": steps,
-        "step_tokens": accumulation * micro * worked["sequence_len"] * gpus,
-        "step": step,
-        "looking": looking,
-        "seconds": steps * step + looking,
+        **course(shared, shape, gpu, gpus, rows, rates.factors),
         "modelled": is_modelled(recipe),
         "rates": rates,
         "price": price,
@@ -365,7 +380,7 @@ def show(plan: dict[str, Any]) -> str:
         f"  rows     {rows.train:,} to train on, {rows.validation:,} to validate, {plan['mean']:.0f} tokens each",
         f"           ({rows.source})",
         *plan["warnings"],
-        f"  samples  {plan['samples']:,} ({plan['samples'] * plan['mean'] / 1e6:.1f} million tokens)",
+        f"  samples  {plan['samples']:,} ({plan['samples'] * plan['mean'] / 1e6:.3g} million tokens)",
         f"  steps    {plan['steps']:,} of {plan['step_tokens']:,} tokens, {plan['step']:.3g} s each",
         f"  time     {duration(plan['seconds'])}, validation {duration(plan['looking'])} of it; loading not counted",
     ]
