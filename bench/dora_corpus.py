@@ -91,6 +91,7 @@ def write(study: dict[str, Any], data: Path, texts: Path, out: Path) -> dict[str
         "sources": {
             name: {"documents": len(ids), "characters": sum(map(len, found[name])), "tokens": sum(map(len, ids))}
             for name, ids in documents.items()
+            if ids
         }
         | {
             name: {"documents": len(ids), "tokens": sum(map(len, ids)), "times": times[name]}
@@ -232,9 +233,6 @@ def _read(path: Path) -> list[str]:
     if path.name.startswith("data."):  # WordNet: the gloss stands behind a bar, one a line
         glosses = [line.split(" | ")[1].strip() for line in text.splitlines() if " | " in line]
         return [". ".join(glosses[i : i + 8]) for i in range(0, len(glosses), 8)]
-    if path.suffix == ".data":  # one verse a line
-        lines = [line.strip() for line in text.splitlines()]
-        return [" ".join(lines[i : i + 8]) for i in range(0, len(lines), 8)]
     if path.suffix == ".html":
         text = html.unescape(_TAG.sub(" ", _BLOCK.sub("\n\n", text)))
     return [" ".join(part.split()) for part in re.split(r"\n\s*\n|\n%\n", text)]

@@ -6,11 +6,12 @@ same rows; p is eval.stats' paired sign-flip test over rows, Holm-adjusted withi
 distinguishable only when its interval excludes 0 and the adjusted p is below 0.05.
 """
 
+import functools
 import itertools
 import json
 import math
+import textwrap
 from collections.abc import Callable, Iterable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return round(min(float(low), float(values.mean())), 5), round(max(float(high), float(values.mean())), 5)
 
 
-@cache
+@functools.cache
 def _weights(count: int, seed: int) -> np.ndarray:
     """How much each of `count` weighs in each draw, (RESAMPLES, count)."""
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
@@ -253,34 +254,30 @@ def text(result: dict[str, Any]) -> str:
         "# DoRA under equal conditions",
         "<!-- Written by `python -m bench.dora_study --page`; edit bench/dora_page.py. -->",
         f"DoRA, LoRA, rsLoRA and full fine-tuning of one base model on the same rows, prompt, alpha, dropout, batch "
-        f"and epochs: {len(result['runs'])} runs of {about['planned']} planned, on {_joined(about['devices'])}. The "
-        f"record is [bench/dora_study.json](../bench/dora_study.json), with the answer to every test row; "
-        f"[bench/dora_study.yaml](../bench/dora_study.yaml) is what was asked.",
+        f"and epochs: {len(result['runs'])} runs of {about['planned']} planned, on {_joined(about['devices'])}. "
+        "[bench/dora_study.json](../bench/dora_study.json) has every run, with what it got right of the test rows; "
+        "[bench/dora_study.yaml](../bench/dora_study.yaml) is what was asked.",
         "```\npython -m bench.dora_study --corpus KIT --data data/raw --texts TEXTS  # text and split\n"
         "python -m bench.dora_study --kit KIT --out OUT                          # base model and runs\n"
         "python -m bench.dora_study --page OUT/rows.jsonl                        # this page\n```",
         "## What this can say",
-        f"The base is a Llama of {base['parameters'] / 1e6:.1f} million parameters, trained here from scratch on "
-        f"{base['tokens'] / 1e6:.0f} million tokens ({about['kit']['tokens'] / 1e6:.1f} million distinct ones of "
-        f"documentation, dictionaries, prose and train prompts) in {base['seconds']:.0f} seconds, to a loss of "
-        f"{base['loss']:.2f} on text held out. It is far weaker than Llama-3.1-8B, so what is found here need not hold "
-        f"there; what the comparison has is equal conditions and several seeds.",
+        f"The base is a Llama of {base['parameters'] / 1e6:.1f} million parameters, trained from scratch on "
+        f"{base['tokens'] / 1e6:.1f} million tokens (the stream has {about['kit']['tokens'] / 1e6:.1f} million: "
+        f"documentation, dictionaries, prose, and the prompts of the train rows without their answers) in "
+        f"{base['seconds']:.0f} seconds. It is far weaker than Llama-3.1-8B, so what is found here need not hold "
+        "there; what the comparison has is equal conditions and several seeds.",
         f"Rows: {split['train']['rows']:,} to train, {split['validation']['rows']} to choose the learning rate, "
-        f"{part['rows']:,} to test ({part['fpb']} FPB, {part['fiqa']} FiQA, {part['tfns']} TFNS with its "
-        f"swapped labels "
-        f"corrected), near-duplicates on one side. Always answering the most frequent label scores "
-        f"{majority:.1%}. The score is accuracy of greedy answers, where the whole answer must be the label.",
-        f"All runs: alpha {defaults['alpha']}, dropout {defaults['dropout']} (adapters), AdamW without weight "
-        f"decay, cosine "
-        f"with {training['warmup']} warm-up steps, {training['batch']} rows a step, {training['epochs']} "
-        f"epochs, loss on "
-        f"the answer, adapters on {', '.join(training['targets'])}, fastdora's layers. Full fine-tuning trains every "
-        f"weight.",
-        f"Intervals are 95%, over seeds and test rows together. Each question's comparisons are paired on the "
-        f"same seeds "
-        f"and rows and Holm-adjusted within the question. Of {len(every)} comparisons {len(seen)} "
-        f"{'is' if len(seen) == 1 else 'are'} distinguishable; half of the differences' intervals reach less than "
-        f"{100 * half:.1f} points to either side, and a smaller effect could not have been seen.",
+        f"{part['rows']:,} to test ({part['fpb']} FPB, {part['fiqa']} FiQA, {part['tfns']} TFNS, whose swapped labels "
+        f"are corrected), near-duplicates on one side. Always answering the most frequent label scores "
+        f"{majority:.1%}. The score is the accuracy of greedy answers; the whole answer must be the label.",
+        f"All runs: alpha {defaults['alpha']}, dropout {defaults['dropout']} on adapters, AdamW without weight decay, "
+        f"cosine with {training['warmup']} warm-up steps, {training['batch']} rows a step, {training['epochs']} "
+        f"epochs, loss on the answer, adapters on {', '.join(training['targets'])} with fastdora's layers. Full "
+        "fine-tuning trains every weight.",
+        "Intervals are 95%, over seeds and test rows together. A question's comparisons are paired on the same seeds "
+        f"and rows, and Holm-adjusted within the question. Of {len(every)} comparisons {len(seen)} "
+        f"{'is' if len(seen) == 1 else 'are'} distinguishable. The median interval of a difference reaches "
+        f"{100 * half:.1f} points to either side: much smaller effects could not have been seen.",
     ]
     parts += _section_grid(cells.get("grid", []))
     for question, title, note, plot in SECTIONS:
@@ -288,7 +285,15 @@ def text(result: dict[str, Any]) -> str:
             parts += [f"## {title}", note(result), f"![{title}]({plot})", _table(cells[question])]
             parts += [_comparisons(families.get(question, []))]
     parts += ["## What follows for the recipes", _verdict(result)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(_wrapped(part) for part in parts if part) + "\n"
+
+
+def _wrapped(part: str) -> str:
+    """Prose at the width of the other pages; tables, code and headings as they are."""
+    if part[0] in "|#`<!":
+        return part
+    fill = functools.partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(fill(line, subsequent_indent="  " if line.startswith("- ") else "") for line in part.splitlines())
 
 
 def _section_grid(cells: list[dict[str, Any]]) -> list[str]:
@@ -365,41 +370,38 @@ def _found(family: list[dict[str, Any]], nothing: str) -> str:
 
 
 def _methods_note(result: dict[str, Any]) -> str:
-    return "Each method at its best rate of the grid, rank 8. " + _found(
-        result["comparisons"]["methods"], "No pair of methods"
-    )
+    found = _found(result["comparisons"]["methods"], "No pair of methods")
+    return f"Each method at its best rate of the grid, rank 8. {found}"
 
 
 def _magnitude_note(result: dict[str, Any]) -> str:
+    found = _found(result["comparisons"]["magnitude"], "No factor against x 1")
     return (
-        "FinLoRA suspects that its DoRA falls behind because the magnitude shares the low-rank update's "
-        "learning rate. Here "
-        "the magnitude's rate is DoRA's best rate times a factor; x 1 is what the recipes do. "
-        + _found(result["comparisons"]["magnitude"], "No factor against x 1")
+        "FinLoRA suspects that its DoRA falls behind because the magnitude shares the low-rank update's learning rate. "
+        "Here the magnitude's rate is DoRA's best rate times a factor, or it is frozen; x 1 is what the recipes do. "
+        f"{found}"
     )
 
 
 def _ranks_note(result: dict[str, Any]) -> str:
+    found = _found(result["comparisons"]["ranks"], "Neither a method against LoRA at equal rank nor a rank against 8")
     return (
-        "Alpha stays 16, and each method keeps the rate that was best at rank 8, which may favour that rank. "
-        + _found(result["comparisons"]["ranks"], "Neither a method against LoRA at equal rank nor a rank against 8")
+        "Alpha stays 16, and each method keeps the rate that was best at rank 8, which may favour that rank. " + found
     )
 
 
 def _prompt_note(result: dict[str, Any]) -> str:
+    found = _found(result["comparisons"]["prompt"], "No prompt against another")
     return (
-        "The published benchmark trains on `[INST] context [/INST]` and tests on the raw context. Left of "
-        "the arrow is the "
-        "prompt of training, right of it that of testing; the adapter of `[INST]` → `[INST]` and of `[INST]` "
-        "→ raw is the "
-        "same one. " + _found(result["comparisons"]["prompt"], "No prompt against another")
+        "The published benchmark trains on `[INST] context [/INST]` and tests on the raw context. Left of the arrow is "
+        "the prompt of training, right of it that of testing; the adapters trained with `[INST]` are tested with both. "
+        f"{found}"
     )
 
 
 def _bits_note(result: dict[str, Any]) -> str:
-    return "DoRA on the base in 16, 8 (LLM.int8's weights) and 4 bits (NF4). " + _found(
-        result["comparisons"]["bits"], "Neither 8 nor 4 bits against 16"
-    )
+    found = _found(result["comparisons"]["bits"], "Neither 8 nor 4 bits against 16")
+    return f"DoRA on the base in 16, 8 (LLM.int8's weights) and 4 bits (NF4). {found}"
 
 
 def _verdict(result: dict[str, Any]) -> str:

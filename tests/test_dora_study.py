@@ -295,13 +295,14 @@ def test_a_made_effect_is_found_and_no_effect_is_not(recorded):
 def test_the_page_says_what_the_record_says(recorded, tmp_path):
     dora_page.write(recorded, tmp_path / "dora.md")
     page = (tmp_path / "dora.md").read_text(encoding="utf-8")
+    assert max(len(line) for line in page.splitlines() if line[:1] != "|") <= 120
+    page = " ".join(page.split())  # however its lines are broken
     assert "Neither DoRA nor LoRA is to be preferred for its score (DoRA − LoRA: +0.0 points" in page
     assert re.search(r"Distinguishable: x 30 − x 1: -[12]\d\.\d points", page)
     assert "no other factor is distinguishably better" in page
     assert "| DoRA | 0.003 | 1,000 | 8 |" in page
     for _, _, _, plot in dora_page.SECTIONS:
         assert f"({plot})" in page and (tmp_path / plot).read_text(encoding="utf-8").endswith("</svg>\n")
-    assert max(map(len, (line for line in page.splitlines() if line.startswith("<!--")))) < 120
 
 
 def test_a_record_of_few_rows_still_gives_a_page(recorded, rows, tmp_path):
