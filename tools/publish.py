@@ -23,6 +23,7 @@ from tools.cli import ROOT, UserError, replacing, run
 from tools.merge import need_merged, subject
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+DEFECTS = ROOT / "data" / "README.md"
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 FILES = {
     "adapter": ["adapter_config.json", "adapter_model.safetensors", *TOKENIZER],
@@ -233,7 +234,7 @@ def prepared(record: dict[str, Any]) -> dict[str, Any] | None:
 
 def defects(tests: dict[str, Any]) -> list[tuple[str, str]]:
     """(defect, what is done about it) from data/README.md's table: those of all data, and of these test sets."""
-    text = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    text = DEFECTS.read_text(encoding="utf-8")
     ours = {CALLED[name] for name in tests if name in CALLED}
     found = []
     for line in text.splitlines():

@@ -88,22 +88,24 @@ def on_transformers(folder: Path, name: str, host: str, port: int) -> None:
     without_the_hub()
     from transformers.cli.serve import Serve
 
+    dtype, before = "auto" if torch.cuda.is_available() else "float32", Path.cwd()
     with tempfile.TemporaryDirectory() as here:
         # It is asked for by the path that it was given: here the model's name is one.
-        (Path(here) / name).symlink_to(folder)
+        (Path(here) / name).symlink_to(folder.resolve())
         os.chdir(here)
+        server = None
         try:
-            dtype = "auto" if torch.cuda.is_available() else "float32"
             # In a thread: in this one uvicorn would raise Ctrl-C again inside its event loop, and print tracebacks.
             server = Serve(name, host=host, port=port, dtype=dtype, log_level="error", non_blocking=True)
+            while server._thread.is_alive():  # .join(), interrupted, would take the thread for ended
+                time.sleep(0.1)
         except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{shown(str(folder))}: cannot be served ({reason}); merge again with FORCE=1") from error
-        try:
-            while server._thread.is_alive():  # .join(), interrupted, would take the thread for ended
-                time.sleep(0.1)
         finally:
-            server.kill_server()
+            if server:
+                server.kill_server()
+            os.chdir(before)
 
 
 def main() -> None:

@@ -1,0 +1,270 @@
+"""`make publish`: the card says what is known and no more, and only what is listed goes, to a Hub that may refuse."""
+
+import base64
+import json
+import re
+import threading
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import yaml
+from huggingface_hub import constants
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from made import answered, label_rows, subject
+from runs import RECIPES
+
+from eval import results
+from tools import merge, publish
+from tools.cli import UserError
+
+pytestmark = pytest.mark.xdist_group("after")
+TOKEN = "hf_" + "aB3" * 11
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What of the Hub's HTTP API a push takes: create, preupload, git-lfs's batch and upload, validate-yaml, commit."""
+
+    def answer(self, value, code=200):
+        body = json.dumps(value).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def read(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.asked.append((self.path, self.headers.get("Authorization")))
+        return body
+
+    def do_PUT(self):
+        body = self.read()
+        self.server.large[sha256(body).hexdigest()] = body
+        self.answer({})
+
+    def do_POST(self):
+        body, url = self.read(), f"http://127.0.0.1:{self.server.server_port}"
+        code = self.server.fails.get(re.sub(r".*/", "", self.path))
+        if code:
+            return self.answer({"error": self.server.says}, code)
+        if self.path == "/api/repos/create":
+            self.server.created = json.loads(body)
+            self.answer({"url": f"{url}/{self.server.created['organization']}/{self.server.created['name']}"})
+        elif "/preupload/" in self.path:
+            files = json.loads(body)["files"]
+            modes = ["lfs" if file["path"].endswith(".safetensors") else "regular" for file in files]
+            named = [{"path": file["path"], "uploadMode": mode} for file, mode in zip(files, modes, strict=True)]
+            self.answer({"files": [file | {"shouldIgnore": False} for file in named]})
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            action = {"upload": {"href": f"{url}/put"}}
+            self.answer({"transfer": "basic", "objects": [one | {"actions": action} for one in objects]})
+        elif "/commit/" in self.path:
+            self.server.commits.append([json.loads(line) for line in body.splitlines()])
+            self.answer({"commitUrl": f"{url}/commit/1", "commitOid": "1" * 40})
+        else:
+            self.answer({"warnings": [], "errors": []})
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, server.commits, server.large, server.fails, server.says = [], [], {}, {}, "no"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def plan(bits=8):
+    return merge.subject(RECIPES[bits], None, None, None, tiny=False)
+
+
+def pushed(server):
+    """The files of the one commit, by name."""
+    (lines,) = server.commits
+    assert lines[0]["key"] == "header"
+    found = {}
+    for line in lines[1:]:
+        value = line["value"]
+        found[value["path"]] = (
+            server.large[value["oid"]] if line["key"] == "lfsFile" else base64.b64decode(value["content"])
+        )
+    return found
+
+
+def test_a_dry_run_is_the_default_and_asks_nobody(runs, hub, capsys):
+    names = publish.publish(plan(), "someone/Llama-finance")
+    said = capsys.readouterr().out
+    assert not hub.asked and "nothing was pushed; PUSH=1 pushes" in said and TOKEN not in said
+    assert names == sorted(names, key=said.index)
+    for name in names:
+        assert re.search(rf"^  {re.escape(name)} +\d+\.\d{{3}} MB$", said, re.M), name
+    assert (runs / RECIPES[8] / "publish" / "README.md").is_file()
+
+
+def test_what_is_pushed_loads_and_nothing_else_goes(runs, hub, tiny_base, tmp_path, capsys):
+    folder = runs / RECIPES[8]
+    (folder / "checkpoint-2").mkdir()
+    for name in (
+        "checkpoint-2/optimizer.pt",
+        "debug.log",
+        "training_args.bin",
+        "started.json",
+        "model.bin",
+        "README.md",
+    ):
+        (folder / name).write_text(TOKEN)
+    names = publish.publish(plan(), "someone/Llama-finance", private=True, push=True)
+    found = pushed(hub)
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert set(found) == set(names) == {"README.md", "adapter_config.json", WEIGHTS} | tokenizer
+    assert found[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    assert hub.created["visibility"] == "private" and hub.created["organization"] == "someone"
+    assert {token for path, token in hub.asked if path != "/put"} == {f"Bearer {TOKEN}"}
+    assert not any(TOKEN.encode() in content for content in found.values())
+    assert not any(str(tmp_path).encode() in content for content in found.values())
+    assert capsys.readouterr().out.splitlines()[-1].endswith("/someone/Llama-finance")
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name, content in found.items():
+        (tmp_path / "clone").mkdir(exist_ok=True)
+        (tmp_path / "clone" / name).write_bytes(content)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "clone")
+    assert loaded.peft_config["default"].use_dora
+    assert AutoTokenizer.from_pretrained(tmp_path / "clone").chat_template
+    assert json.loads(found["adapter_config.json"])["base_model_name_or_path"] == tiny_base.name
+
+
+def test_the_merged_model_is_pushed_in_its_place(runs, hub, monkeypatch):
+    with pytest.raises(UserError, match="merged: is not there; run `make merge RECIPE=sentiment_bf16_r8_dora`"):
+        publish.publish(plan(16), "someone/Llama-finance", merged=True, push=True)
+    assert not hub.asked
+    folder = merge.merge(plan(16), limit=0)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # merging leaves the hub alone, in a process of its own
+    publish.publish(plan(16), "someone/Llama-finance", merged=True, push=True)
+    found = pushed(hub)
+    assert found["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert {"config.json", "generation_config.json", "chat_template.jinja"} < set(found) and WEIGHTS not in found
+    card = found["README.md"].decode()
+    assert "Merged into the 16-bit base that it was trained on." in card and "library_name: transformers" in card
+
+
+@pytest.fixture
+def evaluated(runs, tmp_path, monkeypatch):
+    """Results of the 8-bit run and its base, made from rows that nobody had to ask a model for."""
+    folder, facts = tmp_path / "results", plan()["facts"]
+    for name, adapter, share in (("base", False, 0.6), (RECIPES[8], True, 0.86), ("another", True, 0.99)):
+        digest = {"adapter_sha256": facts["sha256"] if name == RECIPES[8] else "0" * 64} if adapter else {}
+        answered(subject(folder, name, adapter=adapter, **digest), "fpb", label_rows(240, share, 2))
+    real = results.read
+    monkeypatch.setattr(results, "read", lambda: real(folder))
+
+
+def test_the_card_says_what_is_known(runs, evaluated, monkeypatch):
+    """As for a run on Llama-3.1 itself; of three evaluations it shows the one of this very adapter."""
+    run = runs / RECIPES[8] / "recipe.yaml"
+    run.write_text(yaml.safe_dump(yaml.safe_load(run.read_text()) | {"base_model": "meta-llama/Llama-3.1-8B-Instruct"}))
+    monkeypatch.setattr(publish, "check_text", lambda *_: None)  # its rows' path is this machine's here
+    names = publish.publish(plan(), "someone/finance")
+    card = (runs / RECIPES[8] / "publish" / "README.md").read_text()
+    about = yaml.safe_load(card.split("---")[1])
+    assert about["license"] == "llama3.1" and about["base_model"] == "meta-llama/Llama-3.1-8B-Instruct"
+    assert about["library_name"] == "peft" and "zeroshot/twitter-financial-news-sentiment" in about["datasets"]
+    assert "NOTICE.txt" in names and "Built with Llama" in card and "Llama 3.1 Community License" in card
+    score = re.findall(r"^\| fpb \| published \| 240 \| ([\d.]+) \[([\d.]+), ([\d.]+)\] \| (\S+) \[", card, re.M)
+    assert len(score) == 1
+    value, low, high, difference = (float(text) for text in score[0])
+    assert low < value < high and 80 < value < 92 and 10 < difference < 40
+    for expected in (
+        "A DoRA adapter (r 8, alpha 16) for meta-llama/Llama-3.1-8B-Instruct, trained on 8-bit weights",
+        "load_in_8bit=True",
+        'PeftModel.from_pretrained(base, "someone/finance")',
+        "Test set `tfns`: https://huggingface.co/datasets/zeroshot/twitter-financial-news-sentiment. Licence: MIT.",
+        "| TFNS: neutral and positive are exchanged, in the test file and in the train file's TFNS rows |",
+        "the file calls 475 rows neutral and 1,566 positive",
+        "trained on rows of its author's own",
+        "lora_r: 8",
+        plan()["facts"]["sha256"],
+    ):
+        assert expected in card, expected
+    assert "Financial Math" not in card and "FinanceBench" not in card.replace("FinanceBench test 1", "")
+    compile(re.search(r"```python\n(.*?)```", card, re.S)[1], "card", "exec")
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "says"),
+    [
+        ("create", 401, r"the Hub does not accept HF_TOKEN \(401, no\); make one that may write at huggingface.co"),
+        ("main", 403, r"HF_TOKEN may not write there \(403, no\); name a repository of yours"),
+        ("create", 500, r"the Hub answers 500, no; wait a little and run the same command again"),
+        ("validate-yaml", 500, r"the Hub answers 500, no; wait a little and run the same command again"),
+    ],
+)
+def test_a_hub_that_refuses_is_one_line(place, code, says, runs, hub, capsys):
+    hub.fails, hub.says = {place: code}, "no"
+    with pytest.raises(UserError, match=f"^REPO=someone/Llama-x: {says}") as error:
+        publish.publish(plan(), "someone/Llama-x", push=True)
+    assert "\n" not in str(error.value) and TOKEN not in str(error.value) and not hub.commits
+
+
+def test_a_hub_that_repeats_the_token_or_is_not_there(runs, hub, monkeypatch):
+    hub.fails, hub.says = {"create": 401}, f"bad token {TOKEN}"
+    with pytest.raises(UserError, match=r"\(401, bad token \*\*\*\)") as error:
+        publish.publish(plan(), "someone/Llama-x", push=True)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="the Hub cannot be reached .*; run the same command again") as error:
+        publish.publish(plan(), "someone/Llama-x", push=True)
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set; unset it to push"):
+        publish.publish(plan(), "someone/Llama-x", push=True)
+    monkeypatch.setenv("HF_TOKEN", " ")
+    with pytest.raises(UserError, match="HF_TOKEN is not set; make a token that may write"):
+        publish.publish(plan(), "someone/Llama-x", push=True)
+
+
+NAME = st.from_regex(r"\A[A-Za-z0-9](?:[A-Za-z0-9]|[-_.](?=[A-Za-z0-9])){0,40}\Z").filter(
+    lambda name: not name.endswith(".git")
+)
+
+
+@given(user=NAME, name=NAME, spoilt=st.sampled_from(["", "/", " ", "..", "--", "ä", "\n", "\\", "?", "/x"]))
+def test_a_repository_is_a_user_and_a_name(user, name, spoilt):
+    repo = f"{user}/{name}"
+    publish.check_repo(repo)
+    bad = [name, f"/{name}", f"{repo}/", f"{repo}{spoilt}x/y" if spoilt == "/" else f"{user}{spoilt}{repo}/x"]
+    for one in bad:
+        with pytest.raises(UserError, match="^REPO=") as error:
+            publish.check_repo(one)
+        assert "is not <user or organisation>/<model>" in str(error.value)
+
+
+@given(
+    text=st.text(max_size=60),
+    kind=st.sampled_from(["hf_{}", "sk-{}", "ghp_{}"]),
+    key=st.from_regex(r"\A[A-Za-z0-9]{36}\Z"),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_text_with_a_secret_or_a_path_of_this_machine_goes(text, kind, key, tmp_path):
+    secret = kind.format(key)
+    for planted, says in ((secret, "looks like a secret"), (f"{publish.ROOT}/x", "a path of this machine")):
+        with pytest.raises(
+            UserError, match=f"^config.json: holds .*{says}.*; remove it before it is published"
+        ) as error:
+            publish.check_text("config.json", f"{text} {planted} {text}".encode())
+        assert key not in str(error.value)
