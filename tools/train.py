@@ -389,15 +389,15 @@ def report(path: Path, out: Path, record: dict[str, Any], small: bool) -> None:
         f"time      {record['seconds']:.0f} s, of them {metrics['seconds']:.0f} s training {metrics['steps']} steps\n"
         f"speed     {metrics['samples_per_second']:.1f} samples/s, {metrics['tokens_per_second']:.0f} tokens/s\n"
         f"loss      {metrics['final_loss']} (validation {metrics['final_eval_loss']})\n"
-        f"next      {next_command(path, out, small)}"
+        f"next      {next_command(path, small)}"
     )
 
 
-def next_command(path: Path, out: Path, small: bool) -> str:
+def next_command(path: Path, small: bool) -> str:
     if small:
         return f"make train RECIPE={path.stem} on a GPU, or make demo"
-    recipe = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    return f"axolotl merge-lora {recipe} --lora-model-dir {out.relative_to(ROOT)}"
+    recipe = path.stem if path.resolve().parent == recipes.RECIPES else path
+    return f"make eval RECIPE={recipe} BASE=1, or make merge RECIPE={recipe}"
 
 
 def device_name() -> str:
