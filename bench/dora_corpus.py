@@ -28,7 +28,6 @@ from tools.tiny import train_tokenizer
 SETS = ("fpb", "fiqa", "tfns")
 SPLITS = ("train", "validation", "test")
 PROMPTS = ("llama3", "finlora_inst", "raw")
-LABELS = ("negative", "neutral", "positive")
 WORDS = 8  # a document that shares as many words in a row with a validation or test row is left out
 PARAGRAPH = 160  # characters that a paragraph of prose has at least
 END = "<|end_of_text|>"

@@ -26,19 +26,19 @@ from transformers import (
 )
 
 import fastdora
-from bench.dora_corpus import LABELS, Rows
 from eval.scorers import finlora, strict
 from fastdora.places import ANSWERS, answer_places
 
+LABELS = ("negative", "neutral", "positive")
 SPEC = {"metric": "accuracy_f1", "labels": list(LABELS)}
 TEST_BATCH = 256
 
 
 class Kit(NamedTuple):
-    """A folder that bench.dora_corpus wrote: its tokenizer and the rows by split."""
+    """A folder that bench.dora_corpus wrote: its tokenizer and by split the rows (bench.dora_corpus.Rows)."""
 
     tokenizer: Any
-    rows: dict[str, Rows]
+    rows: dict[str, dict[str, Any]]
 
 
 def read_kit(folder: Path) -> Kit:
@@ -47,14 +47,15 @@ def read_kit(folder: Path) -> Kit:
 
 
 def pretrain(study: dict[str, Any], kit: Path, out: Path, device: torch.device) -> dict[str, Any]:
-    """Train the base model on the kit's tokens and save it in `out`; what it took and its loss on the last tokens.
+    """Train the base model on the kit's tokens, then on the lessons, and save it in `out`; what it took and reached.
 
     The last 1% of the stream is held out. The rate follows whichever of steps and seconds is nearer to its end, so a
     run that the clock ends is not repeatable to the bit; `base.json` has the weights' SHA-256.
     """
     wanted = study["pretraining"]
     length, batch = wanted["length"], wanted["batch"]
-    tokenizer = AutoTokenizer.from_pretrained(kit / "tokenizer")
+    own = read_kit(kit)
+    tokenizer = own.tokenizer
     with np.load(kit / "tokens.npz") as file:
         stream = torch.from_numpy(file["tokens"].astype(np.int32)).to(device)
     held_out = min(len(stream) // 100, 64 * length)
@@ -89,6 +90,7 @@ def pretrain(study: dict[str, Any], kit: Path, out: Path, device: torch.device) 
     with torch.no_grad(), _bf16(device):
         windows = last[: len(last) // length * length].long().view(-1, length).split(batch)
         losses = [model(input_ids=rows, labels=rows).loss.item() for rows in windows]
+    taught = _teach(model, study, own, device)
     model.save_pretrained(out)
     about = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -97,11 +99,25 @@ def pretrain(study: dict[str, Any], kit: Path, out: Path, device: torch.device) 
         "seconds": round(seconds, 1),
         "loss": round(float(np.mean(losses)), 4),
         "tokens_s": round(step * batch * length / seconds),
+        "lessons": [_rounded(float(np.mean(part))) for part in (taught[:10], taught[-10:])],
+        "accuracy": _scores(model.eval(), own, "test", "llama3", study["training"]["new_tokens"], device)["accuracy"],
         "sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "device": device_name(device),
     }
     (out / "base.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
     return about
+
+
+def _teach(model: nn.Module, study: dict[str, Any], kit: Kit, device: torch.device) -> list[float]:
+    """Train all weights on the first train rows, which no run sees again; the losses."""
+    lessons = study["lessons"]
+    hook = fastdora.read_places(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lessons["learning_rate"], weight_decay=0.0, fused=True)
+    prompts, answers = (part[: lessons["rows"]] for part in encoded(kit, "train", "llama3"))
+    training = study["training"] | {"epochs": lessons["epochs"]}
+    losses = _train(model.train(), optimizer, prompts, answers, training, kit, 0, device)
+    hook.remove()
+    return losses
 
 
 def _load(folder: Path, bits: int, wide: bool, device: torch.device) -> LlamaForCausalLM:
@@ -174,10 +190,31 @@ def fine_tune(
     """
     started, training = time.monotonic(), study["training"]
     model = build(settings, training["targets"], base, device).train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(model, settings, device)
-    prompts, answers = encoded(kit, "train", settings["prompt"])
-    order, size = np.random.default_rng(settings["seed"]), training["batch"]
+    prompts, answers = (part[study["lessons"]["rows"] :] for part in encoded(kit, "train", settings["prompt"]))
+    losses = _train(model, optimizer, prompts, answers, training, kit, settings["seed"], device)
+    trained = time.monotonic() - started
+    model.eval()
+    row = {
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "steps": len(losses),
+        "loss": [_rounded(float(np.mean(part))) for part in (losses[:10], losses[-10:])],
+        "train_seconds": round(trained, 2),
+        "validation": _scores(model, kit, "validation", settings["prompt"], training["new_tokens"], device)
+        | {"loss": _rounded(_loss(model, kit, "validation", settings["prompt"], device))},
+        "test": {
+            prompt: _scores(model, kit, "test", prompt, training["new_tokens"], device)
+            for prompt in study["tests"][settings["prompt"]]
+        },
+    }
+    row["validation"].pop("right")
+    return row | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def _train(model, optimizer, prompts, answers, training, kit: Kit, seed: int, device: torch.device) -> list[float]:
+    """Train on rows shuffled by `seed`, without a last batch that is not full; the losses."""
+    order, size = np.random.default_rng(seed), training["batch"]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     steps = training["epochs"] * (len(prompts) // size)
     schedule = get_cosine_schedule_with_warmup(optimizer, training["warmup"], steps)
     losses = []
@@ -195,23 +232,7 @@ def fine_tune(
             schedule.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
-    losses = torch.stack(losses).tolist()
-    trained = time.monotonic() - started
-    model.eval()
-    row = {
-        "parameters": sum(p.numel() for p in trainable),
-        "steps": steps,
-        "loss": [_rounded(float(np.mean(part))) for part in (losses[:10], losses[-10:])],
-        "train_seconds": round(trained, 2),
-        "validation": _scores(model, kit, "validation", settings["prompt"], training["new_tokens"], device)
-        | {"loss": _rounded(_loss(model, kit, "validation", settings["prompt"], device))},
-        "test": {
-            prompt: _scores(model, kit, "test", prompt, training["new_tokens"], device)
-            for prompt in study["tests"][settings["prompt"]]
-        },
-    }
-    row["validation"].pop("right")
-    return row | {"seconds": round(time.monotonic() - started, 2)}
+    return torch.stack(losses).tolist()
 
 
 def encoded(kit: Kit, part: str, prompt: str) -> tuple[list[list[int]], list[list[int]]]:

@@ -34,6 +34,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,10 @@ def base_of(study: dict[str, Any], kit: Path, out: Path, device) -> dict[str, An
     """The base model's figures; it is trained unless out/base is whole. Settings that would not fit it are refused."""
     from bench import dora_runs
 
-    about, asked = out / "about.json", {key: study[key] for key in ("model", "pretraining", "training", "tests")}
+    about, asked = (
+        out / "about.json",
+        {key: study[key] for key in ("model", "pretraining", "lessons", "training", "tests")},
+    )
     if (out / "base" / "base.json").exists() and about.exists():
         known = json.loads(about.read_text(encoding="utf-8"))
         if known["study"] != asked:
@@ -266,16 +270,13 @@ def base_of(study: dict[str, Any], kit: Path, out: Path, device) -> dict[str, An
     base = dora_runs.pretrain(study, kit, out / "base", device)
     rows = json.loads((kit / "rows.json").read_text(encoding="utf-8"))["test"]
     letters = {"fpb": "f", "fiqa": "q", "tfns": "t"}, {"negative": "n", "neutral": "u", "positive": "p"}
-    from tools.train import git_state, versions
-
     written = {
         "study": asked,
         "base": base,
         "kit": json.loads((kit / "sources.json").read_text(encoding="utf-8")),
         "sets": "".join(letters[0][name] for name in rows["set"]),
         "targets": "".join(letters[1][target] for target in rows["target"]),
-        "versions": versions(),
-        "git": git_state(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
     }
     about.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     return base
@@ -312,9 +313,9 @@ def main() -> None:
     if given.kit:
         if not (given.kit / "rows.json").exists():
             raise UserError(f"{given.kit}: has no rows.json; make it with --corpus {given.kit}")
-        from tools.checks import gpus
+        import torch
 
-        count = len(gpus())
+        count = torch.cuda.device_count()
         conduct(study, given.kit, given.out, given.seconds, given.workers or (8 if count else 1), count)
     if given.page is not None:
         from bench import dora_page

@@ -218,7 +218,8 @@ def test_equal_settings_give_equal_rows_and_another_seed_does_not(small):
 
     from bench.dora_runs import fine_tune
 
-    study = STUDY | {"training": STUDY["training"] | {"batch": 8, "epochs": 2, "new_tokens": 3}}
+    training = STUDY["training"] | {"batch": 8, "epochs": 2, "new_tokens": 3}
+    study = STUDY | {"training": training, "lessons": {"rows": 8}}
 
     def run(**changes) -> dict:
         row = fine_tune(run_of(**changes), study, small[0], small[1], torch.device("cpu"))
@@ -226,8 +227,30 @@ def test_equal_settings_give_equal_rows_and_another_seed_does_not(small):
 
     first = run(prompt="finlora_inst")
     assert first == run(prompt="finlora_inst") != run(prompt="finlora_inst", seed=2)
-    assert set(first["test"]) == {"finlora_inst", "raw"} and first["steps"] == 8
+    assert set(first["test"]) == {"finlora_inst", "raw"} and first["steps"] == 6
     assert len(first["test"]["raw"]["right"]) == 2 * 3
+
+
+def test_the_base_model_repeats_and_learns(small, tmp_path):
+    import torch
+
+    from bench.dora_runs import pretrain
+
+    kit = tmp_path / "kit"
+    small[1].tokenizer.save_pretrained(kit / "tokenizer")
+    (kit / "rows.json").write_text(json.dumps(small[1].rows))
+    stream = [token for prompt in small[1].rows["train"]["prompts"]["llama3"] for token in prompt]
+    np.savez_compressed(kit / "tokens.npz", tokens=np.array(stream, np.uint16))
+    study = STUDY | {
+        "model": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "pretraining": STUDY["pretraining"] | {"length": 16, "batch": 8, "steps": 24, "seconds": 600},
+        "lessons": {"rows": 16, "epochs": 2, "learning_rate": 0.001},
+        "training": STUDY["training"] | {"batch": 8, "new_tokens": 2},
+    }
+    one, other = (pretrain(study, kit, tmp_path / name, torch.device("cpu")) for name in "ab")
+    assert one["sha256"] == other["sha256"] and one["steps"] == 24 and one["tokens"] == 24 * 8 * 16
+    assert one["loss"] < np.log(len(small[1].tokenizer))
+    assert (tmp_path / "a" / "base.json").exists() and 0 <= one["accuracy"] <= 1
 
 
 def test_only_answers_have_labels():
@@ -270,8 +293,8 @@ def recorded(rows, tmp_path_factory) -> Path:
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows.values())), encoding="utf-8")
     part = {"rows": ROWS, "fpb": ROWS, "fiqa": 0, "tfns": 0}
     about = {
-        "study": {key: STUDY[key] for key in ("model", "pretraining", "training")},
-        "base": {"parameters": 10**7, "tokens": 10**8, "seconds": 80, "loss": 4.0, "sha256": "0", "device": "CPU"},
+        "study": {key: STUDY[key] for key in ("model", "pretraining", "lessons", "training")},
+        "base": {"parameters": 10**7, "tokens": 10**8, "seconds": 80, "accuracy": 0.6, "device": "CPU"},
         "kit": {"tokens": 10**7, "split": dict.fromkeys(dora_corpus.SPLITS, part)},
         "sets": "f" * ROWS,
         "targets": ("nup" * ROWS)[:ROWS],
