@@ -5,7 +5,7 @@ BIN := $(if $(VENV),$(VENV)/bin,$(if $(ACTIVE),$(patsubst %/,%,$(dir $(ACTIVE)))
 READY := $(if $(filter .venv/bin,$(BIN)),.venv/.ready-$(TORCH))
 PY := PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" AXOLOTL_DO_NOT_TRACK=$${AXOLOTL_DO_NOT_TRACK:-1} $(BIN)/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test train eval report compare plan merge serve chat publish recipes check data audit pictures vllm lint constraints
+.PHONY: help setup demo test train sweep eval report compare plan merge serve chat publish recipes check data audit pictures vllm lint constraints
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
@@ -24,7 +24,14 @@ SEVERAL = $(if $(GPUS),--gpus "$(GPUS)") $(if $(ZERO),--zero "$(ZERO)") $(if $(O
 train: $(READY) ## train RECIPE=<name>; GPUS=4 ZERO=2, TINY=1 on a CPU, FORCE=1 anew, TRACK=wandb, ARGS="--learning-rate 0.0002"
 	@$(PY) -m tools.train "$(RECIPE)" $(if $(TINY),--tiny) $(if $(FORCE),--force) $(SEVERAL) $(if $(TRACK),--track "$(TRACK)") -- $(ARGS)
 
-EVAL = $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(MODEL),--model "$(MODEL)") $(if $(ADAPTER),--adapter "$(ADAPTER)") \
+SWEEPING = $(if $(TINY),--tiny) $(if $(FORCE),--force) $(if $(GPUS),--gpus "$(GPUS)") $(if $(POINT),--point "$(POINT)") \
+  $(if $(LIST),--list) $(if $(EVAL),--eval) $(if $(TASKS),--tasks "$(TASKS)") $(if $(LIMIT),--limit "$(LIMIT)") \
+  $(if $(LABELS),--labels "$(LABELS)") $(if $(TRACK),--track "$(TRACK)")
+
+sweep: $(READY) ## train RECIPE= at each point of SWEEP=rank; EVAL=1, GPUS=4 points at a time, LIST=1 shows them, TINY=1
+	@$(PY) -m tools.sweep "$(RECIPE)" "$(SWEEP)" $(SWEEPING) -- $(ARGS)
+
+ASK = $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(MODEL),--model "$(MODEL)") $(if $(ADAPTER),--adapter "$(ADAPTER)") \
   $(if $(TASKS),--tasks "$(TASKS)") $(if $(LIMIT),--limit "$(LIMIT)") $(if $(LABELS),--labels "$(LABELS)") \
   $(if $(BITS),--bits "$(BITS)") $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(TESTS),--tests "$(TESTS)") \
   $(if $(NAME),--name "$(NAME)") $(if $(BATCH_TOKENS),--batch-tokens "$(BATCH_TOKENS)") $(if $(BACKEND),--backend "$(BACKEND)") \
@@ -32,7 +39,7 @@ EVAL = $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(MODEL),--model "$(MODEL)") $(
   $(if $(TINY),--tiny) $(if $(FORCE),--force) $(if $(KEEP_QUANTISED),--keep-quantised)
 
 eval: $(READY) ## evaluate RECIPE=, or MODEL= ADAPTER=; BASE=1 the base too, TASKS= LIMIT= LABELS=published BITS= PROMPT=
-	@$(PY) -m eval.run $(EVAL) $(ARGS)
+	@$(PY) -m eval.run $(ASK) $(ARGS)
 
 report: $(READY) ## results/index.html and results/README.md from all evaluations
 	@$(PY) -m eval.report $(ARGS)

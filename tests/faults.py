@@ -52,3 +52,9 @@ class OutOfMemory(NotFinite):
             return loss
 
         in_step(trainer, fault)
+
+
+class OutOfMemoryFromRank8(OutOfMemory):
+    def post_trainer_create(self, cfg, trainer):
+        if cfg.lora_r >= 8:
+            super().post_trainer_create(cfg, trainer)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import axolotl.cli.preprocess  # noqa: F401 (imported before forking, as below)
@@ -61,8 +61,13 @@ def axolotl_processes(count: int, *argv: str) -> list[tuple[int, str]]:
     return [finish(child, statuses[child[0]]) for child in children]
 
 
-def start(argv: Sequence[str], env: dict[str, Any] | None = None) -> tuple[int, IO[str]]:
-    """Fork a child that runs `axolotl ARGV...` with these additions to its environment; its pid and its output."""
+def start(
+    argv: Sequence[str], env: dict[str, Any] | None = None, main: Callable[[], None] = axolotl_cli.main
+) -> tuple[int, IO[str]]:
+    """Fork a child that runs `axolotl ARGV...` with these additions to its environment; its pid and its output.
+
+    main: what it runs in axolotl's place.
+    """
     gc.freeze()  # garbage collections in the child then leave the parent's pages alone
     output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
     child = os.fork()
@@ -78,7 +83,7 @@ def start(argv: Sequence[str], env: dict[str, Any] | None = None) -> tuple[int, 
     sys.argv = ["axolotl", *argv]
     code = 1
     try:
-        axolotl_cli.main()
+        main()
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)

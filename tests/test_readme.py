@@ -84,7 +84,9 @@ def test_ci_runs_the_readmes_test_command():
     assert "run: .ci/run" in (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("file", ["README.md", "recipes/README.md", "data/README.md", "eval/README.md"])
+@pytest.mark.parametrize(
+    "file", ["README.md", "recipes/README.md", "recipes/sweeps/README.md", "data/README.md", "eval/README.md"]
+)
 def test_links_and_folders_exist(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):

@@ -69,7 +69,7 @@ def train(
     return None: the first one checks the adapter and writes run.json.
     """
     args = args or []
-    for key in (arg.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_") for arg in args):
+    for key in option_names(args):
         if key in NAMED:
             raise UserError(f"ARGS={shlex.join(args)}: {key} belongs to the recipe's name; copy {path} and edit that")
     recipe = recipes.load(path)
@@ -163,6 +163,11 @@ def output_folder(recipe: dict[str, Any], small: bool) -> Path:
     """Where a recipe's run lies; TINY=1 has the same folders below outputs/tiny."""
     out = ROOT / recipe["output_dir"]
     return OUTPUTS / "tiny" / os.path.relpath(out, OUTPUTS) if small else out
+
+
+def option_names(args: list[str]) -> list[str]:
+    """The recipe keys that axolotl's options change (and their values, which are no keys)."""
+    return [arg.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_") for arg in args]
 
 
 def for_tiny(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,542 @@
+"""`make sweep`: the points of a file, what each is called, that they run, fail and go on alone, what is told then."""
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from made import answered, label_rows, subject
+
+from tools import checks, recipes, sweep, sweep_report
+from tools.cli import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = recipes.RECIPES / "sentiment_r8_dora.yaml"
+SHIPPED = sorted(path.stem for path in sweep.SWEEPS.glob("*.yaml"))
+README = (sweep.SWEEPS / "README.md").read_text(encoding="utf-8")
+
+
+def points(folder: Path, text: str, recipe: Path = RECIPE) -> list[dict]:
+    (folder / "mine.yaml").write_text(text, encoding="utf-8")
+    return sweep.plan(recipe, folder / "mine.yaml")
+
+
+def axolotls_own(content: dict) -> list[dict]:
+    """What axolotl's --sweep makes of a file, from its source: importing axolotl takes ten seconds."""
+    package = Path(importlib.util.find_spec("axolotl").origin).parent
+    spec = importlib.util.spec_from_file_location("sweeps", package / "cli" / "utils" / "sweeps.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.generate_sweep_configs({}, content)
+
+
+values = st.lists(st.one_of(st.integers(1, 9), st.booleans(), st.text("abc", min_size=1)), min_size=1, max_size=3)
+keys = st.sampled_from(["lora_r", "seed", "optimizer", "num_epochs", "warmup_steps"])
+paired = st.lists(
+    st.dictionaries(st.sampled_from(["lora_alpha", "adapter"]), st.integers(1, 9), min_size=1), max_size=3
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(keys, values, min_size=1, max_size=3), paired)
+def test_a_sweep_file_means_what_it_means_to_axolotl(tmp_path_factory, content, pairs):
+    file = tmp_path_factory.mktemp("sweep") / "any.yaml"
+    whole = content | ({"_": pairs} if pairs else {})
+    file.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
+    ours = sweep.read(file)
+    assert sorted(map(repr, ours)) == sorted(map(repr, axolotls_own(whole)))
+    first = next(iter(content))  # unshuffled: the first key changes last
+    each = len(ours) // len(content[first])
+    assert [point[first] for point in ours] == [value for value in content[first] for _ in range(each)]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_shipped_sweep_has_points_that_are_recipes(name):
+    found = sweep.plan(RECIPE, sweep.find(name))
+    assert len(found) >= 3 and len({point["name"] for point in found}) == len(found)
+    assert [point for point in found if point["name"] == RECIPE.stem], "the recipe itself is a point to compare with"
+    for point in found:
+        out = f"outputs/sweeps/sentiment_r8_dora.{name}/{point['name']}"
+        assert point["recipe"]["output_dir"] == out and point["path"] == ROOT / f"{out}.yaml"
+        recipes.check_name(point["path"], point["recipe"])
+
+
+NAMES = {
+    "lora_r: [4]": "sentiment_r4_dora",
+    "_: [{lora_r: 16, lora_alpha: 32}]": "sentiment_r16_a32_dora",
+    "_: [{load_in_8bit: false, load_in_4bit: true, adapter: qlora}]": "sentiment_4bit_r8_dora",
+    "_: [{peft_use_dora: false, peft_use_rslora: true}]": "sentiment_r8_rslora",
+    "learning_rate: [2e-4]": "sentiment_r8_dora.learning_rate-0.0002",
+    "_: [{lora_r: 4, seed: 7, bf16: true}]": "sentiment_r4_dora.bf16-true.seed-7",
+    "lora_target_modules: [[q_proj, v_proj]]": "sentiment_r8_dora.lora_target_modules-q_proj-v_proj",
+    "lr_groups: [[{name: m, modules: [lora_magnitude_vector], lr: 1e-3}]]": "sentiment_r8_dora.lr_groups-m-0.001",
+    "num_epochs: [4.0]": "sentiment_r8_dora",
+}
+
+
+@pytest.mark.parametrize("text", NAMES)
+def test_a_points_name_says_what_differs(text, tmp_path):
+    assert [point["name"] for point in points(tmp_path, text)] == [NAMES[text]]
+
+
+def test_other_values_and_other_recipes_have_names_too(tmp_path):
+    (point,) = points(tmp_path, "chat_template_kwargs: [{thinking: 'no / never'}]")
+    assert re.fullmatch(r"sentiment_r8_dora\.chat_template_kwargs-[0-9a-f]{8}", point["name"])
+    own = tmp_path / "our own.yaml"
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8")) | {"output_dir": "outputs/own"}
+    own.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert points(tmp_path, "lora_r: [4]", own)[0]["name"] == "our own.lora_r-4"
+
+
+def test_a_points_text_does_not_follow_the_order_of_the_sweep_file(tmp_path):
+    texts = []
+    for text in (
+        "_: [{seed: 7, lr_scheduler: linear, relora: null}]",
+        "lora_r: [8]\n_: [{lr_scheduler: linear, seed: 7}]",
+    ):
+        (point,) = points(tmp_path, text)
+        point["path"] = tmp_path / "point.yaml"
+        sweep.write(point, RECIPE)
+        texts.append(point["path"].read_text(encoding="utf-8"))
+    assert texts[0] == texts[1]
+    assert texts[0].startswith('# recipes/sentiment_r8_dora.yaml with lr_scheduler: "linear", seed: 7\nbase_model: ')
+
+
+BAD = {
+    "unknown key": ("lora_rr: [4]", "unknown key 'lora_rr'; did you mean 'lora_r'?"),
+    "unknown nested key": (
+        "lr_groups: [[{name: a, modules: [b], lr: 1, rate: 1}]]",
+        "unknown key 'lr_groups.0.rate'; ",
+    ),
+    "wrong type": ("lora_r: [eight]", "key 'lora_r' is 'eight'; it must be integer"),
+    "empty list": ("lora_r: []", "key 'lora_r': the list is empty; give it values or remove the key"),
+    "empty pairs": ("_: []", "key '_': the list is empty; give it values or remove the key"),
+    "empty pair": ("_: [{}]", "key '_': entry 1 is {}; write keys with their values"),
+    "no list": ("lora_r: 4", "key 'lora_r' is 4; write a list of values"),
+    "text, which axolotl takes for letters": ("lr_scheduler: linear", "key 'lr_scheduler' is 'linear'; write a list"),
+    "nothing": ("", "holds no keys; "),
+    "twice": ("lora_r: [4]\nlora_r: [8]", "line 2: key 'lora_r' stands twice; keep one"),
+    "in a pair too": ("lora_r: [4]\n_: [{lora_r: 8}]", "key 'lora_r' stands below '_' too; keep one"),
+    "equal points": ("lora_r: [4, 8, 4]", "points 1 and 3 are equal (lora_r: 4); remove one"),
+    "equal in effect": (
+        "learning_rate: [1e-4, 0.0001]",
+        "points 1 and 2 are equal (learning_rate: 0.0001); remove one",
+    ),
+    "equal names": (
+        "lr_groups: [[{name: a, modules: [q_proj], lr: 1}], [{name: a, modules: [k_proj], lr: 1}]]",
+        "points 1 and 2 would both be sentiment_r8_dora.lr_groups-a-1; rename one",
+    ),
+    "the sweep's own": ("output_dir: [outputs/a]", "key 'output_dir' is the sweep's own; remove it"),
+    "half of 4 bits": (
+        "load_in_4bit: [true]",
+        "point 1 (load_in_4bit: true) would be sentiment_4bit_r8_dora: key 'load_in_8bit' is True, but the name says",
+    ),
+    "not YAML": ("lora_r: [4", "line 1: not valid YAML"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_sweep_file_that_must_be_mended_is_named_in_one_line(case, tmp_path):
+    text, expected = BAD[case]
+    with pytest.raises(UserError) as error:
+        points(tmp_path, text)
+    assert str(error.value).startswith(f"{tmp_path / 'mine.yaml'}: {expected}") and "\n" not in str(error.value)
+
+
+def test_what_is_not_there_is_said_with_what_is(tmp_path):
+    with pytest.raises(UserError) as error:
+        sweep.find("rnak")
+    assert str(error.value) == (
+        f"SWEEP=rnak: no such sweep (did you mean rank?); there are {', '.join(SHIPPED)}, and any YAML file by its path"
+    )
+    for name in ("", str(tmp_path / "other.yaml"), "../rank"):
+        with pytest.raises(UserError, match=f"^SWEEP={name}: no such sweep.*; there are bits, learning_rate, "):
+            sweep.find(name)
+    with pytest.raises(UserError, match="RECIPE=sentiment_r9_dora: no such recipe; did you mean sentiment_r8_dora"):
+        recipes.find("sentiment_r9_dora")
+    magnitude = sweep.find("magnitude")
+    with pytest.raises(
+        UserError, match="point 2: sentiment_r8_lora.* has no lora_magnitude_vector; take a recipe with"
+    ):
+        sweep.plan(recipes.find("sentiment_r8_lora"), magnitude)
+
+
+def test_options_that_the_points_differ_by_and_points_that_are_not_there(tmp_path):
+    (tmp_path / "mine.yaml").write_text("learning_rate: [0.1, 0.2]", encoding="utf-8")
+    for args, key in ((["--learning-rate", "0.3"], "learning_rate"), (["--lora-r=4"], "lora_r")):
+        with pytest.raises(UserError, match=f": {key} is what the points differ by; change .*mine.yaml"):
+            sweep.sweep(RECIPE, tmp_path / "mine.yaml", args=args)
+    with pytest.raises(UserError, match="POINT=3: .*mine.yaml has points 1 to 2; LIST=1 shows them"):
+        sweep.sweep(RECIPE, tmp_path / "mine.yaml", point=3)
+
+
+def test_gpus_are_shared_out_and_missed(monkeypatch):
+    point = {"recipe": {"base_model": "meta-llama/Llama-3.1-8B-Instruct"}}
+    monkeypatch.setattr(checks, "gpus", lambda: [("NVIDIA A100", 80, 79)] * 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert sweep.slots(1, point, small=False) == [None]
+    assert sweep.slots(2, point, small=False) == ["0", "1"]
+    assert sweep.slots(3, point, small=True) == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7f")
+    assert sweep.slots(2, point, small=False) == ["5", "GPU-7f"]
+    with pytest.raises(UserError, match="GPUS=4: a point needs a GPU and 2 are here; TINY=1 tries the sweep on a tiny"):
+        sweep.slots(4, point, small=False)
+    monkeypatch.setattr(checks, "gpus", list)
+    with pytest.raises(UserError, match="GPUS=1: a point needs a GPU and none is here"):
+        sweep.slots(1, point, small=False)
+
+
+# What a point's process does here, in place of training: it notes where and when it ran, and ends as it is told.
+STAND_IN = """
+import json, os, signal, sys, time
+name, ends, *more = sys.argv[1:]
+note = {"name": name, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "began": time.monotonic()}
+time.sleep(0.15)
+with open(os.path.join(os.path.dirname(__file__), "notes.jsonl"), "a") as file:
+    file.write(json.dumps(note | {"ended": time.monotonic()}) + "\\n")
+print("the output of", name, flush=True)
+if ends == "interrupt":
+    signal.signal(signal.SIGTERM, lambda *_: (print("a checkpoint is saved", flush=True), sys.exit(143)))
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(60)
+if ends == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+print(*more, sep="\\n", file=sys.stderr)
+sys.exit(int(ends))
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A function that makes a point of its name and how its processes end, and one that reads what they noted."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def point(name: str, *processes: tuple) -> tuple[dict, list[list[str]]]:
+        commands = [["stand_in", name, *map(str, ends)] for ends in processes or [(0,)]]
+        return {"name": name, "out": tmp_path / name}, commands
+
+    point.notes = lambda: [json.loads(line) for line in (tmp_path / "notes.jsonl").read_text().splitlines()]
+    return point
+
+
+def test_points_run_one_after_another_and_each_fails_alone(stand_in, tmp_path, capfd):
+    oom = "run.yaml: out of memory on NVIDIA A100: a step needs more than 44.0 of 40.0 GiB; set sequence_len: 128"
+    above = "error: axolotl train point.yaml failed with exit code 1; the reason stands above"
+    todo = [
+        stand_in("good"),
+        stand_in("memory", (1, "  12%|#2   | step", f"error: {sweep.ROOT}/{oom}", above)),
+        stand_in("killed", ("kill",)),
+        stand_in("raised", (1, "Traceback", "RuntimeError: the driver is gone", above)),
+        stand_in("silent", (3,)),
+        stand_in("asked", (0,), (0,)),
+    ]
+    failed = sweep.work(todo, [None], None)
+    assert failed == {
+        "memory": oom,
+        "killed": "ended by signal 9",
+        "raised": "RuntimeError: the driver is gone",
+        "silent": f"ended with exit code 3, see {tmp_path / 'silent.log'}",
+    }
+    assert [note["name"] for note in stand_in.notes()] == "good memory killed raised silent asked asked".split()
+    assert all(note["gpu"] is None for note in stand_in.notes())
+    output = capfd.readouterr().out
+    assert "[6/6] asked: " in output and output.count("the output of asked\n") == 2  # shown, and kept
+    assert (tmp_path / "asked.log").read_text() == "the output of asked\n\n" * 2
+    assert f"memory: failed: {oom} (" in output
+
+
+def test_each_gpu_has_one_point_at_a_time(stand_in, capfd):
+    todo = [stand_in(f"p{number}", *[(0,)] * (1 + number % 2)) for number in range(7)]
+    assert sweep.work(todo, ["3", "5"], None) == {}
+    notes = sorted(stand_in.notes(), key=lambda note: note["began"])
+    assert len(notes) == 10 and {note["gpu"] for note in notes} == {"3", "5"}
+    for gpu in ("3", "5"):
+        mine = [note for note in notes if note["gpu"] == gpu]
+        assert all(one["ended"] <= other["began"] for one, other in zip(mine, mine[1:], strict=False))
+    assert any(one["ended"] > other["began"] for one, other in zip(notes, notes[1:], strict=False)), "never two at once"
+    for name in ("p1", "p3", "p5"):
+        assert len({note["gpu"] for note in notes if note["name"] == name}) == 1
+    assert "the output of" not in capfd.readouterr().out  # two at once would be mixed
+
+
+def test_an_interrupted_sweep_lets_its_points_save(stand_in, tmp_path, capfd):
+    with pytest.raises(KeyboardInterrupt):
+        sweep.work([stand_in("first", ("interrupt",)), stand_in("second")], [None], None)
+    assert (tmp_path / "first.log").read_text().endswith("a checkpoint is saved\n")
+    assert [note["name"] for note in stand_in.notes()] == ["first"]
+    assert "interrupted; the same command goes on from here" in capfd.readouterr().err
+
+
+SHA = "bf3aa00778540de5d89cbd18164a2a1c35a96d7dd079a6931ea57d0948acb754"  # made.subject's
+
+
+def trained(point: dict, **metrics) -> dict:
+    """The point with run.json of a finished run on a GPU."""
+    rank = point["recipe"]["lora_r"]
+    figures = {"steps": 400, "steps_this_run": 400, "seconds": 200.0 + rank, "samples_per_second": 160.0 - rank}
+    figures |= {"final_eval_loss": 0.21 + rank / 1000, "peak_memory_gib": 26 + rank / 10}
+    run = {"base_model": point["recipe"]["base_model"], "metrics": figures | metrics, "adapter": {"sha256": SHA}}
+    return point | {"run": run | {"device": "NVIDIA H100", "tiny": False}, "failed": None}
+
+
+def evaluate(folder: Path, shares: dict[str, float]) -> None:
+    """results/<point> on two sets, with about these shares of right answers; the same questions for all."""
+    for seed, (name, share) in enumerate(shares.items()):
+        out = subject(folder / "results", name)
+        for test, rows in (("fpb", 300), ("tfns", 200)):
+            answered(out, test, label_rows(rows, share, seed=seed))
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    return [trained(point) for point in points(tmp_path, "lora_r: [2, 4, 8, 16]")]
+
+
+def test_the_best_point_is_named_only_where_it_is_distinguishable(ranks, tmp_path, capsys):
+    evaluate(tmp_path, {"sentiment_r2_dora": 0.5, "sentiment_r4_dora": 0.65, "sentiment_r8_dora": 0.9})
+    shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
+    assert re.fullmatch(
+        r"Best: sentiment_r8_dora, \d\d\.\d\d, distinguishable from every other point \(paired on the 500 rows of fpb, "
+        r"tfns, at 95% for all 2 comparisons together\)\. Not in this comparison: sentiment_r16_dora\.",
+        shown["verdict"],
+    )
+    heads, *lines = shown["table"]
+    assert heads == (
+        ["", "point", "rank", "score", "vs best", "fpb", "tfns", "validation loss", "trainable parameters"]
+        + ["seconds", "samples/s", "peak GiB"]
+    )
+    by_rank = {line[2]: dict(zip(heads, line, strict=True)) for line in lines}
+    assert list(by_rank) == ["2", "4", "8", "16"] and by_rank["16"]["score"] == by_rank["8"]["vs best"] == ""
+    assert by_rank["4"]["vs best"].startswith("−") and "≈" not in by_rank["4"]["vs best"]
+    expected = {"validation loss": "0.218", "seconds": "208.0", "samples/s": "152.0", "peak GiB": "26.8"}
+    assert expected.items() <= by_rank["8"].items()
+    assert by_rank["8"]["trainable parameters"] == "4,915,200"
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") in capsys.readouterr().out
+    (score, time_, memory) = shown["plot"]["panels"]
+    assert [len(panel["marks"]) for panel in (score, time_, memory)] == [3, 4, 4]
+    assert all(mark["low"] > mark["y"] > mark["high"] for mark in score["marks"])  # pixels count from above
+    steps = [b["x"] - a["x"] for a, b in zip(time_["marks"], time_["marks"][1:], strict=False)]
+    assert max(steps) - min(steps) < 0.2 and shown["plot"]["axis"] == "rank, log scale"
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert page.count("<circle") == 11 and shown["verdict"] in page and "<script" not in page
+
+
+def test_no_point_is_named_best_by_luck_or_by_a_loss(ranks, tmp_path):
+    shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
+    assert shown["verdict"].startswith(
+        "No point is named best: the lowest validation loss is 0.212 (sentiment_r2_dora)"
+    )
+    assert [panel["title"] for panel in shown["plot"]["panels"]] == [
+        "validation loss",
+        "training, s",
+        "peak memory, GiB",
+    ]
+    evaluate(tmp_path, {"sentiment_r2_dora": 0.84, "sentiment_r4_dora": 0.8, "sentiment_r8_dora": 0.4})
+    shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
+    best, other = re.search(
+        r"^No point is named best: the highest score is that of (\w+), .* cannot be told apart from (\w+) \(paired",
+        shown["verdict"],
+    ).groups()
+    assert {best, other} == {"sentiment_r2_dora", "sentiment_r4_dora"}
+
+
+def test_what_failed_is_unfinished_or_went_on_stands_in_the_table(ranks, tmp_path):
+    ranks[0] |= {"run": None, "failed": "out of memory | on NVIDIA T4"}
+    ranks[1] |= {"run": None}
+    ranks[2] = trained(ranks[2], steps_this_run=100, seconds=50.0)
+    heads, *lines = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)["table"]
+    assert [line[-1] for line in lines[:2]] == ["failed: out of memory | on NVIDIA T4", "not finished"]
+    assert lines[2][-1].startswith("went on after an interruption") and lines[2][heads.index("seconds")] == "200.0"
+    assert "out of memory \\| on" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+def test_answers_that_cannot_be_compared_name_no_best_point(ranks, tmp_path):
+    evaluate(tmp_path, {"sentiment_r2_dora": 0.5, "sentiment_r4_dora": 0.9})
+    about = tmp_path / "results" / "sentiment_r2_dora" / "fpb" / "set.json"
+    about.write_text(about.read_text().replace("0123456789abcdef", "f" * 16), encoding="utf-8")
+    shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
+    assert shown["verdict"] == "No point is named best: not all of them can be compared, see below."
+    assert any("answered another file" in note for note in shown["notes"])
+    ranks[0]["run"]["adapter"] = {"sha256": "of another training"}
+    shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
+    assert shown["verdict"] == "No point is named best: only sentiment_r4_dora is evaluated."
+    assert any(note.startswith("sentiment_r2_dora: was evaluated with another adapter") for note in shown["notes"])
+
+
+AXES = {
+    "_: [{peft_use_dora: true}, {peft_use_dora: false, peft_use_rslora: true}]": ("method", ["dora", "rslora"], []),
+    "lora_r: [4, 8]\nlearning_rate: [1e-4, 2e-4]": (
+        "rank",
+        ["4", "8"],
+        ["learning_rate 0.0001", "learning_rate 0.0002"],
+    ),
+    "_: [{lora_r: 1, lora_alpha: 2}, {lora_r: 8, lora_alpha: 16}]": ("rank, log scale", ["1", "8"], []),
+    "lr_groups: [null, [{name: m, modules: [lora_magnitude_vector], lr: 0.01}]]": (
+        "lr_groups, log scale",
+        ["0.0001", "0.01"],
+        [],
+    ),
+    "lora_target_modules: [[q_proj], [q_proj, k_proj, v_proj]]": (
+        "lora_target_modules (numbers as in the table)",
+        ["#1", "#2"],
+        [],
+    ),
+    "lora_r: [4]": ("point", [""], []),
+}
+
+
+@pytest.mark.parametrize("text", AXES)
+def test_the_axis_is_what_varies_first(text, tmp_path):
+    done = [trained(point) for point in points(tmp_path, text)]
+    plot = sweep_report.report(RECIPE, tmp_path / "mine.yaml", done, tmp_path)["plot"]
+    assert (plot["axis"], [label["text"] for label in plot["labels"]], plot["series"]) == AXES[text]
+    marks = [mark for panel in plot["panels"] for mark in panel["marks"]]
+    assert all(plot["left"] <= mark["x"] <= plot["right"] and 0 <= mark["y"] <= plot["height"] for mark in marks)
+
+
+def test_the_slurm_file_runs_one_point_a_task(tmp_path):
+    """With sbatch's variables set as Slurm sets them, and srun and make stood in for."""
+    for name, text in {"srun": 'exec "$@"', "make": 'printf "%s|" "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT)}
+    command = ["bash", str(ROOT / "cluster" / "sweep.sbatch"), "RECIPE=a", "SWEEP=rank", "EVAL=1"]
+    alone = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert alone.returncode and "submit it with --array=1-<points>" in alone.stderr
+    done = subprocess.run(command, env=env | {"SLURM_ARRAY_TASK_ID": "3"}, capture_output=True, text=True)
+    assert done.stdout == "sweep|POINT=3|RECIPE=a|SWEEP=rank|EVAL=1|", done.stderr
+
+
+class Forked:
+    """What `sweep.start` starts, in a forked child: axolotl's import is paid once for all points."""
+
+    def __init__(self, argv, gpu, log, lock):
+        from forked import start
+
+        def main() -> None:
+            os.setsid()
+            with log.open("ab") as file:
+                for stream in (1, 2):
+                    os.dup2(file.fileno(), stream)
+            print("CUDA_VISIBLE_DEVICES", gpu, flush=True)
+            training = importlib.import_module("tools.train")  # the house's
+            training.axolotl = axolotl
+            sys.argv = ["tools.train", *argv[1:]]
+            training.run(training.main)
+
+        self.pid, self.code = start([], main=main)[0], None
+
+    def poll(self):
+        if self.code is None and (done := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.code = os.waitstatus_to_exitcode(done[1])
+        return self.code
+
+
+def axolotl(command, config, args, local, lock) -> None:
+    """tools.train.axolotl in a forked child."""
+    from forked import axolotl_command
+
+    code, output = axolotl_command(command, str(config), *args)
+    print(output, flush=True)
+    if code:
+        sys.exit(f"error: axolotl {command} {config} failed with exit code {code}; the reason stands above")
+
+
+def swept(house: Path, *argv: str) -> tuple[int, object]:
+    """Fork `python -m tools.sweep ARGV...` in the copy of the house; its pid and output, for forked.finish."""
+    from forked import start
+
+    def main() -> None:
+        os.chdir(house)
+        sys.path.insert(0, str(house))
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("tools", "data", "eval")]:
+            del sys.modules[name]  # they know the folder that they were imported from
+        sweeping = importlib.import_module("tools.sweep")
+        assert sweeping.ROOT == house
+        sweeping.start = Forked
+        sys.argv = ["tools.sweep", *argv]
+        sweeping.run(sweeping.main)
+
+    return start([], main=main)
+
+
+@pytest.mark.xdist_group("axolotl")
+def test_a_real_sweep_is_killed_goes_on_fails_in_part_and_grows(house):
+    """On the tiny model, through axolotl: kill -9, a card that is too small for rank 8, a point more in the file."""
+    import psutil
+    from forked import finish
+
+    recipe = yaml.safe_load((recipes.RECIPES / "sentiment_bf16_r8_dora.yaml").read_text(encoding="utf-8"))
+    recipe["plugins"].insert(0, "faults.OutOfMemoryFromRank8")
+    recipe |= {"num_epochs": 1, "saves_per_epoch": 2, "evals_per_epoch": 2}
+    (house / "own").mkdir()
+    (house / "own" / "sentiment_bf16_r8_dora.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    ranks = house / "ranks.yaml"
+    ranks.write_text("lora_r: [2, 4, 8]", encoding="utf-8")
+    command = ("own/sentiment_bf16_r8_dora.yaml", "ranks.yaml", "--tiny")
+    options = ("--", "--max-steps", "8", "--learning-rate", "0.001")
+    folder = house / "outputs" / "tiny" / "sweeps" / "sentiment_bf16_r8_dora.ranks"
+    two, four, eight, one = (folder / f"sentiment_bf16_r{rank}_dora" for rank in (2, 4, 8, 1))
+
+    killed = swept(house, *command, *options)
+    deadline = time.monotonic() + 300
+    while not any(four.glob("checkpoint-*/seal.json")):
+        ended = os.waitpid(killed[0], os.WNOHANG)
+        assert ended == (0, 0) and time.monotonic() < deadline, finish(killed, ended[1])
+        time.sleep(0.02)
+    family = [psutil.Process(killed[0]), *psutil.Process(killed[0]).children(recursive=True)]
+    for process in family:
+        process.send_signal(signal.SIGKILL)
+    code, output = finish(killed)
+    assert code == -signal.SIGKILL and not (four / "run.json").exists(), output
+    psutil.wait_procs(family, timeout=10)
+    first = (two / "run.json").read_bytes()
+
+    code, output = finish(swept(house, *command, "--gpus", "2", *options))
+    assert code == 1 and "ranks.yaml on sentiment_bf16_r8_dora: 3 points, 2 to run" in output, output
+    assert (two / "run.json").read_bytes() == first
+    log = four.with_suffix(".log").read_text(encoding="utf-8")
+    assert "CUDA_VISIBLE_DEVICES 0\n" in log and "going on from checkpoint-" in log
+    assert "CUDA_VISIBLE_DEVICES 1\n" in eight.with_suffix(".log").read_text(encoding="utf-8")
+    record = json.loads((four / "run.json").read_text(encoding="utf-8"))
+    assert record["metrics"]["steps"] == 8 and record["metrics"]["steps_this_run"] == 4
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: sentiment_bf16_r8_dora: ") and ": out of memory on NVIDIA A100: a step needs" in line
+    assert "\n| 3 | sentiment_bf16_r8_dora | 8 |" in (folder / "table.md").read_text(encoding="utf-8")
+
+    ranks.write_text("lora_r: [1, 2, 4]", encoding="utf-8")
+    code, output = finish(swept(house, *command, *options))
+    assert code == 0 and "3 points, 1 to run" in output, output
+    assert (two / "run.json").read_bytes() == first and (one / "run.json").exists()
+    table = (folder / "table.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \d \| sentiment_bf16_r(\d)_dora \|", table, re.M) == ["1", "2", "4"]
+    assert "went on after an interruption" in table and "tiny stand-in" in table
+    losses = {json.loads((out / "run.json").read_text())["metrics"]["final_eval_loss"] for out in (one, two, four)}
+    assert len(losses) == 3 and None not in losses
+    assert (folder / "index.html").read_text(encoding="utf-8").count("<circle") == 6
+
+
+def test_the_readmes_commands_run(house):
+    """With LIST=1, through make: target, variables and points are as it says. One of them trains in the test above."""
+    commands = [line.split("#")[0].split() for line in README.splitlines() if line.startswith("make sweep ")]
+    assert len(commands) >= 4
+    venv = f"VENV={ROOT / '.venv'}" if (ROOT / ".venv/bin/axolotl").exists() else "T="
+    for command in commands[::2]:
+        done = subprocess.run([*command, "LIST=1", venv], cwd=house, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert re.findall(r"^ +\d +(\w+)", done.stdout, re.M) == [f"sentiment_r{2**n}_dora" for n in range(7)]
+    assert "--array=1-7 " in README and not (house / "outputs").exists()
+    listed = re.findall(r"^\| \[(\w+)\.yaml\]", README, re.M)
+    assert sorted(listed) == SHIPPED
