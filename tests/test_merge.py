@@ -158,7 +158,7 @@ def test_mistakes_are_one_line_and_leave_nothing(runs, tiny_base, tmp_path, monk
     fails("INTO=dequantised: .* was trained on 16 bits", plan(RECIPES[16]), into="dequantised")
 
     monkeypatch.setattr(merge, "gpus", lambda: [("NVIDIA T4", 15.0, 0.001)])  # no GPU is here
-    fails("GiB of GPU memory and NVIDIA T4 has 0 free; free it, or merge on the CPU", plan(RECIPES[16]))
+    fails("GiB of GPU memory, NVIDIA T4 has 0 free; free it, or merge on the CPU", plan(RECIPES[16]))
     monkeypatch.setattr(merge, "gpus", lambda: [])
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

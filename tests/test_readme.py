@@ -58,6 +58,12 @@ def test_make_train_runs_as_the_readme_says(house):
         done = make(*command, venv, cwd=house)
         assert done.returncode == 0, done.stderr[-3000:]
     assert "A and B cannot be told apart on these 9 rows" in done.stdout
+    for command in ("merge", *tiny[:2], "LIMIT=2"), ("publish", *tiny[:2], "REPO=someone/Llama-tiny"):  # docs/use.md
+        done = make(*command, venv, cwd=house)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert (house / "outputs/tiny/sentiment_r8_dora/merged/merge.json").is_file()
+    card = (house / "outputs/tiny/sentiment_r8_dora/publish/README.md").read_text(encoding="utf-8")
+    assert "of a spread of" not in card and "| fpb | published | 9 |" in card and "synthetic sample rows" in card
     page = (house / "results/index.html").read_text(encoding="utf-8")
     assert "sentiment_r8_dora.tiny" in page and base in page and "Training curves" in page
 
@@ -85,7 +91,8 @@ def test_ci_runs_the_readmes_test_command():
 
 
 @pytest.mark.parametrize(
-    "file", ["README.md", "recipes/README.md", "recipes/sweeps/README.md", "data/README.md", "eval/README.md"]
+    "file",
+    ["README.md", "recipes/README.md", "recipes/sweeps/README.md", "data/README.md", "eval/README.md", "docs/use.md"],
 )
 def test_links_and_folders_exist(file):
     text = (ROOT / file).read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import requests
@@ -23,7 +24,6 @@ from tools import chat, merge, serve
 from tools.cli import UserError, run
 
 pytestmark = pytest.mark.xdist_group("after")
-QUESTION = "Instruction: What is the sentiment of this news?\nInput: sales rose\nAnswer: "
 MOST = 8
 
 
@@ -101,8 +101,11 @@ def test_the_endpoint_answers_as_the_model_does(merged):
                     break
             assert not os.waitpid(pid, os.WNOHANG)[0], "the server ended"
             time.sleep(0.05)
-        turns = [{"role": "user", "content": QUESTION}]
-        body = {"model": merged["name"], "messages": turns, "max_tokens": MOST}
+        text = (Path(__file__).parent.parent / "docs" / "use.md").read_text(encoding="utf-8")
+        documented = json.loads(re.search(r"/v1/chat/completions .*? -d '(\{.*?\n\})'", text, re.S)[1])
+        assert documented["model"] == "sentiment_r8_dora"
+        body = documented | {"model": merged["name"], "max_tokens": MOST}
+        turns = body["messages"]
         found = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
         expected, length = answer(merged["merged"], turns)
         assert found["choices"][0]["message"] == {"role": "assistant", "content": expected} and expected

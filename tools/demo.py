@@ -12,6 +12,7 @@ from pathlib import Path
 from data import prepare, rows
 from tools import recipes, tiny
 from tools.cli import ROOT, UserError, run
+from tools.merge import merge, subject
 from tools.train import OUTPUTS, train
 
 RECIPE = recipes.RECIPES / "demo_r8_dora.yaml"
@@ -60,19 +61,16 @@ def read_pairs(path: Path):
 
 
 def evaluate(base: Path, adapter: Path, held_out: list[tuple[str, str]]) -> dict[str, float]:
-    """Share of answers equal to the target, for the base and for the adapter merged into it (saved in `merged/`)."""
+    """Share of answers equal to the target, for the base and for the adapter merged into it (`make merge`)."""
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(adapter, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    scores = {"base": right_answers(model, tokenizer, held_out)}
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
-    merged.save_pretrained(adapter / "merged")
-    tokenizer.save_pretrained(adapter / "merged")
-    scores["adapter"] = right_answers(merged, tokenizer, held_out)
-    return scores
+    folders = {"base": base, "adapter": merge(subject(RECIPE.stem, None, None, None, tiny=False), limit=0)}
+    return {
+        name: right_answers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, held_out)
+        for name, folder in folders.items()
+    }
 
 
 def right_answers(model, tokenizer, held_out: list[tuple[str, str]]) -> float:

@@ -32,6 +32,7 @@ from tools.train import OUTPUTS, fetch_base, folder_lock, git_state, versions
 SHARD = "5GB"
 DIALOGUES, POSITIONS = 16, 8  # whose logits are compared: so many rows, so many of each one's last tokens
 TOLERANCE = 0.03  # of the logits' spread; rounding weights to bfloat16 moves them by less
+ON_CPU = "merge on the CPU: CUDA_VISIBLE_DEVICES= make merge ..."
 SAMPLE_ROWS = SAMPLE / "test" / "fpb_test.jsonl"
 
 
@@ -43,7 +44,7 @@ def subject(recipe: str | None, adapter: str | None, model: str | None, bits: in
     if bool(recipe) == bool(adapter) or (recipe and model):
         raise UserError("give RECIPE=<trained recipe>, or ADAPTER=<folder or hub id> and MODEL=<its base>")
     given = f"RECIPE={recipe}{' TINY=1' if tiny else ''}" if recipe else f"ADAPTER={adapter}"
-    given += f" MODEL={model}" if model else ""
+    given += (f" MODEL={model}" if model else "") + (f" BITS={bits}" if bits else "")
     plan: dict[str, Any] = {"given": given, "recipe": None, "record": None, "run": {}, "tiny": False, "sets": []}
     if recipe:
         found = of_recipe(recipe, tiny)
@@ -112,7 +113,12 @@ def merge(
         check_room(plan)
         with tempfile.TemporaryDirectory(dir=plan["folder"], prefix=".merged-") as beside:
             whole = Path(beside) / "merged"
-            about = write(plan, into, limit, prompt, whole)
+            try:
+                about = write(plan, into, limit, prompt, whole)
+            except Exception as error:
+                if type(error).__name__ != "OutOfMemoryError":
+                    raise
+                raise UserError(f"{plan['name']}: the GPU is out of memory; free it, or {ON_CPU}") from error
             whole.chmod(0o755)
             if out.exists():
                 out.rename(Path(beside) / "before")
@@ -222,8 +228,7 @@ def check_room(plan: dict[str, Any]) -> None:
         name, _, free = found[0]
         if free < size * 1.15:
             raise UserError(
-                f"merging takes {size * 1.15:.0f} GiB of GPU memory and {name} has {free:.0f} free; free it, or merge "
-                "on the CPU: CUDA_VISIBLE_DEVICES= make merge ..."
+                f"merging takes {size * 1.15:.0f} GiB of GPU memory, {name} has {free:.0f} free; free it, or {ON_CPU}"
             )
         return
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()

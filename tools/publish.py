@@ -182,6 +182,8 @@ def model_card(plan: dict[str, Any], repo: str, merged: Path | None, llama: bool
     base = recipe["base_model"] if not (ROOT / recipe["base_model"]).is_dir() else Path(plan["model"]).name
     sources = [load_tasks()[part]["source"] for part in parts] + [test["source"] for test in tests.values()]
     hub = "https://huggingface.co/datasets/"
+    rows = prepared(record)
+    names = sorted({source.removeprefix(hub) for source in sources if source.startswith(hub)}) or None
     data = ModelCardData(
         language="en",
         license="llama3.1" if llama else "other",
@@ -189,7 +191,7 @@ def model_card(plan: dict[str, Any], repo: str, merged: Path | None, llama: bool
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
         base_model=None if base == Path(plan["model"]).name else base,
-        datasets=sorted({source.removeprefix(hub) for source in sources if source.startswith(hub)}) or None,
+        datasets=names if record["data_from"] == "raw" and not (rows and rows["settings"]["file"]) else None,
         tags=["finance", "finlora", "axolotl", plan["facts"]["method"]],
     )
     card = ModelCard.from_template(
@@ -208,7 +210,7 @@ def model_card(plan: dict[str, Any], repo: str, merged: Path | None, llama: bool
         task=task,
         trained_on={part: load_tasks()[part] for part in parts},
         tests=tests,
-        prepared=prepared(record),
+        prepared=rows,
         defects=defects(tests),
         corrections={file: load_corrections()[file] for file in files_of(parts, tests) if file in load_corrections()},
         subjects=scores(plan["facts"]["sha256"]),
