@@ -178,6 +178,13 @@ def test_every_package_is_pinned(file):
         assert re.match(r"[A-Za-z0-9._-]+", wanted)[0].lower() in pinned, wanted
 
 
+def test_the_audit_reads_every_list_of_pins():
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "audit.yml").read_text(encoding="utf-8"))["jobs"]["audit"]
+    files = {f"torch-{version}.txt" for version in job["strategy"]["matrix"]["torch"]}
+    assert files == {file.name for file in (ROOT / "constraints").glob("*.txt")}
+    assert "--strict" in job["steps"][-1]["run"]  # without it pip-audit passes what it could not look up
+
+
 def test_telemetry_is_off_unless_asked_for():
     assert "AXOLOTL_DO_NOT_TRACK=$${AXOLOTL_DO_NOT_TRACK:-1}" in (ROOT / "Makefile").read_text(encoding="utf-8")
     for recipe in recipes.names():
