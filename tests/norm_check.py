@@ -1,9 +1,11 @@
 """An axolotl plugin for tests: in every forward of every DoRA layer, the norm in use against the norm built in full.
 
-Ends the run where they differ. Writes how many were compared, and by how much norms moved, to norms.json.
+Ends the run where they differ by more than $NORM_TOLERANCE. The first process writes how many it compared, by how much
+they differed at most, and by how much norms moved, to norms.json.
 """
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -11,10 +13,12 @@ from axolotl.integrations.base import BasePlugin
 
 from fastdora import dora, products
 
+TOLERANCE = float(os.environ.get("NORM_TOLERANCE", 1e-5))  # relative
+
 
 class NormCheck(BasePlugin):
     def post_model_load(self, cfg, model) -> None:
-        first, found = {}, {"compared": 0, "moved": 0.0}
+        first, found = {}, {"compared": 0, "moved": 0.0, "worst": 0.0}
 
         @torch.no_grad()
         def compare(module, args, output):
@@ -23,11 +27,13 @@ class NormCheck(BasePlugin):
             weight = products.widen(module.base_layer, torch.float64)
             exact = (weight + module.scaling["default"] * b.double() @ a.double()).norm(dim=1)
             worst = ((used - exact) / exact).abs().max().item()
-            assert worst < 1e-5, f"a norm in use is off by {worst}"
+            assert worst < TOLERANCE, f"a norm in use is off by {worst}"
             start = first.setdefault(id(module), exact)
             found["compared"] += 1
+            found["worst"] = max(found["worst"], worst)
             found["moved"] = max(found["moved"], ((exact - start) / start).abs().max().item())
-            (Path(cfg.output_dir) / "norms.json").write_text(json.dumps(found))
+            if os.environ.get("RANK", "0") == "0":
+                (Path(cfg.output_dir) / "norms.json").write_text(json.dumps(found))
 
         for module in model.modules():
             if isinstance(module, dora.Fast) and module.use_dora["default"]:
