@@ -123,7 +123,8 @@ def check_text(name: str, source: Path | bytes) -> None:
     if name.endswith(".safetensors"):
         return
     text = (source if isinstance(source, bytes) else source.read_bytes()).decode("utf-8", "replace")
-    if LOOKS_SECRET.search(text) or (os.environ.get("HF_TOKEN") or "\0") in text:
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if LOOKS_SECRET.search(text) or (token and token in text):
         raise UserError(f"{name}: holds what looks like a secret; remove it before it is published")
     for place in (str(ROOT), f"{Path.home()}/"):
         if place in text:
