@@ -9,7 +9,6 @@ interpreter (tests/interpreted.py).
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -161,27 +160,24 @@ def attention_row() -> dict[str, float]:
 
 
 def graph_rows() -> dict[str, dict[str, float]]:
-    """Two decoder layers of 8B widths with DoRA and dropout, trained by CUDA graphs and without: adapters and times.
+    """Two decoder layers of 8B widths with DoRA and dropout, trained by CUDA graphs and without.
 
-    error: of the adapter after 12 steps, against its way from the start; `again`: of a second run without graphs, since
-    the attention's backward pass adds up in no fixed order.
+    error: of the adapter after 12 steps of SGD, against its way from the start; `again`: of a second run without
+    graphs, since the attention's backward pass adds up in no fixed order.
     """
     rows = {}
     for bits in (16, 8):
-        found = [trained_adapter(bits, by_graphs) for by_graphs in (False, False, True)]
-        start, plain, ms = found[0]
+        (start, plain), (_, again), (_, graphed) = (
+            trained_adapter(bits, by_graphs) for by_graphs in (False, False, True)
+        )
         moved = plain - start
-        rows[f"graphs {bits} bits"] = {
-            "error": ((found[2][1] - plain).norm() / moved.norm()).item(),
-            "again": ((found[1][1] - plain).norm() / moved.norm()).item(),
-            "ms": found[2][2],
-            "ms_without": ms,
-        }
+        error, again = (((found - plain).norm() / moved.norm()).item() for found in (graphed, again))
+        rows[f"graphs {bits} bits"] = {"error": error, "again": again}
     return rows
 
 
-def trained_adapter(bits: int, by_graphs: bool) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The adapter before and after 12 steps on packs of T tokens, flat, and the median milliseconds of a step."""
+def trained_adapter(bits: int, by_graphs: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The adapter before and after 12 steps on packs of T tokens, flat."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096, hidden_size=K, intermediate_size=14336, num_hidden_layers=2, num_attention_heads=32,
@@ -190,26 +186,23 @@ def trained_adapter(bits: int, by_graphs: bool) -> tuple[torch.Tensor, torch.Ten
     with torch.device("cuda"):
         base = LlamaForCausalLM(config).bfloat16()
     for layer in base.model.layers if bits == 8 else ():
-        for block, name in [(layer.self_attn, f"{x}_proj") for x in "qkvo"] + [
-            (layer.mlp, f"{x}_proj") for x in ("gate", "up", "down")
-        ]:
-            weight = getattr(block, name).weight
-            quantised = bnb.nn.Linear8bitLt(*weight.shape[::-1], bias=False, has_fp16_weights=False)
-            quantised.weight = bnb.nn.Int8Params(weight.data.cpu().half(), requires_grad=False, has_fp16_weights=False)
-            setattr(block, name, quantised.cuda())
+        for block, names in ((layer.self_attn, "q k v o"), (layer.mlp, "gate up down")):
+            for name in (f"{part}_proj" for part in names.split()):
+                weight = getattr(block, name).weight
+                quantised = bnb.nn.Linear8bitLt(*weight.shape[::-1], bias=False, has_fp16_weights=False)
+                quantised.weight = bnb.nn.Int8Params(weight.data.cpu().half(), requires_grad=False)
+                setattr(block, name, quantised.cuda())
     peft = LoraConfig(r=8, use_dora=True, lora_dropout=0.05, target_modules=["q_proj", "k_proj", "v_proj"])
-    model = get_peft_model(base, peft, autocast_adapter_dtype=True)
+    model = get_peft_model(base, peft)
     dora.accelerate(model)
     attention.install(model.get_base_model())
     places.read_places(model, answers=True)
-    if by_graphs:
-        graphs.install(model)
+    found = graphs.install(model) if by_graphs else None
     own = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
     flat = torch.nn.utils.parameters_to_vector
     start = flat(own).detach().double()
-    optimizer = torch.optim.AdamW(own, 1e-3, fused=True)
+    optimizer = torch.optim.SGD(own, 1.0)
     generator = torch.Generator().manual_seed(1)
-    seconds = []
     for _ in range(12):
         sizes = torch.randint(60, 130, (T // 130,), generator=generator).tolist()
         positions = torch.cat([torch.arange(size) for size in [*sizes, T - sum(sizes)]])[None]
@@ -219,14 +212,11 @@ def trained_adapter(bits: int, by_graphs: bool) -> tuple[torch.Tensor, torch.Ten
         edges, longest = attention.boundaries(positions)
         given = dict(input_ids=ids, position_ids=positions, labels=labels, fastdora_edges=edges)
         given = {name: value.cuda() for name, value in given.items()}
-        torch.cuda.synchronize()
-        begun = time.perf_counter()
         model(**given, fastdora_longest=longest).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-    return start, flat(own).detach().double(), round(1e3 * sorted(seconds[6:])[3], 2)
+    assert found is None or found.turn == 12 - graphs.WARM_UP
+    return start, flat(own).detach().double()
 
 
 def main() -> None:
@@ -241,7 +231,7 @@ def main() -> None:
     given.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
     for name, row in rows.items():
         print(f"{name:32}", row)
-    wrong = [name for name, row in rows.items() if not row.get("error", 0) < 1e-2]
+    wrong = [name for name, row in rows.items() if not row.get("error", 0) < max(1e-2, 2 * row.get("again", 0))]
     sys.exit(f"wrong: {', '.join(wrong)}" if wrong else 0)
 
 

@@ -16,7 +16,29 @@ except ImportError:  # torch's builds for machines without a GPU may come withou
     triton = None
 
 NARROW = (torch.bfloat16, torch.float16, torch.int8, torch.uint8)
-SPLITS = 16  # partial sums over T, of which each program of a backward kernel adds up one
+# Tiles by the largest padded rank that they serve. SPLITS: partial sums over T, one a program of a backward kernel.
+TILES = {
+    "low_rank": {
+        16: dict(BLOCK_T=16, BLOCK_K=256, num_warps=4, num_stages=4),
+        64: dict(BLOCK_T=32, BLOCK_K=128, num_warps=4, num_stages=3),
+        256: dict(BLOCK_T=16, BLOCK_K=32, num_warps=4, num_stages=3),
+    },
+    "low_rank_backward": {
+        16: dict(SPLITS=16, BLOCK_T=64, BLOCK_K=64, num_warps=4, num_stages=2),
+        64: dict(SPLITS=16, BLOCK_T=64, BLOCK_K=64, num_warps=4, num_stages=3),
+        256: dict(SPLITS=16, BLOCK_T=64, BLOCK_K=32, num_warps=4, num_stages=3),
+    },
+    "combine": {
+        16: dict(BLOCK_T=32, BLOCK_N=128, num_warps=8, num_stages=3),
+        64: dict(BLOCK_T=64, BLOCK_N=128, num_warps=4, num_stages=3),
+        256: dict(BLOCK_T=32, BLOCK_N=64, num_warps=4, num_stages=3),
+    },
+    "combine_backward": {
+        16: dict(SPLITS=8, BLOCK_T=64, BLOCK_N=128, num_warps=8, num_stages=4),
+        64: dict(SPLITS=16, BLOCK_T=64, BLOCK_N=64, num_warps=4, num_stages=3),
+        256: dict(SPLITS=16, BLOCK_T=64, BLOCK_N=32, num_warps=4, num_stages=3),
+    },
+}
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
@@ -107,12 +129,11 @@ def low_rank(x: torch.Tensor, a: torch.Tensor, scale: float, p: float, seed: See
     t = torch.empty(tokens, rank, dtype=x.dtype, device=x.device)
     if not x.numel():
         return t.zero_()
-    block_r = _block(rank)
-    block_t = 32 if block_r <= 64 else 16
-    _low_rank_kernel[(triton.cdiv(tokens, block_t),)](
+    tiles = _tiles("low_rank", rank)
+    _low_rank_kernel[(triton.cdiv(tokens, tiles["BLOCK_T"]),)](
         x, a, t, tokens, inputs, rank, a.stride(0), a.stride(1), scale / (1 - p), threshold(p),
         *_seed_arguments(seed, x),
-        BLOCK_T=block_t, BLOCK_K=128 if block_r <= 64 else 32, BLOCK_R=block_r, DROPOUT=p > 0, num_warps=4,
+        DROPOUT=p > 0, **tiles,
     )  # fmt: skip
     return t
 
@@ -137,13 +158,13 @@ def low_rank_backward(
     rank = a.shape[0]
     if not x.numel():
         return torch.zeros(rank, inputs, dtype=torch.float32, device=x.device)
-    block_r = _block(rank)
-    block_k = 64 if block_r <= 64 else 32
-    parts = torch.empty(SPLITS, rank, inputs, dtype=torch.float32, device=x.device)
-    _low_rank_backward_kernel[(triton.cdiv(inputs, block_k), SPLITS)](
+    tiles = _tiles("low_rank_backward", rank)
+    splits = tiles.pop("SPLITS")
+    parts = torch.empty(splits, rank, inputs, dtype=torch.float32, device=x.device)
+    _low_rank_backward_kernel[(triton.cdiv(inputs, tiles["BLOCK_K"]), splits)](
         dt, x, a, x if dx is None else dx, parts, tokens, inputs, rank, a.stride(0), a.stride(1),
-        triton.cdiv(tokens, SPLITS), 1 / (1 - p), threshold(p), *_seed_arguments(seed, x),
-        BLOCK_T=64, BLOCK_K=block_k, BLOCK_R=block_r, DROPOUT=p > 0, INTO_X=dx is not None, num_warps=4,
+        triton.cdiv(tokens, splits), 1 / (1 - p), threshold(p), *_seed_arguments(seed, x),
+        DROPOUT=p > 0, INTO_X=dx is not None, **tiles,
     )  # fmt: skip
     return parts.sum(0)
 
@@ -172,11 +193,10 @@ def combine(
     y = base if gain is None else torch.empty_like(base)
     if not base.numel():
         return y
-    block_r = _block(rank)
-    block_t, block_n = (64, 128) if block_r <= 64 else (32, 64)
-    _combine_kernel[(triton.cdiv(tokens, block_t), triton.cdiv(outputs, block_n))](
+    tiles = _tiles("combine", rank)
+    _combine_kernel[(triton.cdiv(tokens, tiles["BLOCK_T"]), triton.cdiv(outputs, tiles["BLOCK_N"]))](
         base, t, b, gain, bias, y, tokens, outputs, rank, s,
-        BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_R=block_r, GAIN=gain is not None, BIAS=bias is not None, num_warps=4,
+        GAIN=gain is not None, BIAS=bias is not None, **tiles,
     )  # fmt: skip
     return y
 
@@ -204,14 +224,14 @@ def combine_backward(
         return dz, dm, s * (dz.to(to).t() @ t.to(to))
     tokens, outputs = dy.shape
     rank = b.shape[1]
-    block_r = _block(rank)
-    block_n = 64 if block_r <= 64 else 32
+    tiles = _tiles("combine_backward", rank)
+    splits = tiles.pop("SPLITS")
     dz = dy if gain is None else torch.empty_like(dy)
     size = outputs * (rank + (gain is not None))
-    parts = torch.empty(SPLITS, size, dtype=torch.float32, device=dy.device)
-    _combine_backward_kernel[(triton.cdiv(outputs, block_n), SPLITS)](
-        dy, base, t, b, gain, norm, dz, parts, tokens, outputs, rank, triton.cdiv(tokens, SPLITS), size, s,
-        BLOCK_T=64, BLOCK_N=block_n, BLOCK_R=block_r, GAIN=gain is not None, num_warps=4,
+    parts = torch.empty(splits, size, dtype=torch.float32, device=dy.device)
+    _combine_backward_kernel[(triton.cdiv(outputs, tiles["BLOCK_N"]), splits)](
+        dy, base, t, b, gain, norm, dz, parts, tokens, outputs, rank, triton.cdiv(tokens, splits), size, s,
+        GAIN=gain is not None, **tiles,
     )  # fmt: skip
     total = parts.sum(0)
     db = total[: outputs * rank].view(outputs, rank)
@@ -331,6 +351,12 @@ def int8_to_fp8(weight: torch.Tensor, transpose: bool = False) -> torch.Tensor:
 @functools.cache
 def _block(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))  # a Triton dot has at least 16 columns
+
+
+def _tiles(kernel: str, rank: int) -> dict[str, int]:
+    block_r = _block(rank)
+    largest = next((size for size in TILES[kernel] if block_r <= size), 256)
+    return TILES[kernel][largest] | {"BLOCK_R": block_r}
 
 
 if triton is not None:

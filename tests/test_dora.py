@@ -514,33 +514,24 @@ DROPOUT = dict(
 
 def kernel_signatures(block_r: int, read: bool):
     """(kernel, types of its arguments, its constants), as fastdora/kernels.py launches them. read: seeds of graphs."""
-    block_t, block_k = (32, 128) if block_r <= 64 else (16, 32)
-    sizes = dict(BLOCK_T=64, BLOCK_N=64 if block_r <= 64 else 32, BLOCK_R=block_r)
+    tiles = {name: kernels._tiles(name, block_r) for name in kernels.TILES}
+    for name in tiles:
+        tiles[name].pop("SPLITS", None)
     combined = dict(
         dy=H, base=H, t=H, b=H, gain=P, norm=P, dz=H, parts=P, tokens=INT, outputs=INT, rank=INT, share=INT, size=INT
     )
-    yield (
-        "_low_rank",
-        dict(x=H, a=H, t=H, **DROPOUT),
-        dict(BLOCK_T=block_t, BLOCK_K=block_k, BLOCK_R=block_r, DROPOUT=True, READ=read),
-    )
+    yield "_low_rank", dict(x=H, a=H, t=H, **DROPOUT), dict(DROPOUT=True, READ=read, **tiles["low_rank"])
     yield (
         "_low_rank_backward",
         dict(dt=H, x=H, a=H, dx=H, parts=P, share=INT, **DROPOUT),
-        dict(BLOCK_T=64, BLOCK_K=64 if block_r <= 64 else 32, BLOCK_R=block_r, DROPOUT=True, READ=read, INTO_X=True),
+        dict(DROPOUT=True, READ=read, INTO_X=True, **tiles["low_rank_backward"]),
     )
     yield (
         "_combine",
         dict(base=H, t=H, b=H, gain=P, bias=H, y=H, tokens=INT, outputs=INT, rank=INT, s=F),
-        dict(
-            BLOCK_T=64 if block_r <= 64 else 32,
-            BLOCK_N=128 if block_r <= 64 else 64,
-            BLOCK_R=block_r,
-            GAIN=True,
-            BIAS=True,
-        ),
+        dict(GAIN=True, BIAS=True, **tiles["combine"]),
     )
-    yield "_combine_backward", dict(s=F, **combined), dict(GAIN=True, **sizes)
+    yield "_combine_backward", dict(s=F, **combined), dict(GAIN=True, **tiles["combine_backward"])
     if block_r > 64:
         return
     table = dict(table="*i64", factors=P, grams=P, norms=P, gains=P, rank=INT)
@@ -552,7 +543,7 @@ def kernel_signatures(block_r: int, read: bool):
     yield "_widen_int8", dict(weight="*i8", scales=P, out=H, columns=INT), dict(BLOCK=4096)
 
 
-@pytest.mark.parametrize("block_r", [16, 256])
+@pytest.mark.parametrize("block_r", [16, 64, 256])
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_triton_kernels_compile_for_cards_that_are_not_here(capability, block_r):
     """For an A100 (sm_80) and an H100, within the shared memory of the 24 GB cards (99 KiB a block)."""
@@ -580,11 +571,12 @@ def test_the_triton_kernels_compile_for_cards_that_are_not_here(capability, bloc
         kernel = getattr(kernels, f"{name}_kernel")
         if "KIND" in constants:
             constants["KIND"] = getattr(triton.language, constants["KIND"])
+        options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
         assert set(kernel.arg_names) == set(types) | set(constants), name
         source = ASTSource(
             fn=kernel,
             signature={arg: "constexpr" if arg in constants else types[arg] for arg in kernel.arg_names},
             constexprs={(kernel.arg_names.index(arg),): value for arg, value in constants.items()},
         )
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4} | options)
         assert compiled.metadata.shared <= 99 * 1024, name

@@ -35,6 +35,7 @@ DECIDED_BY = {
         "gradient_accumulation_steps",
         "num_epochs",
         "eval_sample_packing",
+        "fastdora_graphs",
     ],
     "bits": ["load_in_8bit", "load_in_4bit", "adapter"],
     "r": ["lora_r"],
