@@ -89,7 +89,7 @@ def measured_runs() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     for name, row in json.loads(MEASURED.read_text(encoding="utf-8"))["rows"].items():
         recipe = read_recipe(recipes.RECIPES / f"{row['recipe']}.yaml") | row["set"]
         for key in recipe.pop("drop", []):
-            del recipe[key]
+            recipe.pop(key, None)
         if "step_s" in row and is_modelled(recipe):
             runs[name] = recipe, row
     return runs
