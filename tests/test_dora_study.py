@@ -319,6 +319,8 @@ def test_the_page_says_what_the_record_says(recorded, tmp_path):
     dora_page.write(recorded, tmp_path / "dora.md")
     page = (tmp_path / "dora.md").read_text(encoding="utf-8")
     assert max(len(line) for line in page.splitlines() if line[:1] != "|") <= 120
+    for table in re.findall(r"(?m)(?:^\|.*\n)+", page):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
     page = " ".join(page.split())  # however its lines are broken
     assert "Neither DoRA nor LoRA is to be preferred for its score (DoRA − LoRA: +0.0 points" in page
     assert re.search(r"Distinguishable: x 30 − x 1: -[12]\d\.\d points", page)
