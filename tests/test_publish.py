@@ -109,6 +109,7 @@ def test_a_dry_run_is_the_default_and_asks_nobody(runs, hub, capsys):
     names = publish.publish(plan(), "someone/Llama-finance")
     said = capsys.readouterr().out
     assert not hub.asked and "nothing was pushed; PUSH=1 pushes" in said and TOKEN not in said
+    assert "no scores: run `make eval RECIPE=sentiment_r8_dora BASE=1` first" in said
     assert names == sorted(names, key=said.index)
     for name in names:
         assert re.search(rf"^  {re.escape(name)} +\d+\.\d{{3}} MB$", said, re.M), name

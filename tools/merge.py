@@ -31,7 +31,8 @@ from tools.train import OUTPUTS, fetch_base, folder_lock, git_state, versions
 
 SHARD = "5GB"
 DIALOGUES, POSITIONS = 16, 8  # whose logits are compared: so many rows, so many of each one's last tokens
-TOLERANCE = 0.03  # of the logits' spread; rounding weights to bfloat16 moves them by less
+# Of the logits' spread: weights rounded to bfloat16 move them by less, a GPU's 16-bit activations by more.
+TOLERANCE = {"cpu": 0.01, "cuda": 0.05}
 ON_CPU = "merge on the CPU: CUDA_VISIBLE_DEVICES= make merge ..."
 SAMPLE_ROWS = SAMPLE / "test" / "fpb_test.jsonl"
 
@@ -180,8 +181,9 @@ def write(plan: dict[str, Any], into: str | None, limit: int, prompt: str, folde
         save(merged, tokenizer, folder)
         merged = None
         free()
-        verified = distance(logits(models.load_base(str(folder), 16), rows), expected)
-        if not verified["mean"] <= TOLERANCE * verified["spread"]:
+        saved = models.load_base(str(folder), 16)
+        verified = distance(logits(saved, rows), expected)
+        if not verified["mean"] <= TOLERANCE[saved.device.type] * verified["spread"]:
             raise UserError(
                 f"{plan['adapter']}: merged, its logits are {off(verified)} from those of base and adapter; nothing "
                 "was written, please report this"

@@ -85,6 +85,8 @@ def publish(
         print(
             "note      it also wants a copy of itself beside the weights, which is not at hand here: add it on the Hub"
         )
+    if "\nNot evaluated" in content:
+        print(f"note      the card has no scores: run `make eval {plan['given']} BASE=1` first")
     print(f"{'pushing' if push else 'would push'} to {repo}{' (private)' if private else ''}:")
     for name, source in going.items():
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
