@@ -118,8 +118,9 @@ def test_plans_differ_as_they_must(monkeypatch):
     assert planned(sequence_len=16384)["step"] > 2.5 * one["step"]
     assert planned(max_steps=7)["steps"] == 7 and planned(test_datasets=[])["looking"] == 0
     assert planned(evals_per_epoch=None, eval_steps=0.0625)["looking"] == pytest.approx(one["looking"])
+    assert planned(fastdora_fp8=True)["step"] < 0.8 * one["step"]
     other = planned(fastdora_layers="peft")
-    assert "none of them with this recipe's fastdora_layers" in plan.show(other)
+    assert "all of them with fastdora_layers: fast, so this recipe takes more of both" in plan.show(other)
     assert planned("general_multi_r8_dora")["rows"].train == pytest.approx(3 * 82200, rel=0.02)
 
 
@@ -173,6 +174,10 @@ BAD = {
         r"GPUS=3: sentiment_r8_dora trains 4 rows a step, which 3 processes cannot share; use 1, 2, 4, or set .*",
     ),
     "too many GPUs": ({"gpus": 4096}, r"GPUS=4096: sentiment_r8_dora trains .* too few for 4096 processes; use fewer"),
+    "fp8 on a GPU without": (
+        {"gpu": "a5000", "fastdora_fp8": True},
+        r".*: key 'fastdora_fp8': a5000 has no fp8 products; set it to false, or plan for another GPU",
+    ),
     "no adapter": ({"adapter": None}, r".*: key 'adapter' is missing: plans are for recipes that train an adapter"),
     "an unknown base": ({"base_model": "a/b"}, r".*: key 'base_model': the sizes of a/b are not known here; .*"),
     "an unknown layer": (
@@ -231,5 +236,5 @@ def test_the_gpu_that_is_here_is_the_default(monkeypatch):
     monkeypatch.setattr(checks, "gpus", lambda: [])
     assert plan.measured_device() in plan.find_gpu(None)[1]["names"]
     for entry in plan.known_gpus().values():
-        assert set(entry) == {"memory", "tflops", "bandwidth", "names"} and entry["names"]
+        assert set(entry) == {"memory", "tflops", "bandwidth", "fp8", "names"} and entry["names"]
         assert all(math.isfinite(entry[key]) and entry[key] > 0 for key in ("memory", "tflops", "bandwidth"))

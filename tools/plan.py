@@ -79,8 +79,8 @@ def measured_device() -> str:
 
 
 def is_modelled(recipe: dict[str, Any]) -> bool:
-    """Whether the factors are meant for such a recipe: the fast layers, and products in 16 bits."""
-    return recipe.get("fastdora_layers") == "fast" and not recipe.get("fastdora_fp8")
+    """Whether the factors are meant for such a recipe: one with the fast layers."""
+    return recipe.get("fastdora_layers") == "fast"
 
 
 def measured_runs() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
@@ -111,7 +111,9 @@ def work(
     passes = forwards + backwards  # frozen weights: backward is one product as well
     slots = recipe["sequence_len"] * recipe["micro_batch_size"]
     answers = slots / 32 if recipe.get("fastdora_answers_only") else slots
-    products = 2 * matrices * slots * passes + 2 * answers * hidden * shape["vocab_size"] * (1 + backwards)
+    fp8 = bool(recipe.get("fastdora_fp8"))  # at twice the rate; the head stays in 16 bits
+    products = 2 * matrices * slots * passes / (1 + fp8)
+    products += 2 * answers * hidden * shape["vocab_size"] * (1 + backwards)
     attention = 2 * slots * fill * length * hidden * layers * (forwards + 2.5 * backwards)
     # What a token reads and writes outside the products, in numbers of 16 bits: norms, residual sums, rotary positions,
     # attention's own, the MLP's gate; then the adapted layers.
@@ -320,6 +322,10 @@ def make_plan(
     if unknown := [name for name in recipe["lora_target_modules"] if name not in known]:
         raise UserError(f"{path}: key 'lora_target_modules': {unknown[0]} is none of {', '.join(known)}")
     key, gpu = find_gpu(gpu_name)
+    if recipe.get("fastdora_fp8") and not gpu["fp8"]:
+        raise UserError(
+            f"{path}: key 'fastdora_fp8': {key} has no fp8 products; set it to false, or plan for another GPU"
+        )
     shared, say = several.spread(path, recipe, gpus, 1)
     rows = rows_of(path, shared)
     rates = measured_rates()
@@ -396,7 +402,7 @@ def show(plan: dict[str, Any]) -> str:
     if plan["gpus"] > 1:
         basis += "; that GPUs do not wait for each other is a guess"
     if not plan["modelled"]:
-        basis += "; none of them with this recipe's fastdora_layers and fastdora_fp8, so both are off"
+        basis += "; all of them with fastdora_layers: fast, so this recipe takes more of both"
     return "\n".join([*lines, basis + "."])
 
 
