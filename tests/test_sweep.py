@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import answered, label_rows, subject
 
-from tools import checks, recipes, sweep, sweep_report
+from tools import checks, recipes, sweep, sweep_report, train
 from tools.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,6 +178,8 @@ def test_options_that_the_points_differ_by_and_points_that_are_not_there(tmp_pat
             sweep.sweep(RECIPE, tmp_path / "mine.yaml", args=args)
     with pytest.raises(UserError, match="POINT=3: .*mine.yaml has points 1 to 2; LIST=1 shows them"):
         sweep.sweep(RECIPE, tmp_path / "mine.yaml", point=3)
+    with pytest.raises(UserError, match="TASKS=fbp: no test set or group 'fbp'; did you mean fpb"):
+        sweep.sweep(RECIPE, tmp_path / "mine.yaml", ask=["--tasks", "fbp"])
 
 
 def test_gpus_are_shared_out_and_missed(monkeypatch):
@@ -194,6 +196,43 @@ def test_gpus_are_shared_out_and_missed(monkeypatch):
     monkeypatch.setattr(checks, "gpus", list)
     with pytest.raises(UserError, match="GPUS=1: a point needs a GPU and none is here"):
         sweep.slots(1, point, small=False)
+
+
+def test_without_a_gpu_the_table_of_what_is_trained_is_written_all_the_same(ranks, tmp_path, monkeypatch):
+    """As on a login node, after an array of which one task failed."""
+    done = {point["path"]: point["run"] for point in ranks[:3]}
+    (tmp_path / "sentiment_r16_dora.log").write_text("error: out of memory\n", encoding="utf-8")
+    monkeypatch.setattr(checks, "gpus", list)
+    monkeypatch.setattr(train, "output_folder", lambda recipe, small: tmp_path / Path(recipe["output_dir"]).name)
+    monkeypatch.setattr(train, "finished_run", lambda path, *options: done.get(path))
+    monkeypatch.setattr(sweep, "write", lambda *point: None)
+    with pytest.raises(UserError, match="^GPUS=1: a point needs a GPU and none is here"):
+        sweep.sweep(RECIPE, tmp_path / "mine.yaml")
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "| 1 | sentiment_r2_dora |" in table and "| failed: out of memory |" in table
+    done[ranks[3]["path"]] = ranks[3]["run"]
+    shown = sweep.sweep(RECIPE, tmp_path / "mine.yaml")
+    assert all(row["finished"] and not row["note"] for row in shown["rows"])
+
+
+@given(
+    bits=st.sampled_from([16, 8, 4]),
+    rank=st.integers(1, 512),
+    alpha=st.integers(1, 512),
+    method=st.sampled_from(["lora", "dora", "rslora"]),
+    task=st.sampled_from(["sentiment", "xbrl_term", "general_multi"]),
+)
+def test_a_recipes_name_is_made_and_read_by_one_grammar(bits, rank, alpha, method, task):
+    recipe = {"load_in_8bit": bits == 8, "load_in_4bit": bits == 4, "lora_r": rank, "lora_alpha": alpha}
+    recipe |= {"peft_use_dora": method == "dora", "peft_use_rslora": method == "rslora"}
+    parts = {"task": task, "bits": bits, "r": rank, "alpha": alpha, "method": method}
+    assert recipes.parse_name(recipes.compose_name(task, recipe)) == parts
+
+
+def test_the_base_models_size_says_whether_a_cpu_will_do(tiny_base):
+    """Not the adapter's: of rank 1 the 8B model trains less than a million parameters."""
+    assert not checks.on_cpu(recipes.shape("meta-llama/Llama-3.1-8B-Instruct"))
+    assert checks.on_cpu(recipes.shape(str(tiny_base)))
 
 
 # What a point's process does here, in place of training: it notes where and when it ran, and ends as it is told.
@@ -431,10 +470,10 @@ class Forked:
                 for stream in (1, 2):
                     os.dup2(file.fileno(), stream)
             print("CUDA_VISIBLE_DEVICES", gpu, flush=True)
-            training = importlib.import_module("tools.train")  # the house's
-            training.axolotl = axolotl
-            sys.argv = ["tools.train", *argv[1:]]
-            training.run(training.main)
+            importlib.import_module("tools.train").axolotl = axolotl  # the house's
+            module = importlib.import_module(argv[0])
+            sys.argv = list(argv)
+            module.run(module.main)
 
         self.pid, self.code = start([], main=main)[0], None
 
@@ -517,15 +556,16 @@ def test_a_real_sweep_is_killed_goes_on_fails_in_part_and_grows(house):
     assert "\n| 3 | sentiment_bf16_r8_dora | 8 |" in (folder / "table.md").read_text(encoding="utf-8")
 
     ranks.write_text("lora_r: [1, 2, 4]", encoding="utf-8")
-    code, output = finish(swept(house, *command, *options))
+    code, output = finish(swept(house, *command, "--point", "1", "--eval", "--limit", "4", *options))
     assert code == 0 and "3 points, 1 to run" in output, output
+    assert "No point is named best: only sentiment_bf16_r1_dora is evaluated." in output
     assert (two / "run.json").read_bytes() == first and (one / "run.json").exists()
     table = (folder / "table.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| \d \| sentiment_bf16_r(\d)_dora \|", table, re.M) == ["1", "2", "4"]
     assert "went on after an interruption" in table and "tiny stand-in" in table
     losses = {json.loads((out / "run.json").read_text())["metrics"]["final_eval_loss"] for out in (one, two, four)}
     assert len(losses) == 3 and None not in losses
-    assert (folder / "index.html").read_text(encoding="utf-8").count("<circle") == 6
+    assert (folder / "index.html").read_text(encoding="utf-8").count("<circle") == 4
 
 
 def test_the_readmes_commands_run(house):

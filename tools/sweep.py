@@ -27,6 +27,7 @@ import yaml
 import eval.run as evaluation
 from data.tasks import load_tasks
 from eval.results import show
+from eval.testsets import choose, read_set
 from fastdora.keys import RecipeError, check_keys, read_recipe
 from tools import checks, recipes, sweep_report, train
 from tools.cli import ROOT, UserError, replacing, run
@@ -63,6 +64,8 @@ def sweep(
             raise UserError(f"ARGS={shlex.join(args)}: {key} is what the points differ by; change {show(file)}")
     if point is not None and not 1 <= point <= len(points):
         raise UserError(f"POINT={point}: {show(file)} has points 1 to {len(points)}; LIST=1 shows them")
+    if ask is not None:
+        check_asked(ask, small)
     folder = train.output_folder(points[0]["recipe"], small).parent
     for entry in points:
         entry["out"] = train.output_folder(entry["recipe"], small)
@@ -72,19 +75,23 @@ def sweep(
     jobs = [jobs_of(entry, folder, small=small, force=force, ask=ask, track=track, args=args) for entry in chosen]
     todo = [(entry, commands) for entry, commands in zip(chosen, jobs, strict=True) if commands]
     print(f"{show(file)} on {recipe.stem}: {len(points)} points, {len(todo)} to run", flush=True)
-    failed: dict[str, str] = {}
+    failed, blocked = {}, None
     try:
-        if todo:
-            failed = work(todo, slots(gpus, todo[0][0], small), lock)
-    finally:  # what there is is shown, even where nothing more can be trained
-        for entry in points:
-            entry["run"] = train.finished_run(entry["path"], small, args)
-            entry["failed"] = failed.get(entry["name"]) or (None if entry["run"] else reason(log_of(entry)))
-        shown = None
-        if any(entry["run"] for entry in points):
-            shown = sweep_report.report(recipe, file, points, folder)
+        free = slots(gpus, points[0], small) if todo else []
+    except UserError as error:
+        blocked = error  # what is trained is shown all the same: an array's table may be made where no GPU is
+    if todo and not blocked:
+        failed = work(todo, free, lock)
+    for entry in points:
+        entry["run"] = train.finished_run(entry["path"], small, args)
+        entry["failed"] = failed.get(entry["name"]) or (None if entry["run"] else reason(log_of(entry)))
+    shown = {}
+    if any(entry["run"] for entry in points):
+        shown = sweep_report.report(recipe, file, points, folder)
+    if blocked:
+        raise blocked
     if failed:
-        raise UserError("\nerror: ".join(f"{name}: {reason}" for name, reason in failed.items()))
+        raise UserError("\nerror: ".join(f"{name}: {text}" for name, text in failed.items()))
     return shown
 
 
@@ -231,6 +238,14 @@ def jobs_of(
         if commands or not answered(evaluation.parse(options)):
             commands.append(["eval.run", *options])
     return commands
+
+
+def check_asked(ask: list[str], small: bool) -> None:
+    """UserError before anything is trained where a test set is not known or not there."""
+    wanted = evaluation.parse(ask)
+    for name in evaluation.forgetting.choose(re.split(r"[,\s]+", wanted.tasks or "sentiment"), choose):
+        if not small and name not in evaluation.forgetting.TASKS:
+            read_set(name)
 
 
 def answered(wanted: argparse.Namespace) -> bool:

@@ -71,7 +71,7 @@ def describe(point: dict[str, Any]) -> dict[str, Any]:
     metrics = run.get("metrics", {})
     seconds, whole, here = (metrics.get(key) for key in ("seconds", "steps", "steps_this_run"))
     resumed = bool(here) and here < whole
-    shape = recipes.shape(run.get("base_model", point["recipe"]["base_model"]))
+    shape = recipes.shape(run["base_model"]) if run else None
     note = f"failed: {point['failed']}" if point["failed"] else "" if run else "not finished"
     if resumed:
         note = (
@@ -127,7 +127,8 @@ def on_axis(column: str, recipe: dict[str, Any]) -> float | None:
 def add_scores(rows: list[dict[str, Any]], points: list[dict[str, Any]], folder: Path) -> tuple[list[str], list[str]]:
     """Score the rows' evaluations on the sets that all of them answered; those sets, and what cannot be used.
 
-    Where right or wrong is counted sets are one pool of rows; BERTScores alone are pooled where there is nothing else.
+    Sets in which answers are right or wrong are one pool of rows; BERTScores, and then general tasks, make one where
+    there is nothing else.
     """
     if not folder.is_dir():
         return [], []
@@ -146,7 +147,7 @@ def add_scores(rows: list[dict[str, Any]], points: list[dict[str, Any]], folder:
     sets = [name for name in found[0][1].sets if all(name in subject.sets for _, subject in found)] if found else []
     counted = [name for name in sets if not found[0][1].sets[name].forgetting]
     right = [name for name in counted if not found[0][1].sets[name].bertscore]
-    sets = right or counted
+    sets = right or counted or sets
     for row, subject in found if sets else []:
         answers = [subject.sets[name] for name in sets]
         items = join([(one.items(one.labels()[0]),) for one in answers])[0]
@@ -211,7 +212,7 @@ def compare(a: dict[str, Any], b: dict[str, Any], sets: list[str], level: float)
 
 def notes(shown: dict[str, Any]) -> Iterator[str]:
     if shown["tiny"]:
-        yield "A tiny stand-in model, two steps a point: these figures try the way and say nothing about the recipe."
+        yield "A tiny stand-in model and a few steps: these figures try the way and say nothing about the recipe."
     if shown["sets"]:
         yield (
             "Score: percent of right answers under FinLoRA's rules, or BERTScore F1 x 100, over all rows of the sets, "
