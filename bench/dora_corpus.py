@@ -1,8 +1,8 @@
 """What the study learns from: text for the base model, and a split of FinLoRA's sentiment rows without a leak.
 
-`write` makes a folder of tokens.npz (uint16, one stream of documents that <|end_of_text|> ends), tokenizer/, rows.json
-(see `Rows`) and sources.json (where the text is from, in characters and tokens, and the split). Nothing else is needed
-to run the study, so this folder can be carried to a machine without a network.
+`write` makes a folder of tokens.safetensors (uint16, one stream of documents that <|end_of_text|> ends), tokenizer/,
+rows.json (see `Rows`) and sources.json (where the text is from, in characters and tokens, and the split). Nothing else
+is needed to run the study, so this folder can be carried to a machine without a network.
 """
 
 import ast
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+from safetensors.numpy import save
 
 from data.corrections import applies, corrected_target
 from data.neardup import near_duplicate_groups
@@ -79,8 +80,8 @@ def write(study: dict[str, Any], data: Path, texts: Path, out: Path) -> dict[str
 
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out / "tokenizer")
-    with replacing(out / "tokens.npz", "wb") as file:
-        np.savez_compressed(file, tokens=stream)
+    with replacing(out / "tokens.safetensors", "wb") as file:
+        file.write(save({"tokens": stream}))
     with replacing(out / "rows.json") as file:
         json.dump({name: _rows(tokenizer, part) for name, part in parts.items()}, file)
     about = {

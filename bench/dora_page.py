@@ -208,7 +208,7 @@ def _label(question: str, settings: dict[str, Any], prompt: str) -> str:
     if question == "prompt":
         return f"{name}: {PROMPTS[settings['prompt']]} → {PROMPTS[prompt]}"
     if question == "bits":
-        return f"{settings['bits']} bits"
+        return "8 bits, fp8 products" if settings["bits"] == "fp8" else f"{settings['bits']} bits"
     return name
 
 
@@ -405,8 +405,8 @@ def _prompt_note(result: dict[str, Any]) -> str:
 
 
 def _bits_note(result: dict[str, Any]) -> str:
-    found = _found(result["comparisons"]["bits"], "Neither 8 nor 4 bits against 16")
-    return f"DoRA on the base in 16, 8 (LLM.int8's weights) and 4 bits (NF4). {found}"
+    found = _found(result["comparisons"]["bits"], "None of them against 16 bits")
+    return f"DoRA on the base in 16, 8 (LLM.int8's weights, and with fastdora_fp8) and 4 bits (NF4). {found}"
 
 
 def _verdict(result: dict[str, Any]) -> str:
@@ -452,7 +452,7 @@ def _verdict(result: dict[str, Any]) -> str:
     if worse:
         lines.append(f"Bits: {'; '.join(map(_said, worse))}.")
     elif families.get("bits"):
-        lines.append("8 and 4 bits are not distinguishable from 16 in score.")
+        lines.append("8 bits, fp8 products and 4 bits are not distinguishable from 16 bits in score.")
     return "\n".join(f"- {line}" for line in lines)
 
 

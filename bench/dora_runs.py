@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.numpy import load_file
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -56,8 +57,7 @@ def pretrain(study: dict[str, Any], kit: Path, out: Path, device: torch.device) 
     length, batch = wanted["length"], wanted["batch"]
     own = read_kit(kit)
     tokenizer = own.tokenizer
-    with np.load(kit / "tokens.npz") as file:
-        stream = torch.from_numpy(file["tokens"].astype(np.int32)).to(device)
+    stream = torch.from_numpy(load_file(kit / "tokens.safetensors")["tokens"].astype(np.int32)).to(device)
     held_out = min(len(stream) // 100, 64 * length)
     stream, last = stream[:-held_out], stream[-held_out:]
     torch.manual_seed(wanted["seed"])
@@ -144,7 +144,8 @@ def _kept(folder: Path, wide: bool, device: torch.device) -> LlamaForCausalLM:
 
 def build(settings: dict[str, Any], targets: list[str], base: Path, device: torch.device) -> nn.Module:
     """The model of these settings, ready to train; LoRA's A is drawn from settings["seed"]."""
-    full, bits = settings["method"] == "full", settings["bits"]
+    full, fp8 = settings["method"] == "full", settings["bits"] == "fp8"
+    bits = 8 if fp8 else settings["bits"]
     wide = full or device.type == "cpu"
     model = _load(base, bits, wide, device) if bits != 16 else copy.deepcopy(_kept(base, wide, device))
     torch.manual_seed(settings["seed"])
@@ -164,7 +165,7 @@ def build(settings: dict[str, Any], targets: list[str], base: Path, device: torc
                 parameter.data = parameter.data.float()
             if "lora_magnitude_vector" in name and settings["magnitude"] == 0:
                 parameter.requires_grad_(False)
-        fastdora.accelerate(model)
+        fastdora.accelerate(model, fp8)
     fastdora.read_places(model)
     return model
 
