@@ -163,3 +163,21 @@ def test_other_calls_go_the_ordinary_way(monkeypatch):
         assert model(input_ids=ids, **kwargs).logits.shape == (1, 60, 61)
     assert model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (1, 62)
     assert found.passes == 0
+
+
+def test_a_compiled_model_trains_as_an_ordinary_one():
+    """Dynamo alone: what it traces must not hold on to norms of the first step."""
+    found = []
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="eager")):
+        model = made(dropout=0.0)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05)
+        call, ids = wrap(model), batch(20)["input_ids"]
+        losses = []
+        for _ in range(3):
+            loss = call(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0][0] > found[0][2]
