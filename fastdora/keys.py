@@ -114,7 +114,7 @@ def check_keys(recipe: dict[str, Any], source: str, schema: dict[str, Any]) -> N
     error = _deepest(min(errors, key=lambda error: (error.validator != "additionalProperties", _weight(error))))
     where = ".".join(map(str, error.absolute_path))
     if error.validator == "additionalProperties":
-        unknown = _unknown_keys(error)[0]
+        unknown = str(_unknown_keys(error)[0])  # YAML has numbers as keys too
         near = difflib.get_close_matches(unknown, list(error.schema["properties"]), 1)
         hint = f"did you mean '{near[0]}'?" if near else "remove it"
         raise RecipeError(f"{source}: unknown key '{where + '.' if where else ''}{unknown}'; {hint}")

@@ -142,6 +142,12 @@ BAD = {
         "point 1 (load_in_4bit: true) would be sentiment_4bit_r8_dora: key 'load_in_8bit' is True, but the name says",
     ),
     "not YAML": ("lora_r: [4", "line 1: not valid YAML"),
+    "a number for a key": ("8: [4]\nlora_r: [4]", "unknown key '8'; remove it"),
+    "what a run is held against, left out": ("lora_dropout: [null]", "point 1: key 'lora_dropout' is missing; give it"),
+    "a secret": (
+        "wandb_project: [hf_abcdefghijklmnopqrstuvwx]",
+        "key 'wandb_project' holds a secret; remove it and set",
+    ),
 }
 
 
@@ -151,6 +157,25 @@ def test_a_sweep_file_that_must_be_mended_is_named_in_one_line(case, tmp_path):
     with pytest.raises(UserError) as error:
         points(tmp_path, text)
     assert str(error.value).startswith(f"{tmp_path / 'mine.yaml'}: {expected}") and "\n" not in str(error.value)
+
+
+texts = st.text(st.characters(categories=["L", "N", "P", "S"]), max_size=5)
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.dates() | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts | st.integers(), inner, max_size=2),
+    max_leaves=6,
+)
+some_key = st.sampled_from(["lora_r", "lr_groups", "_", "datasets", "special_tokens", "peft_use_dora", "plugins"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(some_key | st.integers() | st.none() | texts, anything | st.lists(anything), max_size=3))
+def test_any_other_file_ends_in_points_or_in_one_line(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("sweep")
+    try:
+        assert points(folder, yaml.safe_dump(content, allow_unicode=True))
+    except UserError as error:
+        assert "mine.yaml: " in str(error) and "\n" not in str(error)
 
 
 def test_what_is_not_there_is_said_with_what_is(tmp_path):

@@ -43,6 +43,21 @@ DECIDED_BY = {
     "method": ["peft_use_dora", "peft_use_rslora"],
     "name": ["output_dir", "dataset_prepared_path"],
 }
+# Axolotl has a default for each of these; a recipe is held against what it says itself.
+NEEDED = (
+    *DECIDED_BY["bits"],
+    *DECIDED_BY["method"],
+    *DECIDED_BY["name"],
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "datasets",
+    "sequence_len",
+    "micro_batch_size",
+    "gradient_accumulation_steps",
+    "num_epochs",
+)
 # The demo recipe adapts a model of four million parameters, so its sizes and rates are its own.
 DEMO_OWN = ["base_model", "learning_rate", "logging_steps", "evals_per_epoch", "saves_per_epoch"]
 
@@ -107,7 +122,15 @@ def load(path: Path) -> dict[str, Any]:
     except RecipeError as error:
         raise UserError(str(error)) from error
     check_name(path, recipe)
+    check_needed(str(path), recipe)
     return recipe
+
+
+def check_needed(source: str, recipe: dict[str, Any]) -> None:
+    """Raise UserError where a key is missing that the checks before and after a run read."""
+    for key in NEEDED:
+        if recipe.get(key) is None:
+            raise UserError(f"{source}: key '{key}' is missing; give it a value")
 
 
 def axolotl_schema(plugins: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import eval.run as evaluation
 from data.tasks import load_tasks
 from eval.results import show
 from eval.testsets import choose, read_set
+from fastdora import safety
 from fastdora.keys import RecipeError, check_keys, read_recipe
 from tools import checks, recipes, sweep_report, train
 from tools.cli import ROOT, UserError, replacing, run
@@ -116,12 +117,16 @@ def plan(recipe: Path, file: Path) -> list[dict[str, Any]]:
     folder = ROOT / "outputs" / "sweeps" / f"{recipe.stem}.{file.stem}"
     points: list[dict[str, Any]] = []
     for number, changes in enumerate(read(file), 1):
-        merged = base | dict(sorted(changes.items()))  # base's order first: the text must not follow the sweep file's
+        merged = base | dict(
+            sorted(changes.items(), key=str)
+        )  # base's order first: the text must not follow the sweep file's
         merged = {key: value for key, value in merged.items() if value is not None}
         try:
+            safety.check(merged, show(file))
             check_keys(merged, show(file), schema)
         except RecipeError as error:
             raise UserError(str(error)) from error
+        recipes.check_needed(f"{show(file)}: point {number}", merged)
         name = name_of(recipe.stem, base, merged)
         for other in points:
             if other["merged"] == merged:
@@ -198,14 +203,14 @@ def in_name(value: Any) -> str:
     items = value if isinstance(value, list) else [value]
     if all(isinstance(item, dict) and {"name", "lr"} <= item.keys() for item in items):
         items = [part for group in items for part in (group["name"], group["lr"])]
-    text = "-".join(item if isinstance(item, str) else json.dumps(item) for item in items)
+    text = "-".join(item if isinstance(item, str) else json.dumps(item, default=str) for item in items)
     if not re.fullmatch(r"[\w.-]{1,80}", text):
-        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+        return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
     return text
 
 
 def said(changes: dict[str, Any]) -> str:
-    return ", ".join(f"{key}: {json.dumps(value)}" for key, value in changes.items())
+    return ", ".join(f"{key}: {json.dumps(value, default=str)}" for key, value in changes.items())
 
 
 def write(point: dict[str, Any], recipe: Path) -> None:
