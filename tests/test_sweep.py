@@ -240,6 +240,30 @@ def test_without_a_gpu_the_table_of_what_is_trained_is_written_all_the_same(rank
     assert all(row["finished"] and not row["note"] for row in shown["rows"])
 
 
+def test_only_what_is_new_is_run(ranks, tmp_path, monkeypatch):
+    evaluate(tmp_path, {"sentiment_r2_dora": 0.5})
+    point, run, done = ranks[0], ranks[0]["run"], True
+    monkeypatch.setattr(train, "finished_run", lambda *point: run)
+    monkeypatch.setattr(sweep, "answered", lambda wanted: done)
+
+    def commands(ask=("--limit", "9"), force=False, track=None) -> list[str]:
+        given = {"small": False, "force": force, "ask": ask, "track": track, "args": ["--max-steps", "9"]}
+        found = [" ".join(command) for command in sweep.jobs_of(point, tmp_path, **given)]
+        return [text.replace(str(point["path"]), "P").replace(str(tmp_path), "F") for text in found]
+
+    ask = "eval.run --recipe P --results F/results --limit 9"
+    assert commands() == commands(ask=None) == []
+    assert commands(force=True) == ["tools.train P --force -- --max-steps 9", f"{ask} --force"]
+    done = False
+    assert commands() == [ask] and commands(ask=None) == []
+    run = run | {"adapter": {"sha256": "of another training"}}
+    assert commands() == [f"{ask} --force"]  # those answers are another adapter's: set aside
+    run = None
+    assert commands(track="wandb") == ["tools.train P --track wandb -- --max-steps 9", f"{ask} --force"]
+    point = ranks[1]
+    assert commands() == ["tools.train P -- --max-steps 9", ask]
+
+
 @given(
     bits=st.sampled_from([16, 8, 4]),
     rank=st.integers(1, 512),

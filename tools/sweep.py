@@ -233,15 +233,18 @@ def jobs_of(
     args: list[str],
 ) -> list[list[str]]:
     """The commands that a point still needs, as arguments of `python -m`: train, evaluate, one of them or none."""
-    flags = [*(["--tiny"] if small else []), *(["--force"] if force else [])]
+    tiny, anew = ["--tiny"] if small else [], ["--force"] if force else []
     tracking = ["--track", track] if track else []
     commands = []
-    if force or not train.finished_run(point["path"], small, args):
-        commands.append(["tools.train", str(point["path"]), *flags, *tracking, "--", *args])
+    run_json = None if force else train.finished_run(point["path"], small, args)
+    if not run_json:
+        commands.append(["tools.train", str(point["path"]), *tiny, *anew, *tracking, "--", *args])
     if ask is not None:
-        options = ["--recipe", str(point["path"]), "--results", str(folder / "results"), *ask, *flags]
-        if commands or not answered(evaluation.parse(options)):
-            commands.append(["eval.run", *options])
+        options = ["--recipe", str(point["path"]), "--results", str(folder / "results"), *ask, *tiny]
+        before = checks.read_json(folder / "results" / sweep_report.subject(point["name"], small) / "run.json")
+        stale = before and (not run_json or before.get("adapter_sha256") != run_json["adapter"]["sha256"])
+        if not run_json or stale or not answered(evaluation.parse(options)):
+            commands.append(["eval.run", *options, *(["--force"] if stale else anew)])
     return commands
 
 
@@ -254,13 +257,9 @@ def check_asked(ask: list[str], small: bool) -> None:
 
 
 def answered(wanted: argparse.Namespace) -> bool:
-    """Whether every set that is asked for has been answered by the adapter that is there now."""
     asked = evaluation.resolve(wanted)
     folder = wanted.results / asked["subject"]
-    run_json = checks.read_json(folder / "run.json") or {}
-    return run_json.get("adapter_sha256") == asked["facts"]["sha256"] and all(
-        evaluation.is_answered(folder / name, name, asked, wanted) for name in asked["sets"]
-    )
+    return all(evaluation.is_answered(folder / name, name, asked, wanted) for name in asked["sets"])
 
 
 def slots(gpus: int, point: dict[str, Any], small: bool) -> list[str | None]:

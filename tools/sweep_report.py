@@ -124,6 +124,11 @@ def on_axis(column: str, recipe: dict[str, Any]) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
+def subject(name: str, small: bool) -> str:
+    """What eval.run calls a point."""
+    return name + (".tiny" if small else "")
+
+
 def add_scores(rows: list[dict[str, Any]], points: list[dict[str, Any]], folder: Path) -> tuple[list[str], list[str]]:
     """Score the rows' evaluations on the sets that all of them answered; those sets, and what cannot be used.
 
@@ -133,25 +138,25 @@ def add_scores(rows: list[dict[str, Any]], points: list[dict[str, Any]], folder:
     if not folder.is_dir():
         return [], []
     try:
-        subjects, warnings = read(folder)
+        names = [subject(point["name"], bool(point["run"] and point["run"]["tiny"])) for point in points]
+        subjects, warnings = read(folder, names)
     except UserError:
         return [], []
     found: list[tuple[dict[str, Any], Any]] = []
-    for row, point in zip(rows, points, strict=True):
-        subject = subjects.get(point["name"] + (".tiny" if point["run"] and point["run"]["tiny"] else ""))
-        if point["run"] and subject and subject.sets:
-            if subject.run["adapter_sha256"] == point["run"]["adapter"]["sha256"]:
-                found.append((row, subject))
+    for row, point, name in zip(rows, points, names, strict=True):
+        if point["run"] and name in subjects and subjects[name].sets:
+            if subjects[name].run["adapter_sha256"] == point["run"]["adapter"]["sha256"]:
+                found.append((row, subjects[name]))
             else:
-                warnings.append(f"{point['name']}: was evaluated with another adapter; EVAL=1 FORCE=1 asks again")
-    sets = [name for name in found[0][1].sets if all(name in subject.sets for _, subject in found)] if found else []
+                warnings.append(f"{point['name']}: was evaluated with another adapter; EVAL=1 asks again")
+    sets = [name for name in found[0][1].sets if all(name in other.sets for _, other in found)] if found else []
     counted = [name for name in sets if not found[0][1].sets[name].forgetting]
     right = [name for name in counted if not found[0][1].sets[name].bertscore]
     sets = right or counted or sets
-    for row, subject in found if sets else []:
-        answers = [subject.sets[name] for name in sets]
+    for row, answering in found if sets else []:
+        answers = [answering.sets[name] for name in sets]
         items = join([(one.items(one.labels()[0]),) for one in answers])[0]
-        row |= {"answers": answers, "subject": subject, "score": score(items)}
+        row |= {"answers": answers, "subject": answering, "score": score(items)}
         row["by_set"] = [score(one.items(one.labels()[0])) for one in answers]
     return sets, warnings
 
