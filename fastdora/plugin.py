@@ -104,6 +104,7 @@ class FastDoraPlugin(BasePlugin):
         # Axolotl collects garbage at each packing and evaluation: over all modules and the model, a second a time.
         gc.freeze()
         fsdp2.keep_dtypes(trainer)
+        zero3.keep_dtypes(trainer)
         metrics.record(cfg, trainer)
         watchdog.guard(cfg, trainer)
         curves.guard(trainer)

@@ -1,11 +1,13 @@
-"""ZeRO-3 (DeepSpeed 0.18.9) with adapters under axolotl 0.19.0: what is refused, and one mend."""
+"""DeepSpeed 0.18.9 with adapters under axolotl 0.19.0: what ZeRO-3 refuses, one mend for it, and one for all stages."""
 
+import functools
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import axolotl.loaders.model
+import torch
 
 from fastdora.keys import RecipeError
 
@@ -53,3 +55,16 @@ def check(recipe: dict[str, Any], source: str) -> None:
     if threshold != 0:
         key = "zero_optimization.stage3_param_persistence_threshold"
         raise RecipeError(f"{source}: key 'deepspeed': ZeRO-3 with an adapter needs {key}: 0")
+
+
+def keep_dtypes(trainer) -> None:
+    """Let A, B and magnitude stay float32 under bf16, and products run under autocast, as without DeepSpeed.
+
+    DeepSpeed casts the whole model (`_configure_distributed_model` calls `bfloat16()`) and accelerate leaves autocast
+    to it: a magnitude of 1 then moves in steps of 1/128, and the adapter is saved in bf16. What is frozen has its dtype
+    already.
+    """
+    if trainer.is_deepspeed_enabled and trainer.args.bf16:
+        model, kind = trainer.model, trainer.args.device.type
+        model.bfloat16 = lambda: model
+        trainer.compute_loss_context_manager = functools.partial(torch.autocast, kind, torch.bfloat16)
