@@ -25,7 +25,7 @@ RUNS = {
     "4bit_dora": "4-bit DoRA",
     "4bit_lora": "4-bit LoRA",
 }
-GREY, COLOURS = "#777e88", {"dora": "#3584e4", "lora": "#d9730d", "rslora": "#2a9d6e", "full": "#9a6bd9"}
+GREY, COLOURS = "#777e88", {"dora": "#059669", "lora": "#2563eb", "rslora": "#d97706", "full": "#6b7280"}
 WIDTH, TOP = 480, 82  # shown 400 wide, letters are 12 pixels
 
 
@@ -85,7 +85,9 @@ def scores(record: dict[str, Any]) -> str:
             f'<circle cx="{place(cell["mean"])}" cy="{y + 27}" r="6" fill="{colour}"/>',
             f'<text x="{right + 18}" y="{y + 32}">{100 * cell["mean"]:.1f}%</text>',
         ]
-    about = ["a small Llama, test rows of FPB, FiQA and TFNS,", "means with 95% intervals over seeds and rows"]
+    about = ["a small Llama, test rows of FPB, FiQA and TFNS; means and", "95% intervals over seeds and rows"]
+    if any("→" in cell["label"] for cell in cells):
+        about[1] += "; prompt in training → in testing"
     return _svg("Right answers on held-out rows", about, bottom + 28, body)
 
 
