@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import os
 import sys
 from contextlib import contextmanager
 
@@ -89,6 +90,7 @@ class FastDoraPlugin(BasePlugin):
                 except dora.Unsupported as error:
                     raise RecipeError(f"{cfg.axolotl_config_path}: {error}; or set fastdora_layers: peft") from error
             adapted.check_model(cfg, model)
+        zero3.restore_frequencies(model)
         if cfg.fastdora_layers == "fast":
             LOG.info(f"fastdora: {dora.accelerate(model, cfg.fastdora_fp8)}")
         if cfg.sample_packing and cfg.attn_implementation == "sdpa":
@@ -140,6 +142,8 @@ def _why_no_graphs(cfg) -> str | None:
         return "fastdora_layers: peft"
     if not cfg.sample_packing or cfg.attn_implementation != "sdpa":
         return "without sample_packing and attn_implementation: sdpa"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # DDP's hooks wait for a stream that must not be waited for in a graph
+        return "several processes"
     return next((key for key in ("gradient_checkpointing", "deepspeed", "fsdp_config", "fsdp") if cfg.get(key)), None)
 
 

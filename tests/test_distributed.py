@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from tools.cli import UserError
@@ -115,6 +116,18 @@ def test_two_processes_train_what_one_trains(train):
     adapter, losses = train(1)
     assert difference((adapter, losses), train(2)) == (0, 0)
     assert losses[-1] < losses[0] and len({round(loss, 3) for loss in losses}) == STEPS
+
+
+LIGER = "axolotl.integrations.liger.LigerPlugin"
+BF16 = ["fastdora.FastDoraPlugin", LIGER, "cpu_processes.CpuProcesses", "cpu_bf16.Bf16", "norm_check.NormCheck"]
+
+
+@pytest.mark.parametrize("way", [zero(1), zero(2), zero(3), fsdp2(16)], ids=["zero1", "zero2", "zero3", "fsdp2"])
+def test_under_bf16_too_where_deepspeed_would_round_adapter_and_positions(train, way):
+    one, other = train(1, plugins=BF16, **bits(16)), train(2, plugins=BF16, **bits(16), **way)
+    assert all(tensor.dtype == torch.float32 for tensor in other[0].values())
+    weights, losses = difference(one, other)
+    assert weights < 1e-5 and losses < 1e-5
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
