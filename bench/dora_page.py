@@ -426,15 +426,11 @@ def _verdict(result: dict[str, Any]) -> str:
         lines.append(f"A rate of its own for the magnitude helps: {_said(best)}.")
     elif families.get("magnitude"):
         lines.append("The magnitude keeps the learning rate of the rest: no other factor is distinguishably better.")
-    better = [
-        one
-        for one in families.get("ranks", [])
-        if one["distinguishable"] and one["difference"] > 0 and "rank 8" in one["a"]
-    ]
-    better = [one for one in better if one["a"].split(",")[0] == one["b"].split(",")[0]]
+    own = [one for one in families.get("ranks", []) if one["a"].split(",")[0] == one["b"].split(",")[0]]
+    better = [one for one in own if one["distinguishable"] and one["difference"] > 0 and "rank 8" in one["a"]]
     if better:
         lines.append(f"Ranks that are better than 8 here: {'; '.join(map(_said, better))}.")
-    elif families.get("ranks"):
+    elif own:
         lines.append("Rank 8 stays: no other rank is distinguishably better for the same method.")
     worse = [
         one
