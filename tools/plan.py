@@ -293,6 +293,8 @@ def course(
     looks *= bool(recipe.get("test_datasets"))
     beside = sum(row * row for row in rows.tokens) / sum(rows.tokens)  # tokens in the row of a token
     own = recipe | {"sequence_len": length}
+    if gpus > 1:
+        own["fastdora_graphs"] = False  # as fastdora's plugin does
     step = float(work(own, shape, gpu, beside, fill) @ factors)
     forward = float(work(own, shape, gpu, beside, fill, train=False) @ factors)
     looking = looks * rows.validation * mean / (length * fill * micro * gpus) * forward
