@@ -7,6 +7,7 @@ model lies (the CPU), nothing of how it is trained. In a single process it does 
 import os
 
 import deepspeed.comm
+import deepspeed.comm.torch
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, ParallelismConfig
@@ -35,6 +36,8 @@ class CpuProcesses(BasePlugin):
             # axolotl asks DeepSpeed for nccl by name.
             started = deepspeed.comm.init_distributed
             deepspeed.comm.init_distributed = lambda dist_backend=None, **options: started("gloo", **options)
+            # DeepSpeed would compile a way through shared memory, half a minute's work, at each change of folders.
+            deepspeed.comm.torch.build_shm_op = lambda: None
             # torch gathers over gloo through views that autograd guards; over nccl it does not.
             TorchBackend.all_gather_into_tensor = torch.no_grad()(TorchBackend.all_gather_into_tensor)
 
