@@ -131,7 +131,7 @@ def main() -> None:
     def note(key: str, value: Any) -> None:
         record[key] = value
         print(key, value, flush=True)
-        with replacing(given.out) as file:  # as each row comes: a run on a lent machine may be cut short
+        with replacing(given.out) as file:  # as each row comes: a run on a rented machine may be cut short
             json.dump(record, file, indent=1)
             file.write("\n")
 
