@@ -106,8 +106,9 @@ class Graphs:
         return torch.is_grad_enabled() and self.decoder.training and not recomputes
 
     def _identity(self) -> tuple:
-        """What a recording holds fast: the adapters at work, and where their weights and the base's lie."""
+        """What a recording holds fast: the adapters at work, their numbers, and where all weights lie."""
         found = [(*layer.active_adapters, layer.merged, layer.disable_adapters) for layer in self.layers]
+        found += [(layer.scaling[name], layer.dropout_of(name)) for layer, name in self._active()]
         kinds = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         return *found, kinds, *((p.data_ptr(), p.requires_grad) for p in self.decoder.parameters())
 

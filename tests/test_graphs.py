@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastdora
-from fastdora import attention, graphs, places
+from fastdora import attention, dora, graphs, places
 
 
 def rerun(run, parameters):
@@ -33,7 +33,7 @@ def rerun(run, parameters):
     return graphs.Recording(*replays, shown, d_out, flat)
 
 
-def made(dora=True, dropout=0.1):
+def made(with_dora=True, dropout=0.1):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -42,13 +42,17 @@ def made(dora=True, dropout=0.1):
     model = get_peft_model(
         LlamaForCausalLM(config),
         LoraConfig(
-            r=4, use_dora=dora, lora_dropout=dropout, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+            r=4, use_dora=with_dora, lora_dropout=dropout, target_modules=["q_proj", "v_proj"], init_lora_weights=False
         ),
     )
     fastdora.accelerate(model)
     attention.install(model.get_base_model())
     places.read_places(model, answers=True)
     return model.train()
+
+
+def dora_layers(model):
+    return [module for module in model.modules() if isinstance(module, dora.Fast)]
 
 
 def batch(*sizes, seed=0):
@@ -89,11 +93,11 @@ def trained(model, batches, accumulation=2):
     return losses, [p.detach().clone() for p in own]
 
 
-@pytest.mark.parametrize("dora, dropout", [(True, 0.1), (True, 0.0), (False, 0.1)])
-def test_graphs_train_as_the_ordinary_way_does(monkeypatch, dora, dropout):
+@pytest.mark.parametrize("with_dora, dropout", [(True, 0.1), (True, 0.0), (False, 0.1)])
+def test_graphs_train_as_the_ordinary_way_does(monkeypatch, with_dora, dropout):
     monkeypatch.setattr(graphs, "record", rerun)
-    losses, adapter = trained(made(dora, dropout), BATCHES)
-    model = made(dora, dropout)
+    losses, adapter = trained(made(with_dora, dropout), BATCHES)
+    model = made(with_dora, dropout)
     found = graphs.install(model)
     graph_losses, graph_adapter = trained(model, BATCHES)
     assert found.recorded == 1 and found.turn == len(BATCHES) - graphs.WARM_UP
@@ -127,9 +131,13 @@ def test_recorded_anew_only_where_something_that_it_holds_fast_has_changed(monke
     for other in (model, plain):
         other.set_adapter("default")
     assert both(batch(20, 40)) == 4
+    for other in (model, plain):
+        for layer in found.layers if other is model else dora_layers(plain):
+            layer.scaling["default"] *= 2
+    assert both(batch(20, 40)) == 5
     with model.disable_adapter(), plain.disable_adapter():
         assert torch.equal(model(**batch(20, 40)).logits, plain(**batch(20, 40)).logits)
-    assert both(batch(20, 40)) >= 4
+    assert both(batch(20, 40)) >= 5
 
 
 def test_a_sample_longer_than_there_was_room_for(monkeypatch):
