@@ -20,7 +20,6 @@ from safetensors.numpy import load_file
 from torch import nn
 from transformers import (
     AutoTokenizer,
-    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     get_cosine_schedule_with_warmup,
@@ -28,6 +27,7 @@ from transformers import (
 
 import fastdora
 from eval.scorers import finlora, strict
+from fastdora import products
 from fastdora.places import ANSWERS, answer_places
 
 LABELS = ("negative", "neutral", "positive")
@@ -123,16 +123,8 @@ def _teach(model: nn.Module, study: dict[str, Any], kit: Kit, device: torch.devi
 def _load(folder: Path, bits: int, wide: bool, device: torch.device) -> LlamaForCausalLM:
     """The base model in float32 where `wide`, else in bf16; its linear layers in 8 or 4 bits where bits are."""
     dtype = torch.float32 if wide else torch.bfloat16
-    quantised = {
-        8: BitsAndBytesConfig(load_in_8bit=True),
-        4: BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-    }
-    options = {"quantization_config": quantised[bits], "device_map": {"": str(device)}} if bits in quantised else {}
+    quantised = products.quantisation(bits, dtype)
+    options = {"quantization_config": quantised, "device_map": {"": str(device)}} if quantised else {}
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **options)
     return model if options else model.to(device)
 

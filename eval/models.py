@@ -129,28 +129,18 @@ def load_base(model: str, bits: int, keep_quantised: bool = False):
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM
 
-    from fastdora import peft_int8
+    from fastdora import peft_int8, products
 
     peft_int8.mend()
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else torch.float32
-    quantise = {
-        16: None,
-        8: BitsAndBytesConfig(load_in_8bit=True),
-        4: BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        ),
-    }[bits]
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             model,
             dtype=dtype,
-            quantization_config=quantise,
+            quantization_config=products.quantisation(bits, dtype),
             device_map={"": "cuda:0" if gpu else "cpu"},
             attn_implementation="sdpa",
             trust_remote_code=False,

@@ -12,6 +12,7 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from fastdora import kernels
 
@@ -20,6 +21,23 @@ def int8_scales(layer: nn.Module) -> torch.Tensor:
     """The row scales (N,) of an int8 weight: bitsandbytes moves them to the layer's state at its own first forward."""
     scales = layer.weight.SCB if getattr(layer.weight, "SCB", None) is not None else layer.state.SCB
     return scales.to(layer.weight.device)
+
+
+def quantisation(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """How the recipes quantise a base of 8 bits (LLM.int8's rows) or 4 (NF4, double quantisation); None for 16.
+
+    dtype: of 4-bit products.
+    """
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return None
 
 
 def is_int8(layer: nn.Module) -> bool:
