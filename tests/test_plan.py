@@ -168,6 +168,7 @@ BAD = {
         {"gpu": "h100-90g"},
         r"GPU=h100-90g: did you mean h100-80g\? tools/gpus.yaml has a100-40g, a100-80g, .*",
     ),
+    "a GPU of two sizes": ({"gpu": "a100"}, r"GPU=a100: did you mean a100-40g or a100-80g\? tools/gpus.yaml has .*"),
     "no near GPU": ({"gpu": "tpu"}, r"GPU=tpu: tools/gpus.yaml has a100-40g, .*; add a line for another"),
     "a batch that GPUs cannot share": (
         {"gpus": 3, "sample_packing": False, "micro_batch_size": 4},

@@ -90,11 +90,11 @@ def main() -> None:
     parser.add_argument("--prompt", default="saved", help="chat template: saved, finlora_inst or raw")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     given = parser.parse_args()
+    if given.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {given.max_new_tokens}: is not a number above 0")
     plan = of(given)
     model, tokenizer, what = load(plan, given.prompt, given.keep_quantised)
     print(f"chatting with {plan['name']}: {what}", file=sys.stderr, flush=True)
-    if given.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {given.max_new_tokens}: is not a number above 0")
     chat(model, tokenizer, given.max_new_tokens)
 
 

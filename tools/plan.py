@@ -69,8 +69,9 @@ def find_gpu(name: str | None) -> tuple[str, dict[str, Any]]:
     for key, entry in table.items():
         if wanted.lower() in (key, *(other.lower() for other in entry["names"])):
             return key, entry
-    near = difflib.get_close_matches(wanted.lower(), table, 1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    begins = [key for key in table if wanted and key.startswith(wanted.lower())]
+    near = begins or difflib.get_close_matches(wanted.lower(), table, 1)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise UserError(f"GPU={wanted}: {hint}tools/gpus.yaml has {', '.join(table)}; add a line for another")
 
 
