@@ -238,3 +238,26 @@ def test_trainable_parameters_are_what_peft_makes():
         if recipe["peft_use_dora"]:  # PEFT takes the magnitudes from the weights, which the meta device has not
             counted += sum(module.out_features for n, module in model.named_modules() if n.endswith("base_layer"))
         assert counted == recipes.trainable_parameters(recipe, shape), name
+
+
+@pytest.mark.parametrize(
+    "why, changes",
+    [
+        (None, {}),
+        ("several processes", {"WORLD_SIZE": "2"}),
+        ("gradient_checkpointing", {"gradient_checkpointing": True}),
+        ("deepspeed", {"deepspeed": "zero2.json"}),
+        ("fsdp_config", {"fsdp_config": {"offload_params": False}}),
+        ("fastdora_layers: peft", {"fastdora_layers": "peft"}),
+        ("without sample_packing and attn_implementation: sdpa", {"sample_packing": False}),
+    ],
+)
+def test_where_cuda_graphs_are_off_on_a_gpu(monkeypatch, why, changes):
+    from axolotl.utils.dict import DictDefault
+
+    from fastdora import plugin
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", changes.pop("WORLD_SIZE", "1"))
+    recipe = yaml.safe_load((ROOT / "recipes" / "sentiment_r8_dora.yaml").read_text(encoding="utf-8"))
+    assert plugin._why_no_graphs(DictDefault(recipe | changes)) == why
