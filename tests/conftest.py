@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("recipes", "tools", "data", "fastdora", "eval", "tests")
 FILES = ("Makefile", "pyproject.toml", "README.md")
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and every child inherits that: tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
