@@ -199,7 +199,7 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
 
     second = command("tools.train", *long)
     assert failure(second) == (
-        "error: outputs/tiny/sentiment_bf16_r8_dora: another `make train` is at work there; wait for it or end it"
+        "error: outputs/tiny/sentiment_bf16_r8_dora: another command is at work there; wait for it or end it"
     )
 
     wait_for(lambda: any(out.glob("checkpoint-*/trainer_state.json")), 300)
