@@ -36,6 +36,8 @@ END = "<|end_of_text|>"
 _TAG = re.compile(r"(?s)<(script|style|head|pre)\b.*?</\1>|<[^>]+>")
 _BLOCK = re.compile(r"(?i)</?(?:p|div|li|h[1-6]|td|tr|dd|dt|ul|ol|table|blockquote)\b[^>]*>")
 _WORD = re.compile(r"\w+")
+# A word and its polarity: a table with tabs (VADER) or Python assignments (FinVADER).
+_POLARITY = re.compile(r"(?m)^(?:\s*\w+\[['\"])?([a-z][a-z -]+)(?:['\"]\]\s*=\s*|\t)(-?\d*\.?\d+)")
 
 
 class Rows(TypedDict):
@@ -198,6 +200,9 @@ def _documents(corpus: dict[str, Any], texts: Path) -> Iterator[tuple[str, list[
     for pattern in corpus["files"]:
         files = sorted(path for path in texts.glob(pattern) if path.is_file())
         yield pattern.split("/")[0], _distinct(map(_read, files), seen)
+    for pattern in corpus["lexicons"]:
+        files = sorted(path for path in texts.glob(pattern) if path.is_file())
+        yield pattern.split("/")[0] + "'s lexicon", _distinct(map(_polarities, files), seen)
     for name in corpus["docstrings"]:
         spec = importlib.util.find_spec(name)
         folders = spec.submodule_search_locations or [] if spec else []
@@ -236,6 +241,14 @@ def _read(path: Path) -> list[str]:
     if path.suffix == ".html":
         text = html.unescape(_TAG.sub(" ", _BLOCK.sub("\n\n", text)))
     return [" ".join(part.split()) for part in re.split(r"\n\s*\n|\n%\n", text)]
+
+
+def _polarities(path: Path) -> list[str]:
+    """The words of a sentiment lexicon in sentences, 12 a paragraph."""
+    found = _POLARITY.findall(path.read_text(encoding="utf-8"))
+    order = np.random.default_rng(0).permutation(len(found))
+    said = [f"{found[i][0]} is {'positive' if float(found[i][1]) > 0 else 'negative'}." for i in order]
+    return [" ".join(said[i : i + 12]) for i in range(0, len(said), 12)]
 
 
 def _docstrings(path: Path) -> list[str]:

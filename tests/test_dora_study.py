@@ -53,6 +53,13 @@ def test_text_that_holds_a_test_row_is_found():
     assert held_out.isdisjoint(dora_corpus.grams("Another text that has nothing in common with the row at all."))
 
 
+def test_a_lexicon_becomes_sentences(tmp_path):
+    (tmp_path / "table.txt").write_text("$:\t-1.5\t0.8\t[-1, -2]\nplunges\t-1.5\t0.5\t[-1]\n", encoding="utf-8")
+    (tmp_path / "assigned.py").write_text("words = {}\nwords['record profit'] \t = 0.5\n", encoding="utf-8")
+    assert dora_corpus._polarities(tmp_path / "table.txt") == ["plunges is negative."]
+    assert dora_corpus._polarities(tmp_path / "assigned.py") == ["record profit is positive."]
+
+
 def test_real_rows_have_corrected_labels():
     if not (REAL / "test" / "tfns_test.jsonl").exists():
         pytest.skip("the published files are not at hand")
@@ -313,7 +320,7 @@ def test_a_made_effect_is_found_and_no_effect_is_not(recorded):
     factors = {one["b"]: one["distinguishable"] for one in result["comparisons"]["magnitude"]}
     assert factors == {"frozen": False, "x 0.1": False, "x 3": False, "x 10": False, "x 30": True}
     assert all(one["p_holm"] >= one["p"] for family in result["comparisons"].values() for one in family)
-    assert len(result["runs"]) == result["about"]["planned"] == 167
+    assert len(result["runs"]) == result["about"]["planned"] > 200
 
 
 def test_the_page_says_what_the_record_says(recorded, tmp_path):
