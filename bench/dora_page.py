@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.dora_study import identity, planned_count, read_rows, resolved, variants
+from bench.dora_study import best_rate, identity, planned_count, read_rows, resolved, variants
 from eval import stats
 from tools.cli import UserError, replacing
 
@@ -87,6 +87,7 @@ def settings_of(study: dict[str, Any], question: str, rows: dict[str, Any], coun
                     "high": high,
                     "finlora": round(float(np.mean([test["finlora"] for test in tests.values()])), 5),
                     "validation": round(float(np.mean([row["validation"]["accuracy"] for row in runs.values()])), 5),
+                    "best_rate": settings["rate"] == best_rate(study, settings["method"], rows),
                     "parameters": next(iter(runs.values()))["parameters"],
                     "seconds": round(float(np.median([row["train_seconds"] for row in runs.values()])), 2),
                     "right": right,
@@ -263,7 +264,7 @@ def text(result: dict[str, Any]) -> str:
         "## What this can say",
         f"The base is a Llama of {base['parameters'] / 1e6:.1f} million parameters, trained from scratch on "
         f"{base['tokens'] / 1e6:.1f} million tokens (the stream has {about['kit']['tokens'] / 1e6:.1f} million: "
-        f"documentation, dictionaries, prose, and the prompts of the train rows without their answers) in "
+        f"documentation, dictionaries, prose, lexicons, and the prompts of the train rows without their answers) in "
         f"{base['seconds']:.0f} seconds, and then, all weights, on the answers to {lessons:,} train rows that no run "
         f"sees again. Before any run it scores {base['accuracy']:.1%}. It is far weaker than Llama-3.1-8B, so what is "
         "found here need not hold there; what the comparison has is equal conditions and several seeds.",
@@ -305,20 +306,20 @@ def _section_grid(cells: list[dict[str, Any]]) -> list[str]:
     lines = ["| | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- |" + " --- |" * len(rates)]
     edge = []
     for method in methods:
-        own = {rate: by[method, rate]["validation"] for rate in rates if (method, rate) in by}
-        best = max(own.values())
-        shown = [f"{100 * own[rate]:.1f}" + ("*" if own[rate] == best else "") if rate in own else "" for rate in rates]
+        own = {rate: by[method, rate] for rate in rates if (method, rate) in by}
+        best = [rate for rate, cell in own.items() if cell["best_rate"]]
+        shown = [f"{100 * own[rate]['validation']:.1f}" + "*" * (rate in best) if rate in own else "" for rate in rates]
         lines.append(f"| {NAMES[method]} | " + " | ".join(shown) + " |")
-        if any(own.get(rate) == best for rate in (rates[0], rates[-1])):
+        if best and best[0] in (rates[0], rates[-1]):
             edge.append(NAMES[method])
     seeds = max((len(cell["seeds"]) for cell in cells), default=0)
     note = (
-        f"Mean validation accuracy in percent over {seeds} seeds, rank 8; * marks the best (of equals the one "
-        f"with the lower "
-        "loss is taken), whose rate all other questions use for that method, at every rank and prompt."
+        f"Mean validation accuracy in percent over {seeds} seeds, rank 8; * marks the rate that all other questions "
+        "use for that method, at every rank and prompt: of those within one standard error of the highest accuracy, "
+        "the one with the lowest validation loss."
     )
     if edge:
-        note += f" The best is at the grid's edge for {_joined(edge)}: a rate outside it may be better."
+        note += f" It is at the grid's edge for {_joined(edge)}: a rate outside it may be better."
     return ["## Learning rates", note, "\n".join(lines)] if cells else []
 
 

@@ -50,6 +50,8 @@ def read_kit(folder: Path) -> Kit:
 def pretrain(study: dict[str, Any], kit: Path, out: Path, device: torch.device) -> dict[str, Any]:
     """Train the base model on the kit's tokens, then on the lessons, and save it in `out`; what it took and reached.
 
+    The lessons are tried at several rates; the model with the best validation accuracy is taken.
+
     The last 1% of the stream is held out. The rate follows whichever of steps and seconds is nearer to its end, so a
     run that the clock ends is not repeatable to the bit; `base.json` has the weights' SHA-256.
     """
@@ -90,7 +92,15 @@ def pretrain(study: dict[str, Any], kit: Path, out: Path, device: torch.device) 
     with torch.no_grad(), _bf16(device):
         windows = last[: len(last) // length * length].long().view(-1, length).split(batch)
         losses = [model(input_ids=rows, labels=rows).loss.item() for rows in windows]
-    taught = _teach(model, study, own, device)
+    new_tokens = study["training"]["new_tokens"]
+    tried: dict[float, tuple[float, list[float], nn.Module]] = {}
+    for lessons_rate in study["lessons"]["learning_rates"]:
+        pupil = copy.deepcopy(model)
+        losses_taught = _teach(pupil, study, lessons_rate, own, device)
+        score = _scores(pupil.eval(), own, "validation", "llama3", new_tokens, device)["accuracy"]
+        tried[lessons_rate] = score, losses_taught, pupil
+    chosen = max(tried, key=lambda tried_rate: tried[tried_rate][0])
+    _, taught, model = tried[chosen]
     model.save_pretrained(out)
     about = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -100,7 +110,9 @@ def pretrain(study: dict[str, Any], kit: Path, out: Path, device: torch.device) 
         "loss": round(float(np.mean(losses)), 4),
         "tokens_s": round(step * batch * length / seconds),
         "lessons": [_rounded(float(np.mean(part))) for part in (taught[:10], taught[-10:])],
-        "accuracy": _scores(model.eval(), own, "test", "llama3", study["training"]["new_tokens"], device)["accuracy"],
+        "lessons_rate": chosen,
+        "validation": {str(tried_rate): round(found[0], 4) for tried_rate, found in tried.items()},
+        "accuracy": _scores(model, own, "test", "llama3", new_tokens, device)["accuracy"],
         "sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "device": device_name(device),
     }
@@ -108,11 +120,11 @@ def pretrain(study: dict[str, Any], kit: Path, out: Path, device: torch.device) 
     return about
 
 
-def _teach(model: nn.Module, study: dict[str, Any], kit: Kit, device: torch.device) -> list[float]:
+def _teach(model: nn.Module, study: dict[str, Any], rate: float, kit: Kit, device: torch.device) -> list[float]:
     """Train all weights on the first train rows, which no run sees again; the losses."""
     lessons = study["lessons"]
     hook = fastdora.read_places(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lessons["learning_rate"], weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
     prompts, answers = (part[: lessons["rows"]] for part in encoded(kit, "train", "llama3"))
     training = study["training"] | {"epochs": lessons["epochs"]}
     losses = _train(model.train(), optimizer, prompts, answers, training, kit, 0, device)

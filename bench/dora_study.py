@@ -20,7 +20,8 @@ bench/dora_study.json, the recorded result:
     runs        the rows, sorted by settings
     questions   name -> list of {label, changes, method, prompt (of the test), rate, seeds, scores (strict accuracy by
                 seed), mean, low, high (95% interval over seeds and test rows), finlora (mean by FinLoRA's scorer),
-                validation (mean accuracy), parameters, seconds (median, to train)}
+                validation (mean accuracy), best_rate (whether the rate is the method's best of the grid), parameters,
+                seconds (median, to train)}
     comparisons name -> list of {a, b (labels), seeds, difference (b - a), low, high, p, p_holm, distinguishable}
 """
 
@@ -84,9 +85,11 @@ def identity(settings: dict[str, Any]) -> str:
 
 
 def best_rate(study: dict[str, Any], method: str, rows: dict[str, dict[str, Any]]) -> float | None:
-    """The method's rate by the grid's validation rows: highest mean accuracy, then lowest loss; None until all ran.
+    """The method's rate by the grid's validation rows; None until all of the grid's runs have ended.
 
-    Rates whose runs all failed do not count.
+    Of the rates whose mean accuracy over the seeds is within one standard error (of a share of the validation rows) of
+    the best, the one with the lowest mean loss: a few rows' answers decide between near rates, their loss says more.
+    Rates of which a run failed or diverged do not count.
     """
     found = []
     for change in variants(study, "grid"):
@@ -98,11 +101,14 @@ def best_rate(study: dict[str, Any], method: str, rows: dict[str, dict[str, Any]
         if any(row is None for row in runs):
             return None
         scores = [row["validation"] for row in runs if "validation" in row]
-        if len(scores) == len(runs):
-            accuracy = sum(score["accuracy"] for score in scores) / len(scores)
-            losses = [math.inf if score["loss"] is None else score["loss"] for score in scores]
-            found.append((-accuracy, sum(losses), change["rate"]))
-    return min(found)[2] if found else None
+        if len(scores) == len(runs) and all(score["loss"] is not None for score in scores):
+            means = [sum(score[key] for score in scores) / len(scores) for key in ("accuracy", "loss")]
+            found.append((*means, change["rate"]))
+    if not found:
+        return None
+    most = max(accuracy for accuracy, _, _ in found)
+    error = math.sqrt(most * (1 - most) / study["split"]["validation"])
+    return min((loss, rate) for accuracy, loss, rate in found if accuracy >= most - error)[1]
 
 
 def grid_seeds(study: dict[str, Any]) -> int:

@@ -95,7 +95,7 @@ def test_runs_are_planned_once_and_in_order():
     numbers = [run["rate"] != "best" for run in plan]
     assert numbers == sorted(numbers, reverse=True)  # the grid first: it decides the rate of the others
     assert {run["seed"] for run in plan if run["rate"] == "best" and run["rank"] == 8 and run["magnitude"] == 1} == set(
-        range(1, 9)
+        range(1, 11)
     )
 
 
@@ -154,6 +154,22 @@ def test_test_rows_have_no_say_in_the_rate(rows):
     other = {key: row | {"test": {"llama3": {"accuracy": 0.0, "right": ""}}} for key, row in rows.items()}
     for method in ("full", "lora", "rslora", "dora"):
         assert dora_study.best_rate(STUDY, method, rows) == dora_study.best_rate(STUDY, method, other) is not None
+
+
+def test_the_loss_decides_between_rates_of_near_accuracy(rows):
+    def best(**changes) -> float:
+        made = {}
+        for key, row in rows.items():
+            found = changes.get(f"at_{row['settings']['rate']}") if row["settings"]["method"] == "dora" else None
+            made[key] = row | ({"validation": dict(zip(("accuracy", "loss"), found, strict=True))} if found else {})
+        return dora_study.best_rate(STUDY, "dora", made)
+
+    one_error = (0.85 * 0.15 / STUDY["split"]["validation"]) ** 0.5
+    assert best() == 0.003  # 0.85 at a loss of 0.15; the others are at 0.65
+    assert best(**{"at_0.001": (0.85 - 0.9 * one_error, 0.1)}) == 0.001
+    assert best(**{"at_0.001": (0.85 - 1.1 * one_error, 0.1)}) == 0.003
+    assert best(**{"at_0.001": (0.85 - 0.9 * one_error, 0.2)}) == 0.003
+    assert best(**{"at_0.003": (0.85, None)}) in (0.0001, 0.0003, 0.001)  # diverged
 
 
 def test_rows_cut_short_or_failed_run_again(tmp_path, rows):
@@ -252,7 +268,7 @@ def test_the_base_model_repeats_and_learns(small, tmp_path):
     study = STUDY | {
         "model": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
         "pretraining": STUDY["pretraining"] | {"length": 16, "batch": 8, "steps": 24, "seconds": 600},
-        "lessons": {"rows": 16, "epochs": 2, "learning_rate": 0.001},
+        "lessons": {"rows": 16, "epochs": 2, "learning_rates": [0.0001, 0.001]},
         "training": STUDY["training"] | {"batch": 8, "new_tokens": 2},
     }
     one, other = (pretrain(study, kit, tmp_path / name, torch.device("cpu")) for name in "ab")
@@ -333,7 +349,7 @@ def test_the_page_says_what_the_record_says(recorded, tmp_path):
     assert "Neither DoRA nor LoRA is to be preferred for its score (DoRA − LoRA: +0.0 points" in page
     assert re.search(r"Distinguishable: x 30 − x 1: -[12]\d\.\d points", page)
     assert "no other factor is distinguishably better" in page
-    assert "| DoRA | 0.003 | 1,000 | 8 |" in page
+    assert "| DoRA | 0.003 | 1,000 | 10 |" in page
     for _, _, _, plot in dora_page.SECTIONS:
         assert f"({plot})" in page and (tmp_path / plot).read_text(encoding="utf-8").endswith("</svg>\n")
 
