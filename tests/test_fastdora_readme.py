@@ -36,13 +36,22 @@ def test_the_keys_are_the_plugins_with_their_defaults():
 def test_the_figures_are_the_recorded_ones():
     import json
 
-    rows = json.loads((ROOT / "bench" / "train_throughput.json").read_text(encoding="utf-8"))["rows"]
-    table = [line.split("|")[2:4] for line in README.splitlines() if line.startswith("| ") and "GiB" not in line]
-    shown = {(float(a.split()[0]), float(b)) for a, b in table if a.strip()[0].isdigit()}
-    measured = {name: row for name, row in rows.items() if "samples_s" in row}
-    assert len(shown) == len(measured) >= 10
-    for name, row in measured.items():
-        near = [pair for pair in shown if abs(pair[1] - row["peak_gib"]) < 0.06]
-        assert any(abs(rate - row["samples_s"]) <= max(0.006 * rate, 0.05) for rate, _ in near), name
-    times = float(re.search(r"\((\d+\.\d) times\)", README)[1])
-    assert abs(times - rows["8bit_dora"]["samples_s"] / rows["finlora"]["samples_s"]) < 0.06
+    lines = [line.split("|")[2:5] for line in README.splitlines() if line.startswith("| ") and "GiB" not in line]
+    shown = [cells for cells in lines if cells[0].strip()[0].isdigit()]
+    for column, record in enumerate(("train_throughput.json", "train_throughput_h200.json")):
+        rows = json.loads((ROOT / "bench" / record).read_text(encoding="utf-8"))["rows"]
+        measured = {name: row for name, row in rows.items() if "samples_s" in row}
+        assert len(shown) == len(measured) >= 10
+        for name, row in measured.items():
+            near = [float(cells[column].split()[0]) for cells in shown if abs(float(cells[2]) - row["peak_gib"]) < 0.06]
+            assert any(abs(rate - row["samples_s"]) <= max(0.006 * rate, 0.05) for rate in near), (record, name)
+        times = re.findall(r"\((\d+\.\d) times\)", " ".join(cells[column] for cells in shown))
+        for name, said in zip(("8bit_dora", "8bit_dora_fp8"), times, strict=True):
+            assert abs(float(said) - rows[name]["samples_s"] / rows["finlora"]["samples_s"]) < 0.06
+    rows = json.loads((ROOT / "bench" / "train_throughput_h200_second.json").read_text(encoding="utf-8"))["rows"]
+    said = re.search(r"did (\d\.\d\d) samples/s and ours (\d+) and (\d+)", " ".join(README.split())).groups()
+    assert [float(one) for one in said] == [
+        rows["finlora"]["samples_s"],
+        round(rows["8bit_dora"]["samples_s"]),
+        round(rows["bf16_dora"]["samples_s"]),
+    ]

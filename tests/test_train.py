@@ -76,7 +76,7 @@ def test_memory_estimate_orders_as_it_must():
 
 def test_memory_estimate_is_near_what_was_measured():
     """Every run of the benchmark that takes the fast layers: 16, 8 and 4 bits, short and long, with recomputation."""
-    measured = json.loads((recipes.ROOT / "bench" / "train_throughput.json").read_text(encoding="utf-8"))["rows"]
+    measured = json.loads((recipes.ROOT / "bench" / "train_throughput_h200.json").read_text(encoding="utf-8"))["rows"]
     runs = yaml.safe_load((recipes.ROOT / "bench" / "train_throughput.yaml").read_text(encoding="utf-8"))
     shape = recipes.shape("meta-llama/Llama-3.1-8B-Instruct")
     fast = {name: row for name, row in measured.items() if name != "finlora" and "peak_gib" in row}

@@ -4,7 +4,7 @@
 
 Parameters are counted on the model itself, built without memory. Memory is tools/checks.py's estimate. Time is work
 over rates: products, attention and memory traffic, each over the GPU's own rate (tools/gpus.yaml), and the launches of
-each layer, times four factors that are fitted to bench/train_throughput.json whenever this runs.
+each layer, times four factors that are fitted to the records bench/train_throughput*.json whenever this runs.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from tools import checks, recipes, several
 from tools.cli import ROOT, UserError, run
 
 GPUS = ROOT / "tools" / "gpus.yaml"
-MEASURED = ROOT / "bench" / "train_throughput.json"
+MEASURED = sorted((ROOT / "bench").glob("train_throughput*.json"))  # one machine each
 SAMPLE = 2000  # rows whose tokens are counted
 SPARE = 0.93  # of a card's memory: the driver, the libraries and fragments take the rest
 # Seconds for a second of work at the data sheet's rates (products, attention, traffic), and milliseconds for a layer's
@@ -45,14 +45,23 @@ class Rows(NamedTuple):
     source: str
 
 
-class Rates(NamedTuple):
-    """The factors of `work`, the GPU and the runs they are from, and the largest relative errors on those.
+class Measured(NamedTuple):
+    """A recorded run: its name in bench/train_throughput.yaml, GPU as the driver says it, recipe, and recorded row."""
 
-    error: of a run's time when the factors are fitted to the others. memory_error: of its peak.
+    name: str
+    device: str
+    recipe: dict[str, Any]
+    row: dict[str, Any]
+
+
+class Rates(NamedTuple):
+    """The factors of `work`, the GPUs and the runs they are from, and the largest relative errors on those.
+
+    error: of a run's time when the factors are fitted without it, on whichever machine. memory_error: of its peak.
     """
 
     factors: np.ndarray
-    gpu: str
+    gpus: list[str]
     runs: int
     error: float
     memory_error: float
@@ -76,7 +85,7 @@ def find_gpu(name: str | None) -> tuple[str, dict[str, Any]]:
 
 
 def measured_device() -> str:
-    return json.loads(MEASURED.read_text(encoding="utf-8"))["device"]
+    return json.loads(MEASURED[0].read_text(encoding="utf-8"))["device"]
 
 
 def is_modelled(recipe: dict[str, Any]) -> bool:
@@ -84,15 +93,17 @@ def is_modelled(recipe: dict[str, Any]) -> bool:
     return recipe.get("fastdora_layers") == "fast"
 
 
-def measured_runs() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """(recipe, row) of each recorded run that `is_modelled`."""
-    runs = {}
-    for name, row in json.loads(MEASURED.read_text(encoding="utf-8"))["rows"].items():
-        recipe = read_recipe(recipes.RECIPES / f"{row['recipe']}.yaml") | row["set"]
-        for key in recipe.pop("drop", []):
-            recipe.pop(key, None)
-        if "step_s" in row and is_modelled(recipe):
-            runs[name] = recipe, row
+def measured_runs() -> list[Measured]:
+    """The recorded runs that `is_modelled`, of all machines."""
+    runs = []
+    for record in MEASURED:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        for name, row in found["rows"].items():
+            recipe = read_recipe(recipes.RECIPES / f"{row['recipe']}.yaml") | row["set"]
+            for key in recipe.pop("drop", []):
+                recipe.pop(key, None)
+            if "step_s" in row and is_modelled(recipe):
+                runs.append(Measured(name, found["device"], recipe, row))
     return runs
 
 
@@ -146,19 +157,20 @@ def fit(rows: list[np.ndarray], seconds: list[float]) -> np.ndarray:
 
 def measured_rates() -> Rates:
     """Factors from the recorded runs, all of the 8B shape."""
-    key, gpu = find_gpu(measured_device())
-    rows, seconds, memory_errors = [], [], []
-    for recipe, row in measured_runs().values():
+    runs, rows, memory_errors, keys = measured_runs(), [], [], []
+    for _, device, recipe, row in runs:
+        key, gpu = find_gpu(device)
         shape = recipes.shape(recipe["base_model"])
         rows.append(work(recipe, shape, gpu, row["tokens_s"] / row["samples_s"], row["tokens_s"] / row["slots_s"]))
-        seconds.append(row["step_s"])
         memory_errors.append(abs(checks.memory_estimate(recipe, shape) / row["peak_gib"] - 1))
+        keys.append(key)
+    seconds = [run.row["step_s"] for run in runs]
     errors = []
-    for left_out, (row, measured) in enumerate(zip(rows, seconds, strict=True)):
-        others = [number for number in range(len(rows)) if number != left_out]
+    for left_out, row, measured in zip(runs, rows, seconds, strict=True):
+        others = [number for number, other in enumerate(runs) if other.name != left_out.name]
         factors = fit([rows[number] for number in others], [seconds[number] for number in others])
         errors.append(abs(float(row @ factors) / measured - 1))
-    return Rates(fit(rows, seconds), key, len(rows), max(errors), max(memory_errors))
+    return Rates(fit(rows, seconds), sorted(set(keys)), len(rows), max(errors), max(memory_errors))
 
 
 def parameters(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
@@ -398,9 +410,9 @@ def show(plan: dict[str, Any]) -> str:
         lines.append(f"  cost     {hours:.2f} GPU-hours; PRICE=<of one> says what they cost")
     else:
         lines.append(f"  cost     {hours * plan['price']:.2f} for {hours:.2f} GPU-hours at {plan['price']:g}")
-    basis = f"\nHeld against {rates.runs} runs measured on {rates.gpu}: memory within {rates.memory_error:.0%}, time "
-    basis += f"within {rates.error:.0%} of each when the rates are taken from the others"
-    if plan["gpu"] != rates.gpu:
+    basis = f"\nHeld against {rates.runs} runs measured on {' and '.join(rates.gpus)}: memory within "
+    basis += f"{rates.memory_error:.0%}, time within {rates.error:.0%} of each when the rates are taken from the others"
+    if plan["gpu"] not in rates.gpus:
         basis += f"; on {plan['gpu']} time is scaled by the data sheets' rates, a guess"
     if plan["gpus"] > 1:
         basis += "; that GPUs do not wait for each other is a guess"
