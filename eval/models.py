@@ -113,6 +113,8 @@ def load_tokenizer(model: str, adapter: Path | None, prompt: str):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # every file format has errors of its own
         raise UserError(f"{source}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+    if prompt not in prompts():
+        raise UserError(f"PROMPT={prompt}: there are {', '.join(prompts())}")
     if prompt != "saved":
         tokenizer.chat_template = (PROMPTS / f"{prompt}.jinja").read_text(encoding="utf-8")
     if not tokenizer.chat_template:

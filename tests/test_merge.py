@@ -95,6 +95,26 @@ def test_what_it_merges_into_can_be_chosen_and_is_kept(runs, capsys):
     assert merge.need_merged(base) == base["merged"]
 
 
+def test_what_is_merged_is_held_against_adapter_base_and_weights(runs, tiny_base):
+    found = plan(RECIPES[16])
+    folder = merge.merge(found, limit=0)
+    assert merge.need_merged(found) == folder and merge.check_weights(folder) is None
+    for key, other in {"model": "another/base", "bits": 8}.items():
+        with pytest.raises(UserError, match="does not hold this adapter's model; run `make merge"):
+            merge.need_merged(found | {key: other})
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8] + b"spoiled!")
+    for check in (lambda: merge.check_weights(folder), lambda: merge.merge(found, limit=0)):
+        with pytest.raises(UserError, match="model.safetensors: is not what was verified; merge again with FORCE=1"):
+            check()
+    path.unlink()
+    with pytest.raises(UserError, match="does not hold this adapter's model; run `make merge"):
+        merge.need_merged(found)
+    merge.merge(found, limit=0)
+    assert path.read_bytes() == whole
+
+
 def test_an_adapter_alone_names_its_base(runs, tiny_base, monkeypatch):
     found = plan(adapter=runs / RECIPES[16])
     assert found["model"] == str(tiny_base) and found["bits"] == 16 and found["name"] == RECIPES[16]
@@ -154,7 +174,9 @@ def test_mistakes_are_one_line_and_leave_nothing(runs, tiny_base, tmp_path, monk
         with pytest.raises(UserError, match="give RECIPE=<trained recipe>, or ADAPTER=<folder or hub id> and MODEL="):
             plan(**given)
     other = other_base(tiny_base, tmp_path / "other")
-    fails("layers.[23].* is no layer of .*other; it was trained on", plan(adapter=runs / RECIPES[8], model=other))
+    wrong = plan(adapter=runs / RECIPES[8], model=other)
+    fails("MODEL=.*other: the adapter was trained on .*; leave MODEL= out, or say FORCE=1 where it is the same", wrong)
+    fails("layers.[23].* is no layer of .*other; it was trained on", wrong, force=True)
     fails("INTO=dequantised: .* was trained on 16 bits", plan(RECIPES[16]), into="dequantised")
 
     monkeypatch.setattr(merge, "gpus", lambda: [("NVIDIA T4", 15.0, 0.001)])  # no GPU is here
@@ -193,7 +215,7 @@ def test_files_of_somebody_else_are_kept(runs):
     with pytest.raises(UserError, match="merged: is not there; run `make merge RECIPE=sentiment_bf16_r8_dora`"):
         merge.need_merged(found)
     (found["merged"] / "merge.json").write_text('{"adapter_sha256": "0"}')
-    with pytest.raises(UserError, match="merged: holds another adapter's model; run `make merge RECIPE="):
+    with pytest.raises(UserError, match="merged: does not hold this adapter's model; run `make merge RECIPE="):
         merge.need_merged(found)
 
 

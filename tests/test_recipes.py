@@ -153,6 +153,20 @@ MUTATIONS = {
         ),
         "{path}: key 'load_in_8bit' is False, but the name says True; change one of them",
     ),
+    "no size": (
+        lambda text: text.replace("sequence_len: 5120", "sequence_len: 0"),
+        "{path}: key 'sequence_len' is 0; give it a value above 0",
+    ),
+    "every linear layer by a key of its own": (
+        lambda text: text + "lora_target_linear: true\n",
+        "{path}: key 'lora_target_linear': list the modules in lora_target_modules and remove it",
+    ),
+    "a rate for nothing": (
+        lambda text: text + "lr_groups: [{name: m, modules: [layers.3.self_attn.q_proj, magnitude_vektor], lr: 1.0}]\n",
+        "{path}: key 'lr_groups': magnitude_vektor is in the name of nothing that is trained; take a part of "
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight, say q_proj, k_proj, v_proj, lora_A, "
+        "lora_B, lora_magnitude_vector",
+    ),
     "without the plugin": (
         lambda text: text.replace("  - fastdora.FastDoraPlugin\n", ""),
         "{path}: key 'plugins': add fastdora.FastDoraPlugin; without it rows are lost in silence",

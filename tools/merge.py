@@ -75,17 +75,37 @@ def subject(recipe: str | None, adapter: str | None, model: str | None, bits: in
 
 
 def merged_folder(plan: dict[str, Any]) -> Path | None:
-    """The folder with the merged model of this very adapter; None where it is not merged, or another one is."""
-    about = read_json(plan["merged"] / "merge.json")
-    return plan["merged"] if about and about["adapter_sha256"] == plan["facts"]["sha256"] else None
+    """The folder with the merged model of this very adapter and base; None where it is not, or not all, there."""
+    folder, about = plan["merged"], read_json(plan["merged"] / "merge.json")
+    wanted = {"adapter_sha256": plan["facts"]["sha256"], "base": shown(plan["model"]), "trained_bits": plan["bits"]}
+    if not about or any(about.get(key) != value for key, value in wanted.items()):
+        return None
+    return folder if all((folder / name).is_file() for name in about["weights"]) else None
 
 
 def need_merged(plan: dict[str, Any]) -> Path:
     """The same, or UserError that says what to run."""
     if folder := merged_folder(plan):
         return folder
-    state = "holds another adapter's model" if (plan["merged"] / "merge.json").is_file() else "is not there"
+    state = "does not hold this adapter's model" if (plan["merged"] / "merge.json").is_file() else "is not there"
     raise UserError(f"{shown(str(plan['merged']))}: {state}; run `make merge {plan['given']}`")
+
+
+def check_weights(folder: Path) -> None:
+    """UserError where a merged model's weights are not those that were verified."""
+    for name, expected in (read_json(folder / "merge.json") or {})["weights"].items():
+        if sha256(folder / name) != expected:
+            raise UserError(f"{shown(str(folder / name))}: is not what was verified; merge again with FORCE=1")
+
+
+def check_base(plan: dict[str, Any]) -> None:
+    """UserError where MODEL= is not the base that the adapter names: one of equal shapes would merge in silence."""
+    named, given = plan["facts"]["base"], plan["model"]
+    if named and given != named and Path(given).resolve() != Path(named).resolve():
+        raise UserError(
+            f"MODEL={given}: the adapter was trained on {named}; leave MODEL= out, or say FORCE=1 where it is the same "
+            "model in another place"
+        )
 
 
 def merge(
@@ -99,10 +119,13 @@ def merge(
     """
     if into == "dequantised" and plan["bits"] == 16:
         raise UserError(f"INTO=dequantised: {plan['name']} was trained on 16 bits; there is nothing to dequantise")
+    if not force:
+        check_base(plan)
     out = plan["merged"]
     with folder_lock(plan["folder"]):
         before = read_json(out / "merge.json")
         if merged_folder(plan) and into in (before["asked_for"], before["into"]) and not force:
+            check_weights(out)
             print(f"{shown(str(out))} is already merged from this adapter; FORCE=1 merges again")
             return out
         if out.exists() and before is None and not force:
@@ -408,6 +431,8 @@ def main() -> None:
     parser.add_argument("--prompt", default="saved", help="chat template: saved, finlora_inst or raw")
     parser.add_argument("--force", action="store_true", help="merge again; replace what is there")
     given = parser.parse_args()
+    if given.limit < 0:
+        raise UserError(f"LIMIT={given.limit}: give a number of rows, 0 for none")
     plan = of(given)
     merge(plan, given.into, given.limit, given.prompt, given.force)
     print(f"next      make serve {plan['given']}, or make chat {plan['given']}")

@@ -341,6 +341,9 @@ def make_plan(
         raise UserError(
             f"{path}: key 'fastdora_fp8': {key} has no fp8 products; set it to false, or plan for another GPU"
         )
+    for uncounted in ("lora_modules_to_save", "peft_layers_to_transform"):
+        if recipe.get(uncounted):
+            raise UserError(f"{path}: key '{uncounted}' is not planned for; remove it to plan without")
     shared, say = several.spread(path, recipe, gpus, 1)
     rows = rows_of(path, shared)
     rates = measured_rates()
@@ -417,7 +420,8 @@ def show(plan: dict[str, Any]) -> str:
     if plan["gpus"] > 1:
         basis += "; that GPUs do not wait for each other is a guess"
     if not plan["modelled"]:
-        basis += "; all of them with fastdora_layers: fast, so this recipe takes more of both"
+        basis += "; all of them with fastdora_layers: fast, so this recipe takes several times as long, and its memory "
+        basis += "is a guess"
     return "\n".join([*lines, basis + "."])
 
 

@@ -20,7 +20,7 @@ from eval.run import shown
 from fastdora.safety import LOOKS_SECRET
 from tools.checks import read_json
 from tools.cli import ROOT, UserError, replacing, run
-from tools.merge import need_merged, subject
+from tools.merge import check_weights, need_merged, subject
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 DEFECTS = ROOT / "data" / "README.md"
@@ -65,6 +65,8 @@ def publish(
             "HF_TOKEN is not set; make a token that may write at huggingface.co/settings/tokens, and set it"
         )
     folder = need_merged(plan) if merged else plan["adapter"]
+    if merged:
+        check_weights(folder)
     card = plan["folder"] / "publish" / "README.md"
     llama = plan["run"]["base_model"].startswith("meta-llama/Llama-3.1")
     content = model_card(plan, repo, folder if merged else None, llama)

@@ -43,6 +43,15 @@ DECIDED_BY = {
     "method": ["peft_use_dora", "peft_use_rslora"],
     "name": ["output_dir", "dataset_prepared_path"],
 }
+ABOVE_ZERO = (
+    "lora_r",
+    "lora_alpha",
+    "sequence_len",
+    "micro_batch_size",
+    "gradient_accumulation_steps",
+    "num_epochs",
+    "learning_rate",
+)
 # Axolotl has a default for each of these; a recipe is held against what it says itself.
 NEEDED = (
     *DECIDED_BY["bits"],
@@ -127,10 +136,39 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def check_needed(source: str, recipe: dict[str, Any]) -> None:
-    """Raise UserError where a key is missing that the checks before and after a run read."""
+    """Raise UserError where what the checks before and after a run read is missing, or is no size."""
     for key in NEEDED:
         if recipe.get(key) is None:
             raise UserError(f"{source}: key '{key}' is missing; give it a value")
+    for key in ABOVE_ZERO:
+        if isinstance(recipe.get(key), int | float) and not recipe[key] > 0:
+            raise UserError(f"{source}: key '{key}' is {recipe[key]}; give it a value above 0")
+    if recipe.get("lora_target_linear"):
+        raise UserError(f"{source}: key 'lora_target_linear': list the modules in lora_target_modules and remove it")
+    check_groups(source, recipe)
+
+
+def check_groups(source: str, recipe: dict[str, Any]) -> None:
+    """Raise UserError for a module of `lr_groups` that no trained parameter has in its name: axolotl ignores it."""
+    if not recipe.get("lr_groups"):
+        return
+    parts = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(recipe.get("peft_use_dora"))]
+    places = [f"layers.{i}.{block}" for i in range(200) for block in ("self_attn", "mlp")]
+    trained = [
+        f"base_model.model.model.{place}.{target}.{part}.default.weight"
+        for place in places
+        for target in recipe["lora_target_modules"]
+        for part in parts
+    ]
+    for group in recipe["lr_groups"]:
+        for module in group["modules"]:
+            if not any(module in name for name in trained):
+                if "magnitude" in module and not recipe.get("peft_use_dora"):
+                    raise UserError(f"{source}: key 'lr_groups': LoRA has no {module}; take a recipe with DoRA")
+                raise UserError(
+                    f"{source}: key 'lr_groups': {module} is in the name of nothing that is trained; take a part of "
+                    f"{trained[0]}, say {', '.join([*recipe['lora_target_modules'], *parts])}"
+                )
 
 
 def axolotl_schema(plugins: Any) -> dict[str, Any]:
@@ -237,6 +275,8 @@ def trainable_parameters(recipe: dict[str, Any], shape: dict[str, Any]) -> int:
     layers = linear_layers(shape)
     block = 0
     for target in recipe["lora_target_modules"]:
+        if target not in layers:
+            raise UserError(f"key 'lora_target_modules': {target} is no linear layer; there are {', '.join(layers)}")
         inputs, outputs = layers[target]
         block += recipe["lora_r"] * (inputs + outputs) + (outputs if recipe.get("peft_use_dora") else 0)
     return block * shape["num_hidden_layers"]

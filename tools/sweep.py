@@ -37,7 +37,6 @@ SWEEPS = recipes.RECIPES / "sweeps"
 OWN = ("output_dir", "dataset_prepared_path", "plugins")  # what a sweep may not vary
 IN_NAME = {key for part in ("bits", "r", "alpha", "method") for key in recipes.DECIDED_BY[part]}
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
-MAGNITUDE = "lora_magnitude_vector"
 
 
 def sweep(
@@ -143,9 +142,6 @@ def plan(recipe: Path, file: Path) -> list[dict[str, Any]]:
         except UserError as error:
             reason = str(error).removeprefix(f"{path}: ")
             raise UserError(f"{show(file)}: point {number} ({said(changes)}) would be {name}: {reason}") from error
-        groups = [module for group in whole.get("lr_groups") or [] for module in group["modules"]]
-        if MAGNITUDE in groups and not whole.get("peft_use_dora"):
-            raise UserError(f"{show(file)}: point {number}: {name} has no {MAGNITUDE}; take a recipe with DoRA")
         point = {"number": number, "name": name, "changes": changes, "merged": merged, "recipe": whole, "path": path}
         points.append(point | {"differs": {key: merged.get(key) for key in differing(base, merged)}})
     return points
