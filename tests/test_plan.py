@@ -104,6 +104,23 @@ def test_a_plan_that_does_not_fit_names_the_keys(monkeypatch):
     assert "GPU-hours; PRICE=<of one> says what they cost" in said
 
 
+def test_the_keys_to_change_keep_a_steps_tokens_on_several_gpus(monkeypatch):
+    """They are written into the recipe, which several GPUs then share."""
+    monkeypatch.setattr(plan, "parameters", lambda found, shape: {"q_proj": (32, total(found), 0)})
+
+    def total(found):
+        return recipes.trainable_parameters(found, SHAPE)
+
+    name, gpus = "xbrl_extract_bf16_r8_dora", 3
+    before = recipe(name)
+    said = planned(name, "l4", gpus)["change"]
+    found = re.fullmatch(r"set (?:gradient_checkpointing: true and )?sequence_len: (\d+) and .*steps: (\d+)", said)
+    length, accumulation = map(int, found.groups())
+    assert length * accumulation == before["sequence_len"] * before["gradient_accumulation_steps"]
+    after = {"sequence_len": length, "gradient_accumulation_steps": accumulation, "gradient_checkpointing": True}
+    assert planned(name, "l4", gpus, **after)["fits"]
+
+
 def test_plans_differ_as_they_must(monkeypatch):
     monkeypatch.setattr(plan, "parameters", lambda found, shape: {"q_proj": (32, total(found), 0)})
 

@@ -73,14 +73,18 @@ def memory_estimate(recipe: dict[str, Any], shape: dict[str, Any]) -> float:
     return sum(memory_parts(recipe, shape).values())
 
 
-def what_fits(recipe: dict[str, Any], shape: dict[str, Any], free: float) -> str:
-    """The keys to set so that the recipe takes at most `free` GiB: recomputation, then shorter packs, more a step."""
+def what_fits(recipe: dict[str, Any], shape: dict[str, Any], free: float, written: dict[str, Any] | None = None) -> str:
+    """The keys to set so that the recipe takes at most `free` GiB: recomputation, then shorter packs, more a step.
+
+    written: the recipe as its file has it, where `recipe` is what several GPUs make of it; a step keeps its tokens.
+    """
     changes: dict[str, Any] = {"gradient_checkpointing": True}
-    length, accumulation = recipe["sequence_len"], recipe["gradient_accumulation_steps"]
+    length, written = recipe["sequence_len"], written or recipe
+    a_step = written["sequence_len"] * written["gradient_accumulation_steps"]
     while memory_estimate(recipe | changes, shape) > free and length >= 1024:
-        length, accumulation = length // 2, accumulation * 2
-        changes |= {"sequence_len": length, "gradient_accumulation_steps": accumulation}
-    new = {key: value for key, value in changes.items() if recipe.get(key) != value}
+        length //= 2
+        changes |= {"sequence_len": length, "gradient_accumulation_steps": a_step // length}
+    new = {key: value for key, value in changes.items() if written.get(key) != value}
     if memory_estimate(recipe | changes, shape) > free:
         return "take a recipe of fewer bits"
     return "set " + " and ".join(f"{key}: {str(value).lower()}" for key, value in new.items())

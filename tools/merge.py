@@ -59,7 +59,8 @@ def subject(recipe: str | None, adapter: str | None, model: str | None, bits: in
         plan["folder"] = found["adapter"]
     else:
         folder = resolve_adapter(adapter)
-        plan |= {"name": slug(adapter), "adapter": folder, "folder": OUTPUTS / slug(adapter), "bits": bits or 16}
+        plan |= {"name": slug(adapter), "adapter": folder, "bits": bits or 16}
+        plan["folder"] = OUTPUTS / "adapters" / slug(adapter)  # no recipe has this name
     plan["facts"] = adapter_facts(plan["adapter"])
     if adapter:
         plan["model"] = model or plan["facts"]["base"]

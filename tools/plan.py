@@ -370,7 +370,7 @@ def make_plan(
         "memory": memory,
         "card": gpu["memory"],
         "fits": sum(memory.values()) <= room,
-        "change": checks.what_fits(shared, shape, room),
+        "change": checks.what_fits(shared, shape, room, recipe),
         "rows": rows,
         "mean": sum(rows.tokens) / len(rows.tokens),
         "warnings": warnings,
