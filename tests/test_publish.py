@@ -165,15 +165,15 @@ def test_the_merged_model_is_pushed_in_its_place(runs, hub, monkeypatch):
     assert "Merged into the 16-bit base that it was trained on." in card and "library_name: transformers" in card
 
 
-@pytest.fixture
-def evaluated(runs, tmp_path, monkeypatch):
+@pytest.fixture(params=["of make eval", "of a sweep"])
+def evaluated(request, runs, tmp_path, monkeypatch):
     """Results of the 8-bit run and its base, made from rows that nobody had to ask a model for."""
-    folder, facts = tmp_path / "results", plan()["facts"]
+    of_a_sweep = request.param == "of a sweep"  # beside the points' folders
+    folder, facts = (runs if of_a_sweep else tmp_path) / "results", plan()["facts"]
     for name, adapter, share in (("base", False, 0.6), (RECIPES[8], True, 0.86), ("another", True, 0.99)):
         digest = {"adapter_sha256": facts["sha256"] if name == RECIPES[8] else "0" * 64} if adapter else {}
         answered(subject(folder, name, adapter=adapter, **digest), "fpb", label_rows(240, share, 2))
-    real = results.read
-    monkeypatch.setattr(results, "read", lambda: real(folder))
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
 
 
 def test_the_card_says_what_is_known(runs, evaluated, monkeypatch):

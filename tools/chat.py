@@ -43,6 +43,8 @@ def chat(model, tokenizer, most: int) -> None:
     configured = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     terminal = sys.stdin.isatty()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     if terminal:
         with suppress(ImportError):
             import readline  # noqa: F401 (line editing)

@@ -1,5 +1,6 @@
 """What every command of this repository shares: one-line errors and files that are never half-written."""
 
+import argparse
 import os
 import signal
 import sys
@@ -7,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,6 +20,7 @@ class UserError(Exception):
 def run(main: Callable[[], None]) -> None:
     """Run a command's main function; a UserError becomes `error: ...` on stderr and exit code 1, Ctrl-C 130."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    argparse.ArgumentParser.error = _refuse  # it would print every option of the command and leave the line last
     try:
         main()
     except UserError as error:
@@ -28,6 +30,10 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    raise UserError(f"{message}; {parser.prog} --help lists the options")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,8 @@ def model_card(plan: dict[str, Any], repo: str, merged: Path | None, llama: bool
         prepared=rows,
         defects=defects(tests),
         corrections={file: load_corrections()[file] for file in files_of(parts, tests) if file in load_corrections()},
-        subjects=scores(plan["facts"]["sha256"]),
+        # A sweep keeps its points' evaluations beside them.
+        subjects=scores(plan["facts"]["sha256"], results.RESULTS, plan["folder"].parent / "results"),
         percent=report.percent,
         signed=report.signed,
         metrics=record["metrics"],
@@ -254,12 +256,12 @@ def defects(tests: dict[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def scores(sha256: str) -> list[dict[str, Any]]:
+def scores(sha256: str, *folders: Path) -> list[dict[str, Any]]:
     """For each evaluation of this very adapter: its name, how it was run, a row for each test set, and its notes."""
-    try:
-        found, _ = results.read()
-    except UserError:  # nothing is evaluated
-        return []
+    found = {}
+    for folder in folders:
+        with suppress(UserError):  # nothing is evaluated there
+            found |= results.read(folder)[0]
     shown_ = []
     for one in found.values():
         if one.run["adapter_sha256"] == sha256 and one.sets:

@@ -54,12 +54,14 @@ def check_port(host: str, port: int) -> None:
                 socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
             )  # as servers do: one that has ended blocks nobody
             probe.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
+    except (OSError, UnicodeError) as error:  # a host with an empty part is no text that a name server could be asked
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise UserError(
                 f"PORT={port}: is in use on {host}; end what is there, or name another with PORT="
             ) from error
-        raise UserError(f"HOST={host} PORT={port}: cannot be bound ({error.strerror}); name others") from error
+        raise UserError(
+            f"HOST={host} PORT={port}: cannot be bound ({getattr(error, 'strerror', error)}); name others"
+        ) from error
 
 
 def on_vllm(folder: Path, name: str, host: str, port: int, args: list[str]) -> None:
