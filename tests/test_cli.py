@@ -11,8 +11,8 @@ from tools.cli import ROOT
 @pytest.mark.parametrize(
     "options, expected",
     [
-        (["--wdith"], "error: unrecognized arguments: --wdith; pictures.py --help lists the options\n"),
-        (["one"], "error: unrecognized arguments: one; pictures.py --help lists the options\n"),
+        (["--wdith"], "error: unrecognized arguments: --wdith; --help lists the options\n"),
+        (["one"], "error: unrecognized arguments: one; --help lists the options\n"),
     ],
 )
 def test_a_mistyped_option_is_one_line(options, expected):

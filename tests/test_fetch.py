@@ -751,23 +751,19 @@ KINDS = ["tags", "value", "formula_test", "formula_calculations"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("arguments", "message"),
     [
-        (["cfa"], 1, "error: cfa: not released by FinLoRA; make data FILE=my.jsonl TASK=cfa takes your own\n"),
-        (
-            ["formula", "cfa"],
-            1,
-            "error: cfa: not released by FinLoRA; make data FILE=my.jsonl TASK=cfa takes your own\n",
-        ),
-        (["headlin"], 1, "error: tasks.yaml has no task 'headlin': did you mean headline?\n"),
-        (["--jobs", "0"], 2, "argument --jobs: invalid number value: '0'\n"),
-        (["--timeout", "nan"], 2, "argument --timeout: invalid number value: 'nan'\n"),
+        (["cfa"], "cfa: not released by FinLoRA; make data FILE=my.jsonl TASK=cfa takes your own"),
+        (["formula", "cfa"], "cfa: not released by FinLoRA; make data FILE=my.jsonl TASK=cfa takes your own"),
+        (["headlin"], "tasks.yaml has no task 'headlin': did you mean headline?"),
+        (["--jobs", "0"], "argument --jobs: invalid number value: '0'; --help lists the options"),
+        (["--timeout", "nan"], "argument --timeout: invalid number value: 'nan'; --help lists the options"),
     ],
 )
-def test_a_wrong_command(tmp_path, arguments, code, message):
+def test_a_wrong_command(tmp_path, arguments, message):
     done = subprocess.run(**command(*arguments, "--raw", tmp_path), capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (code, "") and done.stderr.endswith(message)
-    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {message}\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_file_of_a_released_task_is_pinned():

@@ -32,8 +32,8 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    raise UserError(f"{message}; {parser.prog} --help lists the options")
+def _refuse(_: argparse.ArgumentParser, message: str) -> NoReturn:
+    raise UserError(f"{message}; --help lists the options")
 
 
 @contextmanager
