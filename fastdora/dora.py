@@ -9,7 +9,7 @@ With g = m / ||.|| and z = x W0^T + s dropout(x) A^T B^T the layer is y = g z + 
 
 Dropout touches the low-rank path only (PEFT lets it into the product with W0 too). Neither B A nor W0 + s B A is built:
 
-    ||w_i + s b_i A||^2 = ||w_i||^2 + 2 s (W0 A^T)_i . b_i + s^2 b_i (A A^T) b_i^T        (float32; float64 for float64)
+    ||w_i + s b_i A||^2 = ||w_i||^2 + 2 s (W0 A^T)_i . b_i + s^2 b_i (A A^T) b_i^T       (float64; float32 in kernels.py)
 
 The first term is computed once, the others once per optimizer step: every step of any torch optimizer in the process
 (bitsandbytes', fused and DeepSpeed's inner ones among them) moves a counter of ours that stale norms are told by.
@@ -61,16 +61,19 @@ class _Known:
 def norm_and_gain(
     layer: nn.Module, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor, s: float, base_square: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """||W0 + s B A|| per row, at least the smallest normal number, and m over it; both (N,) in base_square's dtype.
+    """||W0 + s B A|| per row, at least the smallest normal number, and m over it; both (N,), in a's wide dtype.
 
-    a (R, K), b (N, R), m (N,); base_square: ||W0||^2 per row, (N,).
+    a (R, K), b (N, R), m (N,); base_square: ||W0||^2 per row, (N,). In float64, since the terms may be far larger than
+    their sum; where they cancel to what base_square's rounding leaves, the norm is taken as that large. A row of zeros
+    has no direction: its gain is 0, so it stays zero (PEFT divides by zero there).
     """
-    exact = torch.float64 if a.is_cuda else kernels.wide(a.dtype)  # a GPU may take float32 products in tf32
-    wa = (products.widen(layer, exact) @ a.to(exact).t()).double()
-    a, b = a.double(), b.double()
+    unresolved = base_square.double() * 8 * torch.finfo(base_square.dtype).eps
+    dtype, a, b = kernels.wide(a.dtype), a.double(), b.double()
+    wa = products.widen(layer, torch.float64) @ a.t()
     square = base_square.double() + ((2 * s * wa + s * s * (b @ (a @ a.t()))) * b).sum(1)
-    norm = square.clamp_min(torch.finfo(torch.float32).tiny).sqrt()
-    return norm.to(base_square.dtype), (m.double() / norm).to(base_square.dtype)
+    norm = torch.maximum(square, unresolved).sqrt()
+    gain = torch.where(norm > 0, m.double() / norm, 0.0)
+    return norm.to(dtype).clamp_min(torch.finfo(dtype).tiny), gain.to(dtype)
 
 
 class _Adapted(torch.autograd.Function):
@@ -148,7 +151,8 @@ class Fast:
         layer, a = self.base_layer, self.lora_A[name].weight
         if self._base_square is None:
             weight = products.widen(layer, kernels.wide(a.dtype))
-            self._base_square = (weight * weight).sum(1)
+            square = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()
+            self._base_square = square.float() if kernels.fused(layer.weight) else square
         if isinstance(layer.weight, bnb.nn.Params4bit) and a.is_cuda:
             weight, scales = products.widen(layer, torch.bfloat16), None
         else:

@@ -283,7 +283,9 @@ class Adapted(NamedTuple):
 
 
 def row_norms(layers: list[Adapted]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(norm, m / norm) of each layer, float32 (N,): norm = ||W + s B A|| a row, at least the smallest normal number.
+    """(norm, m / norm) of each layer, float32 (N,): norm = ||W + s B A|| a row, as dora.norm_and_gain has it.
+
+    At least 1e-19, where m / norm is 0, and at least 2^-10 of ||W||: float32's terms resolve no smaller sum.
 
     All layers in two launches, by a table of addresses: one layer alone does not fill a GPU. Weights are of one dtype,
     16 bits or int8; a, b and m float32 and contiguous, of one rank, at most LARGEST_RANK. tf32 products keep float32
@@ -606,10 +608,13 @@ if triton is not None:
                 other=0.0,
             )
             change = (2.0 * s * wa + s * s * tl.dot(small, gram, input_precision="tf32x3")) * small
-            square = tl.load(base_square + rows, mask=inside, other=1.0) + tl.sum(change, axis=1)
+            base = tl.load(base_square + rows, mask=inside, other=1.0)
+            # The second is what float32 resolves: 8 times its rounding, 2^-20.
+            square = tl.maximum(base + tl.sum(change, axis=1), base * 9.5367431640625e-07)
             found = tl.sqrt(tl.maximum(square, 1.17549435e-38))
+            gain = tl.load(m + rows, mask=inside, other=0.0) / found
             tl.store(norms + place + rows, found, mask=inside)
-            tl.store(gains + place + rows, tl.load(m + rows, mask=inside, other=0.0) / found, mask=inside)
+            tl.store(gains + place + rows, tl.where(square > 1.17549435e-38, gain, 0.0), mask=inside)
 
     @triton.jit
     def _quantise_rows_kernel(x, factors, q, scales, columns, BLOCK: tl.constexpr, FACTORS: tl.constexpr):

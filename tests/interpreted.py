@@ -99,7 +99,22 @@ def main() -> None:
                 norm, gained = found
                 wrong = ((norm - expected) / expected).abs().max(), (gained * expected - layers[number].m).abs().max()
                 rows[f"row_norms {name} {number} {shape}"] = max(wrong).item()
-    print(json.dumps(rows | whole_layers() | answers_with_liger()))
+    print(json.dumps(rows | rows_without_direction() | whole_layers() | answers_with_liger()))
+
+
+def rows_without_direction() -> dict[str, float]:
+    """A weight whose rows 0 and 1 are zero and taken away by the adapter: gain 0, and a norm of 2^-10 of the base's."""
+    kernels.fused = lambda _: True
+    weight = torch.randn(32, 64).half()
+    weight[0] = 0
+    a, b, m = torch.zeros(1, 64), torch.zeros(32, 1), torch.ones(32)
+    a[0], b[1] = weight[1].float(), -1.0
+    square = (weight.float() ** 2).sum(1)
+    ((norm, gain),) = kernels.row_norms([kernels.Adapted(weight, None, a, b, m, 1.0, square)])
+    expected = square.sqrt()
+    expected[1] *= 2**-10
+    wrong = ((norm - expected)[1:] / expected[1:]).abs().max(), gain[0].abs(), (gain * norm - 1)[1:].abs().max()
+    return {"row_norms without a direction": max(float(one) for one in wrong)}
 
 
 def whole_layers() -> dict[str, float]:

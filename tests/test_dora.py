@@ -188,19 +188,70 @@ def test_a_frozen_quantised_layer_multiplies_its_widened_weight():
         assert torch.allclose(grad, products.widen(net.one, torch.float32).sum(0).expand_as(grad), atol=1e-5)
 
 
-def test_a_zero_row_stays_finite():
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("magnitude", [0.0, 1.0])
+def test_a_zero_row_stays_finite(bits, magnitude):
     """PEFT divides by a norm of zero there; elsewhere both agree."""
-    net = Net(12, 6, True).double()
+    net = Net(64, 6, True)
     net.one.weight.data[2] = 0
-    model = adapted(net)
+    model = adapted(quantised(net, bits))
     layer(model).lora_B["default"].weight.data[2] = 0
-    layer(model).lora_magnitude_vector["default"].weight.data[2] = 0
-    x, weights = torch.randn(4, 12, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
+    layer(model).lora_magnitude_vector["default"].weight.data[2] = magnitude
+    x, weights = torch.randn(4, 64), torch.randn(4, 6)
     found = run(fast(model), x, weights)
-    assert all(value.isfinite().all() for value in found.values())
-    assert torch.allclose(found["y"][:, 2], net.one.bias[2].expand(4))
+    assert all(value.isfinite().all() and value.abs().max() < 1e4 for value in found.values())
+    assert torch.allclose(found["y"][:, 2], layer(model).base_layer.bias[2].expand(4))
+    with torch.autocast("cpu", torch.float16):
+        assert fast(model)(x).isfinite().all()
     others = [0, 1, 3, 4, 5]
-    assert torch.allclose(found["y"][:, others], model(x)[:, others])
+    norm = explicit_norm(layer(model))[others]
+    z = x.double() @ products.widen(layer(model).base_layer, torch.float64).t()
+    a, b = (getattr(layer(model), f"lora_{part}")["default"].weight.double() for part in "AB")
+    z = z + layer(model).scaling["default"] * (x.double() @ a.t()) @ b.t()
+    m = layer(model).lora_magnitude_vector["default"].weight[others].double()
+    expected = m / norm * z[:, others] + layer(model).base_layer.bias[others].double()
+    assert torch.allclose(found["y"][:, others].double(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("left", [1e-1, 1e-2, 1e-3, 1e-5])
+def test_a_norm_that_nearly_cancels_is_as_good_as_pefts(left):
+    """W0 + s B A is `left` of W0: the terms of the factored norm are far larger than their sum."""
+    model = adapted(Net(32, 16, False), r=4, alpha=8)
+    module = layer(model)
+    torch.manual_seed(8)
+    u, s, v = torch.linalg.svd(torch.randn(16, 4) @ torch.randn(4, 32), full_matrices=False)
+    module.base_layer.weight.data = u[:, :4] * s[:4] @ v[:4]
+    module.lora_A["default"].weight.data = v[:4].contiguous()
+    module.lora_B["default"].weight.data = (left - 1) * u[:, :4] * s[:4] / module.scaling["default"]
+    x, weights = torch.randn(8, 32), torch.randn(8, 16)
+    exact = run(copy.deepcopy(model).double(), x.double(), weights.double())
+    error = {key: {name: worst({name: found[name]}, {name: exact[name]}) for name in exact} for key, found in
+             (("ours", run(fast(model), x, weights)), ("peft", run(model, x, weights)))}  # fmt: skip
+    for name in exact:
+        assert error["ours"][name] <= 2 * error["peft"][name] + 1e-6, (name, error)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e-10, 1e10, 1e18])
+def test_tiny_and_huge_weights_in_float32(scale):
+    model = adapted(Net(24, 12, False))
+    magnitude = layer(model).lora_magnitude_vector["default"].weight  # far from ||W0||, PEFT itself cancels
+    for weight in (layer(model).base_layer.weight, layer(model).lora_B["default"].weight, magnitude):
+        weight.data *= scale
+    x, weights = torch.randn(6, 24), torch.randn(6, 12)
+    exact = run(copy.deepcopy(model).double(), x.double(), weights.double())
+    found = run(fast(model), x, weights)
+    assert all(worst({name: found[name]}, {name: exact[name]}) < 1e-5 for name in exact)
+
+
+def test_a_weight_that_its_adapter_takes_away_stays_bounded():
+    """W0 + s B A is zero but for rounding: no direction is left, and nothing may explode."""
+    model = adapted(Net(8, 8, False), r=8, alpha=8)
+    module = layer(model)
+    module.lora_A["default"].weight.data = torch.eye(8)
+    module.lora_B["default"].weight.data = -module.base_layer.weight.data.clone()
+    for dtype in (torch.float32, torch.float64):
+        found = run(fast(model).to(dtype), torch.randn(4, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype))
+        assert all(value.isfinite().all() and value.abs().max() < 1e9 for value in found.values())
 
 
 OPTIMIZERS = {
