@@ -9,7 +9,7 @@ With g = m / ||.|| and z = x W0^T + s dropout(x) A^T B^T the layer is y = g z + 
 
 Dropout touches the low-rank path only (PEFT lets it into the product with W0 too). Neither B A nor W0 + s B A is built:
 
-    ||w_i + s b_i A||^2 = ||w_i||^2 + 2 s (W0 A^T)_i . b_i + s^2 b_i (A A^T) b_i^T       (float64; float32 in kernels.py)
+    ||w_i + s b_i A||^2 = ||w_i||^2 + 2 s (W0 A^T)_i . b_i + s^2 b_i (A A^T) b_i^T      (float64; float32 in kernels.py)
 
 The first term is computed once, the others once per optimizer step: every step of any torch optimizer in the process
 (bitsandbytes', fused and DeepSpeed's inner ones among them) moves a counter of ours that stale norms are told by.
@@ -130,11 +130,12 @@ class Fast:
         dropout = self.lora_dropout[name]
         return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
 
-    @torch.no_grad()
     def known(self, name: str) -> _Known:
         """Norm and gain of this moment's weights; computed anew only when one of them may have changed."""
         if not self._is_known(name):
-            with torch.autocast(self.lora_A[name].weight.device.type, enabled=False):
+            kind = self.lora_A[name].weight.device.type
+            # Not in inference mode: training may be what uses them next, and could not save them.
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False):
                 own = self._parts(name)
                 if _fits_kernel(own) and _is_whole(self, name):
                     _refresh(self._group, name, own)
@@ -172,8 +173,10 @@ class Fast:
         super().unmerge()
         self.forget()
 
-    def update_layer(self, *args, **kwargs) -> None:
-        super().update_layer(*args, **kwargs)
+    def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs) -> None:
+        variant = self.resolve_lora_variant(config=config)
+        _check_adapter(f"adapter '{adapter_name}'", adapter_name, variant, config.lora_bias, config.lora_dropout)
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
         self.forget()
 
     def train(self, mode: bool = True):
@@ -259,10 +262,13 @@ def accelerate(model: nn.Module, fp8: bool = False) -> str:
     """Give every adapted or quantised linear layer of `model` its fast path, in place; return a line that says which.
 
     fp8: products with 8-bit weights in e4m3. Raises Unsupported, before anything is changed, for an adapted layer or an
-    installed library that has no fast path. Adapter files stay PEFT's; called again it takes all norms anew.
+    installed library that has no fast path, and for fp8 without 8-bit weights or a GPU that has it. Adapter files stay
+    PEFT's. Called again it takes all norms anew, and sees to modules that an adapter added since has made.
     """
     check_versions()
     group = check_layers(model)
+    if fp8:
+        _check_fp8(model)
     paths: Counter[str] = Counter()
     for module in group:
         module._group = group
@@ -292,11 +298,29 @@ def check_layers(model: nn.Module) -> list[LoraLayer]:
             raise Unsupported(f"{name}: {type(module).__name__} adapters have no fast path; target linear layers only")
         if type(module.base_layer) not in BASES:
             raise Unsupported(f"{name}: {kind} layers have no fast path; target linear layers only")
-        for adapter, variant in module.lora_variant.items():
-            if not isinstance(variant, DoraLinearVariant):
-                raise Unsupported(f"{name}: {type(variant).__name__} of adapter '{adapter}' has no fast path")
-        if any(module.lora_bias.values()):
-            raise Unsupported(f"{name}: a bias in lora_B has no fast path; leave lora_bias out")
+        for adapter, dropout in module.lora_dropout.items():
+            share = getattr(dropout, "p", 0.0)
+            _check_adapter(name, adapter, module.lora_variant.get(adapter), module.lora_bias[adapter], share)
+        if module.base_layer.weight.requires_grad:
+            raise Unsupported(f"{name}: a trainable base weight has no fast path; freeze it")
         if module.base_layer.bias is not None and module.base_layer.bias.requires_grad:
             raise Unsupported(f"{name}: a trainable bias has no fast path; set bias: none")
     return list(adapted.values())
+
+
+def _check_adapter(where: str, adapter: str, variant, bias: bool, dropout: float) -> None:
+    if variant is not None and not isinstance(variant, DoraLinearVariant):
+        raise Unsupported(f"{where}: {type(variant).__name__} of adapter '{adapter}' has no fast path")
+    if bias:
+        raise Unsupported(f"{where}: a bias in lora_B has no fast path; leave lora_bias out")
+    if dropout >= 1:
+        raise Unsupported(f"{where}: lora_dropout {dropout} leaves nothing of adapter '{adapter}'; give less than 1")
+
+
+def _check_fp8(model: nn.Module) -> None:
+    devices = {module.weight.device for module in model.modules() if isinstance(module, bnb.nn.Linear8bitLt)}
+    if not devices:
+        raise Unsupported("no layer has 8-bit weights, which fp8 products need; leave fp8 out")
+    for device in devices:
+        if device.type == "cuda" and not products.has_fp8(device):
+            raise Unsupported(f"{torch.cuda.get_device_name(device)} has no fp8 products; leave fp8 out")

@@ -27,6 +27,7 @@ from fastdora import (
     metrics,
     peft_int8,
     places,
+    products,
     resume,
     rows,
     safety,
@@ -152,7 +153,7 @@ def _check_fp8(cfg, source: str) -> None:
         return
     if not cfg.get("load_in_8bit") or cfg.get("fastdora_layers") == "peft":
         raise RecipeError(f"{source}: key 'fastdora_fp8': needs load_in_8bit: true and fastdora_layers: fast")
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+    if torch.cuda.is_available() and not products.has_fp8():
         name = torch.cuda.get_device_name()
         raise RecipeError(f"{source}: key 'fastdora_fp8': {name} has no fp8 products; set it to false")
 

@@ -40,6 +40,11 @@ def quantisation(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     return None
 
 
+def has_fp8(device: torch.device | None = None) -> bool:
+    """Whether a GPU (the current one without `device`) multiplies in e4m3: from Ada on."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def is_int8(layer: nn.Module) -> bool:
     return isinstance(layer.weight, bnb.nn.Int8Params) and layer.weight.dtype == torch.int8
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import bitsandbytes as bnb
 import peft
@@ -494,6 +495,14 @@ def test_recomputation_draws_the_same_dropout():
             lambda: get_peft_model(Net(4, 4, True), LoraConfig(r=2, bias="all", target_modules=["one"])),
             "base_model.model.one: a trainable bias has no fast path; set bias: none",
         ),
+        (
+            lambda: with_trainable_weight(),
+            "base_model.model.one: a trainable base weight has no fast path; freeze it",
+        ),
+        (
+            lambda: get_peft_model(Net(4, 4, True), LoraConfig(r=2, lora_dropout=1.0, target_modules=["one"])),
+            "base_model.model.one: lora_dropout 1.0 leaves nothing of adapter 'default'; give less than 1",
+        ),
     ],
 )
 def test_what_has_no_fast_path_is_named(build, said):
@@ -503,6 +512,62 @@ def test_what_has_no_fast_path_is_named(build, said):
         dora.accelerate(model)
     assert str(error.value) == said
     assert [type(module) for module in model.modules()] == kinds  # and nothing is changed
+
+
+def with_trainable_weight() -> PeftModel:
+    model = adapted(Net(4, 4, True))
+    layer(model).base_layer.weight.requires_grad_()
+    return model
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (dict(lora_bias=True), "a bias in lora_B has no fast path; leave lora_bias out"),
+        (dict(lora_dropout=1.0), "lora_dropout 1.0 leaves nothing of adapter 'second'; give less than 1"),
+        (dict(init_lora_weights="mica"), "MiCALinearVariant of adapter 'second' has no fast path"),
+    ],
+)
+def test_an_adapter_added_later_is_held_against_the_same(config, said):
+    model = fast(adapted(Net(12, 6, True)))
+    with pytest.raises(dora.Unsupported, match=f"^adapter 'second': {said}$"):
+        model.add_adapter("second", LoraConfig(r=2, target_modules=["one"], **config))
+
+
+def test_modules_that_a_later_adapter_adds_get_their_fast_path_by_another_call():
+    net = Net(12, 6, True)
+    net.two = nn.Linear(12, 6)
+    model = fast(adapted(net))
+    model.add_adapter("second", LoraConfig(r=2, use_dora=True, target_modules=["two"]))
+    assert type(model.base_model.model.two) is peft.tuners.lora.Linear
+    assert dora.accelerate(model).startswith("2 16-bit DoRA layers")
+    assert type(model.base_model.model.two) is dora.FastLinear
+
+
+def test_fp8_products_without_weights_that_take_them_are_refused(monkeypatch):
+    with pytest.raises(dora.Unsupported, match="^no layer has 8-bit weights, which fp8 products need; leave fp8 out$"):
+        dora.accelerate(adapted(Net(64, 48, True)), fp8=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))  # no GPU is here
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    model = adapted(quantised(Net(64, 48, True), 8))
+    here = SimpleNamespace(device=torch.device("cuda", 0), requires_grad=False)
+    monkeypatch.setattr(bnb.nn.Linear8bitLt, "weight", here, raising=False)
+    monkeypatch.delitem(layer(model).base_layer._parameters, "weight")
+    with pytest.raises(dora.Unsupported, match="^NVIDIA A100 has no fp8 products; leave fp8 out$"):
+        dora.accelerate(model, fp8=True)
+    assert type(layer(model)) in dora.FAST  # and nothing is changed
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_first_taken_in_inference_mode_serve_training(training):
+    model = fast(adapted(Net(12, 6, True), dropout=0.0)).train(training)
+    x = torch.randn(4, 12)
+    with torch.inference_mode():
+        first = model(x)
+    found = model(x)
+    found.sum().backward()
+    assert torch.equal(first, found) and layer(model).lora_B["default"].weight.grad.any()
+    assert not layer(model).known("default").norm.requires_grad
 
 
 def test_a_library_that_it_does_not_know_is_named(monkeypatch):
