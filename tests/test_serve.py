@@ -90,7 +90,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_the_endpoint_answers_as_the_model_does(merged):
+def test_the_endpoint_answers_as_the_model_does(merged, tmp_path, monkeypatch):
+    """On a machine whose hub cache does not exist yet."""
+    monkeypatch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", tmp_path / "no" / "hub")
     port = free_port()
     (pid,) = child(lambda: serve.serve(merged, "127.0.0.1", port, "transformers", []))
     url = f"http://127.0.0.1:{port}"
@@ -101,10 +103,12 @@ def test_the_endpoint_answers_as_the_model_does(merged):
                     break
             assert not os.waitpid(pid, os.WNOHANG)[0], "the server ended"
             time.sleep(0.05)
+        listed = requests.get(f"{url}/v1/models", timeout=60)
+        assert listed.ok and [model["id"] for model in listed.json()["data"]] == [merged["name"]]
         text = (Path(__file__).parent.parent / "docs" / "use.md").read_text(encoding="utf-8")
         documented = json.loads(re.search(r"/v1/chat/completions .*? -d '(\{.*?\n\})'", text, re.S)[1])
         assert documented["model"] == "sentiment_r8_dora"
-        body = documented | {"model": merged["name"], "max_tokens": MOST}
+        body = documented | {"model": listed.json()["data"][0]["id"], "max_tokens": MOST}
         turns = body["messages"]
         found = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
         expected, length = answer(merged["merged"], turns)
@@ -142,6 +146,17 @@ def test_vllm_is_started_on_the_merged_folder(merged, tmp_path, monkeypatch):
         "--override-generation-config": '{"temperature": 0}',
     }
     assert environment["HF_HUB_OFFLINE"] == "1" and "PYTHONPATH" not in environment
+
+
+@pytest.mark.parametrize(
+    ("backend", "says"), [("transformers", "BACKEND=transformers has no key"), ("vllm", "VLLM_API_KEY= asks for a key")]
+)
+def test_other_machines_are_warned_of_and_only_vllm_has_a_key(backend, says, merged, monkeypatch, capsys):
+    monkeypatch.setattr(serve, "VLLM", Path(sys.executable))
+    monkeypatch.setattr(serve, f"on_{backend}", lambda *_: None)
+    port = free_port()
+    serve.serve(merged, "0.0.0.0", port, backend, [])
+    assert capsys.readouterr().err == f"warning: whoever reaches 0.0.0.0:{port} can use the model; {says}\n"
 
 
 def test_what_cannot_be_served_is_one_line(runs, merged, tmp_path, monkeypatch):

@@ -35,9 +35,8 @@ def serve(plan: dict[str, Any], host: str, port: int, backend: str | None, args:
         raise UserError(f"ARGS={' '.join(args)}: are vLLM's; leave them out with BACKEND=transformers")
     check_port(host, port)
     if host not in LOCAL:
-        print(
-            f"warning: whoever reaches {host}:{port} can use the model; VLLM_API_KEY= asks for a key", file=sys.stderr
-        )
+        key = "VLLM_API_KEY= asks for a key" if backend == "vllm" else f"BACKEND={backend} has no key"
+        print(f"warning: whoever reaches {host}:{port} can use the model; {key}", file=sys.stderr)
     print(f"serving   {plan['name']} ({backend}) on http://{host}:{port}/v1; Ctrl-C ends it", flush=True)
     if backend == "vllm":
         on_vllm(folder, plan["name"], host, port, args)
@@ -90,6 +89,14 @@ def on_transformers(folder: Path, name: str, host: str, port: int) -> None:
     without_the_hub()
     from transformers.cli.serve import Serve
 
+    about = {"id": name, "object": "model", "created": int(folder.stat().st_mtime), "owned_by": "local"}
+
+    class Alone(Serve):
+        def start_server(self) -> None:
+            # transformers lists the hub's cache, where this model is not, and fails where there is no cache.
+            self._model_manager.get_gen_models = lambda: [about]
+            super().start_server()
+
     dtype, before = "auto" if torch.cuda.is_available() else "float32", Path.cwd()
     with tempfile.TemporaryDirectory() as here:
         # It is asked for by the path that it was given: here the model's name is one.
@@ -98,7 +105,7 @@ def on_transformers(folder: Path, name: str, host: str, port: int) -> None:
         server = None
         try:
             # In a thread: in this one uvicorn would raise Ctrl-C again inside its event loop, and print tracebacks.
-            server = Serve(name, host=host, port=port, dtype=dtype, log_level="error", non_blocking=True)
+            server = Alone(name, host=host, port=port, dtype=dtype, log_level="error", non_blocking=True)
             while server._thread.is_alive():  # .join(), interrupted, would take the thread for ended
                 time.sleep(0.1)
         except (OSError, ValueError, SafetensorError) as error:
