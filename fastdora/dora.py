@@ -82,7 +82,7 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, b, m, norm, gain, layer, s, p, seed, fp8):
         base = products.forward_product(x, layer, fp8)
-        a16, b16 = a.to(x.dtype), b.to(x.dtype)
+        a16, b16 = a.to(x.dtype), b.to(x.dtype).contiguous()
         t = kernels.low_rank(x, a16, 1.0, p, seed)
         y = kernels.combine(base, t, b16, s, gain, layer.bias)
         ctx.save_for_backward(x, a16, b16, norm, gain, t, None if m is None else base)
@@ -193,6 +193,7 @@ def _fits_kernel(parts: kernels.Adapted) -> bool:
     small = [x for x in (parts.a, parts.b, parts.m, parts.base_square, parts.scales) if x is not None]
     return (
         kernels.fused(parts.weight)
+        and parts.weight.is_contiguous()
         and parts.a.shape[0] <= kernels.LARGEST_RANK
         and all(x.dtype == torch.float32 and x.is_contiguous() for x in small)
     )

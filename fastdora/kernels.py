@@ -247,7 +247,7 @@ def widen_int8(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
         to = wide(dtype)
         return (weight.to(to) * (scales.to(to) / 127).unsqueeze(1)).to(dtype)
     wide_weight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    rows, columns = weight.shape
+    weight, (rows, columns) = weight.contiguous(), weight.shape
     _widen_int8_kernel[(rows, triton.cdiv(columns, 4096))](weight, scales, wide_weight, columns, BLOCK=4096)
     return wide_weight
 
@@ -327,7 +327,7 @@ def quantise_rows(x: torch.Tensor, factors: torch.Tensor | None = None) -> tuple
         scale = value.abs().amax(1, keepdim=True) / FP8_MAX
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         return (value / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
-    rows, columns = x.shape
+    x, (rows, columns) = x.contiguous(), x.shape
     q = torch.empty(rows, columns, dtype=FP8, device=x.device)
     scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(columns)
@@ -341,7 +341,7 @@ def int8_to_fp8(weight: torch.Tensor, transpose: bool = False) -> torch.Tensor:
     """int8 values as e4m3 (four significant bits are kept); (N, K) -> (N, K), or (K, N) where transpose is set."""
     if not fused(weight):
         return (weight.t() if transpose else weight).float().to(FP8).contiguous()
-    rows, columns = weight.shape
+    weight, (rows, columns) = weight.contiguous(), weight.shape
     q = torch.empty((columns, rows) if transpose else (rows, columns), dtype=FP8, device=weight.device)
     strides = (1, rows) if transpose else (columns, 1)
     _int8_to_fp8_kernel[(triton.cdiv(rows, 64), triton.cdiv(columns, 128))](

@@ -99,7 +99,9 @@ def main() -> None:
                 norm, gained = found
                 wrong = ((norm - expected) / expected).abs().max(), (gained * expected - layers[number].m).abs().max()
                 rows[f"row_norms {name} {number} {shape}"] = max(wrong).item()
-    print(json.dumps(rows | rows_without_direction() | whole_layers() | answers_with_liger()))
+    print(
+        json.dumps(rows | rows_without_direction() | what_is_not_contiguous() | whole_layers() | answers_with_liger())
+    )
 
 
 def rows_without_direction() -> dict[str, float]:
@@ -115,6 +117,52 @@ def rows_without_direction() -> dict[str, float]:
     expected[1] *= 2**-10
     wrong = ((norm - expected)[1:] / expected[1:]).abs().max(), gain[0].abs(), (gain * norm - 1)[1:].abs().max()
     return {"row_norms without a direction": max(float(one) for one in wrong)}
+
+
+def strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values, and other strides."""
+    return x.t().contiguous().t()
+
+
+def what_is_not_contiguous() -> dict[str, float]:
+    """Inputs, gradients, adapters and weights with strides of their own, through layers with and without an adapter."""
+    kernels.fused = lambda x: x.dtype in kernels.NARROW
+    rows = {}
+    for bits in (16, 8):
+        torch.manual_seed(3)
+        outputs = []
+        for change in (torch.Tensor.contiguous, strided):
+            torch.manual_seed(4)
+            net = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 32, bias=False)).half()
+            if bits == 8:
+                for number, layer in enumerate(net):
+                    int8 = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None, False)
+                    int8.load_state_dict(layer.state_dict())
+                    net[number] = int8.to("cpu")
+            model = get_peft_model(net, LoraConfig(r=4, use_dora=True, init_lora_weights=False, target_modules=["0"]))
+            adapter = model.base_model.model[0]
+            for tensor in (
+                adapter.lora_A["default"],
+                adapter.lora_B["default"],
+                adapter.base_layer,
+                model.base_model.model[1],
+            ):
+                tensor.weight.data = change(tensor.weight.data)
+            for fp8 in (False, True)[: 1 + (bits == 8)]:
+                dora.accelerate(model, fp8)
+                x, weights = change(torch.randn(20, 48).half()).requires_grad_(), change(torch.randn(20, 32).half())
+                y = model(x)
+                model.zero_grad()
+                (y * weights).sum().backward()
+                outputs.append([y, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+                torch.manual_seed(5)
+        half = len(outputs) // 2
+        for fp8, (one, other) in enumerate(zip(outputs[:half], outputs[half:], strict=True)):
+            apart = [
+                ((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(other, one, strict=True)
+            ]
+            rows[f"strides {bits} bits{' fp8' * fp8}"] = max(apart)
+    return rows
 
 
 def whole_layers() -> dict[str, float]:
