@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 NAME = "fastdora_varlen"
-_last: tuple = (lambda: None, None)  # the position_ids last seen (weakly) and their boundaries
+_last: tuple = (lambda: None, None, None)  # the position_ids last seen (weakly), their version, their boundaries
 
 
 def install(model: torch.nn.Module) -> None:
@@ -37,20 +37,26 @@ def boundaries(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
 def remember(position_ids: torch.Tensor, edges: torch.Tensor, longest: int) -> None:
     """Keep a batch's boundaries for its layers, which all get the same tensor of positions."""
     global _last
-    _last = weakref.ref(position_ids), (edges, longest)
+    _last = weakref.ref(position_ids), _version(position_ids), (edges, longest)
 
 
 def recall(position_ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, int]:
     """The boundaries of a batch of `rows` rows: those remembered, or found now, for which the GPU is waited for."""
-    if _last[0]() is not position_ids:
+    version = _version(position_ids)
+    if _last[0]() is not position_ids or version is None or _last[1] != version:
         remember(position_ids, *boundaries(position_ids.expand(rows, -1)))
-    return _last[1]
+    return _last[2]
+
+
+def _version(position_ids: torch.Tensor) -> int | None:
+    """How often a tensor was written in place; None for those of inference mode, which do not count it."""
+    return None if position_ids.is_inference() else position_ids._version
 
 
 def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """Causal attention within samples; query (B, H, S, D), key and value (B, G, S, D), G divides H -> (B, S, H, D).
 
-    With a mask, or while generating from a cache, it is transformers' own sdpa attention.
+    With a mask, or with keys from a cache before the queries, it is transformers' own sdpa attention.
     """
     position_ids = kwargs.get("position_ids")
     if attention_mask is not None or position_ids is None or query.shape[2] != key.shape[2]:
@@ -85,5 +91,7 @@ def _one_by_one(query, key, value, edges, longest, scale):
     return torch.cat(parts)
 
 
-def _mask(*args, attention_mask=None, **kwargs):
-    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+def _mask(batch_size, q_length, kv_length, *args, attention_mask=None, **kwargs):
+    if attention_mask is None and q_length == kv_length:
+        return None
+    return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)

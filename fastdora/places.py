@@ -63,7 +63,8 @@ def read_places(model: torch.nn.Module, answers: bool = False) -> RemovableHandl
             attention.remember(kwargs["position_ids"], edges, longest)
         if kept is None and answers and labels is not None:
             kept = answer_places(labels)
-        if kept is not None and "logits_to_keep" not in kwargs and "shift_labels" not in kwargs:
+        # Without labels somebody else takes the loss (label smoothing, say), and from the logits of all positions.
+        if kept is not None and labels is not None and "logits_to_keep" not in kwargs and "shift_labels" not in kwargs:
             kwargs |= {"logits_to_keep": kept, "shift_labels": _shifted(labels)[:, kept].contiguous()}
         return args, kwargs
 

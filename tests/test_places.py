@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, Trainer, TrainingArguments
 
 from fastdora import attention, places
 
@@ -66,6 +66,17 @@ def test_it_equals_transformers_own_sdpa_on_padded_rows_and_while_generating(mod
         assert torch.equal(generated, wanted)
     finally:
         model.config._attn_implementation = attention.NAME
+
+
+@pytest.mark.parametrize("kind", ["grows", "static"])
+def test_several_tokens_on_a_filled_cache_see_all_before_them(model, kind):
+    """As speculative decoding and a prefix that is kept call it: more tokens than one, no mask, a cache."""
+    ids = torch.randint(0, 97, (2, 12))
+    whole = model(input_ids=ids).logits
+    cache = DynamicCache() if kind == "grows" else StaticCache(model.config, max_cache_len=16)
+    with torch.no_grad():
+        parts = [model(input_ids=part, past_key_values=cache).logits for part in (ids[:, :5], ids[:, 5:9], ids[:, 9:])]
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-10)
 
 
 @given(
@@ -150,6 +161,36 @@ def test_the_model_reads_the_packs_the_collator_saw(model, monkeypatch):
     found = model(**batch).logits
     hook.remove()
     assert torch.equal(found, expected)
+
+
+def test_boundaries_are_those_of_what_the_positions_hold(model):
+    """A buffer of positions that is written again, in place and in inference mode too, is another batch."""
+    ids = torch.randint(0, 97, (1, 9))
+    expected = {sizes: model(input_ids=ids, position_ids=packed(sizes)).logits for sizes in ((4, 5), (2, 7))}
+    positions = packed((4, 5))
+    assert torch.equal(model(input_ids=ids, position_ids=positions).logits, expected[4, 5])
+    positions.copy_(packed((2, 7)))
+    assert torch.equal(model(input_ids=ids, position_ids=positions).logits, expected[2, 7])
+    with torch.inference_mode():
+        positions = packed((4, 5))
+        assert torch.equal(model(input_ids=ids, position_ids=positions).logits, expected[4, 5])
+        positions.copy_(packed((2, 7)))
+        assert torch.equal(model(input_ids=ids, position_ids=positions).logits, expected[2, 7])
+
+
+def test_label_smoothing_which_takes_the_labels_away_keeps_all_logits(model, tmp_path):
+    """transformers' Trainer pops the labels before the model is called, and needs the logits of each position."""
+    labels = torch.randint(0, 97, (2, 9))
+    labels[:, :4] = -100
+    losses = []
+    for answers in (False, True):
+        arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[])
+        trainer = Trainer(model, arguments, data_collator=lambda batch: batch)
+        if answers:
+            places.install(trainer, packed=False, answers=True)
+        batch = trainer.data_collator({"input_ids": labels.clamp_min(0), "labels": labels.clone()})
+        losses.append(trainer.compute_loss(model, batch).detach())
+    assert torch.equal(*losses)
 
 
 def test_what_packs_cannot_have_is_refused(model):
