@@ -49,6 +49,17 @@ def is_int8(layer: nn.Module) -> bool:
     return isinstance(layer.weight, bnb.nn.Int8Params) and layer.weight.dtype == torch.int8
 
 
+def beside_weight(layer: nn.Module) -> list[torch.Tensor]:
+    """The tensors that products with a quantised weight read beside it; none for 16 bits."""
+    if is_int8(layer):
+        return [_fp8_scales(layer) if getattr(layer, "fp8_product", False) else int8_scales(layer)]
+    if isinstance(layer.weight, bnb.nn.Params4bit):
+        state = layer.weight.quant_state
+        second = [state.state2.code, state.state2.absmax, state.offset] if state.nested else []
+        return [state.code, state.absmax, *second]
+    return []
+
+
 def widen(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """The weight (N, K) of an nn.Linear, Linear8bitLt or Linear4bit in `dtype`; the weight itself where it has it."""
     weight = layer.weight
@@ -80,11 +91,11 @@ def backward_product(dy: torch.Tensor, layer: nn.Module, fp8: bool = False) -> t
 
 
 def _fp8_scales(layer: nn.Module) -> torch.Tensor:
-    # Kept with the weight they belong to: merging replaces the weight.
-    kept = getattr(layer, "fp8_scales", None)
-    if kept is None or kept[0] is not layer.weight:
-        layer.fp8_scales = kept = (layer.weight, int8_scales(layer).float() / 127)
-    return kept[1]
+    # Kept with the weight and the scales that they are of: merging replaces both.
+    kept, scales = getattr(layer, "fp8_scales", None), int8_scales(layer)
+    if kept is None or kept[0] is not layer.weight or kept[1] is not scales:
+        layer.fp8_scales = kept = (layer.weight, scales, scales.float() / 127)
+    return kept[2]
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 from the graphs' memory would show. The graphs themselves: bench/gpu_check.py.
 """
 
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastdora
-from fastdora import attention, dora, graphs, places
+from fastdora import attention, dora, graphs, places, products
 
 
 def rerun(run, parameters):
@@ -33,19 +34,25 @@ def rerun(run, parameters):
     return graphs.Recording(*replays, shown, d_out, flat)
 
 
-def made(with_dora=True, dropout=0.1):
+def made(with_dora=True, dropout=0.1, bits=16, fp8=False):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
     )  # fmt: skip
+    base = LlamaForCausalLM(config)
+    if bits != 16:
+        with tempfile.TemporaryDirectory() as folder:
+            base.save_pretrained(folder)
+            how = products.quantisation(bits, torch.float32)
+            base = LlamaForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.float32)
     model = get_peft_model(
-        LlamaForCausalLM(config),
+        base,
         LoraConfig(
             r=4, use_dora=with_dora, lora_dropout=dropout, target_modules=["q_proj", "v_proj"], init_lora_weights=False
         ),
     )
-    fastdora.accelerate(model)
+    fastdora.accelerate(model, fp8)
     attention.install(model.get_base_model())
     places.read_places(model, answers=True)
     return model.train()
@@ -138,6 +145,45 @@ def test_recorded_anew_only_where_something_that_it_holds_fast_has_changed(monke
     with model.disable_adapter(), plain.disable_adapter():
         assert torch.equal(model(**batch(20, 40)).logits, plain(**batch(20, 40)).logits)
     assert both(batch(20, 40)) >= 5
+
+
+def after_bitsandbytes_own_forward(layer):
+    layer.init_8bit_state()
+    times_two(layer.state, "SCB")
+
+
+def times_two(held, *names):
+    for name in names:
+        setattr(held, name, getattr(held, name) * 2)
+
+
+QUANTISED = {
+    "int8": (8, False, lambda layer: times_two(layer.weight, "SCB")),
+    "int8 after bitsandbytes' own forward": (8, False, after_bitsandbytes_own_forward),
+    "fp8": (8, True, lambda layer: times_two(layer.weight, "SCB")),
+    "nf4 offset": (4, False, lambda layer: times_two(layer.weight.quant_state, "offset")),
+    "nf4 blocks": (4, False, lambda layer: times_two(layer.weight.quant_state.state2, "absmax")),
+}
+
+
+@pytest.mark.parametrize("projection", ["q_proj", "o_proj"])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_scales_of_quantised_weights_are_read_where_they_lie(monkeypatch, kind, projection):
+    """A graph reads them at the addresses of its recording, so scales put in their place need another one."""
+    bits, fp8, change = QUANTISED[kind]
+    monkeypatch.setattr(graphs, "record", rerun)
+    model, plain = made(dropout=0.0, bits=bits, fp8=fp8), made(dropout=0.0, bits=bits, fp8=fp8)
+    found = graphs.install(model)
+    given, logits = batch(20, 40), []
+    for recorded in (0, 0, 1, 1, "change", 2, 2):
+        if recorded == "change":
+            for other in (model, plain):
+                layer = getattr(other.get_base_model().model.layers[1].self_attn, projection)
+                change(getattr(layer, "base_layer", layer))
+            continue
+        logits.append(model(**given).logits)
+        assert torch.equal(logits[-1], plain(**given).logits) and found.recorded == recorded
+    assert torch.equal(logits[0], logits[3]) and not torch.equal(logits[3], logits[4])
 
 
 def test_a_sample_longer_than_there_was_room_for(monkeypatch):
