@@ -185,9 +185,10 @@ def combine(
     gain: None for LoRA; `base` is overwritten then, since the backward pass does not need it.
     """
     if not fused(base):
-        z = torch.addmm(base, t, b.to(t.dtype).t(), alpha=s)
-        z = z if gain is None else z * gain.to(z.dtype)
-        return z if bias is None else z + bias.to(z.dtype)
+        to = wide(base.dtype)  # rounded once, as the kernel does
+        z = torch.addmm(base.to(to), t.to(to), b.to(to).t(), alpha=s)
+        z = z if gain is None else z * gain
+        return (z if bias is None else z + bias.to(to)).to(base.dtype)
     tokens, outputs = base.shape
     rank = b.shape[1]
     y = base if gain is None else torch.empty_like(base)
@@ -219,8 +220,8 @@ def combine_backward(
         to = wide(dy.dtype)
         dm, dz = None, dy
         if gain is not None:
-            z = torch.addmm(base, t, b.to(t.dtype).t(), alpha=s)
-            dm, dz = (dy.to(to) * z.to(to)).sum(0) / norm, dy * gain.to(dy.dtype)
+            z = torch.addmm(base.to(to), t.to(to), b.to(to).t(), alpha=s)
+            dm, dz = (dy.to(to) * z).sum(0) / norm, (dy.to(to) * gain).to(dy.dtype)
         return dz, dm, s * (dz.to(to).t() @ t.to(to))
     tokens, outputs = dy.shape
     rank = b.shape[1]
