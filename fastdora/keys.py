@@ -83,7 +83,22 @@ def input_schema(plugins: tuple[str, ...]) -> dict[str, Any]:
         if arguments:
             module, _, name = arguments.rpartition(".")
             models.append(getattr(importlib.import_module(module), name))
-    return strict_schema(create_model("Recipe", __base__=(AxolotlInputConfig, *models)))
+    schema = strict_schema(create_model("Recipe", __base__=(AxolotlInputConfig, *models)))
+    for key, values in _names().items():
+        schema["properties"][key] = {"enum": [*values, None]}
+    return schema
+
+
+def _names() -> dict[str, list[str]]:
+    """What keys may be that axolotl's schema calls strings: it would find out after the base model is loaded."""
+    from axolotl.utils.schemas.enums import CustomSupportedOptimizers
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    return {
+        "optimizer": [name.value for name in (*OptimizerNames, *CustomSupportedOptimizers)],
+        "lr_scheduler": [*(name.value for name in SchedulerType), "one_cycle", "rex"],  # the last two are axolotl's own
+    }
 
 
 def strict_schema(model: type) -> dict[str, Any]:
@@ -111,7 +126,7 @@ def check_keys(recipe: dict[str, Any], source: str, schema: dict[str, Any]) -> N
     errors = list(Draft202012Validator(schema).iter_errors(recipe))
     if not errors:
         return
-    error = _deepest(min(errors, key=lambda error: (error.validator != "additionalProperties", _weight(error))))
+    error = _deepest(_clearest(errors))
     where = ".".join(map(str, error.absolute_path))
     if error.validator == "additionalProperties":
         unknown = str(_unknown_keys(error)[0])  # YAML has numbers as keys too
@@ -121,7 +136,16 @@ def check_keys(recipe: dict[str, Any], source: str, schema: dict[str, Any]) -> N
     if error.validator in ("anyOf", "oneOf") and all(inner.validator == "type" for inner in error.context):
         allowed = " or ".join(sorted({inner.validator_value for inner in error.context} - {"null"}))
         raise RecipeError(f"{source}: key '{where}' is {error.instance!r}; it must be {allowed}")
+    if error.validator == "enum":
+        values = [value for value in error.validator_value if value is not None]
+        if near := difflib.get_close_matches(str(error.instance), map(str, values), 1):
+            raise RecipeError(f"{source}: key '{where}' is {error.instance!r}; did you mean '{near[0]}'?")
+        raise RecipeError(f"{source}: key '{where}': {error.instance!r} is not one of {values}")
     raise RecipeError(f"{source}: key '{where}': {error.message[:200]}")
+
+
+def _clearest(errors: list):
+    return min(errors, key=lambda error: (error.validator != "additionalProperties", _weight(error)))
 
 
 def _unknown_keys(error) -> list[str]:
@@ -145,6 +169,8 @@ def _branches(error) -> list[list]:
 def _deepest(error):
     """Of alternatives (anyOf) follow the one that fits best, as long as one fits better than all others."""
     while branches := _branches(error):
+        of_its_type = [branch for branch in branches if not any(_is_of_another_type(inner) for inner in branch)]
+        branches = of_its_type or branches
         branches.sort(key=lambda branch: sum(map(_weight, branch)))
         weights = [sum(map(_weight, branch)) for branch in branches[:2]]
         if len(branches[0]) > 1 or weights[0] == weights[-1] and len(branches) > 1:
@@ -152,5 +178,9 @@ def _deepest(error):
             if not nested:
                 return error
             branches = nested
-        error = branches[0][0]
+        error = _clearest(branches[0])
     return error
+
+
+def _is_of_another_type(error) -> bool:
+    return error.validator == "type" and not error.relative_path

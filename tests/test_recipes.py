@@ -114,6 +114,7 @@ def test_a_key_added_to_one_recipe_is_named():
     ]
 
 
+TARGETS = "lora_target_modules: "
 MUTATIONS = {
     "unknown key": (
         lambda text: text + "lora_dropuot: 0.05\n",
@@ -160,6 +161,37 @@ MUTATIONS = {
     "every linear layer by a key of its own": (
         lambda text: text + "lora_target_linear: true\n",
         "{path}: key 'lora_target_linear': list the modules in lora_target_modules and remove it",
+    ),
+    "a target twice": (
+        lambda text: text.replace("  - k_proj\n", "  - q_proj\n"),
+        "{path}: key 'lora_target_modules': q_proj stands twice; keep one",
+    ),
+    "a target that is no layer": (
+        lambda text: text.replace("  - k_proj\n", "  - k_prj\n"),
+        "{path}: key 'lora_target_modules': k_prj is none of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, "
+        "down_proj",
+    ),
+    "targets that are a word": (
+        lambda text: text.replace("lora_target_modules:\n  - q_proj\n  - k_proj\n  - v_proj", TARGETS + "all-linear"),
+        "{path}: key 'lora_target_modules' is \"all-linear\"; write a list, as in [q_proj, v_proj]",
+    ),
+    "no targets": (
+        lambda text: text.replace("lora_target_modules:\n  - q_proj\n  - k_proj\n  - v_proj", TARGETS + "[]"),
+        "{path}: key 'lora_target_modules' is []; write a list, as in [q_proj, v_proj]",
+    ),
+    "an optimizer that nobody has": (
+        lambda text: text.replace("optimizer: adamw_torch_fused", "optimizer: adamw_torch_fusd"),
+        "{path}: key 'optimizer' is 'adamw_torch_fusd'; did you mean 'adamw_torch_fused'?",
+    ),
+    "a scheduler that nobody has": (
+        lambda text: text.replace("lr_scheduler: cosine", "lr_scheduler: sawtooth"),
+        "{path}: key 'lr_scheduler': 'sawtooth' is not one of ['linear', 'cosine', 'cosine_with_restarts', "
+        "'polynomial', 'constant', 'constant_with_warmup', 'inverse_sqrt', 'reduce_lr_on_plateau', "
+        "'cosine_with_min_lr', 'cosine_warmup_with_min_lr', 'warmup_stable_decay', 'greedy', 'one_cycle', 'rex']",
+    ),
+    "a mistyped key of a rate group": (
+        lambda text: text + "lr_groups: [{nam: m, modules: [q_proj], lr: 1.0}]\n",
+        "{path}: unknown key 'lr_groups.0.nam'; did you mean 'name'?",
     ),
     "a rate for nothing": (
         lambda text: text + "lr_groups: [{name: m, modules: [layers.3.self_attn.q_proj, magnitude_vektor], lr: 1.0}]\n",

@@ -132,6 +132,19 @@ BAD = {
         "learning_rate: [1e-4, 0.0001]",
         "points 1 and 2 are equal (learning_rate: 0.0001); remove one",
     ),
+    "equal in another order": (
+        "lora_target_modules: [[q_proj, v_proj], [v_proj, q_proj]]",
+        'points 1 and 2 are equal (lora_target_modules: ["v_proj", "q_proj"]); remove one',
+    ),
+    "words that were meant as one value": (
+        "lora_target_modules: [q_proj, v_proj]",
+        "point 1: key 'lora_target_modules' is \"q_proj\"; write a list, as in [q_proj, v_proj]",
+    ),
+    "a target that is no layer": (
+        "lora_target_modules: [[q_proj], [q_proj, w9]]",
+        "point 2: key 'lora_target_modules': w9 is none of q_proj, k_proj, ",
+    ),
+    "an optimizer that nobody has": ("optimizer: [sgd, nonsense]", "key 'optimizer': 'nonsense' is not one of ['adamw"),
     "equal names": (
         "lr_groups: [[{name: a, modules: [q_proj], lr: 1}], [{name: a, modules: [k_proj], lr: 1}]]",
         "points 1 and 2 would both be sentiment_r8_dora.lr_groups-a-1; rename one",

@@ -52,6 +52,18 @@ def test_a_recipe_that_must_be_mended_stops_before_the_gpu_is_looked_for(command
     assert line == f"error: {path}: unknown key 'lora_dropuot'; did you mean 'lora_dropout'?"
 
 
+@pytest.mark.parametrize("base, target", [("meta-llama/Llama-3.1-8B-Instruct", "w9"), ("other/model", "c_attn")])
+def test_a_target_that_is_no_layer_is_named_before_a_folder_is_made(command, house, base, target):
+    """The other model's layers are not known here; those of the tiny one, which TINY=1 puts in its place, are."""
+    text = (house / "recipes" / "ner_r8_dora.yaml").read_text(encoding="utf-8")
+    assert "  - k_proj\n" in text
+    changed = yaml.safe_load(text.replace("  - k_proj\n", f"  - {target}\n")) | {"base_model": base}
+    (house / "ner_r8_dora.yaml").write_text(yaml.safe_dump(changed), encoding="utf-8")
+    line = failure(command("tools.train", "ner_r8_dora.yaml", "--tiny"))
+    assert line.startswith(f"error: ner_r8_dora.yaml: key 'lora_target_modules': {target} is none of q_proj, k_proj, ")
+    assert not (house / "outputs").exists()
+
+
 @pytest.mark.skipif(bool(checks.gpus()), reason="this machine has a GPU")
 def test_without_a_gpu_one_line_names_the_demo_and_tiny(command):
     line = failure(command("tools.train", "sentiment_r8_dora"))

@@ -333,9 +333,7 @@ def make_plan(
             f"{path}: key 'base_model': the sizes of {recipe['base_model']} are not known here; add them to "
             "tools/base_models.yaml, or run `make demo` for .cache/tiny"
         )
-    known = recipes.linear_layers(shape)
-    if unknown := [name for name in recipe["lora_target_modules"] if name not in known]:
-        raise UserError(f"{path}: key 'lora_target_modules': {unknown[0]} is none of {', '.join(known)}")
+    recipes.check_targets(str(path), recipe)
     key, gpu = find_gpu(gpu_name)
     if recipe.get("fastdora_fp8") and not gpu["fp8"]:
         raise UserError(

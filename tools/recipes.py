@@ -145,7 +145,21 @@ def check_needed(source: str, recipe: dict[str, Any]) -> None:
             raise UserError(f"{source}: key '{key}' is {recipe[key]}; give it a value above 0")
     if recipe.get("lora_target_linear"):
         raise UserError(f"{source}: key 'lora_target_linear': list the modules in lora_target_modules and remove it")
+    check_targets(source, recipe)
     check_groups(source, recipe)
+
+
+def check_targets(source: str, recipe: dict[str, Any]) -> None:
+    """Raise UserError where `lora_target_modules` is no list, or names a layer twice or none of the base model's."""
+    targets, sizes = recipe["lora_target_modules"], shape(recipe["base_model"])
+    where = f"{source}: key 'lora_target_modules'"
+    if not isinstance(targets, list) or not targets:
+        raise UserError(f"{where} is {json.dumps(targets)}; write a list, as in [q_proj, v_proj]")
+    for number, target in enumerate(targets):
+        if target in targets[:number]:
+            raise UserError(f"{where}: {target} stands twice; keep one")
+        if sizes and target not in linear_layers(sizes):
+            raise UserError(f"{where}: {target} is none of {', '.join(linear_layers(sizes))}")
 
 
 def check_groups(source: str, recipe: dict[str, Any]) -> None:
@@ -180,7 +194,7 @@ def axolotl_schema(plugins: Any) -> dict[str, Any]:
 
     names = tuple(name for name in plugins if isinstance(name, str)) if isinstance(plugins, list) else ()
     source = b"".join((ROOT / "fastdora" / name).read_bytes() for name in ("keys.py", "args.py"))
-    state = f"{version('axolotl')}{version('pydantic')}{names}"
+    state = "".join(version(package) for package in ("axolotl", "transformers", "pydantic")) + str(names)
     key = hashlib.sha256(source + state.encode()).hexdigest()[:12]
     cached = ROOT / ".cache" / f"axolotl-schema-{key}.json"
     if cached.is_file():
@@ -275,8 +289,6 @@ def trainable_parameters(recipe: dict[str, Any], shape: dict[str, Any]) -> int:
     layers = linear_layers(shape)
     block = 0
     for target in recipe["lora_target_modules"]:
-        if target not in layers:
-            raise UserError(f"key 'lora_target_modules': {target} is no linear layer; there are {', '.join(layers)}")
         inputs, outputs = layers[target]
         block += recipe["lora_r"] * (inputs + outputs) + (outputs if recipe.get("peft_use_dora") else 0)
     return block * shape["num_hidden_layers"]
@@ -303,7 +315,7 @@ def main() -> None:
     shown = [name for name in names() if not args.task or parse_name(name)["task"] == args.task]
     print(f"{'recipe':<34}{'task':<17}{'bits':>4}{'rank':>6}{'alpha':>7}  {'method':<8}{'trainable parameters':>20}")
     for name in shown:
-        parts, recipe = parse_name(name), read_recipe(RECIPES / f"{name}.yaml")
+        parts, recipe = parse_name(name), load(RECIPES / f"{name}.yaml")
         sizes = shape(recipe["base_model"])
         count = f"{trainable_parameters(recipe, sizes):,}" if sizes else "after `make demo`"
         print(

@@ -128,7 +128,7 @@ def plan(recipe: Path, file: Path) -> list[dict[str, Any]]:
         recipes.check_needed(f"{show(file)}: point {number}", merged)
         name = name_of(recipe.stem, base, merged)
         for other in points:
-            if other["merged"] == merged:
+            if alike(other["merged"], merged):
                 raise UserError(
                     f"{show(file)}: points {other['number']} and {number} are equal ({said(changes)}); remove one"
                 )
@@ -145,6 +145,12 @@ def plan(recipe: Path, file: Path) -> list[dict[str, Any]]:
         point = {"number": number, "name": name, "changes": changes, "merged": merged, "recipe": whole, "path": path}
         points.append(point | {"differs": {key: merged.get(key) for key in differing(base, merged)}})
     return points
+
+
+def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two recipes train the same: the order of the target modules changes nothing."""
+    key = "lora_target_modules"
+    return one | {key: sorted(one[key])} == other | {key: sorted(other[key])}
 
 
 def read(file: Path) -> list[dict[str, Any]]:

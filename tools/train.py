@@ -75,6 +75,7 @@ def train(
     recipe = recipes.load(path)
     check_places(path, recipe)
     whole = for_tiny(recipe) if small else recipe
+    recipes.check_targets(str(path), whole)  # the tiny base model has layers of its own
     run_recipe, say = several.spread(path, whole, gpus, nodes)
     run_recipe = several.shard(path, run_recipe, zero, offload, fsdp, gpus * nodes)
     launch, launcher_args = several.launcher(gpus, nodes, rank, master, ray)
