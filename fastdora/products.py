@@ -75,7 +75,7 @@ def widen(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
 
 def forward_product(x: torch.Tensor, layer: nn.Module, fp8: bool = False) -> torch.Tensor:
     """x W^T; x (T, K) -> (T, N) in x's dtype. fp8: int8 layers in e4m3 with a scale a row of x and of W."""
-    if fp8 and is_int8(layer):
+    if fp8 and is_int8(layer) and x.numel():
         scales = _fp8_scales(layer).view(1, -1)
         return _scaled_product(*kernels.quantise_rows(x), kernels.int8_to_fp8(layer.weight.data), scales, x.dtype)
     return F.linear(x, widen(layer, x.dtype))
@@ -83,7 +83,7 @@ def forward_product(x: torch.Tensor, layer: nn.Module, fp8: bool = False) -> tor
 
 def backward_product(dy: torch.Tensor, layer: nn.Module, fp8: bool = False) -> torch.Tensor:
     """dy W; dy (T, N) -> (T, K) in dy's dtype. fp8: the rows' scales go into dy before it is quantised."""
-    if fp8 and is_int8(layer):
+    if fp8 and is_int8(layer) and dy.numel():
         weight = kernels.int8_to_fp8(layer.weight.data, transpose=True)
         q, scale = kernels.quantise_rows(dy, _fp8_scales(layer))
         return _scaled_product(q, scale, weight, _ones(weight.shape[0], dy.device), dy.dtype)

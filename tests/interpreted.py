@@ -151,6 +151,10 @@ def what_is_not_contiguous() -> dict[str, float]:
             for fp8 in (False, True)[: 1 + (bits == 8)]:
                 dora.accelerate(model, fp8)
                 x, weights = change(torch.randn(20, 48).half()).requires_grad_(), change(torch.randn(20, 32).half())
+                model.zero_grad()
+                assert model(x[:0]).shape == (0, 32)
+                model(x[:0]).sum().backward()
+                assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
                 y = model(x)
                 model.zero_grad()
                 (y * weights).sum().backward()
