@@ -7,6 +7,7 @@ interpreter (tests/interpreted.py).
 """
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -15,10 +16,11 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from triton.testing import do_bench
 
-from fastdora import attention, dora, graphs, kernels, places
+from fastdora import attention, dora, graphs, kernels, peft_int8, places, products
 from tools.checks import gpus
 from tools.cli import ROOT
 from tools.train import git_state, versions
@@ -159,6 +161,55 @@ def attention_row() -> dict[str, float]:
     return {"error": max(errors)}
 
 
+def layer_rows() -> dict[str, dict[str, float]]:
+    """A DoRA layer with a bias on each base, in bf16 with a float32 adapter as in training: against float64.
+
+    error: the largest of the output's and all gradients'. against_peft: the largest ratio to that of PEFT's own layer.
+    Inputs and their gradients with strides of their own, and empty batches, go through the same kernels.
+    """
+    peft_int8.mend()
+    rows = {}
+    for bits in (16, 8, 4):
+        torch.manual_seed(bits)
+        net = nn.Sequential(nn.Linear(1024, 768)).cuda().bfloat16()
+        if bits != 16:
+            kind = bnb.nn.Linear8bitLt if bits == 8 else bnb.nn.Linear4bit
+            kept = kind(1024, 768, True, False) if bits == 8 else kind(1024, 768, True, torch.bfloat16)
+            kept.load_state_dict({name: tensor.cpu() for name, tensor in net[0].half().state_dict().items()})
+            net[0] = kept.cuda()
+        config = LoraConfig(r=8, lora_alpha=16, use_dora=True, target_modules=["0"], init_lora_weights=False)
+        theirs = get_peft_model(net, config)
+        exact = get_peft_model(nn.Sequential(nn.Linear(1024, 768)).cuda().double(), config)
+        exact.load_state_dict({k: v.double() for k, v in theirs.state_dict().items() if "lora" in k}, strict=False)
+        plain, base = (model.base_model.model[0].base_layer for model in (exact, theirs))
+        plain.weight.data, plain.bias.data = products.widen(base, torch.float64), base.bias.data.double()
+        exact.double()
+        ours = copy.deepcopy(theirs)
+        x, weights = (torch.randn(300, 2 * width, device="cuda").bfloat16() for width in (1024, 768))
+        for name, of in (("", lambda y: y[:, ::2].contiguous()), (" strided", lambda y: y[:, ::2])):
+            expected = gradients(exact, of(x).double(), of(weights).double())
+            for fp8 in (False, True)[: 1 + (bits == 8 and products.has_fp8())]:
+                dora.accelerate(ours, fp8)
+                assert not any(found.any() for found in gradients(ours, of(x)[:0], of(weights)[:0]))
+                found = gradients(ours, of(x), of(weights))
+                errors = [relative(f, e) for f, e in zip(found, expected, strict=True)]
+                row = rows[f"layer {bits} bits{' fp8' * fp8}{name}"] = {"fp8_error" if fp8 else "error": max(errors)}
+            if bits == 16:
+                found = gradients(theirs, of(x), of(weights))
+                pefts = [relative(f, e) for f, e in zip(found, expected, strict=True)]
+                row["against_peft"] = max(own / other for own, other in zip(errors, pefts, strict=True))
+    return rows
+
+
+def gradients(model: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
+    """Output, and gradients of sum(output * weights)."""
+    x = x.detach().requires_grad_()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.autocast("cuda", torch.bfloat16, x.dtype == torch.bfloat16):
+        y = model(x)
+    return [y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *trained])]
+
+
 def graph_rows() -> dict[str, dict[str, float]]:
     """Two decoder layers of 8B widths with DoRA and dropout, trained by CUDA graphs and without.
 
@@ -226,12 +277,13 @@ def main() -> None:
     rows = {"varlen_attention": attention_row()}
     for rank in (8, 64, 256):
         rows |= kernel_rows(rank)
-    rows |= product_rows() | graph_rows()
+    rows |= product_rows() | layer_rows() | graph_rows()
     record = {"what": "python -m bench.gpu_check", "device": gpus()[0][0], "versions": versions(), "git": git_state()}
     given.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
     for name, row in rows.items():
         print(f"{name:32}", row)
     wrong = [name for name, row in rows.items() if not row.get("error", 0) < max(1e-2, 2 * row.get("again", 0))]
+    wrong += [name for name, row in rows.items() if row.get("against_peft", 0) > 1.05]
     sys.exit(f"wrong: {', '.join(wrong)}" if wrong else 0)
 
 
