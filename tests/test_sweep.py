@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,8 @@ def test_options_that_the_points_differ_by_and_points_that_are_not_there(tmp_pat
         sweep.sweep(RECIPE, tmp_path / "mine.yaml", point=3)
     with pytest.raises(UserError, match="TASKS=fbp: no test set or group 'fbp'; did you mean fpb"):
         sweep.sweep(RECIPE, tmp_path / "mine.yaml", ask=["--tasks", "fbp"])
+    with pytest.raises(UserError, match="^TRACK=foo: choose wandb, mlflow, none; TensorBoard is on without it"):
+        sweep.sweep(RECIPE, tmp_path / "mine.yaml", track="foo")
 
 
 def test_gpus_are_shared_out_and_missed(monkeypatch):
@@ -227,6 +230,8 @@ def test_gpus_are_shared_out_and_missed(monkeypatch):
     assert sweep.slots(3, point, small=True) == ["0", "1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7f")
     assert sweep.slots(2, point, small=False) == ["5", "GPU-7f"]
+    with pytest.raises(UserError, match="^GPUS=3: CUDA_VISIBLE_DEVICES=5,GPU-7f shows fewer; name 3 there, or take"):
+        sweep.slots(3, point, small=True)
     with pytest.raises(UserError, match="GPUS=4: a point needs a GPU and 2 are here; TINY=1 tries the sweep on a tiny"):
         sweep.slots(4, point, small=False)
     monkeypatch.setattr(checks, "gpus", list)
@@ -249,6 +254,36 @@ def test_without_a_gpu_the_table_of_what_is_trained_is_written_all_the_same(rank
     done[ranks[3]["path"]] = ranks[3]["run"]
     shown = sweep.sweep(RECIPE, tmp_path / "mine.yaml")
     assert all(row["finished"] and not row["note"] for row in shown["rows"])
+
+
+def test_sweeps_of_equal_names_do_not_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "gpus", list)
+    monkeypatch.setattr(
+        train, "output_folder", lambda recipe, small: tmp_path / "out" / Path(recipe["output_dir"]).name
+    )
+    monkeypatch.setattr(train, "finished_run", lambda path, *options: None)
+    monkeypatch.setattr(sweep, "write", lambda *point: None)
+    first, second = (tmp_path / name / "mine.yaml" for name in "ab")
+    own = tmp_path / "a" / RECIPE.name
+    for file in (first, second):
+        file.parent.mkdir()
+        file.write_text("lora_r: [2]", encoding="utf-8")
+    shutil.copy(RECIPE, own)
+
+    def refused(recipe, file):
+        with pytest.raises(UserError) as error:
+            sweep.sweep(recipe, file, point=1)
+        return str(error.value)
+
+    out, no_gpu = tmp_path / "out", "GPUS=1: a point needs a GPU and none is here; "
+    assert refused(RECIPE, first).startswith(no_gpu)  # the folder is its own from here on
+    assert refused(RECIPE, second) == f"{out}: holds the sweep of {first}; give {second} another name"
+    holds = "holds the sweep of recipes/sentiment_r8_dora.yaml"
+    assert refused(own, first) == f"{out}: {holds}; give {own} another name"
+    assert refused(RECIPE, tmp_path / "b" / ".." / "a" / "mine.yaml").startswith(no_gpu)
+    first.unlink()  # moved: nothing else would be lost
+    assert refused(RECIPE, second).startswith(no_gpu)
+    assert json.loads((out / "sweep.json").read_text())["sweep"] == str(second)
 
 
 def test_only_what_is_new_is_run(ranks, tmp_path, monkeypatch):

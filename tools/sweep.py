@@ -31,6 +31,7 @@ from eval.testsets import choose, read_set
 from fastdora import safety
 from fastdora.keys import RecipeError, check_keys, read_recipe
 from tools import checks, recipes, sweep_report, train
+from tools import track as tracking
 from tools.cli import ROOT, UserError, replacing, run
 
 SWEEPS = recipes.RECIPES / "sweeps"
@@ -66,7 +67,9 @@ def sweep(
         raise UserError(f"POINT={point}: {show(file)} has points 1 to {len(points)}; LIST=1 shows them")
     if ask is not None:
         check_asked(ask, small)
+    tracking.check(track)
     folder = train.output_folder(points[0]["recipe"], small).parent
+    claim(folder, recipe, file)
     for entry in points:
         entry["out"] = train.output_folder(entry["recipe"], small)
         write(entry, recipe)
@@ -236,11 +239,11 @@ def jobs_of(
 ) -> list[list[str]]:
     """The commands that a point still needs, as arguments of `python -m`: train, evaluate, one of them or none."""
     tiny, anew = ["--tiny"] if small else [], ["--force"] if force else []
-    tracking = ["--track", track] if track else []
+    logging = ["--track", track] if track else []
     commands = []
     run_json = None if force else train.finished_run(point["path"], small, args)
     if not run_json:
-        commands.append(["tools.train", str(point["path"]), *tiny, *anew, *tracking, "--", *args])
+        commands.append(["tools.train", str(point["path"]), *tiny, *anew, *logging, "--", *args])
     if ask is not None:
         options = ["--recipe", str(point["path"]), "--results", str(folder / "results"), *ask, *tiny]
         before = checks.read_json(folder / "results" / sweep_report.subject(point["name"], small) / "run.json")
@@ -248,6 +251,20 @@ def jobs_of(
         if not run_json or stale or not answered(evaluation.parse(options)):
             commands.append(["eval.run", *options, *(["--force"] if stale else anew)])
     return commands
+
+
+def claim(folder: Path, recipe: Path, file: Path) -> None:
+    """Make the folder that of this recipe and sweep file; UserError where it is that of others of the same names."""
+    mine = {"recipe": show(recipe), "sweep": show(file)}
+    before = checks.read_json(folder / "sweep.json")
+    for key, path in (("recipe", recipe), ("sweep", file)) if before else ():
+        other = ROOT / before[key]
+        if other.is_file() and not other.samefile(path):
+            raise UserError(f"{show(folder)}: holds the sweep of {before[key]}; give {mine[key]} another name")
+    if before != mine:
+        with replacing(folder / "sweep.json") as mark:
+            json.dump(mine, mark)
+            mark.write("\n")
 
 
 def check_asked(ask: list[str], small: bool) -> None:
@@ -275,8 +292,11 @@ def slots(gpus: int, point: dict[str, Any], small: bool) -> list[str | None]:
         )
     if gpus == 1:
         return [None]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[:gpus] if visible else [str(number) for number in range(gpus)]
+    if not (visible := os.environ.get("CUDA_VISIBLE_DEVICES")):
+        return [str(number) for number in range(gpus)]
+    if len(visible.split(",")) < gpus:
+        raise UserError(f"GPUS={gpus}: CUDA_VISIBLE_DEVICES={visible} shows fewer; name {gpus} there, or take GPUS=1")
+    return visible.split(",")[:gpus]
 
 
 def work(todo: list[tuple[dict[str, Any], list[list[str]]]], free: list[str | None], lock: IO | None) -> dict[str, str]:

@@ -12,24 +12,31 @@ PROJECT = "finlora"
 CHOICES = ("wandb", "mlflow", "none")
 
 
+def check(track: str | None) -> None:
+    """UserError where TRACK= is none of its values, or its package or key is missing, before anything loads."""
+    if not track or track == "none":
+        return
+    if track not in CHOICES:
+        raise UserError(f"TRACK={track}: choose {', '.join(CHOICES)}; TensorBoard is on without it")
+    if not importlib.util.find_spec(track):
+        package = {"wandb": "wandb", "mlflow": "mlflow-skinny"}[track]
+        raise UserError(f"TRACK={track} needs a package that is not here: {sys.executable} -m pip install {package}")
+    if track == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not _wandb_login():
+        raise UserError("TRACK=wandb needs WANDB_API_KEY in the environment, or WANDB_MODE=offline to log locally")
+
+
 def options(track: str | None, out: Path) -> list[str]:
     """Axolotl's options for TRACK=wandb, mlflow or none (not even TensorBoard); local folders go to the environment.
 
     out: the run's output folder, whose name the run has there. Keys and logins come from the environment or ~/.netrc
-    alone. UserError where the package or the key is missing, before anything loads.
+    alone. UserError as in `check`.
     """
+    check(track)
     if not track:
         return []
-    if track not in CHOICES:
-        raise UserError(f"TRACK={track}: choose {', '.join(CHOICES)}; TensorBoard is on without it")
     if track == "none":
         return ["--no-use-tensorboard"]
-    if not importlib.util.find_spec(track):
-        package = {"wandb": "wandb", "mlflow": "mlflow-skinny"}[track]
-        raise UserError(f"TRACK={track} needs a package that is not here: {sys.executable} -m pip install {package}")
     if track == "wandb":
-        if os.environ.get("WANDB_MODE") not in ("offline", "disabled") and not _wandb_login():
-            raise UserError("TRACK=wandb needs WANDB_API_KEY in the environment, or WANDB_MODE=offline to log locally")
         os.environ.setdefault("WANDB_DIR", str(out))
         return ["--wandb-project", os.environ.get("WANDB_PROJECT", PROJECT), "--wandb-name", out.name]
     if not os.environ.get("MLFLOW_TRACKING_URI"):
