@@ -175,8 +175,11 @@ def test_mistakes_are_one_line_and_leave_nothing(runs, tiny_base, tmp_path, monk
             plan(**given)
     other = other_base(tiny_base, tmp_path / "other")
     wrong = plan(adapter=runs / RECIPES[8], model=other)
+    nowhere = plan(adapter=runs / RECIPES[8], model=".cache/nowhere")
     fails("MODEL=.*other: the adapter was trained on .*; leave MODEL= out, or say FORCE=1 where it is the same", wrong)
     fails("layers.[23].* is no layer of .*other; it was trained on", wrong, force=True)
+    fails(f"{RECIPES[8]}: the base, which MODEL= names: .cache/nowhere cannot be fetched", nowhere, force=True)
+    assert not wrong["folder"].exists() and not list(wrong["folder"].parent.glob(".*"))  # no lock either
     fails("INTO=dequantised: .* was trained on 16 bits", plan(RECIPES[16]), into="dequantised")
 
     monkeypatch.setattr(merge, "gpus", lambda: [("NVIDIA T4", 15.0, 0.001)])  # no GPU is here
@@ -217,6 +220,31 @@ def test_files_of_somebody_else_are_kept(runs):
     (found["merged"] / "merge.json").write_text('{"adapter_sha256": "0"}')
     with pytest.raises(UserError, match="merged: does not hold this adapter's model; run `make merge RECIPE="):
         merge.need_merged(found)
+
+
+def test_an_adapter_of_the_same_name_elsewhere_replaces_no_merged_model(runs, tmp_path, capsys):
+    first, second = tmp_path / "a" / "lora", tmp_path / "b" / "lora"
+    for folder in (first, second):
+        shutil.copytree(runs / RECIPES[16], folder)
+    folder = merge.merge(plan(adapter=first), limit=0)
+    assert merge.merge(plan(adapter=second), limit=0) == folder  # a copy of the adapter has the same merged model
+    assert "is already merged from this adapter" in capsys.readouterr().out
+    before = (folder / "merge.json").read_bytes()
+    change(second)
+    other = plan(adapter=second)
+    with pytest.raises(UserError) as error:
+        merge.merge(other, limit=0)
+    assert str(error.value) == (
+        "outputs/adapters/lora/merged: holds the model merged from a/lora; FORCE=1 replaces it, and an adapter folder "
+        "of another name keeps both"
+    )
+    assert (folder / "merge.json").read_bytes() == before
+    merge.merge(other, limit=0, force=True)
+    assert json.loads((folder / "merge.json").read_text())["adapter_sha256"] == other["facts"]["sha256"]
+    change(second)  # trained again, in its place
+    again = plan(adapter=second)
+    merge.merge(again, limit=0)
+    assert json.loads((folder / "merge.json").read_text())["adapter_sha256"] == again["facts"]["sha256"]
 
 
 def test_the_subject_of_every_command_is_given_alike():

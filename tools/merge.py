@@ -123,19 +123,20 @@ def merge(
     if not force:
         check_base(plan)
     out = plan["merged"]
-    with folder_lock(plan["folder"]):
-        before = read_json(out / "merge.json")
-        if merged_folder(plan) and into in (before["asked_for"], before["into"]) and not force:
-            check_weights(out)
-            print(f"{shown(str(out))} is already merged from this adapter; FORCE=1 merges again")
-            return out
-        if out.exists() and before is None and not force:
-            raise UserError(f"{shown(str(out))}: holds files that `make merge` did not write; FORCE=1 replaces them")
-        for left in plan["folder"].glob(".merged-*"):  # of a run that was killed
-            shutil.rmtree(left)
+    before = read_json(out / "merge.json")
+    kept = bool(merged_folder(plan)) and into in (before["asked_for"], before["into"]) and not force
+    if not kept:  # before the folder is made: a refused merge leaves none
+        check_replaced(plan, before, force)
         fetch_model(plan)
         check_fits(plan["adapter"], plan["model"])
         check_room(plan)
+    with folder_lock(plan["folder"]):
+        if kept:
+            check_weights(out)
+            print(f"{shown(str(out))} is already merged from this adapter; FORCE=1 merges again")
+            return out
+        for left in plan["folder"].glob(".merged-*"):  # of a run that was killed
+            shutil.rmtree(left)
         with tempfile.TemporaryDirectory(dir=plan["folder"], prefix=".merged-") as beside:
             whole = Path(beside) / "merged"
             try:
@@ -157,9 +158,26 @@ def merge(
     return out
 
 
+def check_replaced(plan: dict[str, Any], before: dict[str, Any] | None, force: bool) -> None:
+    """UserError where merging would replace files of somebody else, or the model of an adapter from elsewhere.
+
+    before: merge.json of what is there.
+    """
+    out = shown(str(plan["merged"]))
+    if before is None and plan["merged"].exists() and not force:
+        raise UserError(f"{out}: holds files that `make merge` did not write; FORCE=1 replaces them")
+    other = before and before["adapter_sha256"] != plan["facts"]["sha256"]
+    if other and before["adapter"] != shown(str(plan["adapter"])) and not force:
+        raise UserError(
+            f"{out}: holds the model merged from {before['adapter']}; FORCE=1 replaces it, and an adapter folder of "
+            "another name keeps both"
+        )
+
+
 def fetch_model(plan: dict[str, Any]) -> None:
     """Bring the base into the cache, as safetensors and text, and leave the hub alone from there on."""
-    fetch_base(Path(plan["name"]), {"base_model": plan["model"]})
+    called = "key 'base_model'" if plan["recipe"] else "the base, which MODEL= names"
+    fetch_base(Path(plan["name"]), {"base_model": plan["model"]}, called)
     without_the_hub()
 
 
@@ -247,7 +265,8 @@ def check_room(plan: dict[str, Any]) -> None:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(load_config(plan["model"]))
     size = 2 * sum(tensor.numel() for tensor in skeleton.parameters()) / GIB
-    free = shutil.disk_usage(plan["folder"]).free / GIB
+    existing = next(folder for folder in (plan["folder"], *plan["folder"].parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free / GIB
     if free < size * 1.05:
         raise UserError(f"{plan['folder']}: the merged model takes {size:.1f} GiB and {free:.1f} are free; free some")
     if found := gpus():

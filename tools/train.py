@@ -226,10 +226,11 @@ def base_model(recipe: dict[str, Any]) -> str:
     return os.path.relpath(folder.resolve(), ROOT) if folder.is_dir() else recipe["base_model"]
 
 
-def fetch_base(path: Path, recipe: dict[str, Any]) -> None:
+def fetch_base(path: Path, recipe: dict[str, Any], called: str = "key 'base_model'") -> None:
     """Bring a base model of the hub into the cache: weights as safetensors and text, no code and no pickle.
 
     What follows runs without the hub, so that neither transformers nor bitsandbytes fetches anything of its own.
+    called: what names it, in an error's line.
     """
     if (ROOT / recipe["base_model"]).is_dir():
         return
@@ -245,9 +246,9 @@ def fetch_base(path: Path, recipe: dict[str, Any]) -> None:
         raise UserError(f"{name} is gated: accept its licence on its page and set HF_TOKEN") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: key 'base_model': {name} cannot be fetched ({reason})") from error
+        raise UserError(f"{path}: {called}: {name} cannot be fetched ({reason})") from error
     if not any(Path(folder).glob("*.safetensors")):
-        raise UserError(f"{path}: key 'base_model': {name} has no safetensors; choose a model that has")
+        raise UserError(f"{path}: {called}: {name} has no safetensors; choose a model that has")
 
 
 def task_parts(task: str) -> list[str]:
