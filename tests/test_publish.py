@@ -260,6 +260,16 @@ def test_a_repository_is_a_user_and_a_name(user, name, spoilt):
         assert "is not <user or organisation>/<model>" in str(error.value)
 
 
+def test_a_home_that_is_the_root_is_not_a_place_of_this_machine(monkeypatch):
+    """As in a container whose user has no account: every address has two strokes."""
+    monkeypatch.setenv("HOME", "/")
+    publish.check_text("README.md", b"[FinLoRA](https://arxiv.org/abs/2505.19819)")
+    for home in ("/home/me", "/"):
+        monkeypatch.setenv("HOME", home)
+        with pytest.raises(UserError, match="holds a path of this machine"):
+            publish.check_text("README.md", f"from /home/me/x and {publish.ROOT}".encode())
+
+
 @given(
     text=st.text(max_size=60),
     kind=st.sampled_from(["hf_{}", "sk-{}", "ghp_{}"]),

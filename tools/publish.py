@@ -132,7 +132,7 @@ def check_text(name: str, source: Path | bytes) -> None:
     if LOOKS_SECRET.search(text) or (token and token in text):
         raise UserError(f"{name}: holds what looks like a secret; remove it before it is published")
     for place in (str(ROOT), f"{Path.home()}/"):
-        if place in text:
+        if place in text and place != "//":  # HOME=/, as in a container whose user has no account
             raise UserError(f"{name}: holds a path of this machine ({place}); remove it before it is published")
 
 
