@@ -2,8 +2,10 @@
 
 import copy
 import json
+import re
 import shutil
 import subprocess
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -79,7 +81,7 @@ def test_intervals_of_any_scores(methods, prompts):
     assert sum(text.endswith((" seed", " seeds")) for text in texts) == len(methods) + len(prompts)
 
 
-def test_results_that_are_not_there(tmp_path, monkeypatch):
+def test_results_that_are_not_there(tmp_path, monkeypatch, capsys):
     record = copy.deepcopy(RECORD)
     record["rows"]["4bit_dora"] = {"failed": 1}
     with pytest.raises(UserError, match="has no 4bit_dora; run python -m bench.train_throughput --runs 4bit_dora"):
@@ -89,6 +91,11 @@ def test_results_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "SPEED", tmp_path / "speed.json")
     monkeypatch.setattr(pictures, "SCORES", tmp_path / "scores.json")
     assert pictures.draw() == {}
+    monkeypatch.setattr(sys, "argv", ["pictures"])
+    pictures.main()
+    speed, scores = capsys.readouterr().out.splitlines()
+    assert re.fullmatch("no speed: .*speed.json is not there; python -m bench.train_throughput makes it", speed)
+    assert re.fullmatch("no scores: .*scores.json is not there; python -m bench.dora_study makes it", scores)
     (tmp_path / "scores.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="scores.json: is not a recorded result .*; restore it from git"):
         pictures.draw()

@@ -7,6 +7,7 @@ pages, which GitHub does not tell a picture apart.
 import argparse
 import json
 import math
+import os
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,9 @@ def main() -> None:
         with replacing(path) as file:
             file.write(text)
         print(path.relative_to(ROOT))
-    if not SCORES.is_file():
-        print(f"no scores: {SCORES.relative_to(ROOT)} is not there; python -m bench.dora_study makes it")
+    for what, source, maker in (("speed", SPEED, "bench.train_throughput"), ("scores", SCORES, "bench.dora_study")):
+        if not source.is_file():
+            print(f"no {what}: {os.path.relpath(source, ROOT)} is not there; python -m {maker} makes it")
 
 
 if __name__ == "__main__":
