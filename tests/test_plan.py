@@ -121,6 +121,15 @@ def test_the_keys_to_change_keep_a_steps_tokens_on_several_gpus(monkeypatch):
     assert planned(name, "l4", gpus, **after)["fits"]
 
 
+def test_the_keys_to_change_leave_room_for_the_longest_row(tmp_path, monkeypatch):
+    """A pack shorter than a row of the data would be refused by the next command."""
+    monkeypatch.setattr(plan, "parameters", lambda found, shape: {"q_proj": (32, 4_915_200, 0)})
+    for words, expected in ((1000, "sequence_len: 8192"), (9000, "take a recipe of fewer bits")):
+        file = rows_file(tmp_path, ["Shares rose.", "long " * words])
+        found = planned("xbrl_extract_bf16_r8_dora", "l4", datasets=[{"path": file}], test_datasets=[])
+        assert expected in found["change"] and (max(found["rows"].tokens) > 8192) == (words == 9000)
+
+
 def test_plans_differ_as_they_must(monkeypatch):
     monkeypatch.setattr(plan, "parameters", lambda found, shape: {"q_proj": (32, total(found), 0)})
 
@@ -134,6 +143,10 @@ def test_plans_differ_as_they_must(monkeypatch):
     assert planned(gpu="a100-80g")["step"] > 2 * one["step"] > 2 * planned(gpu="b200")["step"]
     assert planned(sequence_len=16384)["step"] > 2.5 * one["step"]
     assert planned(max_steps=7)["steps"] == 7 and planned(test_datasets=[])["looking"] == 0
+    assert planned(max_steps=-1)["steps"] == planned(max_steps=0)["steps"] == one["steps"]  # neither is a limit
+    half = planned(num_epochs=0.5)
+    assert half["steps"] == math.ceil(one["steps"] / 8) and half["samples"] == round(one["samples"] / 8)
+    assert re.search(r"^  samples  \d+,\d{3} .*\n  steps    \d+ of ", plan.show(half), re.M)
     assert planned(evals_per_epoch=None, eval_steps=0.0625)["looking"] == pytest.approx(one["looking"])
     assert planned(fastdora_fp8=True)["step"] < 0.8 * one["step"]
     other = planned(fastdora_layers="peft")
@@ -215,6 +228,63 @@ def test_bad_plans(case):
     with pytest.raises(UserError) as error:
         planned(**changes)
     assert re.fullmatch(expected, str(error.value)), error.value
+
+
+RECORD = '{"device": "NVIDIA H200", "rows": %s}'
+RECORDS = {
+    "none": ([], "bench/train_throughput[*].json: hold no runs to take a plan's rates from; restore them from git"),
+    "no runs": ([RECORD % "{}"], "bench/train_throughput[*].json: hold no runs .*"),
+    "cut short": (["{"], ".*/0.json: is not a recorded result .JSONDecodeError.*; restore it from git"),
+    "a list": (["[]"], ".*/0.json: is not a recorded result .TypeError.*; restore it from git"),
+    "no recipe": ([RECORD % '{"a": {"recipe": "nobodys", "set": {}}}'], ".*/0.json: .*nobodys.yaml.*; restore it .*"),
+    "a figure of nothing": (
+        [RECORD % json.dumps({"a": dict.fromkeys(plan.FIGURES, 0) | {"recipe": "sentiment_r8_dora", "set": {}}})],
+        ".*/0.json: is not a recorded result .ValueError.'a: a figure is 0'.*; restore it from git",
+    ),
+    "no figures": (
+        [RECORD % '{"a": {"recipe": "sentiment_r8_dora", "set": {}, "step_s": 1.0}}'],
+        ".*/0.json: is not a recorded result .KeyError.*; restore it from git",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_records_that_are_missing_or_damaged(case, tmp_path, monkeypatch):
+    texts, expected = RECORDS[case]
+    files = [tmp_path / f"{number}.json" for number in range(len(texts))]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(plan, "MEASURED", files)
+    monkeypatch.setattr(checks, "gpus", lambda: [])
+    for gpu in ("h200", None):
+        with pytest.raises(UserError) as error:
+            planned(gpu=gpu)
+        assert re.fullmatch(expected, str(error.value)), error.value
+
+
+EDITS = {
+    "a word for a number": ("tflops: 989", "tflops: fast", "h200: key 'tflops' is \"fast\"; write a number above 0"),
+    "no number": ("memory: 141", "memory: 0", "h200: key 'memory' is 0; write a number above 0"),
+    "a mistyped key": ("bandwidth: 4800", "bandwith: 4800", "h200: key 'bandwidth' is null; write a number above 0"),
+    "a number for yes or no": ("fp8: true", "fp8: 1", "h200: key 'fp8' is 1; write true or false"),
+    "one name": ("[NVIDIA H200]", "NVIDIA H200", "h200: key 'names' is \"NVIDIA H200\"; write a list, as the driver"),
+    "no entry": ("h200: {", "h300: 1\nh200: {", "h300: key 'memory' is null; write a number above 0"),
+    "an entry twice": ("h200: {", "l4: {}\nh200: {", "line [0-9]+: key 'l4' stands twice; keep one"),
+    "not YAML": ("h200: {", "h200: {{", "line [0-9]+: not valid YAML "),
+}
+
+
+@pytest.mark.parametrize("case", EDITS)
+def test_a_table_of_gpus_that_was_edited_wrongly(case, tmp_path, monkeypatch):
+    before, after, expected = EDITS[case]
+    (line,) = [line for line in plan.GPUS.read_text(encoding="utf-8").splitlines() if line.startswith("h200:")]
+    assert before in line
+    text = plan.GPUS.read_text(encoding="utf-8").replace(line, line.replace(before, after))
+    monkeypatch.setattr(plan, "GPUS", tmp_path / "gpus.yaml")
+    plan.GPUS.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        plan.find_gpu("a100-80g")
+    assert re.match(f"{plan.GPUS}: {expected}", str(error.value)) and "\n" not in str(error.value)
 
 
 def test_rows_that_cannot_be_read(tmp_path):

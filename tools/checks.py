@@ -73,15 +73,22 @@ def memory_estimate(recipe: dict[str, Any], shape: dict[str, Any]) -> float:
     return sum(memory_parts(recipe, shape).values())
 
 
-def what_fits(recipe: dict[str, Any], shape: dict[str, Any], free: float, written: dict[str, Any] | None = None) -> str:
+def what_fits(
+    recipe: dict[str, Any],
+    shape: dict[str, Any],
+    free: float,
+    written: dict[str, Any] | None = None,
+    longest: int = 0,
+) -> str:
     """The keys to set so that the recipe takes at most `free` GiB: recomputation, then shorter packs, more a step.
 
     written: the recipe as its file has it, where `recipe` is what several GPUs make of it; a step keeps its tokens.
+    longest: the longest row's tokens, where they are known; a shorter pack would be refused it.
     """
     changes: dict[str, Any] = {"gradient_checkpointing": True}
     length, written = recipe["sequence_len"], written or recipe
     a_step = written["sequence_len"] * written["gradient_accumulation_steps"]
-    while memory_estimate(recipe | changes, shape) > free and length >= 1024:
+    while memory_estimate(recipe | changes, shape) > free and length // 2 >= max(512, longest):
         length //= 2
         changes |= {"sequence_len": length, "gradient_accumulation_steps": a_step // length}
     new = {key: value for key, value in changes.items() if written.get(key) != value}

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from data.audit import tokenizer_of
 from data.tasks import load_tasks
-from fastdora.keys import read_recipe
+from fastdora.keys import RecipeError, read_recipe
 from tools import checks, recipes, several
 from tools.cli import ROOT, UserError, run
 
 GPUS = ROOT / "tools" / "gpus.yaml"
 MEASURED = sorted((ROOT / "bench").glob("train_throughput*.json"))  # one machine each
+FIGURES = ("step_s", "peak_gib", "tokens_s", "slots_s", "samples_s")  # of a recorded run
 SAMPLE = 2000  # rows whose tokens are counted
 SPARE = 0.93  # of a card's memory: the driver, the libraries and fragments take the rest
 # Seconds for a second of work at the data sheet's rates (products, attention, traffic), and milliseconds for a layer's
@@ -68,7 +68,31 @@ class Rates(NamedTuple):
 
 
 def known_gpus() -> dict[str, dict[str, Any]]:
-    return yaml.safe_load(GPUS.read_text(encoding="utf-8"))
+    """tools/gpus.yaml; UserError that names the GPU and the key where it has been edited to what a plan cannot use."""
+    try:
+        table = {str(name): entry for name, entry in read_recipe(GPUS).items()}
+    except RecipeError as error:
+        raise UserError(str(error)) from error
+    for name, entry in table.items():
+        for key, (wanted, fits) in OF_A_GPU.items():
+            value = entry.get(key) if isinstance(entry, dict) else None
+            if not fits(value):
+                raise UserError(f"{GPUS}: {name}: key '{key}' is {json.dumps(value, default=str)}; write {wanted}")
+    return table
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+OF_A_GPU = {
+    **{key: ("a number above 0", _is_rate) for key in ("memory", "tflops", "bandwidth")},
+    "fp8": ("true or false", lambda value: isinstance(value, bool)),
+    "names": (
+        "a list, as the driver says them",
+        lambda value: isinstance(value, list) and value and all(isinstance(name, str) for name in value),
+    ),
+}
 
 
 def find_gpu(name: str | None) -> tuple[str, dict[str, Any]]:
@@ -85,7 +109,7 @@ def find_gpu(name: str | None) -> tuple[str, dict[str, Any]]:
 
 
 def measured_device() -> str:
-    return json.loads(MEASURED[0].read_text(encoding="utf-8"))["device"]
+    return measured_runs()[0].device
 
 
 def is_modelled(recipe: dict[str, Any]) -> bool:
@@ -94,16 +118,23 @@ def is_modelled(recipe: dict[str, Any]) -> bool:
 
 
 def measured_runs() -> list[Measured]:
-    """The recorded runs that `is_modelled`, of all machines."""
+    """The recorded runs that `is_modelled`, of all machines. UserError where a record is damaged, or none is there."""
     runs = []
     for record in MEASURED:
-        found = json.loads(record.read_text(encoding="utf-8"))
-        for name, row in found["rows"].items():
-            recipe = read_recipe(recipes.RECIPES / f"{row['recipe']}.yaml") | row["set"]
-            for key in recipe.pop("drop", []):
-                recipe.pop(key, None)
-            if "step_s" in row and is_modelled(recipe):
-                runs.append(Measured(name, found["device"], recipe, row))
+        try:
+            found = json.loads(record.read_text(encoding="utf-8"))
+            for name, row in found["rows"].items():
+                recipe = read_recipe(recipes.RECIPES / f"{row['recipe']}.yaml") | row["set"]
+                for key in recipe.pop("drop", []):
+                    recipe.pop(key, None)
+                if "step_s" in row and is_modelled(recipe):
+                    if not all(row[figure] > 0 for figure in FIGURES):
+                        raise ValueError(f"{name}: a figure is 0")
+                    runs.append(Measured(name, found["device"], recipe, row))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecipeError) as error:
+            raise UserError(f"{record}: is not a recorded result ({error!r}); restore it from git") from error
+    if len({run.name for run in runs}) < 2:
+        raise UserError("bench/train_throughput*.json: hold no runs to take a plan's rates from; restore them from git")
     return runs
 
 
@@ -298,8 +329,9 @@ def course(
     else:
         fill, batches, length = 2 / 3, rows.train / micro, math.ceil(mean * 1.5)
     each = recipe["gradient_accumulation_steps"] * gpus
-    steps = recipe["num_epochs"] * math.ceil(math.ceil(batches) / each)
-    steps = min(steps, recipe.get("max_steps") or steps)
+    steps = math.ceil(recipe["num_epochs"] * math.ceil(math.ceil(batches) / each))
+    if (recipe.get("max_steps") or 0) > 0:  # -1 is no limit
+        steps = min(steps, recipe["max_steps"])
     looks = (recipe.get("evals_per_epoch") or 0) * recipe["num_epochs"]
     if every := recipe.get("eval_steps"):
         looks = 1 / every if every < 1 else steps / every
@@ -368,11 +400,11 @@ def make_plan(
         "memory": memory,
         "card": gpu["memory"],
         "fits": sum(memory.values()) <= room,
-        "change": checks.what_fits(shared, shape, room, recipe),
+        "change": checks.what_fits(shared, shape, room, recipe, max(rows.tokens)),
         "rows": rows,
         "mean": sum(rows.tokens) / len(rows.tokens),
         "warnings": warnings,
-        "samples": rows.train * recipe["num_epochs"],
+        "samples": round(rows.train * recipe["num_epochs"]),
         **course(shared, shape, gpu, gpus, rows, rates.factors),
         "modelled": is_modelled(recipe),
         "rates": rates,
