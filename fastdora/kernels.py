@@ -53,6 +53,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _as_given(x: torch.Tensor) -> torch.autocast:
+    """Products of float32 in float32: autocast would take them in 16 bits."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 # -- dropout -----------------------------------------------------------------------------------------------------------
 # The mask is a hash of the element's index and of two numbers a call: nothing is stored, recomputation and the backward
 # pass draw the same one, and every device draws the same one. The mixing is that of a 32-bit finaliser.
@@ -153,7 +158,8 @@ def low_rank_backward(
     if not fused(x):
         if dx is not None:
             dx += _dropped(dt @ a.to(dt.dtype), p, seed)
-        return dt.to(wide(x.dtype)).t() @ _dropped(x, p, seed).to(wide(x.dtype))
+        with _as_given(x):
+            return dt.to(wide(x.dtype)).t() @ _dropped(x, p, seed).to(wide(x.dtype))
     tokens, inputs = x.shape
     rank = a.shape[0]
     if not x.numel():
@@ -186,7 +192,8 @@ def combine(
     """
     if not fused(base):
         to = wide(base.dtype)  # rounded once, as the kernel does
-        z = torch.addmm(base.to(to), t.to(to), b.to(to).t(), alpha=s)
+        with _as_given(base):
+            z = torch.addmm(base.to(to), t.to(to), b.to(to).t(), alpha=s)
         z = z if gain is None else z * gain
         return (z if bias is None else z + bias.to(to)).to(base.dtype)
     tokens, outputs = base.shape
@@ -220,9 +227,11 @@ def combine_backward(
         to = wide(dy.dtype)
         dm, dz = None, dy
         if gain is not None:
-            z = torch.addmm(base.to(to), t.to(to), b.to(to).t(), alpha=s)
+            with _as_given(base):
+                z = torch.addmm(base.to(to), t.to(to), b.to(to).t(), alpha=s)
             dm, dz = (dy.to(to) * z).sum(0) / norm, (dy.to(to) * gain).to(dy.dtype)
-        return dz, dm, s * (dz.to(to).t() @ t.to(to))
+        with _as_given(dz):
+            return dz, dm, s * (dz.to(to).t() @ t.to(to))
     tokens, outputs = dy.shape
     rank = b.shape[1]
     tiles = _tiles("combine_backward", rank)

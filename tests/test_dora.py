@@ -158,20 +158,25 @@ def test_float32_is_within_rounding(r, alpha, method, scale, sizes, seed):
 
 
 @settings(max_examples=40, deadline=None)
-@given(**SETTINGS | dict(sizes=st.tuples(st.integers(64, 160), st.integers(64, 160))))
-def test_bfloat16_is_no_worse_than_pefts(r, alpha, method, scale, sizes, seed):
-    """The same weights, inputs and adapters in bfloat16, both against float64; errors of five draws together."""
+@given(**SETTINGS | dict(sizes=st.tuples(st.integers(64, 160), st.integers(64, 160))), mixed=st.booleans())
+def test_bfloat16_is_no_worse_than_pefts(r, alpha, method, scale, sizes, seed, mixed):
+    """The same weights and inputs in bfloat16, both against float64: ten draws, and three times their standard error.
+
+    mixed: adapters in float32 and autocast, as in training; else adapters in bfloat16 too.
+    """
     theirs, ours = [], []
-    for draw in range(5):
-        model = in_proportion(r, alpha, method, scale, sizes, seed + draw).bfloat16()
+    for draw in range(10):
+        model = in_proportion(r, alpha, method, scale, sizes, seed + draw)
+        (layer(model).base_layer if mixed else model).bfloat16()
         x, weights = torch.randn(64, sizes[0]).bfloat16(), torch.randn(64, sizes[1]).bfloat16()
         exact = run(copy.deepcopy(model).double(), x.double(), weights.double())
-        found, peft_found = run(fast(model), x, weights), run(model, x, weights)
+        with torch.autocast("cpu", torch.bfloat16, mixed):
+            found, peft_found = run(fast(model), x, weights), run(model, x, weights)
         rms = lambda a, e: ((a.double() - e).norm() / e.norm()).item()  # noqa: E731
         ours.append([rms(found[key], exact[key]) for key in exact])
         theirs.append([rms(peft_found[key], exact[key]) for key in exact])
-    for own, other in zip(torch.tensor(ours).mean(0), torch.tensor(theirs).mean(0), strict=True):
-        assert own <= other * 1.05
+    worse = torch.tensor(ours) / torch.tensor(theirs)
+    assert (worse.mean(0) <= 1.02 + 3 * worse.std(0) / 10**0.5).all()
 
 
 def test_autocast_keeps_activations_in_16_bits():
