@@ -179,6 +179,8 @@ def test_mistakes_are_one_line_and_leave_nothing(runs, tiny_base, tmp_path, monk
     fails("MODEL=.*other: the adapter was trained on .*; leave MODEL= out, or say FORCE=1 where it is the same", wrong)
     fails("layers.[23].* is no layer of .*other; it was trained on", wrong, force=True)
     fails(f"{RECIPES[8]}: the base, which MODEL= names: .cache/nowhere cannot be fetched", nowhere, force=True)
+    (runs / RECIPES[8] / "chat_template.jinja").unlink()
+    fails("its tokenizer has no chat template; choose a prompt: PROMPT=", plan(adapter=runs / RECIPES[8]))
     assert not wrong["folder"].exists() and not list(wrong["folder"].parent.glob(".*"))  # no lock either
     fails("INTO=dequantised: .* was trained on 16 bits", plan(RECIPES[16]), into="dequantised")
 

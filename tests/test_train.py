@@ -99,7 +99,7 @@ def test_memory_estimate_is_near_what_was_measured():
         assert estimate == pytest.approx(row["peak_gib"], rel=0.05), name
 
 
-def test_a_gpu_that_is_too_small_names_the_two_keys(monkeypatch):
+def test_a_gpu_that_is_too_small_names_the_keys_to_change(monkeypatch):
     # No GPU is here; everything around its three figures is real.
     monkeypatch.setattr(checks, "gpus", lambda: [("NVIDIA T4", 15.0, 14.5)])
     path = recipes.RECIPES / "xbrl_extract_r8_dora.yaml"

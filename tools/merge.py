@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from eval.models import adapter_facts, check_fits, load_config, resolve_adapter, template_sha256
+from eval.models import adapter_facts, check_fits, load_config, load_tokenizer, resolve_adapter, template_sha256
 from eval.run import of_recipe, shown, slug
 from eval.testsets import RAW, SAMPLE, all_sets
 from tools.checks import GIB, gpus, read_json, sha256
@@ -130,6 +130,7 @@ def merge(
         fetch_model(plan)
         check_fits(plan["adapter"], plan["model"])
         check_room(plan)
+        tokenizer = load_tokenizer(plan["model"], plan["adapter"], prompt)
     with folder_lock(plan["folder"]):
         if kept:
             check_weights(out)
@@ -140,7 +141,7 @@ def merge(
         with tempfile.TemporaryDirectory(dir=plan["folder"], prefix=".merged-") as beside:
             whole = Path(beside) / "merged"
             try:
-                about = write(plan, into, limit, prompt, whole)
+                about = write(plan, into, limit, tokenizer, whole)
             except Exception as error:
                 if type(error).__name__ != "OutOfMemoryError":
                     raise
@@ -190,11 +191,10 @@ def without_the_hub() -> None:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
-def write(plan: dict[str, Any], into: str | None, limit: int, prompt: str, folder: Path) -> dict[str, Any]:
+def write(plan: dict[str, Any], into: str | None, limit: int, tokenizer, folder: Path) -> dict[str, Any]:
     """Choose what to merge into, write the merged model into `folder`, verify it; return what merge.json holds."""
     from eval import models
 
-    tokenizer = models.load_tokenizer(plan["model"], plan["adapter"], prompt)
     rows = dialogues(plan, tokenizer)
     choices = ["full"] if plan["bits"] == 16 else [into] if into else ["full", "dequantised"]
     print(
