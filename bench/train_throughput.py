@@ -162,6 +162,7 @@ def main() -> None:
                 rows[name] = about_run | row
                 print(name, json.dumps(row), flush=True)
                 if given.logs:
+                    given.logs.mkdir(parents=True, exist_ok=True)
                     shutil.copy(Path(folder) / name / "log", given.logs / f"{name}.log")
                 with replacing(given.out) as file:
                     json.dump(about | {"rows": rows}, file, indent=1)
