@@ -84,7 +84,7 @@ def check_fits(adapter: Path, model: str) -> None:
             need = (
                 f"is {_times(shape)} where {model} takes {_times(expected)}" if expected else f"is no layer of {model}"
             )
-            base = adapter_facts(adapter)["base"]
+            base = adapter_facts(adapter)["base"] or "another base"
             raise UserError(f"{adapter}: {name} {need}; it was trained on {base}: name that with MODEL=")
 
 

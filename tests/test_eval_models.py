@@ -169,6 +169,10 @@ def test_an_adapter_for_another_base_is_named_before_weights_load(targets, tiny_
     (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(UserError, match=r"layers.[23].* is no layer of .*; it was trained on"):
         models.check_fits(adapter, str(other))
+    of_no_base = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(of_no_base))
+    with pytest.raises(UserError, match="it was trained on another base: name that with MODEL="):
+        models.check_fits(adapter, str(other))
 
 
 def test_an_adapter_with_other_target_modules(tiny_base, adapters, tmp_path):

@@ -318,7 +318,7 @@ def packs(tokens: list[int], length: int) -> int:
 def course(
     recipe: dict[str, Any], shape: dict[str, Any], gpu: dict[str, Any], gpus: int, rows: Rows, factors: np.ndarray
 ) -> dict[str, Any]:
-    """Steps, and the seconds of one, of all looks at the validation rows, and of the run; recipe: as `several.spread`.
+    """Samples, steps, and the seconds of one, of all validation and of the run; recipe: as `several.spread` has it.
 
     Without packing a batch is padded to its longest row; that this makes a third of it padding is a guess.
     """
@@ -329,10 +329,11 @@ def course(
     else:
         fill, batches, length = 2 / 3, rows.train / micro, math.ceil(mean * 1.5)
     each = recipe["gradient_accumulation_steps"] * gpus
-    steps = math.ceil(recipe["num_epochs"] * math.ceil(math.ceil(batches) / each))
+    steps = whole = math.ceil(recipe["num_epochs"] * math.ceil(math.ceil(batches) / each))
     if (recipe.get("max_steps") or 0) > 0:  # -1 is no limit
         steps = min(steps, recipe["max_steps"])
-    looks = (recipe.get("evals_per_epoch") or 0) * recipe["num_epochs"]
+    epochs = recipe["num_epochs"] * steps / whole
+    looks = (recipe.get("evals_per_epoch") or 0) * epochs
     if every := recipe.get("eval_steps"):
         looks = 1 / every if every < 1 else steps / every
     looks *= bool(recipe.get("test_datasets"))
@@ -344,6 +345,7 @@ def course(
     forward = float(work(own, shape, gpu, beside, fill, train=False) @ factors)
     looking = looks * rows.validation * mean / (length * fill * micro * gpus) * forward
     return {
+        "samples": round(rows.train * epochs),
         "steps": steps,
         "step_tokens": each * micro * length,
         "step": step,
@@ -404,7 +406,6 @@ def make_plan(
         "rows": rows,
         "mean": sum(rows.tokens) / len(rows.tokens),
         "warnings": warnings,
-        "samples": round(rows.train * recipe["num_epochs"]),
         **course(shared, shape, gpu, gpus, rows, rates.factors),
         "modelled": is_modelled(recipe),
         "rates": rates,
