@@ -55,3 +55,24 @@ def test_the_figures_are_the_recorded_ones():
         round(rows["8bit_dora"]["samples_s"]),
         round(rows["bf16_dora"]["samples_s"]),
     ]
+
+
+def test_the_shares_of_the_matrix_rate_follow_from_the_records():
+    import json
+
+    rows, products = (
+        json.loads((ROOT / "bench" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+        for name in ("train_throughput_h200", "gpu_check")
+    )
+    weights = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)  # of Llama-3.1-8B's layers
+    shares = []
+    for name in "8bit_dora bf16_dora 4bit_dora 8bit_dora_24gb 8bit_dora_all_linear 8bit_dora_8k 8bit_dora_16k".split():
+        flop = 6 if rows[name]["set"].get("gradient_checkpointing") else 4
+        rate = rows[name]["slots_s"] * weights * flop / 1e12
+        shares.append(100 * rate / products["bf16 5120x4096x4096"]["tflop_s"])
+    fp8 = rows["8bit_dora_fp8"]["slots_s"] * weights * 4 / 1e12
+    shares.append(100 * fp8 / products["fp8 5120x4096x4096"]["tflop_s"])
+    said = " ".join(README.split()).split("On the H200 the step")[1].split("A profile of it")[0]
+    assert [int(one) for one in re.findall(r"(\d+)%", said)] == [round(share) for share in shares]
+    assert f"the {products['bf16 5120x4096x4096']['tflop_s']} that" in said
+    assert f"the {products['fp8 5120x4096x4096']['tflop_s']:,} of" in said
