@@ -104,6 +104,8 @@ def find(recipe: str) -> Path:
         path = Path(recipe)
         if path.is_file():
             return path
+        if path.parent != Path("."):
+            raise UserError(f"RECIPE={recipe}: no such file; give a recipe's name or a file that is there")
         recipe = path.stem
     finlora = {row["run"]: row["recipe"] for row in finlora_runs()}
     path = RECIPES / f"{finlora.get(recipe, recipe)}.yaml"
