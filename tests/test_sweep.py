@@ -1,5 +1,6 @@
 """`make sweep`: the points of a file, what each is called, that they run, fail and go on alone, what is told then."""
 
+import fcntl
 import importlib
 import importlib.util
 import json
@@ -607,6 +608,18 @@ def swept(house: Path, *argv: str) -> tuple[int, object]:
 
 
 @pytest.mark.xdist_group("axolotl")
+@pytest.mark.parametrize("options", [["--tiny"], []])
+def test_a_sweep_at_work_keeps_the_recipes_that_it_still_has_to_train(house, command, options):
+    folder = house / "outputs" / "sweeps" / "sentiment_bf16_r8_dora.rank"
+    folder.mkdir(parents=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = command("tools.sweep", "sentiment_bf16_r8_dora", "rank", *options)
+    line = f"error: {folder.relative_to(house)}: another command is at work there; wait for it or end it"
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == line, done.stderr
+    assert not list(folder.iterdir())
+
+
 def test_a_real_sweep_is_killed_goes_on_fails_in_part_and_grows(house):
     """On the tiny model, through axolotl: kill -9, a card that is too small for rank 8, a point more in the file."""
     import psutil

@@ -300,3 +300,23 @@ def test_an_adapter_that_is_not_what_the_recipe_says(case, tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match="adapter_model.safetensors: cannot be read"):
         checks.check_adapter(recipe, tmp_path, {"base_layers": {"Linear8bitLt": 96}})
+
+
+def test_what_is_recorded_is_what_is_trained(house, tiny_base, monkeypatch):
+    """A recipe that is edited once its run has begun, and before axolotl reads it."""
+    rows = house / "rows.jsonl"
+    turns = [{"role": "user", "content": "Shares rose."}, {"role": "assistant", "content": "up"}]
+    rows.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(9)), encoding="utf-8")
+    recipe = yaml.safe_load((house / "recipes" / "sentiment_bf16_r8_dora.yaml").read_text(encoding="utf-8"))
+    data = recipe["datasets"][0] | {"path": str(rows)}
+    recipe |= {"base_model": str(tiny_base), "datasets": [data], "test_datasets": [data], "output_dir": "outputs/own"}
+    (house / "own.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    edit = "from pathlib import Path; from tools import train; own = Path('own.yaml'); text = own.read_text()\n"
+    edit += "fetch = train.fetch_base\n"
+    edit += "train.fetch_base = lambda *args: (own.write_text(text + 'seed: 77\\n'), fetch(*args))\n"
+    edit += "train.axolotl = lambda command, config, *rest: print(command, config, 'seed: 77' in config.read_text())\n"
+    edit += "train.train(own)"
+    env = os.environ | {"PYTHONPATH": str(house)}
+    done = subprocess.run([sys.executable, "-c", edit], cwd=house, env=env, capture_output=True, text=True)
+    said = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith(("preprocess ", "train "))]
+    assert said == ["False", "False"], done.stdout + done.stderr

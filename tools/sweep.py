@@ -69,12 +69,13 @@ def sweep(
         check_asked(ask, small)
     tracking.check(track)
     folder = train.output_folder(points[0]["recipe"], small).parent
+    # Before a file is written, and with TINY=1 too: the recipes that another sweep still has to train are there.
+    lock = train.folder_lock(points[0]["path"].parent) if point is None else None  # an array's tasks share the folder
     claim(folder, recipe, file)
     for entry in points:
         entry["out"] = train.output_folder(entry["recipe"], small)
         write(entry, recipe)
     chosen = points if point is None else [points[point - 1]]
-    lock = train.folder_lock(folder) if point is None else None  # an array's tasks share the folder
     jobs = [jobs_of(entry, folder, small=small, force=force, ask=ask, track=track, args=args) for entry in chosen]
     todo = [(entry, commands) for entry, commands in zip(chosen, jobs, strict=True) if commands]
     print(f"{show(file)} on {recipe.stem}: {len(points)} points, {len(todo)} to run", flush=True)

@@ -105,7 +105,7 @@ def train(
             return finished
         check_disk(path, run_recipe, out, needs_gpu)
         fetch_base(path, run_recipe)
-        config = path if run_recipe == recipe else out / "recipe.yaml"
+        config = out / "recipe.yaml"  # what is recorded is what is trained, whoever edits the recipe now
         for name in ("metrics.json", "stepping"):
             (out / name).unlink(missing_ok=True)
         started = datetime.datetime.now(datetime.timezone.utc)
