@@ -22,6 +22,8 @@ class _StrictLoader(yaml.SafeLoader):
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise RecipeError(f"line {key.start_mark.line + 1}: a key is a list or a mapping; write a name")
         if key.value in seen:
             raise RecipeError(f"line {key.start_mark.line + 1}: key '{key.value}' stands twice; keep one")
         seen.add(key.value)
@@ -43,7 +45,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         recipe = yaml.load(text, _StrictLoader)  # noqa: S506 (a SafeLoader)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a date that is none
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
         raise RecipeError(
@@ -141,7 +143,8 @@ def check_keys(recipe: dict[str, Any], source: str, schema: dict[str, Any]) -> N
         if near := difflib.get_close_matches(str(error.instance), map(str, values), 1):
             raise RecipeError(f"{source}: key '{where}' is {error.instance!r}; did you mean '{near[0]}'?")
         raise RecipeError(f"{source}: key '{where}': {error.instance!r} is not one of {values}")
-    raise RecipeError(f"{source}: key '{where}': {error.message[:200]}")
+    where = f"key '{where}': " if where else ""
+    raise RecipeError(f"{source}: {where}{error.message[:200]}")
 
 
 def _clearest(errors: list):

@@ -144,11 +144,10 @@ def test_plans_differ_as_they_must(monkeypatch):
     assert planned(sequence_len=16384)["step"] > 2.5 * one["step"]
     assert planned(max_steps=7)["steps"] == 7 and planned(test_datasets=[])["looking"] == 0
     assert planned(max_steps=-1)["steps"] == planned(max_steps=0)["steps"] == one["steps"]  # neither is a limit
-    limited = planned(max_steps=100)
-    share = 100 / one["steps"]
-    assert limited["samples"] == round(one["samples"] * share) and limited["looking"] == pytest.approx(
-        one["looking"] * share
-    )
+    for count in (100, 2 * one["steps"]):
+        given, share = planned(max_steps=count), count / one["steps"]
+        assert given["steps"] == count and given["samples"] == round(one["samples"] * share)
+        assert given["looking"] == pytest.approx(one["looking"] * share)
     half = planned(num_epochs=0.5)
     assert half["steps"] == math.ceil(one["steps"] / 8) and half["samples"] == round(one["samples"] / 8)
     assert re.search(r"^  samples  \d+,\d{3} .*\n  steps    \d+ of ", plan.show(half), re.M)

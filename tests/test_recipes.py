@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.tasks import load_tasks
+from fastdora.keys import RecipeError, read_recipe
 from tools import recipes
 from tools.checks import memory_estimate
 from tools.cli import UserError
@@ -317,3 +318,24 @@ def test_a_path_that_is_not_there_is_no_recipe_of_its_last_name(tmp_path):
         with pytest.raises(UserError, match=f"^RECIPE={path}: no such file; give a"):
             recipes.find(str(path))
     assert recipes.find("sentiment_r8_dora.yaml") == recipes.RECIPES / "sentiment_r8_dora.yaml"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "gpt2"}', '{"hidden_size": "x"}'])
+def test_a_base_model_of_another_kind_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match="^.*config.json: has not hidden_size, .*; take a model of Llama's kind$"):
+        recipes.shape(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("? [a]\n: 1", "line 1: a key is a list or a mapping; write a name"),
+        ("x: 2026-13-45", "not valid YAML .month must be in 1..12.*; mend that line"),
+    ],
+)
+def test_yaml_that_python_cannot_hold_is_one_line(line, said, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(line)
+    with pytest.raises(RecipeError, match=f"^{path}: {said}$"):
+        read_recipe(path)

@@ -330,8 +330,8 @@ def course(
         fill, batches, length = 2 / 3, rows.train / micro, math.ceil(mean * 1.5)
     each = recipe["gradient_accumulation_steps"] * gpus
     steps = whole = math.ceil(recipe["num_epochs"] * math.ceil(math.ceil(batches) / each))
-    if (recipe.get("max_steps") or 0) > 0:  # -1 is no limit
-        steps = min(steps, recipe["max_steps"])
+    if (recipe.get("max_steps") or 0) > 0:  # then it is what is trained, of whatever number of epochs; -1 is none
+        steps = recipe["max_steps"]
     epochs = recipe["num_epochs"] * steps / whole
     looks = (recipe.get("evals_per_epoch") or 0) * epochs
     if every := recipe.get("eval_steps"):

@@ -264,10 +264,20 @@ def _text(value: Any, name: str) -> str:
 
 
 def shape(base_model: str) -> dict[str, Any] | None:
-    """The sizes in a base model's config: a local folder's config.json, else tools/base_models.yaml, else None."""
+    """The sizes in a base model's config: a local folder's config.json, else tools/base_models.yaml, else None.
+
+    Raises UserError where the folder's does not have a Llama's.
+    """
     config = ROOT / base_model / "config.json"
     if config.is_file():
-        return json.loads(config.read_text(encoding="utf-8"))
+        try:
+            sizes = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            sizes = None
+        needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        if not isinstance(sizes, dict) or not all(isinstance(sizes.get(key), int) for key in needed):
+            raise UserError(f"{config}: has not {', '.join(needed)}; take a model of Llama's kind")
+        return sizes
     return yaml.safe_load((ROOT / "tools" / "base_models.yaml").read_text(encoding="utf-8")).get(base_model)
 
 
