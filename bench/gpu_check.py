@@ -177,6 +177,7 @@ def layer_rows() -> dict[str, dict[str, float]]:
             kept = kind(1024, 768, True, False) if bits == 8 else kind(1024, 768, True, torch.bfloat16)
             kept.load_state_dict({name: tensor.cpu() for name, tensor in net[0].half().state_dict().items()})
             net[0] = kept.cuda()
+        net.is_loaded_in_8bit, net.is_loaded_in_4bit = bits == 8, bits == 4
         config = LoraConfig(r=8, lora_alpha=16, use_dora=True, target_modules=["0"], init_lora_weights=False)
         theirs = get_peft_model(net, config)
         exact = get_peft_model(nn.Sequential(nn.Linear(1024, 768)).cuda().double(), config)
@@ -243,6 +244,7 @@ def trained_adapter(bits: int, by_graphs: bool) -> tuple[torch.Tensor, torch.Ten
                 quantised = bnb.nn.Linear8bitLt(*weight.shape[::-1], bias=False, has_fp16_weights=False)
                 quantised.weight = bnb.nn.Int8Params(weight.data.cpu().half(), requires_grad=False)
                 setattr(block, name, quantised.cuda())
+    base.is_loaded_in_8bit = bits == 8
     peft = LoraConfig(r=8, use_dora=True, lora_dropout=0.05, target_modules=["q_proj", "k_proj", "v_proj"])
     model = get_peft_model(base, peft)
     dora.accelerate(model)

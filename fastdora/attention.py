@@ -12,12 +12,25 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fastdora.dora import Unsupported
+
 NAME = "fastdora_varlen"
 _last: tuple = (lambda: None, None, None)  # the position_ids last seen (weakly), their version, their boundaries
 
 
 def install(model: torch.nn.Module) -> None:
-    """Switch a transformers model to this attention."""
+    """Switch a transformers model to this attention.
+
+    Raises Unsupported where its layers do not all attend to every token before their own, and to no other.
+    """
+    config = model.config.get_text_config()
+    kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+    if getattr(config, "use_bidirectional_attention", False):
+        kinds.add("use_bidirectional_attention")
+    if not getattr(config, "layer_types", None) and getattr(config, "sliding_window", None):
+        kinds.add("sliding_window")
+    if kinds:
+        raise Unsupported(f"{config.model_type} attends by {', '.join(sorted(kinds))}, not to all tokens before")
     AttentionInterface.register(NAME, varlen_attention)
     AttentionMaskInterface.register(NAME, _mask)
     model.config._attn_implementation = NAME

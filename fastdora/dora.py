@@ -13,7 +13,8 @@ Dropout touches the low-rank path only (PEFT lets it into the product with W0 to
 
 The first term is computed once, the others once per optimizer step: every step of any torch optimizer in the process
 (bitsandbytes', fused and DeepSpeed's inner ones among them) moves a counter of ours that stale norms are told by.
-Tensors' version counters are no help: bitsandbytes, fused optimizers and ZeRO write without moving them.
+Tensors' version counters, which tell of other edits, are not enough: bitsandbytes, fused optimizers and ZeRO write
+without moving them.
 
     model = get_peft_model(...); fastdora.accelerate(model)
 """
@@ -52,8 +53,7 @@ class Unsupported(Exception):
 
 @dataclass
 class _Known:
-    steps: int  # of the counter, when it was computed
-    s: float
+    of: tuple  # _state when it was computed
     norm: torch.Tensor  # ||W0 + s B A||, (N,)
     gain: torch.Tensor  # m / norm, (N,)
 
@@ -130,6 +130,7 @@ class Fast:
         dropout = self.lora_dropout[name]
         return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
 
+    @torch.compiler.disable  # else it is compiled anew for each step's count
     def known(self, name: str) -> _Known:
         """Norm and gain of this moment's weights; computed anew only when one of them may have changed."""
         if not self._is_known(name):
@@ -141,12 +142,20 @@ class Fast:
                     _refresh(self._group, name, own)
                 else:
                     found = norm_and_gain(self.base_layer, own.a, own.b, own.m, own.s, own.base_square)
-                    self._known[name] = _Known(_steps, own.s, *found)
+                    self._known[name] = _Known(self._state(name), *found)
         return self._known[name]
 
     def _is_known(self, name: str) -> bool:
-        known = self._known.get(name)
-        return known is not None and known.steps == _steps and known.s == self.scaling[name]
+        return name in self._known and all(
+            one is other or isinstance(one, int | float) and one == other
+            for one, other in zip(self._known[name].of, self._state(name), strict=True)
+        )
+
+    def _state(self, name: str) -> tuple:
+        """What norms are told stale by: the count of steps, and edits that torch itself has seen."""
+        parts = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_magnitude_vector[name].weight
+        versions = (None if part.is_inference() else part._version for part in parts)
+        return _steps, self.scaling[name], *parts, *versions
 
     def _parts(self, name: str) -> kernels.Adapted:
         layer, a = self.base_layer, self.lora_A[name].weight
@@ -215,8 +224,8 @@ def _refresh(group: list["Fast"], name: str, own: kernels.Adapted) -> None:
     found, widened = [], 0
 
     def finish() -> None:
-        for (module, parts), pair in zip(found, kernels.row_norms([parts for _, parts in found]), strict=True):
-            module._known[name] = _Known(_steps, parts.s, *pair)
+        for (module, _), pair in zip(found, kernels.row_norms([parts for _, parts in found]), strict=True):
+            module._known[name] = _Known(module._state(name), *pair)
         found.clear()
 
     for module in group:
@@ -248,6 +257,7 @@ class FastLinear4bit(Fast, lora.Linear4bit):
 
 KNOWN = {"peft": "0.20", "bitsandbytes": "0.50"}
 FAST = {lora.Linear: FastLinear, lora.Linear8bitLt: FastLinear8bit, lora.Linear4bit: FastLinear4bit}
+PEFTS = {nn.Linear: lora.Linear, bnb.nn.Linear8bitLt: lora.Linear8bitLt, bnb.nn.Linear4bit: lora.Linear4bit}
 BASES = {nn.Linear: "16-bit", bnb.nn.Linear8bitLt: "8-bit", bnb.nn.Linear4bit: "4-bit"}
 
 
@@ -299,6 +309,11 @@ def check_layers(model: nn.Module) -> list[LoraLayer]:
             raise Unsupported(f"{name}: {type(module).__name__} adapters have no fast path; target linear layers only")
         if type(module.base_layer) not in BASES:
             raise Unsupported(f"{name}: {kind} layers have no fast path; target linear layers only")
+        if not isinstance(module, PEFTS[type(module.base_layer)]):
+            raise Unsupported(
+                f"{name}: PEFT took {kind} for another number of bits; set the model's is_loaded_in_8bit or "
+                "is_loaded_in_4bit before its adapter is made"
+            )
         for adapter, dropout in module.lora_dropout.items():
             share = getattr(dropout, "p", 0.0)
             _check_adapter(name, adapter, module.lora_variant.get(adapter), module.lora_bias[adapter], share)
@@ -319,9 +334,13 @@ def _check_adapter(where: str, adapter: str, variant, bias: bool, dropout: float
 
 
 def _check_fp8(model: nn.Module) -> None:
-    devices = {module.weight.device for module in model.modules() if isinstance(module, bnb.nn.Linear8bitLt)}
-    if not devices:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear8bitLt)}
+    if not layers:
         raise Unsupported("no layer has 8-bit weights, which fp8 products need; leave fp8 out")
-    for device in devices:
+    for name, layer in layers.items():
+        if layer.in_features % 16 or layer.out_features % 16:
+            sizes = f"{layer.in_features} x {layer.out_features}"
+            raise Unsupported(f"{name}: fp8 products take multiples of 16, not {sizes}; leave fp8 out")
+    for device in {layer.weight.device for layer in layers.values()}:
         if device.type == "cuda" and not products.has_fp8(device):
             raise Unsupported(f"{torch.cuda.get_device_name(device)} has no fp8 products; leave fp8 out")

@@ -271,7 +271,7 @@ def widen_4bit(packed: torch.Tensor, state, dtype: torch.dtype) -> torch.Tensor:
     more = state.state2 if state.nested else None
     second = (None, None, None) if more is None else (more.code, more.absmax, state.offset)
     _widen_4bit_kernel[(triton.cdiv(packed.numel(), 1024),)](
-        packed, state.code, state.absmax, *second, out, packed.numel(),
+        packed, state.code, state.absmax, *second, out, out.numel(),
         NESTED=state.nested, SIZE=state.blocksize, SIZE2=more.blocksize if more else 1, BLOCK=1024,
     )  # fmt: skip
     return out
@@ -538,7 +538,7 @@ if triton is not None:
         NESTED: tl.constexpr, SIZE: tl.constexpr, SIZE2: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        inside = places < count
+        inside = places < (count + 1) // 2
         byte = tl.load(packed + places, mask=inside, other=0).to(tl.int32)
         block = places * 2 // SIZE
         scale = tl.load(scales + block, mask=inside, other=0)
@@ -548,7 +548,7 @@ if triton is not None:
         high = tl.load(code + (byte >> 4), mask=inside, other=0.0) * scale
         low = tl.load(code + (byte & 15), mask=inside, other=0.0) * scale
         both = tl.program_id(0) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
-        tl.store(out + both, tl.interleave(high, low).to(out.dtype.element_ty), mask=both < 2 * count)
+        tl.store(out + both, tl.interleave(high, low).to(out.dtype.element_ty), mask=both < count)
 
     # A row of the table: addresses of weight, a, b, m, base_square, scales; N, K, and where the layer's results start.
 

@@ -84,18 +84,21 @@ class FastDoraPlugin(BasePlugin):
             fsdp2.prepare(cfg)
 
     def post_model_load(self, cfg, model) -> None:
+        _check_layers(cfg, model)
         with one_line_errors():
-            if cfg.fastdora_layers == "fast":
-                try:
-                    dora.check_layers(model)
-                except dora.Unsupported as error:
-                    raise RecipeError(f"{cfg.axolotl_config_path}: {error}; or set fastdora_layers: peft") from error
             adapted.check_model(cfg, model)
         zero3.restore_frequencies(model)
         if cfg.fastdora_layers == "fast":
             LOG.info(f"fastdora: {dora.accelerate(model, cfg.fastdora_fp8)}")
         if cfg.sample_packing and cfg.attn_implementation == "sdpa":
-            attention.install(model)
+            with one_line_errors():
+                try:
+                    attention.install(model)
+                except dora.Unsupported as error:
+                    raise RecipeError(
+                        f"{cfg.axolotl_config_path}: key 'attn_implementation': {error}; set sample_packing: false, or "
+                        "flash_attention_2 where flash-attn is installed"
+                    ) from error
             LOG.info(f"fastdora: attention within packed samples is {attention.NAME}")
         if cfg.fastdora_graphs:
             why = _why_no_graphs(cfg)
@@ -106,6 +109,12 @@ class FastDoraPlugin(BasePlugin):
     def post_trainer_create(self, cfg, trainer) -> None:
         # Axolotl collects garbage at each packing and evaluation: over all modules and the model, a second a time.
         gc.freeze()
+        _check_layers(cfg, trainer.model)  # `unfrozen_parameters` came after the model was loaded
+        if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+            with one_line_errors():
+                raise RecipeError(
+                    f"{cfg.axolotl_config_path}: key 'unfrozen_parameters': nothing is left to train; remove it"
+                )
         fsdp2.keep_dtypes(trainer)
         zero3.keep_dtypes(trainer)
         metrics.record(cfg, trainer)
@@ -122,6 +131,16 @@ class FastDoraPlugin(BasePlugin):
         # Each of these would let the GPU wait at every batch, and the first one hides a loss that is not a number.
         trainer.args.logging_nan_inf_filter = False
         trainer.accelerator.dataloader_config.non_blocking = trainer.args.dataloader_pin_memory
+
+
+def _check_layers(cfg, model) -> None:
+    if cfg.fastdora_layers != "fast":
+        return
+    with one_line_errors():
+        try:
+            dora.check_layers(model)
+        except dora.Unsupported as error:
+            raise RecipeError(f"{cfg.axolotl_config_path}: {error}; or set fastdora_layers: peft") from error
 
 
 def _validate(cfg, source: str) -> None:

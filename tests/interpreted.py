@@ -99,9 +99,15 @@ def main() -> None:
                 norm, gained = found
                 wrong = ((norm - expected) / expected).abs().max(), (gained * expected - layers[number].m).abs().max()
                 rows[f"row_norms {name} {number} {shape}"] = max(wrong).item()
-    print(
-        json.dumps(rows | rows_without_direction() | what_is_not_contiguous() | whole_layers() | answers_with_liger())
-    )
+    for more in (
+        rows_without_direction,
+        past_the_end_of_4_bits,
+        what_is_not_contiguous,
+        whole_layers,
+        answers_with_liger,
+    ):
+        rows |= more()
+    print(json.dumps(rows))
 
 
 def rows_without_direction() -> dict[str, float]:
@@ -117,6 +123,21 @@ def rows_without_direction() -> dict[str, float]:
     expected[1] *= 2**-10
     wrong = ((norm - expected)[1:] / expected[1:]).abs().max(), gain[0].abs(), (gain * norm - 1)[1:].abs().max()
     return {"row_norms without a direction": max(float(one) for one in wrong)}
+
+
+def past_the_end_of_4_bits() -> dict[str, float]:
+    """Two values a byte: of an odd number of values the last byte's second half lies past the weight."""
+    kernels.fused = lambda _: True
+    weight = torch.randn(33, 17)
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
+    room, empty = torch.full((weight.numel() + 1,), 7.5), torch.empty
+    torch.empty = lambda *_, **__: room[:-1].view(33, 17)
+    try:
+        found = kernels.widen_4bit(packed.view(torch.uint8), state, torch.float32)
+    finally:
+        torch.empty = empty
+    expected = bnb.functional.dequantize_4bit(packed, state).view(33, 17)
+    return {"4 bits norms past the end": (found - expected).abs().max().item() + abs(room[-1].item() - 7.5)}
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
@@ -139,6 +160,7 @@ def what_is_not_contiguous() -> dict[str, float]:
                     int8 = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None, False)
                     int8.load_state_dict(layer.state_dict())
                     net[number] = int8.to("cpu")
+            net.is_loaded_in_8bit = bits == 8
             model = get_peft_model(net, LoraConfig(r=4, use_dora=True, init_lora_weights=False, target_modules=["0"]))
             adapter = model.base_model.model[0]
             for tensor in (

@@ -128,7 +128,7 @@ SETTINGS = dict(
     alpha=st.sampled_from([1, 16, 512]),
     method=st.sampled_from(["dora", "lora", "rslora"]),
     scale=st.sampled_from([1e-6, 1e-2, 1.0, 1e6]),
-    sizes=st.tuples(st.integers(1, 160), st.integers(1, 160)),
+    sizes=st.tuples(st.integers(8, 160), st.integers(8, 160)),
     seed=st.integers(0, 2**16),
 )
 
@@ -570,6 +570,11 @@ def test_recomputation_draws_the_same_dropout():
             "base_model.model.one: a trainable base weight has no fast path; freeze it",
         ),
         (
+            lambda: with_another_bases_adapter(),
+            "base_model.model.one: PEFT took Linear8bitLt for another number of bits; set the model's "
+            "is_loaded_in_8bit or is_loaded_in_4bit before its adapter is made",
+        ),
+        (
             lambda: get_peft_model(Net(4, 4, True), LoraConfig(r=2, lora_dropout=1.0, target_modules=["one"])),
             "base_model.model.one: lora_dropout 1.0 leaves nothing of adapter 'default'; give less than 1",
         ),
@@ -582,6 +587,62 @@ def test_what_has_no_fast_path_is_named(build, said):
         dora.accelerate(model)
     assert str(error.value) == said
     assert [type(module) for module in model.modules()] == kinds  # and nothing is changed
+
+
+def with_another_bases_adapter() -> PeftModel:
+    net = quantised(Net(64, 48, True), 8)
+    net.is_loaded_in_8bit = False
+    return adapted(net)
+
+
+def test_fp8_products_name_a_layer_that_does_not_fit_them():
+    model = adapted(quantised(Net(40, 48, True), 8))
+    with pytest.raises(dora.Unsupported, match="one.*: fp8 products take multiples of 16, not 40 x 48; leave fp8 out$"):
+        dora.accelerate(model, fp8=True)
+
+
+def edited_by_a_child(module):
+    module.lora_B["default"].load_state_dict({"weight": 2 * module.lora_B["default"].weight})
+
+
+def edited_in_place(module):
+    with torch.no_grad():
+        module.lora_A["default"].weight.mul_(3)
+        module.lora_magnitude_vector["default"].weight.add_(1)
+
+
+@pytest.mark.parametrize("edit", [edited_by_a_child, edited_in_place])
+def test_edits_that_torch_sees_are_seen(edit):
+    base = adapted(Net(12, 6, True).double())
+    model, x = fast(base), torch.randn(4, 12, dtype=torch.float64)
+    before = model(x)
+    for each in (base, model):
+        edit(layer(each))
+    assert torch.allclose(model(x), base(x), atol=1e-10) and not torch.allclose(model(x), before, atol=1e-3)
+
+
+def test_tensors_in_place_of_parameters_have_norms_of_their_own():
+    base = adapted(Net(12, 6, True).double())
+    model, x = fast(base), torch.randn(4, 12, dtype=torch.float64)
+    before = model(x)
+    for factor in (2.0, 3.0):
+        changed = {name: p * factor for name, p in model.named_parameters() if "lora_B" in name}
+        found, expected = (torch.func.functional_call(each, changed, (x,)) for each in (model, base))
+        assert torch.allclose(found, expected, atol=1e-10)
+        assert torch.equal(model(x), before)
+
+
+def test_steps_do_not_compile_a_layer_anew():
+    from torch._dynamo.testing import CompileCounter
+
+    counter, model = CompileCounter(), fast(adapted(Net(16, 8, True)))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.05)
+    call, counts = torch.compile(model, backend=counter), []
+    for _ in range(5):
+        call(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1, counts
 
 
 def with_trainable_weight() -> PeftModel:

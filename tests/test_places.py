@@ -7,9 +7,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, Trainer, TrainingArguments
+from transformers import (
+    DynamicCache,
+    Gemma3TextConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+)
 
 from fastdora import attention, places
+from fastdora.dora import Unsupported
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +210,28 @@ def test_what_packs_cannot_have_is_refused(model):
     q = torch.randn(1, 2, 4, 8)
     with pytest.raises(ValueError, match="neither attention dropout nor a sliding window"):
         attention.varlen_attention(None, q, q, q, None, dropout=0.1, position_ids=packed([4]))
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (MistralConfig(sliding_window=8), "mistral attends by sliding_window, not to all tokens before"),
+        (Llama4TextConfig(attention_chunk_size=8), "llama4_text attends by chunked_attention, not to"),
+        (Gemma3TextConfig(), "gemma3_text attends by sliding_attention, not to"),
+        (
+            Gemma3TextConfig(use_bidirectional_attention=True, layer_types=["full_attention"] * 26),
+            "gemma3_text attends by use_bidirectional_attention, not to",
+        ),
+    ],
+)
+def test_models_that_attend_otherwise_are_refused_at_once(config, said):
+    before = config._attn_implementation
+    with pytest.raises(Unsupported, match=f"^{said}"):
+        attention.install(SimpleNamespace(config=config))
+    assert config._attn_implementation == before
+
+
+def test_models_that_attend_to_all_before_are_taken():
+    for config in (MistralConfig(sliding_window=None), Qwen2Config(), Qwen3Config(), LlamaConfig()):
+        attention.install(SimpleNamespace(config=config))
+        assert config._attn_implementation == attention.NAME

@@ -261,3 +261,18 @@ def test_where_cuda_graphs_are_off_on_a_gpu(monkeypatch, why, changes):
     monkeypatch.setenv("WORLD_SIZE", changes.pop("WORLD_SIZE", "1"))
     recipe = yaml.safe_load((ROOT / "recipes" / "sentiment_r8_dora.yaml").read_text(encoding="utf-8"))
     assert plugin._why_no_graphs(DictDefault(recipe | changes)) == why
+
+
+@pytest.mark.parametrize(
+    "pattern, said",
+    [
+        (
+            "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight",
+            "q_proj: a trainable base weight has no fast path; freeze it; or set fastdora_layers: peft",
+        ),
+        ("nowhere", "key 'unfrozen_parameters': nothing is left to train; remove it"),
+    ],
+)
+def test_what_is_unfrozen_after_loading_is_looked_at(axolotl, recipe, pattern, said):
+    code, output = train(axolotl, recipe(unfrozen_parameters=[pattern], load_in_8bit=False))
+    assert code == 1 and error_line(output).endswith(said)
