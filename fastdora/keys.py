@@ -143,6 +143,9 @@ def check_keys(recipe: dict[str, Any], source: str, schema: dict[str, Any]) -> N
         if near := difflib.get_close_matches(str(error.instance), map(str, values), 1):
             raise RecipeError(f"{source}: key '{where}' is {error.instance!r}; did you mean '{near[0]}'?")
         raise RecipeError(f"{source}: key '{where}': {error.instance!r} is not one of {values}")
+    if error.validator == "required":
+        missing = next(key for key in error.validator_value if key not in error.instance)
+        raise RecipeError(f"{source}: key '{where + '.' if where else ''}{missing}' is missing; add it")
     where = f"key '{where}': " if where else ""
     raise RecipeError(f"{source}: {where}{error.message[:200]}")
 

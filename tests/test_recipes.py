@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.tasks import load_tasks
-from fastdora.keys import RecipeError, read_recipe
+from fastdora.keys import RecipeError, check_keys, read_recipe
 from tools import recipes
 from tools.checks import memory_estimate
 from tools.cli import UserError
@@ -314,7 +314,7 @@ def test_recipes_are_plain_yaml():
 
 
 def test_a_path_that_is_not_there_is_no_recipe_of_its_last_name(tmp_path):
-    for path in (tmp_path / "sentiment_r8_dora.yaml", tmp_path / "mine.yml"):
+    for path in (tmp_path / "sentiment_r8_dora.yaml", tmp_path / "mine.yml", "./sentiment_r8_dora.yaml"):
         with pytest.raises(UserError, match=f"^RECIPE={path}: no such file; give a"):
             recipes.find(str(path))
     assert recipes.find("sentiment_r8_dora.yaml") == recipes.RECIPES / "sentiment_r8_dora.yaml"
@@ -339,3 +339,11 @@ def test_yaml_that_python_cannot_hold_is_one_line(line, said, tmp_path):
     path.write_text(line)
     with pytest.raises(RecipeError, match=f"^{path}: {said}$"):
         read_recipe(path)
+
+
+def test_a_key_that_is_missing_is_named():
+    recipe = read_recipe(recipes.RECIPES / "sentiment_r8_dora.yaml")
+    for key in ("base_model", "learning_rate"):
+        rest = {name: value for name, value in recipe.items() if name != key}
+        with pytest.raises(RecipeError, match=f"^r.yaml: key '{key}' is missing; add it$"):
+            check_keys(rest, "r.yaml", recipes.axolotl_schema(recipe["plugins"]))

@@ -285,6 +285,9 @@ def test_sweeps_of_equal_names_do_not_share_a_folder(tmp_path, monkeypatch):
     first.unlink()  # moved: nothing else would be lost
     assert refused(RECIPE, second).startswith(no_gpu)
     assert json.loads((out / "sweep.json").read_text())["sweep"] == str(second)
+    for text in ('{"x": 1}', "[]", "{"):  # by another hand
+        (out / "sweep.json").write_text(text)
+        assert refused(RECIPE, second).startswith(no_gpu)
 
 
 def test_only_what_is_new_is_run(ranks, tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def find(recipe: str) -> Path:
         path = Path(recipe)
         if path.is_file():
             return path
-        if path.parent != Path("."):
+        if "/" in recipe:
             raise UserError(f"RECIPE={recipe}: no such file; give a recipe's name or a file that is there")
         recipe = path.stem
     finlora = {row["run"]: row["recipe"] for row in finlora_runs()}

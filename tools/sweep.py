@@ -258,8 +258,8 @@ def claim(folder: Path, recipe: Path, file: Path) -> None:
     """Make the folder that of this recipe and sweep file; UserError where it is that of others of the same names."""
     mine = {"recipe": show(recipe), "sweep": show(file)}
     before = checks.read_json(folder / "sweep.json")
-    for key, path in (("recipe", recipe), ("sweep", file)) if before else ():
-        other = ROOT / before[key]
+    for key, path in (("recipe", recipe), ("sweep", file)) if isinstance(before, dict) else ():
+        other = ROOT / str(before.get(key))
         if other.is_file() and not other.samefile(path):
             raise UserError(f"{show(folder)}: holds the sweep of {before[key]}; give {mine[key]} another name")
     if before != mine:
