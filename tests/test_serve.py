@@ -58,6 +58,8 @@ def child(function, fork=os.fork):
     if pid:
         return pid, *rest
     code = 1
+    # The loader's threads would be the first to work in parallel in a forked process, where torch has no pool.
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     try:
         sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w", buffering=1), open(2, "w", buffering=1)
         signal.signal(signal.SIGINT, signal.default_int_handler)
