@@ -285,7 +285,7 @@ def main() -> None:
     for name, row in rows.items():
         print(f"{name:32}", row)
     wrong = [name for name, row in rows.items() if not row.get("error", 0) < max(1e-2, 2 * row.get("again", 0))]
-    wrong += [name for name, row in rows.items() if row.get("against_peft", 0) > 1.05]
+    wrong += [name for name, row in rows.items() if row.get("against_peft", 0) > 1.05 or row.get("fp8_error", 0) > 0.05]
     sys.exit(f"wrong: {', '.join(wrong)}" if wrong else 0)
 
 

@@ -19,6 +19,7 @@ without moving them.
     model = get_peft_model(...); fastdora.accelerate(model)
 """
 
+import operator
 import types
 from collections import Counter
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ class Unsupported(Exception):
 
 @dataclass
 class _Known:
-    of: tuple  # _state when it was computed
+    numbers: tuple  # _state when it was computed
+    parts: tuple
     norm: torch.Tensor  # ||W0 + s B A||, (N,)
     gain: torch.Tensor  # m / norm, (N,)
 
@@ -142,20 +144,20 @@ class Fast:
                     _refresh(self._group, name, own)
                 else:
                     found = norm_and_gain(self.base_layer, own.a, own.b, own.m, own.s, own.base_square)
-                    self._known[name] = _Known(self._state(name), *found)
+                    self._known[name] = _Known(*self._state(name), *found)
         return self._known[name]
 
     def _is_known(self, name: str) -> bool:
-        return name in self._known and all(
-            one is other or isinstance(one, int | float) and one == other
-            for one, other in zip(self._known[name].of, self._state(name), strict=True)
-        )
+        if (known := self._known.get(name)) is None:
+            return False
+        numbers, parts = self._state(name)
+        return known.numbers == numbers and all(map(operator.is_, known.parts, parts))
 
-    def _state(self, name: str) -> tuple:
-        """What norms are told stale by: the count of steps, and edits that torch itself has seen."""
+    def _state(self, name: str) -> tuple[tuple, tuple]:
+        """What norms are told stale by: steps, scale and edits that torch has seen; and the tensors themselves."""
         parts = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_magnitude_vector[name].weight
         versions = (None if part.is_inference() else part._version for part in parts)
-        return _steps, self.scaling[name], *parts, *versions
+        return (_steps, self.scaling[name], *versions), parts
 
     def _parts(self, name: str) -> kernels.Adapted:
         layer, a = self.base_layer, self.lora_A[name].weight
@@ -225,7 +227,7 @@ def _refresh(group: list["Fast"], name: str, own: kernels.Adapted) -> None:
 
     def finish() -> None:
         for (module, _), pair in zip(found, kernels.row_norms([parts for _, parts in found]), strict=True):
-            module._known[name] = _Known(module._state(name), *pair)
+            module._known[name] = _Known(*module._state(name), *pair)
         found.clear()
 
     for module in group:
