@@ -8,7 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Property-based tests draw the same examples on every machine and in every run. `make test-all` draws more of them, and
+# `make fuzz` new ones. How long an example may take is nobody's promise on a busy machine: no deadline.
+hypothesis.settings.register_profile("test", derandomize=True, database=None, deadline=None, max_examples=25)
+hypothesis.settings.register_profile("all", hypothesis.settings.get_profile("test"), max_examples=200)
+hypothesis.settings.register_profile("fuzz", database=None, deadline=None, max_examples=200)
+hypothesis.settings.load_profile("test")  # --hypothesis-profile=NAME takes another
 
 # The tests run on both cores already: torch's own threads only wait for each other there, up to minutes a run.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

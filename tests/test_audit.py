@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import data.audit
@@ -64,7 +64,6 @@ def command(*arguments: object) -> subprocess.CompletedProcess:
 # The exchange of labels
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=5), st.integers(1, 10**6), max_size=9), st.randoms(use_true_random=False))
 def test_an_exchange_of_labels_is_found_whenever_the_counts_tell_it(documented, rng):
     shuffled = list(documented)
@@ -157,7 +156,6 @@ def test_repeats_conflicts_leaks_numbers_and_garbled_rows_are_counted_with_their
     assert found(report, "begins with another one")["finding"].startswith("1 row ")
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["a b", "A  b!", "c", "c d e", "🚀"]), st.sampled_from("xyz")), min_size=1))
 def test_counts_are_those_of_a_plain_computation(tmp_path_factory, rows):
     raw = tmp_path_factory.mktemp("raw")

@@ -12,7 +12,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
@@ -97,7 +97,6 @@ def explicit_norm(module, name="default") -> torch.Tensor:
     return (base + module.scaling[name] * b @ a).norm(dim=1)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     r=st.sampled_from([1, 2, 8, 33, 256]),
@@ -146,7 +145,6 @@ def in_proportion(r: int, alpha: int, method: str, scale: float, sizes: tuple[in
     return model
 
 
-@settings(max_examples=60, deadline=None)
 @given(**SETTINGS)
 def test_float32_is_within_rounding(r, alpha, method, scale, sizes, seed):
     """1e-5 of the largest entry; where a sum cancels further than that, no worse than PEFT."""
@@ -157,7 +155,6 @@ def test_float32_is_within_rounding(r, alpha, method, scale, sizes, seed):
     assert worst(found, exact) < 1e-5 or worst(found, exact) <= worst(run(model, x, weights), exact)
 
 
-@settings(max_examples=40, deadline=None)
 @given(**SETTINGS | dict(sizes=st.tuples(st.integers(64, 160), st.integers(64, 160))), mixed=st.booleans())
 def test_bfloat16_is_no_worse_than_pefts(r, alpha, method, scale, sizes, seed, mixed):
     """The same weights and inputs in bfloat16, both against float64: ten draws, and three times their standard error.
@@ -198,7 +195,6 @@ def drawn(shape: tuple[int, ...], width: int, strided: bool) -> torch.Tensor:
     return torch.randn(*shape, 2 * width)[..., ::2] if strided else torch.randn(*shape, width)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     bits=st.sampled_from([8, 4]),
     method=st.sampled_from(["dora", "lora", "rslora"]),
@@ -230,7 +226,6 @@ def test_quantised_bases_are_their_widened_weight(bits, method, r, alpha, scale,
     assert found.keys() == expected.keys() and worst(found, expected) < 1e-5
 
 
-@settings(max_examples=20, deadline=None)
 @given(bits=st.sampled_from([8, 4]), bias=st.booleans(), shape=SHAPES, strided=st.booleans())
 def test_a_frozen_quantised_layer_multiplies_its_widened_weight(bits, bias, shape, strided):
     torch.manual_seed(0)
@@ -345,7 +340,6 @@ def test_the_norm_in_use_is_the_norm_of_this_moment(name, bits):
     assert ((last - first).abs() / first).max() > 1e-3  # and it did move
 
 
-@settings(max_examples=12, deadline=None)
 @given(**SETTINGS | dict(sizes=st.tuples(st.integers(8, 32), st.integers(1, 32))), zero=st.booleans())
 @example(r=8, alpha=16, method="dora", scale=1.0, sizes=(24, 16), seed=0, zero=False)
 def test_many_steps_keep_to_peft(r, alpha, method, scale, sizes, seed, zero):
@@ -498,7 +492,6 @@ def test_adapters_are_plain_peft_files(bits, tmp_path):
     assert torch.equal(back(x), exact)
 
 
-@settings(max_examples=30, deadline=None)
 @given(p=st.floats(0.01, 0.9), seed=st.integers(0, 2**31), shape=st.tuples(st.integers(1, 40), st.integers(1, 60)))
 def test_dropout_touches_the_low_rank_path_only(p, seed, shape):
     """With its mask known, the layer is the formula of the module's docstring, in value and gradient."""

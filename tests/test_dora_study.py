@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -292,7 +292,6 @@ def test_only_answers_have_labels():
 # Statistics and the page
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.integers(1, 6), st.integers(1, 40), st.integers(0, 2**31), st.floats(0, 1))
 def test_an_interval_holds_its_mean(seeds, count, seed, share):
     values = (np.random.default_rng(seed).random((seeds, count)) < share).astype(float)

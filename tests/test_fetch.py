@@ -23,7 +23,7 @@ from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, Thread
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data import fetch as fetching
@@ -866,7 +866,6 @@ MISDEEDS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     body=st.binary(max_size=3000),
     lfs=st.booleans(),

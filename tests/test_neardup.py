@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.neardup import (
@@ -54,7 +54,6 @@ def random_words(rng: random.Random, count: int) -> list[str]:
     return [f"w{rng.randrange(10**6)}" for _ in range(count)]
 
 
-@settings(max_examples=150, deadline=None)
 @given(TEXTS)
 def test_texts_that_are_equal_after_normalisation_share_a_group(texts):
     groups = near_duplicate_groups(texts + [f"  {text.upper()}\n" for text in texts])
@@ -66,7 +65,6 @@ def test_texts_that_are_equal_after_normalisation_share_a_group(texts):
             assert groups[i] == groups[len(texts) + i]
 
 
-@settings(max_examples=150, deadline=None)
 @given(TEXTS)
 def test_two_texts_share_a_group_only_through_similar_ones(texts):
     # COMMON_LEAST is far away with a dozen texts, so the definition can be computed directly.
@@ -84,7 +82,6 @@ def test_two_texts_share_a_group_only_through_similar_ones(texts):
             assert groups[i] != groups[j] or reach[i] == reach[j]
 
 
-@settings(max_examples=100, deadline=None)
 @given(TEXTS, st.randoms(use_true_random=False))
 def test_the_order_of_the_texts_does_not_change_the_partition(texts, rng):
     order = list(range(len(texts)))
@@ -94,7 +91,6 @@ def test_the_order_of_the_texts_does_not_change_the_partition(texts, rng):
     assert back == partition(near_duplicate_groups(texts))
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60))
 def test_normalise_leaves_one_line_of_words(text):
     plain = normalise(text)

@@ -9,7 +9,7 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tools import pictures
@@ -44,7 +44,6 @@ def check(picture: str) -> list[str]:
     return texts
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(1, 999), min_size=len(pictures.RUNS), max_size=len(pictures.RUNS)), st.floats(0.5, 9))
 def test_bars_of_any_rates(rates, finlora):
     record = copy.deepcopy(RECORD)
@@ -73,7 +72,6 @@ CELL = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(CELL, min_size=1, max_size=5), st.lists(CELL, max_size=3))
 def test_intervals_of_any_scores(methods, prompts):
     texts = check(pictures.scores({"questions": {"methods": methods, "prompt": prompts}}))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
     DynamicCache,
@@ -46,7 +46,6 @@ def packed(sizes: list[int], pad: int = 0) -> torch.Tensor:
     return torch.cat([*(torch.arange(size) for size in sizes), torch.zeros(pad, dtype=torch.long)])[None]
 
 
-@settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6), pad=st.integers(0, 5), seed=st.integers(0, 999))
 def test_packed_samples_are_computed_as_if_alone(model, sizes, pad, seed):
     """Logits to 1e-10, and the gradient of one sample's logits with respect to another's tokens is exactly zero."""

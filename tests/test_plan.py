@@ -6,7 +6,7 @@ import re
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tools import checks, plan, recipes
@@ -158,7 +158,6 @@ def test_plans_differ_as_they_must(monkeypatch):
     assert planned("general_multi_r8_dora")["rows"].train == pytest.approx(3 * 82200, rel=0.02)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=200), st.integers(100, 2000))
 def test_packs_hold_all_rows(tokens, length):
     cut = [min(row, length) for row in tokens]

@@ -458,7 +458,7 @@ def test_current_until_something_changes(tmp_path):
     assert why_stale("xbrl_term", raw, out) == f"{source}: is not there; run `make data TASK=xbrl_term`"
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_a_damaged_record_is_never_current(tmp_path, data):
     raw, out = tmp_path / "raw", tmp_path / "out"

@@ -73,8 +73,8 @@ def test_make_alone_prints_what_it_can_do():
     assert done.returncode == 0
     for command in COMMANDS:
         assert f"make {command.split()[1]} " in done.stdout, command
-    targets = re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-    assert targets == re.findall(r"^  make ([a-z]+) ", done.stdout, re.M)
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert targets == re.findall(r"^  make ([a-z-]+) ", done.stdout, re.M)
 
 
 def test_a_typo_ends_make_with_one_line_and_a_hint():

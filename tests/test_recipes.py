@@ -6,7 +6,7 @@ import random
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data.tasks import load_tasks
@@ -81,7 +81,6 @@ def test_factorisation():
     assert list(recipes.factorise(ALL)) == []
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.sampled_from(sorted(set(ALL) - {"demo_r8_dora"})), st.randoms(use_true_random=False))
 def test_a_key_that_drifts_in_one_recipe_is_named(name: str, rnd: random.Random):
     key = rnd.choice(sorted(ALL[name]))
@@ -278,7 +277,6 @@ def test_a_mistyped_recipe_names_the_nearest(name, hint):
     assert str(error.value).startswith(f"RECIPE={name}: no such recipe; {hint}") and "\n" not in str(error.value)
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60))
 def test_any_name_is_found_or_refused_in_one_line(name):
     try:

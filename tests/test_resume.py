@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.kills import DAMAGES, damage, digest, killed, recipe
@@ -111,7 +111,6 @@ def test_a_full_disk_costs_that_checkpoint_only(runs):
 NAMES = st.from_regex(r"[a-z]{1,8}\.(bin|json)", fullmatch=True)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     files=st.dictionaries(NAMES, st.binary(min_size=1, max_size=200), min_size=1, max_size=4),
     kind=st.sampled_from(DAMAGES),

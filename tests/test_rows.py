@@ -629,7 +629,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
     lambda text: not text.isspace()
 )
 pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=6)
-quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @quick
@@ -669,7 +669,7 @@ WHOLE = {
 }
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(sorted(WHOLE)), st.data())
 def test_any_damage_gives_rows_or_one_line(tmp_path, name, data):
     content = bytearray(WHOLE[name])
@@ -692,7 +692,7 @@ def test_any_damage_gives_rows_or_one_line(tmp_path, name, data):
         assert "\n" not in str(error) and str(error).startswith(str(path))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from(["a.jsonl", "a.csv", "a.jsonl.gz", "a.parquet"]), st.binary(max_size=200))
 def test_any_bytes_give_rows_or_one_line(tmp_path, name, content):
     path = tmp_path / name

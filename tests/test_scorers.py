@@ -8,7 +8,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
@@ -140,7 +140,6 @@ def restated(targets: list[str], answers: list[str], tags: bool) -> tuple[list[s
     return [target for target, _ in pairs], classes
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.data(), st.booleans())
 def test_finlora_equals_the_restatement(data, tags):
     text = st.text(ALPHABET, max_size=12)
@@ -171,7 +170,6 @@ def test_finlora_equals_the_restatement_on_real_rows(name, targets_of):
     assert 0 < summary(items)["accuracy"] < 1
 
 
-@settings(deadline=None)
 @given(st.text(ALPHABET, max_size=12), LABELS, st.randoms())
 def test_the_order_of_labels_counts_for_nothing(answer, labels, random):
     first = finlora_label(answer, labels)
@@ -260,7 +258,6 @@ def test_a_strict_answer_is_the_label(answer, predicted):
     assert (items["right"], items["unparsed"]) == ([predicted == "positive"], [predicted == "unparsed"])
 
 
-@settings(deadline=None)
 @given(
     st.sampled_from(SCORED),
     st.data(),
@@ -383,7 +380,6 @@ def test_a_target_outside_the_tables_labels_is_an_answer():
 TEXTS = st.text("abAB15.0 ,-/%()$eE*^=+", max_size=10)
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6),
     st.sampled_from(["accuracy", "accuracy_f1", "tag_accuracy_f1"]),
@@ -418,7 +414,6 @@ def test_what_holds_for_any_answers(pairs, metric, labels, random):
 # Summaries
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("abcde")), min_size=1, max_size=30))
 def test_summary_equals_scikit_learn(pairs):
     targets, predicted = (list(column) for column in zip(*pairs, strict=True))

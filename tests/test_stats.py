@@ -7,7 +7,7 @@ from math import comb
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
@@ -47,7 +47,6 @@ def swapped(rows, random) -> list[list[tuple[str, str]]]:
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
-@settings(max_examples=60, deadline=None)
 @given(rows=ROWS, data=st.data())
 def test_a_resample_scores_like_its_rows_written_out(statistic, rows, data):
     drawn = data.draw(st.lists(st.sampled_from(range(len(rows))), min_size=1, max_size=20))
@@ -75,7 +74,6 @@ def test_rows_are_drawn_whole_evenly_and_repeatably():
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
-@settings(max_examples=40, deadline=None)
 @given(rows=ROWS, seed=st.integers(0, 5), level=st.sampled_from([0.1, 0.95]))
 def test_an_interval_holds_the_score(statistic, rows, seed, level):
     items = items_of(rows)
@@ -111,7 +109,6 @@ def test_equal_rows_have_no_width():
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
-@settings(max_examples=40, deadline=None)
 @given(rows=ROWS, random=st.randoms())
 def test_swapping_the_two_changes_the_sign(statistic, rows, random):
     a, b = items_of(rows), items_of(swapped(rows, random))
@@ -126,7 +123,6 @@ def test_swapping_the_two_changes_the_sign(statistic, rows, random):
     assert forward["rows"] == len(rows) >= forward["only_a"] + forward["only_b"]
 
 
-@settings(deadline=None)
 @given(rows=ROWS, statistic=st.sampled_from(STATISTICS))
 def test_a_subject_does_not_differ_from_itself(rows, statistic):
     items = items_of(rows)

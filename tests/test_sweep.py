@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made import answered, label_rows, subject
 
@@ -49,7 +49,6 @@ paired = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.dictionaries(keys, values, min_size=1, max_size=3), paired)
 def test_a_sweep_file_means_what_it_means_to_axolotl(tmp_path_factory, content, pairs):
     file = tmp_path_factory.mktemp("sweep") / "any.yaml"
@@ -183,7 +182,6 @@ anything = st.recursive(
 some_key = st.sampled_from(["lora_r", "lr_groups", "_", "datasets", "special_tokens", "peft_use_dora", "plugins"])
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.dictionaries(some_key | st.integers() | st.none() | texts, anything | st.lists(anything), max_size=3))
 def test_any_other_file_ends_in_points_or_in_one_line(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("sweep")
