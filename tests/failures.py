@@ -42,7 +42,7 @@ def refuses(*words: str, error: type[Exception] = UserError, **place: object) ->
 
 
 def failed(done: subprocess.CompletedProcess, *words: str, **place: object) -> str:
-    """What follows `error: ` on the one such line of a process that ended with a code of its own, without a traceback."""
+    """What follows `error: ` on the only such line of a process that ended by itself, without a traceback."""
     assert done.returncode > 0 and "Traceback" not in done.stderr, done
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     return says(line.removeprefix("error: "), *words, **place)
