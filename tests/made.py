@@ -105,8 +105,11 @@ def label_rows(count: int, share: float, seed: int = 0, exchanged: bool = False)
     return rows
 
 
-def everything(results: Path) -> Path:
-    """A base and two adapters on fpb, tfns (both labels), xbrl_term, formula and mmlu. Returns `results`."""
+def everything(results: Path, part: int = 1) -> Path:
+    """A base and two adapters on fpb, tfns (both labels), xbrl_term, formula and mmlu. Returns `results`.
+
+    part: how many times fewer rows, for what does not depend on their number.
+    """
     for name, adapter, share, seed in (
         ("base-llama-3-1-8b-instruct-8bit", False, 0.6, 1),
         ("sentiment_r8_dora", True, 0.86, 2),
@@ -115,9 +118,12 @@ def everything(results: Path) -> Path:
         method = {"method": "lora"} if name.endswith("lora") else {}
         folder = subject(results, name, adapter=adapter, **method)
         draw = random.Random(seed)
-        seen = [{"seen": adapter and number % 10 == 0} | row for number, row in enumerate(label_rows(240, share, seed))]
+        seen = [
+            {"seen": adapter and number % 10 == 0} | row
+            for number, row in enumerate(label_rows(240 // part, share, seed))
+        ]
         answered(folder, "fpb", seen)
-        answered(folder, "tfns", label_rows(300, share, seed + 9, exchanged=True))
+        answered(folder, "tfns", label_rows(300 // part, share, seed + 9, exchanged=True))
         terms = [
             {
                 "context": f"Explain this XBRL term briefly in one sentence: Term {number}. Answer:",
@@ -125,11 +131,11 @@ def everything(results: Path) -> Path:
                 "answer": "" if number == 7 else f"The amount of item {number}.",
                 "bertscore": 0.0 if number == 7 else round(draw.uniform(0.4, 0.4 + share / 2), 6),
             }
-            for number in range(40)
+            for number in range(40 // part)
         ]
         answered(folder, "xbrl_term", terms)
         sums = []
-        for number in range(60):
+        for number in range(60 // part):
             target = f"{number * 37.5 + 15:.2f}"
             wrong = draw.random() > share - 0.3
             sums.append(
@@ -138,7 +144,7 @@ def everything(results: Path) -> Path:
         answered(folder, "formula", sums)
         questions = [
             {"target": "1", "answer": "1" if right else "2", "right": float(right)}
-            for right in (draw.random() < 0.66 for _ in range(120))
+            for right in (draw.random() < 0.66 for _ in range(120 // part))
         ]
         answered(folder, "mmlu", questions)
     return results

@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-from html import escape
+from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import made
 import pytest
+from failures import refuses, says
 
 from data.tasks import load_tasks
 from eval import results
@@ -30,16 +31,23 @@ from eval.report import (
 )
 from eval.scorers import finlora, summary
 from eval.stats import interval, paired
-from tools.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "base-llama-3-1-8b-instruct-8bit"
 SETS = {name: test for task in load_tasks().values() for name, test in task["tests"].items()}
 
 
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """The results with the report on them, for tests that only read: (folder, what it shows)."""
+    folder = made.everything(tmp_path_factory.mktemp("reported") / "results")
+    return folder, report(folder)
+
+
 @pytest.fixture
 def everything(tmp_path):
-    return made.everything(tmp_path / "results")
+    """Results of which a test changes something: a fifth of the rows of `reported`."""
+    return made.everything(tmp_path / "results", part=5)
 
 
 def page(folder: Path) -> str:
@@ -51,8 +59,17 @@ def rows_of(shown: dict, subject: str, name: str) -> list[dict]:
     return [row for row in entry["rows"] if row["set"] == name]
 
 
-def notes_of(shown: dict, subject: str) -> str:
-    return " ".join(next(entry["notes"] for entry in shown["subjects"] if entry["name"] == subject))
+def notes(shown: dict, subject: str, *words: str) -> int:
+    """How many of the notes on a subject hold all these words."""
+    found = next(entry["notes"] for entry in shown["subjects"] if entry["name"] == subject)
+    return sum(all(re.search(rf"(?<!\w)({word})", note, re.IGNORECASE) for word in words) for note in found)
+
+
+def warned(capsys) -> list[str]:
+    """What stderr says, without the word that begins each line."""
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("warning: ") for line in lines)
+    return [line.removeprefix("warning: ") for line in lines]
 
 
 # FinLoRA's figures
@@ -89,11 +106,12 @@ def test_the_published_figures_are_those_of_finlora():
 # What it shows
 
 
-def test_a_score_its_interval_and_its_difference_are_those_of_the_scorers(everything):
-    row = rows_of(report(everything), "sentiment_r8_dora", "fpb")[0]
+def test_a_score_its_interval_and_its_difference_are_those_of_the_scorers(reported):
+    folder, shown = reported
+    row = rows_of(shown, "sentiment_r8_dora", "fpb")[0]
 
     def items(subject):
-        lines = [json.loads(line) for line in open(everything / subject / "fpb" / "answers.jsonl")]
+        lines = [json.loads(line) for line in open(folder / subject / "fpb" / "answers.jsonl")]
         return finlora(SETS["fpb"], [line["answer"] for line in lines], [line["target"] for line in lines])
 
     ours, base = items("sentiment_r8_dora"), items(BASE)
@@ -101,19 +119,19 @@ def test_a_score_its_interval_and_its_difference_are_those_of_the_scorers(everyt
     assert (row["score"]["low"], row["score"]["high"]) == interval(ours)
     assert row["difference"] == paired(base, ours)
     expected = f"{percent(row['score']['accuracy'])} [{percent(row['score']['low'], 1)}, "
-    assert expected in (everything / "README.md").read_text()
-    assert f"<b>{percent(row['score']['accuracy'])}</b>" in page(everything)
+    assert expected in (folder / "README.md").read_text()
+    assert f"<b>{percent(row['score']['accuracy'])}</b>" in page(folder)
 
 
-def test_both_label_versions_stand_side_by_side_and_the_defect_is_explained(everything):
-    shown = report(everything)
+def test_both_label_versions_stand_side_by_side_and_the_defect_is_explained(reported):
+    folder, shown = reported
     corrected, as_published = rows_of(shown, "sentiment_r8_dora", "tfns")
     assert (corrected["labels"], as_published["labels"]) == ("corrected", "published")
     assert corrected["score"]["accuracy"] > 0.8 > 0.5 > as_published["score"]["accuracy"]
     assert not corrected["published"] and as_published["published"]["DoRA"] == (59.09, 0.702)
-    for text in page(everything), (everything / "README.md").read_text():
-        assert "calls 475 positive rows neutral and 1,566 neutral rows positive: 2,041 of" in " ".join(text.split())
-    assert "<b>corrected labels</b>" in page(everything) and "<b>published labels</b>" in page(everything)
+    for text in page(folder), (folder / "README.md").read_text():
+        assert re.search(r"475 positive .*neutral.* 1,566 neutral .*positive.* 2,041 ", " ".join(text.split()))
+    assert "<b>corrected " in page(folder) and "<b>published " in page(folder)
 
 
 def test_published_labels_come_first_where_they_were_asked_for(everything):
@@ -122,9 +140,9 @@ def test_published_labels_come_first_where_they_were_asked_for(everything):
     assert [row["labels"] for row in rows_of(report(everything), BASE, "tfns")] == ["published", "corrected"]
 
 
-def test_rows_that_were_trained_on_are_left_out_of_a_line_of_their_own(everything):
-    whole, unseen = rows_of(report(everything), "sentiment_r8_dora", "fpb")
-    assert (whole["rows"], unseen["rows"], unseen["only"]) == (240, 216, "not seen in training")
+def test_rows_that_were_trained_on_are_left_out_of_a_line_of_their_own(reported):
+    whole, unseen = rows_of(reported[1], "sentiment_r8_dora", "fpb")
+    assert (whole["rows"], unseen["rows"]) == (240, 216) and unseen["only"] and not whole["only"]
     assert unseen["difference"]["rows"] == 216 and not unseen["published"]
 
 
@@ -132,21 +150,22 @@ def test_so_they_are_under_both_versions_of_the_labels(tmp_path):
     folder = made.subject(tmp_path, "a")
     rows = [row | {"seen": number % 2 == 0} for number, row in enumerate(made.label_rows(60, 0.9, exchanged=True))]
     made.answered(folder, "tfns", rows)
-    found = [(row["labels"], row["only"], row["rows"]) for row in rows_of(report(tmp_path), "a", "tfns")]
-    without = [("corrected", "not seen in training", 30), ("published", "not seen in training", 30)]
-    assert found == [("corrected", "", 60), ("published", "", 60), *without]
-    assert "not seen in training, published labels" in page(tmp_path)
+    rows = rows_of(report(tmp_path), "a", "tfns")
+    found = [(row["labels"], bool(row["only"]), row["rows"]) for row in rows]
+    without = [("corrected", True, 30), ("published", True, 30)]
+    assert found == [("corrected", False, 60), ("published", False, 60), *without]
+    assert f"{rows[3]['only']}, published " in page(tmp_path)
 
 
-def test_strict_scores_appear_where_they_differ(everything):
-    shown = report(everything)
+def test_strict_scores_appear_where_they_differ(reported):
+    shown = reported[1]
     fpb, formula = (rows_of(shown, "sentiment_r8_dora", name)[0] for name in ("fpb", "formula"))
     assert fpb["strict"]["accuracy"] < fpb["score"]["accuracy"]  # "The sentiment is neutral" holds the label
     assert formula["strict"] is None and formula["unparsed"] == 5
 
 
-def test_an_average_stands_beside_the_published_one_over_the_same_sets(everything):
-    entry = report(everything)["subjects"][0]
+def test_an_average_stands_beside_the_published_one_over_the_same_sets(reported):
+    entry = reported[1]["subjects"][0]
     corrected, as_published = entry["averages"]
     names = ["fpb", "tfns", "xbrl_term", "formula"]
     assert as_published["sets"] == names and not as_published["whole"]
@@ -168,34 +187,35 @@ def test_with_all_19_sets_it_is_finloras_overall_average(tmp_path):
     (average,) = report(tmp_path)["subjects"][0]["averages"]
     assert average["whole"] and average["published"]["base"] == pytest.approx(37.05, abs=0.005)
     assert average["value"] == pytest.approx((17 * 1 + 2 * 0.5) / 19)
-    assert "overall average (19 sets)" in (tmp_path / "README.md").read_text()
+    assert re.search(r"average\W+19 ", (tmp_path / "README.md").read_text())
 
 
-def test_forgetting_is_paired_with_the_base(everything):
-    entry = report(everything)["subjects"][0]
+def test_forgetting_is_paired_with_the_base(reported):
+    entry = reported[1]["subjects"][0]
     (row,) = entry["forgetting"]
     assert row["set"] == "mmlu" and row["base"]["accuracy"] == pytest.approx(0.675)
     assert row["difference"]["difference"] == pytest.approx(row["score"]["accuracy"] - row["base"]["accuracy"])
     assert row["difference"]["rows"] == 120
 
 
-def test_a_confusion_matrix_counts_every_row_once(everything):
-    entry = report(everything)["subjects"][0]
+def test_a_confusion_matrix_counts_every_row_once(reported):
+    entry = reported[1]["subjects"][0]
     (fpb,) = next(one for one in entry["details"] if one["set"] == "fpb")["matrices"]
     assert fpb["columns"] == [*made.THREE, "unparsed"]
     assert sum(cell["count"] for row in fpb["rows"] for cell in row["cells"]) == 240
     right = sum(cell["count"] for row in fpb["rows"] for cell in row["cells"] if cell["right"])
-    assert right == round(rows_of(report(everything), "sentiment_r8_dora", "fpb")[0]["strict"]["accuracy"] * 240)
+    assert right == round(rows_of(reported[1], "sentiment_r8_dora", "fpb")[0]["strict"]["accuracy"] * 240)
 
 
-def test_the_most_frequent_errors_and_the_lowest_values_come_first(everything):
-    entry = report(everything)["subjects"][0]
+def test_the_most_frequent_errors_and_the_lowest_values_come_first(reported):
+    folder, shown = reported
+    entry = shown["subjects"][0]
     details = {one["set"]: one for one in entry["details"]}
     counts = [error["count"] for error in details["fpb"]["errors"]]
     assert counts == sorted(counts, reverse=True) and details["fpb"]["wrong"] >= sum(counts)
     first = details["xbrl_term"]["errors"][0]["examples"][0]
     assert (first["row"], first["answer"], first["marks"]) == (8, "", ["BERTScore F1 0.00"])
-    assert "<i>(empty)</i>" in page(everything)
+    assert "<i>(empty)</i>" in page(folder)
 
 
 def test_format_time_and_tokens(tmp_path):
@@ -210,6 +230,7 @@ def test_format_time_and_tokens(tmp_path):
 
 
 def test_the_same_results_give_the_same_bytes(everything):
+    """In another process, with another order of sets."""
     report(everything)
     before = [(everything / name).read_bytes() for name in ("index.html", "README.md")]
     again = subprocess.run(
@@ -220,7 +241,7 @@ def test_the_same_results_give_the_same_bytes(everything):
         env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "7"},
     )
     assert again.returncode == 0, again.stderr
-    assert "3 models, 5 data sets" in again.stdout
+    assert re.search(r"\b3 .*\b5 ", again.stdout), "how many models and sets"
     assert before == [(everything / name).read_bytes() for name in ("index.html", "README.md")]
 
 
@@ -234,28 +255,25 @@ def test_a_tiny_model_other_files_and_limit_are_said(tmp_path):
     shown = report(tmp_path)
     (average,) = shown["subjects"][0]["averages"]
     assert average["published"] == {}  # another file: no average of FinLoRA's to set beside it
-    said = notes_of(shown, folder.name)
-    for part in "tiny stand-in", "Not FinLoRA's published files", "fpb 5 of 1,212", "not committed", "BASE=1":
-        assert part in said
+    for words in ("tiny",), ("published", "fpb$|fpb\\W"), ("fpb 5 of 1,212",), ("commit",), ("BASE=1",):
+        assert notes(shown, folder.name, *words) == 1, words
     text = " ".join(page(tmp_path).split())
-    assert "5 <small>of 1,212</small>" in text and "2 sets, published labels, LIMIT" in text
-    assert "published labels, other file" in text
+    assert "5 <small>of 1,212</small>" in text and re.search(r"2 sets, published [^<]*LIMIT", text)
+    assert [row["other_file"] for row in shown["subjects"][0]["rows"]] == [True, False]  # fpb, fiqa
 
 
 def test_it_is_said_where_nobody_knows_what_was_trained_on(tmp_path):
     rows = [row | {"seen": None} for row in made.label_rows(5, 1.0)]
     made.answered(made.subject(tmp_path, "hub-adapter"), "fpb", rows)
     shown = report(tmp_path)
-    assert "trained on is not known" in notes_of(shown, "hub-adapter")
+    assert notes(shown, "hub-adapter", "train", "known|unknown") == 1
     assert len(rows_of(shown, "hub-adapter", "fpb")) == 1
 
 
 def test_another_prompt_of_the_base_is_said(everything):
     path = everything / BASE / "run.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"prompt": "raw"}))
-    assert "asked with another prompt (the raw context, as FinLoRA tested)" in notes_of(
-        report(everything), "sentiment_r8_dora"
-    )
+    assert notes(report(everything), "sentiment_r8_dora", BASE, "prompt", "raw") == 1
 
 
 def test_a_base_with_the_same_prompt_is_preferred_and_others_are_not_taken(everything):
@@ -268,20 +286,20 @@ def test_a_base_with_the_same_prompt_is_preferred_and_others_are_not_taken(every
 
 def test_only_rows_that_both_answered_are_compared(everything):
     folder = everything / BASE / "fpb"
-    kept = (folder / "answers.jsonl").read_text().splitlines(keepends=True)[:50]
+    kept = (folder / "answers.jsonl").read_text().splitlines(keepends=True)[:30]
     (folder / "answers.jsonl").write_text("".join(kept))
     about = json.loads((folder / "set.json").read_text())
-    (folder / "set.json").write_text(json.dumps(about | {"evaluated": 50, "limit": 50}))
+    (folder / "set.json").write_text(json.dumps(about | {"evaluated": 30, "limit": 30}))
     row = rows_of(report(everything), "sentiment_r8_dora", "fpb")[0]
-    assert (row["rows"], row["difference"]["rows"]) == (240, 50)
-    assert ", 50 rows" in (everything / "README.md").read_text()
+    assert (row["rows"], row["difference"]["rows"]) == (48, 30)
+    assert re.search(r"\b30 rows", (everything / "README.md").read_text())
 
 
 @pytest.mark.parametrize(
     ("name", "change", "reason"),
     [
-        ("fpb", {"sha256": "other"}, "another file"),
-        ("xbrl_term", {"encoder": "other, layer 3"}, "another measure"),
+        ("fpb", {"sha256": "other"}, "SHA-256"),
+        ("xbrl_term", {"encoder": "other, layer 3"}, "other, layer 3"),
     ],
 )
 def test_a_base_that_answered_something_else_gives_no_difference(everything, name, change, reason):
@@ -289,7 +307,7 @@ def test_a_base_that_answered_something_else_gives_no_difference(everything, nam
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     shown = report(everything)
     assert rows_of(shown, "sentiment_r8_dora", name)[0]["difference"] is None
-    assert reason in notes_of(shown, "sentiment_r8_dora")
+    assert notes(shown, "sentiment_r8_dora", name, BASE, reason) == 1
 
 
 # What is broken
@@ -330,49 +348,55 @@ def set_json(**change):
     return write
 
 
+# What harms fpb/, and what is said of it: the file in fpb/, its line, the key or set, and words.
 BROKEN = {
-    "unfinished": (lambda folder: (folder / "set.json").unlink(), "fpb: unfinished (240 answers so far)"),
-    "cut": (cut_line, "answers.jsonl:240: is cut short"),
-    "not JSON": (lambda folder: (folder / "set.json").write_text("{"), "set.json: cannot be read"),
-    "not UTF-8": (lambda folder: (folder / "answers.jsonl").write_bytes(b"\xff\n"), "answers.jsonl: cannot be read"),
-    "no answers": (
-        lambda folder: (folder / "answers.jsonl").unlink(),
-        "answers.jsonl: cannot be read (it is not there)",
+    "unfinished": (lambda folder: (folder / "set.json").unlink(), "", None, None, ["unfinished", "48", "make eval"]),
+    "cut": (cut_line, "answers.jsonl", 48, None, ["cut", "set.json"]),
+    "not JSON": (lambda folder: (folder / "set.json").write_text("{"), "set.json", None, None, ["read"]),
+    "not UTF-8": (
+        lambda folder: (folder / "answers.jsonl").write_bytes(b"\xff\n"),
+        "answers.jsonl",
+        None,
+        None,
+        ["read", "utf-8", "set.json"],
     ),
-    "a list": (lambda folder: (folder / "set.json").write_text("[]"), "set.json: is not an object"),
-    "a row less": (drop_row, "has 239 answers and set.json says 240"),
-    "a row twice": (twice, "answers.jsonl:240: row 1 is there twice"),
-    "an answer that is a number": (rewrite("answer", 1), "answers.jsonl:1: 'answer' is wrong"),
-    "a row that is no number": (rewrite("row", True), "answers.jsonl:1: 'row' is wrong"),
-    "labels of another kind": (set_json(labels_used="mine"), "'labels_used' is neither"),
-    "another set": (set_json(set="tfns"), "lies in fpb/"),
-    "no metric": (set_json(metric=None), "'metric' is wrong"),
+    "no answers": (lambda folder: (folder / "answers.jsonl").unlink(), "answers.jsonl", None, None, ["there|missing"]),
+    "a list": (lambda folder: (folder / "set.json").write_text("[]"), "set.json", None, None, ["object"]),
+    "a row less": (drop_row, "answers.jsonl", None, None, ["47", "48", "set.json"]),
+    "a row twice": (twice, "answers.jsonl", 48, None, ["row 1", "twice|duplicate", "set.json"]),
+    "an answer that is a number": (rewrite("answer", 1), "answers.jsonl", 1, "answer", []),
+    "a row that is no number": (rewrite("row", True), "answers.jsonl", 1, "row", []),
+    "labels of another kind": (set_json(labels_used="mine"), "set.json", None, "labels_used", ["corrected"]),
+    "another set": (set_json(set="tfns"), "set.json", None, "tfns", ["fpb/"]),
+    "no metric": (set_json(metric=None), "set.json", None, "metric", []),
 }
 
 
-@pytest.mark.parametrize(("harm", "said"), BROKEN.values(), ids=BROKEN)
-def test_what_is_broken_is_named_in_one_line_and_stops_nothing_else(everything, capsys, harm, said):
-    harm(everything / "sentiment_r8_dora" / "fpb")
+@pytest.mark.parametrize(("harm", "name", "number", "key", "words"), BROKEN.values(), ids=BROKEN)
+def test_what_is_broken_is_named_and_stops_nothing_else(everything, capsys, harm, name, number, key, words):
+    folder = everything / "sentiment_r8_dora" / "fpb"
+    harm(folder)
     shown = report(everything)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line and line.startswith("warning: ") and "evaluat" in line or "make eval" in line
+    (line,) = warned(capsys)
+    says(line, *words, "make eval|evaluate", file=folder / name, line=number, key=key)
     assert not rows_of(shown, "sentiment_r8_dora", "fpb") and rows_of(shown, "sentiment_r8_dora", "tfns")
     for text in page(everything), (everything / "README.md").read_text():
-        assert said.replace("'", "&#39;") in text or said in text
+        assert line in unescape(text)
 
 
 def test_a_missing_bertscore_is_named(everything, capsys):
     rewrite("bertscore", None)(everything / BASE / "xbrl_term")
     report(everything)
-    assert "answers.jsonl:1: has no bertscore" in capsys.readouterr().err
+    (line,) = warned(capsys)
+    says(line, "set.json", "evaluate", file=everything / BASE / "xbrl_term" / "answers.jsonl", line=1, key="bertscore")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}'])
 def test_a_broken_run_json_is_named(everything, capsys, text):
     (everything / "sentiment_r8_lora" / "run.json").write_text(text)
     assert len(report(everything)["subjects"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "sentiment_r8_lora/run.json: " in line
+    (line,) = warned(capsys)
+    says(line, "evaluate", file=everything / "sentiment_r8_lora" / "run.json")
 
 
 def test_answers_that_a_killed_evaluation_kept_are_named(everything, capsys):
@@ -380,8 +404,8 @@ def test_answers_that_a_killed_evaluation_kept_are_named(everything, capsys):
     for name in "killed", BASE:
         (everything / name / "answers.part.jsonl").write_text("[1]\n[2]\n")
     report(everything)
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and all("unfinished (2 answers kept)" in line for line in lines)
+    for name, line in zip((BASE, "killed"), warned(capsys), strict=True):
+        says(line, "unfinished", "2", "make eval", file=everything / name)
 
 
 def test_results_set_aside_and_stray_files_are_passed_over(everything, capsys):
@@ -394,11 +418,11 @@ def test_results_set_aside_and_stray_files_are_passed_over(everything, capsys):
 
 def test_nothing_to_report_on_is_one_line_that_says_what_to_do(tmp_path):
     for folder in tmp_path / "none", tmp_path:
-        with pytest.raises(UserError, match=r"holds no results yet; evaluate first: make eval RECIPE=\w+$"):
+        with refuses("no results", "make eval RECIPE=", file=folder):
             report(folder)
     made.answered(made.subject(tmp_path, "one"), "fpb", made.label_rows(5, 1.0))
     (tmp_path / "one" / "fpb" / "set.json").unlink()
-    with pytest.raises(UserError, match="no evaluation is finished; run make eval RECIPE="):
+    with refuses("finish", "make eval RECIPE=", file=tmp_path):
         report(tmp_path)
     assert not (tmp_path / "index.html").exists()
 
@@ -438,9 +462,8 @@ class Strict(HTMLParser):
         self.texts.append(data)
 
 
-def test_the_page_is_whole_html_that_needs_nothing_else(everything):
-    report(everything)
-    text = page(everything)
+def test_the_page_is_whole_html_that_needs_nothing_else(reported):
+    text = page(reported[0])
     assert text.startswith('<!doctype html>\n<html lang="en">')
     parsed = Strict(text)
     assert len(parsed.ids) == len(set(parsed.ids))
@@ -488,7 +511,6 @@ def test_texts_of_the_model_and_the_data_stay_text(hostile):
     for part in HOSTILE[0], "</pre></details><h1>gone</h1>", "positive\\u202e\\u200b\\u0000\\u001b[31m", "\\ud800 half":
         assert part in shown
     assert "{{ 7 * 7 }} {% raw %}" in shown
-    assert "<summary>prompt, " in text
     assert "</style>" in shown
     assert "<b>" not in (hostile / "README.md").read_text()
 
@@ -497,7 +519,7 @@ def test_what_hides_in_a_text_is_made_visible():
     assert visible("  a\tb \n\n c  ") == "··a⇥\tb·↵\n↵\n·c··"
     assert visible("a\r\nb\xa0c") == "a\\u000d↵\nb\\u00a0c"
     long = visible("a" * 5000)
-    assert "2,000 characters left out" in long and len(long) < 3100
+    assert "2,000" in long and len(long) < 3100
     assert visible("a" * 3100) == "a" * 3100
 
 
@@ -568,7 +590,7 @@ parent.document.title = "measured " + document.documentElement.scrollWidth + " "
 console.log("the console is read");</script>"""
 
 
-@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize("width", [400, pytest.param(1200, marks=pytest.mark.slow)])
 def test_a_browser_shows_the_page_without_errors_and_without_sideways_scrolling(hostile, browser, tmp_path, width):
     report(hostile)
     # A window cannot be as narrow as a telephone, a frame can.
@@ -582,14 +604,14 @@ def test_a_browser_shows_the_page_without_errors_and_without_sideways_scrolling(
     assert len(said) == 1 and "the console is read" in said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_screenshot_is_not_blank(everything, browser, tmp_path, scheme):
+def test_a_screenshot_is_not_blank(reported, browser, tmp_path, scheme):
     from PIL import Image
 
-    report(everything)
     shot = tmp_path / "shot.png"
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    _, said = browser(everything / "index.html", "--window-size=400,1200", f"--screenshot={shot}", *dark)
+    _, said = browser(reported[0] / "index.html", "--window-size=400,1200", f"--screenshot={shot}", *dark)
     assert said == []
     with Image.open(shot) as image:
         assert image.size == (400, 1200)
