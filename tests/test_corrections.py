@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from failures import refuses
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data.corrections import TABLE, applies, corrected_target, load_corrections, standing
 from data.fetch import read_manifest
 from data.rows import Row, read_rows
-from tools.cli import UserError
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "finlora" / "data"
 TFNS = "test/tfns_test.jsonl"
@@ -66,6 +66,9 @@ LABELS = st.sampled_from(["negative", "neutral", "positive", "strong positive", 
 TEXTS = st.one_of(st.text(), st.text().map(lambda text: INSTRUCTION.format("tweet", THREE, text)))
 
 
+@example(TRAIN, INSTRUCTION.format("tweet", THREE, "sales rose"), "neutral")
+@example(TRAIN, INSTRUCTION.format("tweet", THREE, "$tsla rose"), "neutral")
+@example(TFNS, "", "positive")
 @given(st.sampled_from([TFNS, TRAIN, "test/fpb_test.jsonl", "train/mine.jsonl"]), TEXTS, LABELS)
 def test_a_correction_changes_only_what_it_names_and_undoes_itself(file, context, label):
     published = Row(1, context, label)
@@ -112,21 +115,50 @@ def changed_table(change) -> str:
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "key", "words"),
     [
-        ("", "holds no corrections; restore it from git"),
-        ("a: [", "cannot be read (while parsing"),
-        ("a: 1", "a: must hold keys (evidence, git_blob_sha1, labels)"),
-        (changed_table(lambda t: t[TFNS].update(lables={})), f"{TFNS}: unknown key lables; known are evidence"),
-        (changed_table(lambda t: t[TFNS].pop("evidence")), f"{TFNS}: evidence is missing"),
-        (changed_table(lambda t: t[TFNS].update(labels={"a": "b"})), f"{TFNS}: labels must exchange labels"),
-        (changed_table(lambda t: t[TRAIN]["rows"].pop("without")), f"{TRAIN}: rows: without is missing"),
-        (changed_table(lambda t: t[TRAIN]["rows"].update(context="(")), f"{TRAIN}: rows.context is not a regular expr"),
+        ("", None, ["no corrections", "git"]),
+        ("- a", None, ["no corrections", "git"]),
+        ("a: [", None, ["cannot be read|unreadable", "parsing", "git"]),
+        ("a: \xff", None, ["cannot be read|unreadable", "utf-8", "git"]),
+        ("a: 1", "a", ["keys", "evidence, git_blob_sha1, labels"]),
+        (changed_table(lambda t: t[TFNS].update(lables={})), TFNS, ["unknown", "lables", "labels, rows"]),
+        (changed_table(lambda t: t[TFNS].pop("evidence")), TFNS, ["evidence", "missing"]),
+        (changed_table(lambda t: t[TFNS].pop("labels")), TFNS, ["labels", "missing"]),
+        (changed_table(lambda t: t[TFNS].pop("git_blob_sha1")), TFNS, ["git_blob_sha1", "missing"]),
+        (changed_table(lambda t: t[TFNS].update(labels={"a": "b"})), TFNS, ["labels", "exchange"]),
+        (changed_table(lambda t: t[TFNS].update(labels=["a"])), TFNS, ["labels", "exchange"]),
+        (changed_table(lambda t: t[TRAIN].update(rows=5)), f"{TRAIN}: rows", ["keys", "context, not_copied"]),
+        (changed_table(lambda t: t[TRAIN]["rows"].pop("without")), f"{TRAIN}: rows", ["without", "missing"]),
+        (changed_table(lambda t: t[TRAIN]["rows"].update(rows=1)), f"{TRAIN}: rows", ["unknown", "rows;", "without"]),
+        (changed_table(lambda t: t[TRAIN]["rows"].update(context="(")), TRAIN, ["rows.context", "regular expression"]),
+        (changed_table(lambda t: t[TRAIN]["rows"].update(without=5)), TRAIN, ["rows.without", "regular expression"]),
     ],
 )
-def test_a_wrong_table_is_named_with_its_key(tmp_path, text, complaint):
+def test_a_wrong_table_is_named_with_its_key(tmp_path, text, key, words):
     path = tmp_path / "corrections.yaml"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(UserError) as error:
+    path.write_text(text, encoding="latin-1")
+    with refuses(*words, file=path, key=key):
         load_corrections(path)
-    assert str(error.value).startswith(f"{path}: {complaint}") and "\n" not in str(error.value)
+
+
+def test_a_table_that_is_not_there(tmp_path):
+    with refuses("cannot be read|unreadable", "No such file", "git", file=tmp_path / "corrections.yaml"):
+        load_corrections(tmp_path / "corrections.yaml")
+
+
+def test_the_table_read_has_compiled_expressions_and_no_rows_where_the_whole_file_is_meant():
+    table = load_corrections()
+    assert table[TFNS]["rows"] is None
+    assert table[TRAIN]["rows"]["without"].search("buy $ABC") and not table[TRAIN]["rows"]["without"].search("for $5")
+
+
+def test_only_the_files_of_the_table_are_corrected_and_only_with_their_own_bytes(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"hello\n")
+    entry = {"git_blob_sha1": "ce013625030ba8dba906f756967f9e9ca394464a", "labels": {"a": "b", "b": "a"}, "rows": None}
+    monkeypatch.setattr("data.corrections.load_corrections", lambda: {"test/a.jsonl": entry})
+    assert applies("test/a.jsonl", path) is True
+    assert applies("test/b.jsonl", path) is False
+    path.write_bytes(b"hello!\n")
+    assert applies("test/a.jsonl", path) is False
