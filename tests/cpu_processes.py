@@ -6,6 +6,7 @@ model lies (the CPU), nothing of how it is trained. In a single process it does 
 
 import os
 
+import axolotl.utils.trainer
 import deepspeed.comm
 import deepspeed.comm.torch
 import torch
@@ -30,6 +31,8 @@ class CpuProcesses(BasePlugin):
             # axolotl builds FSDP2's mesh of CUDA devices.
             mesh = ParallelismConfig.build_device_mesh
             ParallelismConfig.build_device_mesh = lambda self, device: mesh(self, "cpu")
+            # axolotl asks CUDA whether GPUs reach each other; a CUDA build of torch raises there in a forked process.
+            axolotl.utils.trainer.check_cuda_p2p_ib_support = lambda: True
             # And it places models on the process's number, which means a GPU.
             place = ModelLoader._set_device_map_config
             ModelLoader._set_device_map_config = lambda self: place(self) or on_the_cpu(self.model_kwargs)
