@@ -5,7 +5,7 @@ BIN := $(if $(VENV),$(VENV)/bin,$(if $(ACTIVE),$(patsubst %/,%,$(dir $(ACTIVE)))
 READY := $(if $(filter .venv/bin,$(BIN)),.venv/.ready-$(TORCH))
 PY := PATH="$(abspath $(BIN)):$$PATH" PYTHONPATH="$(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))" AXOLOTL_DO_NOT_TRACK=$${AXOLOTL_DO_NOT_TRACK:-1} $(BIN)/python
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all train sweep eval report compare plan merge serve chat publish recipes check data audit pictures vllm lint constraints
+.PHONY: help setup demo test test-all fuzz train sweep eval report compare plan merge serve chat publish recipes check data audit pictures vllm lint constraints
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
@@ -16,10 +16,13 @@ demo: $(READY) ## the whole path on a CPU in three minutes; DATA=rows.jsonl for 
 	@$(PY) -m tools.demo $(if $(DATA),--data "$(DATA)")
 
 test: $(READY) ## the tests in six minutes on two cores; ARGS= for pytest
-	@$(PY) -m ruff check . && $(PY) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+	@$(PY) tests/surroundings.py && $(PY) -m ruff check . && $(PY) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 
 test-all: $(READY) ## all tests: every recipe, every way of distributing, more drawn examples
-	@$(PY) -m ruff check . && $(PY) -m pytest -n 2 --dist loadgroup --hypothesis-profile=all $(ARGS)
+	@$(PY) tests/surroundings.py && $(PY) -m ruff check . && $(PY) -m pytest -n 2 --dist loadgroup --hypothesis-profile=all $(ARGS)
+
+fuzz: $(READY) ## the property-based tests on new examples for SECONDS=300; prints failures as @example(...) to paste
+	@$(PY) tests/fuzz.py $(if $(SECONDS),--seconds "$(SECONDS)") $(ARGS)
 
 SEVERAL = $(if $(GPUS),--gpus "$(GPUS)") $(if $(ZERO),--zero "$(ZERO)") $(if $(OFFLOAD),--offload) \
   $(if $(FSDP),--fsdp "$(FSDP)") $(if $(RAY),--ray) $(if $(NODES),--nodes "$(NODES)") $(if $(NODE_RANK),--node-rank "$(NODE_RANK)") $(if $(MASTER),--master "$(MASTER)")

@@ -8,14 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import hypothesis
 import pytest
+import surroundings
 
 # Property-based tests draw the same examples on every machine and in every run. `make test-all` draws more of them, and
 # `make fuzz` new ones. How long an example may take is nobody's promise on a busy machine: no deadline.
 hypothesis.settings.register_profile("test", derandomize=True, database=None, deadline=None, max_examples=25)
 hypothesis.settings.register_profile("all", hypothesis.settings.get_profile("test"), max_examples=200)
-hypothesis.settings.register_profile("fuzz", database=None, deadline=None, max_examples=200)
+hypothesis.settings.register_profile(
+    "fuzz", hypothesis.settings.get_profile("test"), derandomize=False, max_examples=200
+)
 hypothesis.settings.load_profile("test")  # --hypothesis-profile=NAME takes another
 
 # The tests run on both cores already: torch's own threads only wait for each other there, up to minutes a run.
@@ -26,12 +30,46 @@ os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
+BEFORE = pytest.StashKey[tuple]()  # the run's folder, and the checkout's files before the tests
 FOLDERS = ("recipes", "tools", "data", "fastdora", "eval", "tests")
 FILES = ("Makefile", "pyproject.toml", "README.md")
 
 # A shell starts what it puts in the background with Ctrl-C ignored, and every child inherits that: tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist, which the controller started
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    if not WORKER:
+        try:
+            config.stash[BEFORE] = surroundings.prepare(), set(surroundings.files())
+        except surroundings.Unfit as error:
+            raise pytest.UsageError(str(error)) from error
+
+
+def pytest_collection_finish(session):
+    if any("command" in getattr(item, "fixturenames", ()) for item in session.items):
+        commands.begin(os.getppid() if WORKER else os.getpid())
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session):
+    """After all else has ended: nothing may be left of this run but what failed tests made."""
+    result = yield
+    if not WORKER and BEFORE in session.config.stash:
+        commands.end()
+        say = session.config.get_terminal_writer().line
+        run, before = session.config.stash[BEFORE]
+        for path in surroundings.left(run, before):
+            say(f"left behind by the tests: {path}")
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+        if kept := surroundings.clear(run):
+            say(f"what the failed tests made is in {kept}")
+    return result
 
 
 @pytest.fixture(scope="session")
@@ -61,12 +99,14 @@ def house(tmp_path: Path, tiny_base: Path) -> Path:
 
 @pytest.fixture
 def command(house: Path):
-    """Run `python -m MODULE ARGS...` in the copy of the house."""
+    """Run `python -m MODULE ARGS...`, or `-c` and code, in the copy of the house (tests/commands.py).
 
-    def run(*args: str, **options) -> subprocess.CompletedProcess:
-        env = {**os.environ, "PYTHONPATH": str(house)} | options.pop("env", {})
-        options = {"capture_output": True, "text": True, "timeout": 900} | options
-        return subprocess.run([sys.executable, "-m", *args], cwd=house, env=env, **options)
+    training: axolotl runs in a forked child too, not in the process that `make train` starts.
+    """
+
+    def run(*args: str, env: dict[str, str] | None = None, training: bool = True) -> subprocess.CompletedProcess:
+        env = {**os.environ, "PYTHONPATH": str(house)} | (env or {})
+        return commands.run(*args, cwd=house, env=env, timeout=900, training=training)
 
     return run
 

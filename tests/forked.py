@@ -1,8 +1,10 @@
 """Axolotl's command line in a forked child: the ten seconds of its import are paid once, and every run starts clean."""
 
+import atexit
 import contextlib
 import gc
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -30,6 +32,9 @@ import fastdora.plugin  # noqa: F401
 
 torch.set_num_threads(1)
 pack_parallel(np.array([3, 5, 2]), 8, 100, 8, num_processes=1)  # compiled once, before forking
+
+# Where each child has its temporary files: it ends without Python's own clearing up, or is killed.
+_temporary: dict[int, str] = {}
 
 
 def axolotl_command(*argv: str) -> tuple[int, str]:
@@ -70,9 +75,13 @@ def start(
     """
     gc.freeze()  # garbage collections in the child then leave the parent's pages alone
     output = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+    folder = tempfile.mkdtemp(prefix="f-")
     child = os.fork()
     if child:
+        _temporary[child] = folder
         return child, output
+    _temporary.clear()  # the parent's
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
     os.environ |= {key: str(value) for key, value in (env or {}).items()}
     os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0"
     os.dup2(output.fileno(), 1)
@@ -103,6 +112,14 @@ def finish(child: tuple[int, IO[str]], status: int | None = None) -> tuple[int, 
     pid, output = child
     if status is None:
         status = os.waitpid(pid, 0)[1]
+    shutil.rmtree(_temporary.pop(pid, ""), ignore_errors=True)
     with output:
         output.seek(0)
         return os.waitstatus_to_exitcode(status), output.read()
+
+
+@atexit.register
+def _clear_up() -> None:
+    """What the children left that nobody finished, because they were killed or are another test's to wait for."""
+    while _temporary:
+        shutil.rmtree(_temporary.popitem()[1], ignore_errors=True)

@@ -1,9 +1,11 @@
-"""Every recipe trains two steps on a tiny model, through the real axolotl; and axolotl's own loader takes every one."""
+"""Every recipe trains two steps on a tiny model, through the real axolotl; and axolotl's own loader takes every one.
+
+`make test` trains a cover: every task, and whatever bits, rank, alpha and method stand together in a name.
+"""
 
 import json
 import os
-import subprocess
-import sys
+from collections import Counter
 
 import pytest
 from safetensors import safe_open
@@ -13,13 +15,34 @@ from tools import recipes
 NAMES = [name for name in recipes.names() if name != "demo_r8_dora"]  # the demo has a test of its own
 
 
-@pytest.mark.parametrize("part", [0, 1, 2, 3])
-def test_every_recipe_trains(part, house):
-    wanted = NAMES[part::4]
-    env = {**os.environ, "PYTHONPATH": str(house)}
-    done = subprocess.run(
-        [sys.executable, "tests/train_all.py", *wanted], cwd=house, env=env, capture_output=True, text=True, timeout=900
-    )
+def values(name: str) -> set:
+    """The values of a name's parts, and which of them stand together."""
+    parts = recipes.parse_name(name)
+    kind = tuple(parts[key] for key in ("bits", "r", "alpha", "method"))
+    return {("task", parts["task"]), ("kind", kind), *zip(("bits", "r", "alpha", "method"), kind, strict=True)}
+
+
+def cover() -> list[str]:
+    """Recipes that hold all values there are, chosen greedily; of equal ones, that whose values were chosen least."""
+    of = {name: values(name) for name in NAMES}
+    missing, chosen, times = set().union(*of.values()), [], Counter()
+    while missing:
+        chosen.append(max(of, key=lambda name: (len(of[name] & missing), -sum(times[value] for value in of[name]))))
+        missing -= of[chosen[-1]]
+        times.update(of[chosen[-1]])
+    return chosen
+
+
+COVER = cover()
+REST = [name for name in NAMES if name not in COVER]
+PARTS = [COVER[0::2], COVER[1::2]]
+SLOW = [pytest.param(REST[part::4], marks=pytest.mark.slow) for part in range(4)]
+
+
+@pytest.mark.parametrize("wanted", [*PARTS, *SLOW], ids=lambda names: f"{names[0]}-and-{len(names) - 1}")
+def test_recipes_train(wanted, house, command):
+    places = os.pathsep.join([str(house), str(house / "tests")])
+    done = command("train_all", *wanted, env={"PYTHONPATH": places})
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"recipe"')]  # axolotl logs there too
     rows = {row["recipe"]: row for row in map(json.loads, lines)}
     assert list(rows) == wanted, done.stderr[-3000:]

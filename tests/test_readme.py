@@ -1,11 +1,14 @@
 """The README's examples run, and what it names is there."""
 
 import json
+import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tools import recipes
 
@@ -14,14 +17,32 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if re.match(r"^make [a-z]+", line)]
 
 
+VENV = f"VENV={ROOT / '.venv'}" if (ROOT / ".venv/bin/axolotl").exists() else "T="
+
+
 def make(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(["make", *args], cwd=cwd, capture_output=True, text=True, timeout=900)
 
 
-def test_demo(command, house):
+@pytest.fixture
+def made(command, house):
+    """A function that runs what `make ARGS...` would in the copy of the house, in a forked process."""
+
+    def run(*args: str) -> subprocess.CompletedProcess:
+        (line,) = make("-n", *args, VENV, cwd=house).stdout.splitlines()
+        words = shlex.split(line)
+        assert not {"&&", "||", "|", ";"} & set(words), line
+        done = command(*words[words.index("-m") + 1 :])
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    return run
+
+
+def test_demo(house):
     """`make demo`: DoRA through axolotl on the sample rows, clearly better than the base and than the usual answer."""
     assert "make demo" in COMMANDS
-    done = command("tools.demo", timeout=900)
+    done = make("demo", VENV, cwd=house)
     assert done.returncode == 0, done.stderr[-3000:]
     table = done.stdout[done.stdout.index("200 held-out rows of data/sample/test/fpb_test.jsonl\n") :]
     base, usual, adapter = (float(share) for share in re.findall(r"([\d.]+)%$", table, re.M))
@@ -39,13 +60,10 @@ def test_the_demos_held_out_rows_are_not_trained_on():
     assert len(train) == 640 and len(test) == 200 and not train & test
 
 
-def test_make_train_runs_as_the_readme_says(house):
-    """TINY=1 with ARGS through make itself, in a copy of the house."""
+def test_make_train_runs_as_the_readme_says(house, made):
+    """TINY=1 with ARGS, and the commands that follow it."""
     assert "make train RECIPE=sentiment_r8_dora TINY=1" in COMMANDS
-    run = ("train", "RECIPE=sentiment_llama_3_1_8b_8bits_r8_dora", "TINY=1", "ARGS=--learning-rate 0.0002")
-    venv = f"VENV={ROOT / '.venv'}" if (ROOT / ".venv/bin/axolotl").exists() else "T="
-    done = make(*run, venv, cwd=house)
-    assert done.returncode == 0, done.stderr[-3000:]
+    made("train", "RECIPE=sentiment_llama_3_1_8b_8bits_r8_dora", "TINY=1", "ARGS=--learning-rate 0.0002")
     record = json.loads((house / "outputs/tiny/sentiment_r8_dora/run.json").read_text(encoding="utf-8"))
     assert record["args"] == ["--learning-rate", "0.0002"] and record["data_from"] == "sample"
     metrics = json.loads((house / "outputs/tiny/sentiment_r8_dora/metrics.json").read_text(encoding="utf-8"))
@@ -53,14 +71,12 @@ def test_make_train_runs_as_the_readme_says(house):
     # What was trained is evaluated, reported and compared by the next commands that the README names.
     tiny = ("RECIPE=sentiment_r8_dora", "TINY=1", "BASE=1", "LIMIT=9")
     base = f"base-{(ROOT / '.cache' / 'tiny').resolve().name}-8bit"
-    for command in ("eval", *tiny), ("report",), ("compare", f"A={base}", "B=sentiment_r8_dora.tiny"):
-        assert any(line.startswith(f"make {command[0]}") for line in COMMANDS)
-        done = make(*command, venv, cwd=house)
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert "A and B cannot be told apart on these 9 rows" in done.stdout
-    for command in ("merge", *tiny[:2], "LIMIT=2"), ("publish", *tiny[:2], "REPO=someone/Llama-tiny"):  # docs/use.md
-        done = make(*command, venv, cwd=house)
-        assert done.returncode == 0, done.stderr[-3000:]
+    for args in ("eval", *tiny), ("report",), ("compare", f"A={base}", "B=sentiment_r8_dora.tiny"):
+        assert any(line.startswith(f"make {args[0]}") for line in COMMANDS)
+        done = made(*args)
+    assert "cannot be told apart on these 9 rows" in done.stdout
+    made("merge", *tiny[:2], "LIMIT=2")
+    made("publish", *tiny[:2], "REPO=someone/Llama-tiny")  # docs/use.md
     assert (house / "outputs/tiny/sentiment_r8_dora/merged/merge.json").is_file()
     card = (house / "outputs/tiny/sentiment_r8_dora/publish/README.md").read_text(encoding="utf-8")
     assert "of a spread of" not in card and "| fpb | published | 9 |" in card and "synthetic sample rows" in card
@@ -78,16 +94,34 @@ def test_make_alone_prints_what_it_can_do():
 
 
 def test_a_typo_ends_make_with_one_line_and_a_hint():
-    done = make("train", "RECIPE=sentment_r8_dora")
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    done = make("train", "RECIPE=sentment_r8_dora", VENV)
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("make")]  # its own: which target failed
     assert done.returncode != 0 and len(lines) == 1 and "did you mean sentiment_r8_dora" in lines[0]
 
 
-def test_ci_runs_the_readmes_test_command():
+def test_ci_runs_the_readmes_test_command(tmp_path):
+    """With make stood in for: what it is asked for is printed."""
     assert "make test" in COMMANDS
-    script = [line for line in (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
-    assert script[-1] == "make test"
-    assert "run: .ci/run" in (ROOT / ".github/workflows/test.yml").read_text(encoding="utf-8")
+    (tmp_path / "make").write_text('#!/bin/sh\necho "make $*"\n', encoding="utf-8")
+    (tmp_path / "make").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env.pop("CI", None)  # where it is set, a browser is installed
+    done = subprocess.run([ROOT / ".ci/run"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "make test\n"), done.stderr
+
+
+@pytest.mark.parametrize("workflow, expected", [("test", {".ci/run"}), ("weekly", {"make test-all", "make fuzz"})])
+def test_workflows_run_what_there_is(workflow, expected):
+    """Each command is a script here or a target of the Makefile."""
+    text = (ROOT / ".github" / "workflows" / f"{workflow}.yml").read_text(encoding="utf-8")
+    (job,) = yaml.safe_load(text)["jobs"].values()
+    given = job.get("strategy", {}).get("matrix", {"command": [None]})["command"]
+    written = [step["run"] for step in job["steps"] if "run" in step]
+    steps = [text.replace("${{ matrix.command }}", str(one)) for text in written for one in given]
+    assert expected <= {" ".join(step.split()[:2]) for step in steps}
+    for step in steps:
+        words = step.split()
+        assert make("-n", *words[1:], VENV).returncode == 0 if words[0] == "make" else (ROOT / words[0]).is_file(), step
 
 
 @pytest.mark.parametrize(

@@ -36,20 +36,21 @@ def raw(house: Path, text: bytes | str, task_file: str = "finlora_sentiment_trai
 
 def test_unknown_recipe(command):
     done = command("tools.train", "sentment_r8_dora")
-    assert failure(done).startswith("error: RECIPE=sentment_r8_dora: no such recipe; did you mean sentiment_r8_dora,")
+    line = failure(done)
+    assert "RECIPE=sentment_r8_dora" in line and "sentiment_r8_dora" in line.partition("sentment_r8_dora")[2]
 
 
 @pytest.mark.parametrize("args", [["--lora-r", "16"], ["--lora-r=16"], ["--no-load-in-8bit"], ["--output-dir", "x"]])
 def test_args_cannot_change_what_the_name_says(command, args):
     line = failure(command("tools.train", "sentiment_r8_dora", "--tiny", "--", *args))
-    assert line.startswith(f"error: ARGS={' '.join(args)}: ") and " belongs to the recipe's name; copy " in line
+    assert f"ARGS={' '.join(args)}: " in line and "sentiment_r8_dora.yaml" in line and "copy" in line
 
 
 def test_a_recipe_that_must_be_mended_stops_before_the_gpu_is_looked_for(command, house):
     path = house / "recipes" / "ner_r8_dora.yaml"
     path.write_text(path.read_text(encoding="utf-8") + "lora_dropuot: 0.1\n", encoding="utf-8")
     line = failure(command("tools.train", "ner_r8_dora"))
-    assert line == f"error: {path}: unknown key 'lora_dropuot'; did you mean 'lora_dropout'?"
+    assert str(path) in line and "'lora_dropuot'" in line and "'lora_dropout'" in line
 
 
 @pytest.mark.parametrize("base, target", [("meta-llama/Llama-3.1-8B-Instruct", "w9"), ("other/model", "c_attn")])
@@ -60,18 +61,15 @@ def test_a_target_that_is_no_layer_is_named_before_a_folder_is_made(command, hou
     changed = yaml.safe_load(text.replace("  - k_proj\n", f"  - {target}\n")) | {"base_model": base}
     (house / "ner_r8_dora.yaml").write_text(yaml.safe_dump(changed), encoding="utf-8")
     line = failure(command("tools.train", "ner_r8_dora.yaml", "--tiny"))
-    assert line.startswith(f"error: ner_r8_dora.yaml: key 'lora_target_modules': {target} is none of q_proj, k_proj, ")
+    assert "ner_r8_dora.yaml" in line and "'lora_target_modules'" in line and target in line and "q_proj" in line
     assert not (house / "outputs").exists()
 
 
 @pytest.mark.skipif(bool(checks.gpus()), reason="this machine has a GPU")
 def test_without_a_gpu_one_line_names_the_demo_and_tiny(command):
     line = failure(command("tools.train", "sentiment_r8_dora"))
-    assert re.fullmatch(
-        r"error: sentiment_r8_dora needs a GPU with about \d+ GiB and none is here; try `make demo`, or this recipe on "
-        r"a tiny model: make train RECIPE=sentiment_r8_dora TINY=1",
-        line,
-    )
+    assert re.search(r"sentiment_r8_dora\b.* \d+ GiB\b", line), line
+    assert "make demo" in line and "make train RECIPE=sentiment_r8_dora TINY=1" in line
 
 
 def test_memory_estimate_orders_as_it_must():
@@ -105,11 +103,11 @@ def test_a_gpu_that_is_too_small_names_the_keys_to_change(monkeypatch):
     path = recipes.RECIPES / "xbrl_extract_r8_dora.yaml"
     with pytest.raises(UserError) as error:
         checks.check_device(path, recipes.load(path))
-    assert re.fullmatch(
-        r".*xbrl_extract_r8_dora.yaml: needs about \d+ GiB and NVIDIA T4 has 14 of 15 free; free the GPU, or set "
-        r"gradient_checkpointing: true and sequence_len: 8192 and gradient_accumulation_steps: 6",
-        str(error.value),
-    )
+    line = str(error.value)
+    assert "xbrl_extract_r8_dora.yaml" in line and "NVIDIA T4" in line
+    assert re.findall(r"\d+", line.partition("yaml")[2].partition("set ")[0])[-2:] == ["14", "15"], line  # GiB free
+    for change in "gradient_checkpointing: true", "sequence_len: 8192", "gradient_accumulation_steps: 6":
+        assert change in line
 
 
 def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
@@ -117,12 +115,12 @@ def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
     recipe = recipes.load(recipes.RECIPES / "demo_r8_dora.yaml") | {"datasets": [], "test_datasets": []}
     full = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: full)  # a disk cannot be filled here
-    with pytest.raises(UserError, match=r"0\.\d GiB are needed for tokens and checkpoints and 0\.0 are free"):
+    with pytest.raises(UserError, match=r"0\.\d GiB .*\b0\.0\b.* free"):
         checks.check_disk(Path("demo_r8_dora.yaml"), recipe, tmp_path, needs_gpu=False)
 
 
 BAD_DATA = {
-    "missing": (None, "data/raw/train/finlora_sentiment_train.jsonl: is not there; run `make data TASK=sentiment`"),
+    "missing": (None, "data/raw/train/finlora_sentiment_train.jsonl: .*make data TASK=sentiment"),
     "empty": (b"", "finlora_sentiment_train.jsonl: "),
     "malformed line": (ROW.encode() + b'{"context": "a", "target"\n', "finlora_sentiment_train.jsonl:2: "),
     "not UTF-8": (ROW.encode() + ROW.replace("rose", "r\xfcse").encode("latin-1"), "finlora_sentiment_train.jsonl:2: "),
@@ -132,7 +130,7 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data_is_named_before_anything_loads(case, house, monkeypatch):
+def test_bad_data_is_named_before_anything_loads(case, command, house):
     content, expected = BAD_DATA[case]
     if content is not None:
         raw(house, content)
@@ -142,26 +140,24 @@ def test_bad_data_is_named_before_anything_loads(case, house, monkeypatch):
         "path = recipes.find('sentiment_r8_dora')\n"
         "run(lambda: print(train.prepare_data(path, recipes.load(path), small=False)))"
     )
-    env = {**os.environ, "PYTHONPATH": str(house)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=house, env=env, capture_output=True, text=True)
-    assert expected in failure(done)
+    assert re.search(expected, failure(command("-c", code)))
 
 
 BAD_MESSAGES = {
-    "empty file": ("", ": holds no rows; recipe "),
-    "not JSON": ("{\n", ':1: not a row of {"messages": [{"role", "content"}, ...]}; mend it'),
-    "FinLoRA's schema": (ROW, ':1: not a row of {"messages": [{"role", "content"}, ...]}; mend it'),
+    "empty file": ("", ": .*no rows.* mine.yaml"),
+    "not JSON": ("{\n", ':1: .*{"messages": '),
+    "FinLoRA's schema": (ROW, ':1: .*{"messages": '),
     "numeric answer": (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 0}]}\n',
-        ":1: the last message must be the assistant's, and every content a string",
+        ":1: .*assistant.* content .*string",
     ),
     "empty answer": (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}\n',
-        ":1: the answer is empty; fill it in or remove the row",
+        ":1: .*answer is empty.*remove",
     ),
     "no answer": (
         '{"messages": [{"role": "user", "content": "a"}]}\n',
-        ":1: the last message must be the assistant's, and every content a string",
+        ":1: .*last message.* assistant",
     ),
 }
 
@@ -172,13 +168,13 @@ def test_bad_chat_rows_of_ones_own_are_named(case, tmp_path):
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as error:
         checks.check_messages(Path("mine.yaml"), tmp_path / "rows.jsonl")
-    assert expected in str(error.value) and "\n" not in str(error.value)
+    assert re.search(f"rows.jsonl{expected}", str(error.value)) and "\n" not in str(error.value)
 
 
 def test_no_write_permission(command, house):
     (house / "outputs").write_text("in the way", encoding="utf-8")
     line = failure(command("tools.train", "sentiment_r8_dora", "--tiny"))
-    assert re.search(r"outputs/tiny/sentiment_r8_dora: cannot be written \(.*\); mend its permissions", line)
+    assert re.search(r"outputs/tiny/sentiment_r8_dora: .*\(.+\).* permissions", line)
 
 
 def start(house: Path, *args: str) -> subprocess.Popen:
@@ -210,23 +206,20 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
     assert first.poll() is None, first.stderr.read()[-3000:]
 
     second = command("tools.train", *long)
-    assert failure(second) == (
-        "error: outputs/tiny/sentiment_bf16_r8_dora: another command is at work there; wait for it or end it"
-    )
+    assert re.search("outputs/tiny/sentiment_bf16_r8_dora: another command .* wait", failure(second))
 
     wait_for(lambda: any(out.glob("checkpoint-*/trainer_state.json")), 300)
     first.send_signal(signal.SIGINT)
     output, errors = first.communicate(timeout=300)
     assert first.returncode == 130 and "Traceback" not in errors, errors[-3000:]
-    assert errors.rstrip().endswith(
-        "interrupted; run the same command again to go on from outputs/tiny/sentiment_bf16_r8_dora"
-    )
+    last = errors.rstrip().splitlines()[-1]
+    assert last.startswith("interrupted") and last.endswith("outputs/tiny/sentiment_bf16_r8_dora"), last
     assert not (out / "adapter_model.safetensors").exists() and not (out / "run.json").exists()
     steps = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
     assert 1 <= steps < 60 and (out / f"checkpoint-{steps}" / "optimizer.pt").exists()
 
     changed = command("tools.train", *long, "--learning-rate", "0.01")
-    assert "holds an unfinished run with other options" in failure(changed)
+    assert re.search("unfinished run .*other options", failure(changed))
 
     done = command("tools.train", *long)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -242,15 +235,14 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
     assert yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))["lora_r"] == 8
 
     again = command("tools.train", *long)
-    assert again.returncode == 0 and "is already trained with this recipe and data" in again.stdout
+    assert again.returncode == 0 and "already trained" in again.stdout and "FORCE=1" in again.stdout
 
     path = house / "recipes" / "sentiment_bf16_r8_dora.yaml"
     path.write_text(path.read_text(encoding="utf-8").replace("0.0001", "0.0002"), encoding="utf-8")
     other = command("tools.train", *long)
-    assert failure(other) == (
-        "error: outputs/tiny/sentiment_bf16_r8_dora: holds a finished run with another recipe (learning_rate: 0.0001 "
-        "-> 0.0002); FORCE=1 sets it aside and trains sentiment_bf16_r8_dora anew"
-    )
+    line = failure(other)
+    assert "outputs/tiny/sentiment_bf16_r8_dora: " in line and " finished run" in line and "FORCE=1" in line
+    assert "learning_rate: 0.0001 -> 0.0002" in line
     adapter = (out / "adapter_model.safetensors").read_bytes()
     forced = command("tools.train", "sentiment_bf16_r8_dora", "--tiny", "--force")
     assert forced.returncode == 0, forced.stderr[-3000:]
@@ -264,17 +256,14 @@ def test_a_folder_with_other_files_is_left_alone(command, house):
     out.mkdir(parents=True)
     (out / "thesis.tex").write_text("precious", encoding="utf-8")
     line = failure(command("tools.train", "ner_r8_lora", "--tiny"))
-    assert line == (
-        "error: outputs/tiny/ner_r8_lora: holds files that this command did not write; FORCE=1 sets it aside and "
-        "trains ner_r8_lora anew"
-    )
+    assert re.search("outputs/tiny/ner_r8_lora: .*files.* FORCE=1 ", line)
     assert (out / "thesis.tex").read_text(encoding="utf-8") == "precious"
 
 
 ADAPTER_FAULTS = {
-    "rank": ({"r": 4}, "key 'r' is 4, the recipe says 8"),
-    "no DoRA": ({"use_dora": False}, "key 'use_dora' is False, the recipe says True"),
-    "targets": ({"target_modules": ["q_proj"]}, "key 'target_modules' is ['q_proj']"),
+    "rank": ({"r": 4}, "'r' .*4.* 8"),
+    "no DoRA": ({"use_dora": False}, "'use_dora' .*False.* True"),
+    "targets": ({"target_modules": ["q_proj"]}, r"'target_modules' .*\['q_proj'\]"),
 }
 
 
@@ -291,18 +280,17 @@ def test_an_adapter_that_is_not_what_the_recipe_says(case, tmp_path):
         "target_modules": ["v_proj", "q_proj", "k_proj"],
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change), encoding="utf-8")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=expected):
         checks.check_adapter(recipe, tmp_path, {"base_layers": {"Linear8bitLt": 96}})
-    assert expected in str(error.value)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(UserError, match="trained on {'Linear': 96}, the recipe says Linear8bitLt; do not use it"):
+    with pytest.raises(UserError, match="{'Linear': 96}.* Linear8bitLt"):
         checks.check_adapter(recipe, tmp_path, {"base_layers": {"Linear": 96}})
     (tmp_path / "adapter_model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(UserError, match="adapter_model.safetensors: cannot be read"):
+    with pytest.raises(UserError, match="adapter_model.safetensors: .*read"):
         checks.check_adapter(recipe, tmp_path, {"base_layers": {"Linear8bitLt": 96}})
 
 
-def test_what_is_recorded_is_what_is_trained(house, tiny_base, monkeypatch):
+def test_what_is_recorded_is_what_is_trained(command, house, tiny_base):
     """A recipe that is edited once its run has begun, and before axolotl reads it."""
     rows = house / "rows.jsonl"
     turns = [{"role": "user", "content": "Shares rose."}, {"role": "assistant", "content": "up"}]
@@ -316,7 +304,6 @@ def test_what_is_recorded_is_what_is_trained(house, tiny_base, monkeypatch):
     edit += "train.fetch_base = lambda *args: (own.write_text(text + 'seed: 77\\n'), fetch(*args))\n"
     edit += "train.axolotl = lambda command, config, *rest: print(command, config, 'seed: 77' in config.read_text())\n"
     edit += "train.train(own)"
-    env = os.environ | {"PYTHONPATH": str(house)}
-    done = subprocess.run([sys.executable, "-c", edit], cwd=house, env=env, capture_output=True, text=True)
+    done = command("-c", edit)
     said = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith(("preprocess ", "train "))]
     assert said == ["False", "False"], done.stdout + done.stderr

@@ -1,6 +1,6 @@
-"""Train recipes two steps each on the tiny model: `python tests/train_all.py RECIPE...` prints a JSON line for each.
+"""Train recipes two steps each on the tiny model: `python -m train_all RECIPE...` prints a JSON line for each.
 
-The same as `make train RECIPE=... TINY=1`, but that axolotl's commands run in forked children of one import.
+The same as `make train RECIPE=... TINY=1` for each, but that axolotl's commands run in forked children of one import.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import time
 from forked import axolotl_command
 
 from tools import recipes, train
-from tools.cli import UserError
+from tools.cli import UserError, run
 
 
 def in_process(command, config, args, local, lock) -> None:
@@ -34,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
