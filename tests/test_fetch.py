@@ -1,5 +1,6 @@
 """Fetching against a real HTTP server on this machine that serves ranges, stalls, cuts, lies and refuses."""
 
+import argparse
 import contextlib
 import fcntl
 import gzip
@@ -23,13 +24,14 @@ from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, Thread
 from pathlib import Path
 
 import pytest
+from failures import failed, refuses, says
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data import fetch as fetching
 from data.fetch import checksum, fetch, is_right, read_manifest, sources
 from data.tasks import load_tasks
-from tools.cli import UserError
+from tools.cli import UserError, run
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "finlora"
@@ -168,9 +170,11 @@ def command(*options, **environment):
     return {"args": started, "cwd": ROOT, "env": env | {"PYTHONPATH": str(ROOT)} | environment}
 
 
-def one_line(text):
-    assert text.startswith("error: ") and text.count("\n") == 1 and text.endswith("\n"), text
-    return text.removeprefix("error: ").removesuffix("\n")
+def finished(options, **more):
+    """The process that has ended; what it wrote to stderr is the error and nothing else."""
+    done = subprocess.run(**options, **more, capture_output=True, text=True)
+    assert done.stderr.count("\n") == (done.returncode > 0), done.stderr
+    return done
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -205,37 +209,31 @@ def test_the_addresses_of_finlora():
     assert files["data/train/multi/general_multi.jsonl"] == lfs
 
 
+def manifest_of(*files) -> bytes:
+    return json.dumps({"repository": "r", "commit": "c", "files": files}).encode()
+
+
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "words"),
     [
-        (None, "cannot be read (No such file or directory)"),
-        (b"{", "cannot be read (Expecting property name"),
-        (b"\xff", "cannot be read ('utf-8' codec"),
-        (b"[]", "repository, commit or files is missing"),
-        (b'{"repository": "r", "commit": "c"}', "repository, commit or files is missing"),
-        (b'{"repository": "r", "commit": "c", "files": [{}]}', "files[0]: None is not a path under data/"),
-        (b'{"repository": "r", "commit": "c", "files": [5]}', "files[0]: 5 is not a path under data/"),
-        (
-            b'{"repository": "r", "commit": "c", "files": [{"path": "data/../../x"}]}',
-            "files[0]: 'data/../../x' is not a path",
-        ),
-        (
-            b'{"repository": "r", "commit": "c", "files": [{"path": "/data/a/b"}]}',
-            "files[0]: '/data/a/b' is not a path",
-        ),
-        (
-            b'{"repository": "r", "commit": "c", "files": [{"path": "data/train/x"}]}',
-            "files[0]: data/train/x has no checksum",
-        ),
+        (None, ["cannot be read|unreadable", "No such file", "git"]),
+        (b"{", ["cannot be read|unreadable", "Expecting property name", "git"]),
+        (b"\xff", ["cannot be read|unreadable", "utf-8", "git"]),
+        (b"[]", ["repository", "commit", "files", "missing", "git"]),
+        (b'{"repository": "r", "commit": "c"}', ["repository", "commit", "files", "missing", "git"]),
+        (manifest_of({}), ["files[0]", "None", "under data/"]),
+        (manifest_of(5), ["files[0]", "5", "under data/"]),
+        (manifest_of({"path": "data/../../x"}), ["files[0]", "'data/../../x'", "path"]),
+        (manifest_of({"path": "/data/a/b"}), ["files[0]", "'/data/a/b'", "path"]),
+        (manifest_of(entry_of(NAME, b""), {"path": "data/train/x"}), ["files[1]", "data/train/x", "checksum", "git"]),
     ],
 )
-def test_a_wrong_manifest_is_refused_with_one_line(tmp_path, content, message):
+def test_a_wrong_manifest_is_refused_with_one_line(tmp_path, content, words):
     path = tmp_path / "manifest.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError) as caught:
+    with refuses(*words, file=path):
         fetch(raw=tmp_path / "raw", manifest=path)
-    assert str(caught.value).startswith(f"{path}: {message}") and "\n" not in str(caught.value)
 
 
 # A mirror of the real files
@@ -257,15 +255,13 @@ def real_mirror(request, tmp_path):
         yield server.url
 
 
-def test_the_real_files_come_from_a_mirror(real_mirror, tmp_path):
+def test_the_real_files_come_from_a_mirror(real_mirror, tmp_path, capsys):
     here = {f"data/{path.relative_to(SHARED / 'data')}": path for path in (SHARED / "data").rglob("*.jsonl")}
-    done = subprocess.run(
-        **command("--raw", tmp_path, "--backoff", 0, FINLORA_MIRROR=real_mirror), capture_output=True, text=True
-    )
-    lacking = sorted({entry["path"] for entry in read_manifest()["files"]} - set(here))
-    assert done.returncode == 1
-    assert one_line(done.stderr) == f"FINLORA_MIRROR lacks {len(lacking)} of 27 files: {', '.join(lacking)}"
-    assert done.stdout.count("fetched") == len(here) == 8
+    pinned = {entry["path"] for entry in read_manifest()["files"]}
+    lacking = sorted(pinned - set(here))
+    with refuses(f"{len(lacking)} of {len(pinned)} files", ", ".join(lacking), key="FINLORA_MIRROR"):
+        fetch(raw=tmp_path, mirror=real_mirror, backoff=0)
+    assert capsys.readouterr().out.count("fetched") == len(here) == len(pinned) - len(lacking) >= 8
     for path, original in here.items():
         assert (tmp_path / path.removeprefix("data/")).read_bytes() == original.read_bytes()
     assert sum(path.is_file() for path in tmp_path.rglob("*")) == len(here)
@@ -275,28 +271,28 @@ def test_a_whole_task_comes_from_a_mirror_and_stays(tmp_path):
     if not (SHARED / "data").is_dir():
         pytest.skip("../shared/finlora/data is not here")
     options = command("formula", "financebench", "--raw", tmp_path, FINLORA_MIRROR=str(SHARED))
-    first = subprocess.run(**options, capture_output=True, text=True)
-    assert (first.returncode, first.stderr, first.stdout.count("fetched")) == (0, "", 4)
+    first = finished(options)
+    assert (first.returncode, first.stdout.count("fetched")) == (0, 4)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
-    second = subprocess.run(**options, capture_output=True, text=True)
-    assert (second.returncode, second.stderr, second.stdout.count("already there")) == (0, "", 4)
+    second = finished(options)
+    assert (second.returncode, second.stdout.count("already there")) == (0, 4)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")}
 
 
 @pytest.mark.parametrize(
-    ("mirror", "message"),
+    ("mirror", "words"),
     [
-        ("/no/such/place", "FINLORA_MIRROR: /no/such/place is not a directory; give the one that holds"),
-        ("file:///no/such%20place", "FINLORA_MIRROR: /no/such place is not a directory; give the one that holds"),
-        ("s3://bucket/x", "FINLORA_MIRROR: s3:// is not known; give a directory, file:// or http(s)://"),
-        ("http://me:secret@/x", "FINLORA_MIRROR: names no host; give http://HOST/PATH"),
-        ("http://[x/", "FINLORA_MIRROR: is not an address (Invalid IPv6 URL); give http://HOST/PATH"),
+        ("/no/such/place", ["/no/such/place", "directory", "train/"]),
+        ("file:///no/such%20place", ["/no/such place", "directory", "train/"]),
+        ("s3://bucket/x", ["s3://", "directory", "file://", "http(s)://"]),
+        ("http://me:secret@/x", ["no host", "http://HOST/PATH"]),
+        ("http://[x/", ["Invalid IPv6", "http://HOST/PATH"]),
     ],
 )
-def test_a_wrong_mirror_is_refused(tmp_path, mirror, message):
-    with pytest.raises(UserError) as caught:
+def test_a_wrong_mirror_is_refused(tmp_path, mirror, words):
+    with refuses(*words, file="FINLORA_MIRROR") as caught:
         fetch(raw=tmp_path, mirror=mirror)
-    assert str(caught.value).startswith(message)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_directory_with_an_unpulled_lfs_file(tmp_path):
@@ -304,7 +300,7 @@ def test_a_directory_with_an_unpulled_lfs_file(tmp_path):
     (tmp_path / "mirror" / "train").mkdir(parents=True)
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{entry['lfs_sha256']}\nsize 5000\n"
     (tmp_path / "mirror" / "train" / "a.jsonl").write_text(pointer)
-    with pytest.raises(UserError, match=r"a\.jsonl: is only a Git LFS pointer \(run git lfs pull there\)"):
+    with refuses("Git LFS pointer", "git lfs pull", file=tmp_path / "mirror" / "train" / "a.jsonl"):
         fetch(raw=tmp_path / "raw", manifest=pin(tmp_path, entry), mirror=str(tmp_path / "mirror"))
     assert not list((tmp_path / "raw").rglob("a.jsonl*"))
 
@@ -370,7 +366,7 @@ def test_a_misdeed_that_ends_well(tmp_path, name, lfs, capsys):
         assert [asked for _, asked in server.log] == ranges
         assert (tmp_path / "raw" / "train" / "a.jsonl").read_bytes() == BODY
         assert not partial_of(tmp_path / "raw").exists()
-        assert capsys.readouterr().out == f"{tmp_path}/raw/train/a.jsonl: fetched, 3,000 bytes\n"
+        says(capsys.readouterr().out, "fetched", "3,000 bytes", file=tmp_path / "raw" / "train" / "a.jsonl")
         fetch(raw=tmp_path / "raw", manifest=manifest, mirror=server.url)
         assert len(server.log) == len(ranges), "a file already there and right is not asked for"
 
@@ -400,8 +396,8 @@ def test_retry_after_is_heeded(tmp_path):
 def test_the_waits_grow(tmp_path, act):
     with serving({NAME: BODY}, script=[act] * 4) as server:
         begin = time.monotonic()
-        fetch(raw=tmp_path, manifest=pin(tmp_path, entry_of(NAME, BODY)), mirror=server.url, retries=4, backoff=0.05)
-        assert 0 + 0.1 + 0.2 + 0.4 <= time.monotonic() - begin < 5
+        fetch(raw=tmp_path, manifest=pin(tmp_path, entry_of(NAME, BODY)), mirror=server.url, retries=4, backoff=0.03)
+        assert 0 + 0.06 + 0.12 + 0.24 <= time.monotonic() - begin < 5
 
 
 def test_a_transfer_that_gets_on_is_not_given_up(tmp_path):
@@ -418,7 +414,7 @@ def test_a_changed_file_is_replaced_and_said(tmp_path, capsys):
     with serving({NAME: BODY}) as server:
         fetch(raw=tmp_path, manifest=pin(tmp_path, entry_of(NAME, BODY)), mirror=server.url)
     assert (tmp_path / "train" / "a.jsonl").read_bytes() == BODY
-    assert "a.jsonl: was not the pinned file: replaced, 3,000 bytes" in capsys.readouterr().out
+    says(capsys.readouterr().out, "pinned", "replaced", "3,000 bytes", file=tmp_path / "train" / "a.jsonl")
 
 
 def test_an_empty_file(tmp_path):
@@ -455,7 +451,7 @@ def test_several_come_at_a_time(tmp_path):
 
 
 def refuse(tmp_path, script, body=BODY, files=None, **options):
-    """The error's text; nothing may be in place."""
+    """The server, with the error's text; nothing may be in place."""
     with serving({NAME: body} if files is None else files, script=script) as server:
         manifest = pin(tmp_path, entry_of(NAME, BODY))
         with pytest.raises(UserError) as caught:
@@ -467,88 +463,44 @@ def refuse(tmp_path, script, body=BODY, files=None, **options):
 
 
 AT = "URL/data/train/a.jsonl"
+SILENT, CUT = ["0.2 s", "again"], ["cut|interrupted|closed", "again"]
+POINTER = b"version https://git-lfs.github.com/spec/v1\n" + bytes(4000)
+PACKED = gzip.compress(BODY, mtime=0)
+OTHER = ["not the pinned", "kept"]  # nothing of it was
+OTHER_BYTES = [*OTHER, "SHA-1", *(entry_of("", body)["git_blob_sha1"][:12] for body in (bytes(3000), BODY))]
+# What the server does, words of the error, how often it was asked, and what stays of the file for the next run.
 GIVEN_UP = {
-    "503": ([{"status": 503}] * 4, f"{AT}: HTTP 503 Service Unavailable; run again later to go on", 4, None),
-    "429": ([{"status": 429}] * 4, f"{AT}: HTTP 429 Too Many Requests; run again later to go on", 4, None),
-    "401": ([{"status": 401}], f"{AT}: HTTP 401 Unauthorized; it wants a login: put one into ~/.netrc", 1, None),
-    "403": ([{"status": 403}], f"{AT}: HTTP 403 Forbidden; it refuses access: ask whoever runs it", 1, None),
-    "204": ([{"status": 204}], f"{AT}: HTTP 204 No Content; check the address", 1, None),
+    "503": ([{"status": 503}] * 4, ["503 Service Unavailable", "again"], 4, None),
+    "429": ([{"status": 429}] * 4, ["429 Too Many Requests", "again"], 4, None),
+    "401": ([{"status": 401}], ["401 Unauthorized", "login", "~/.netrc"], 1, None),
+    "403": ([{"status": 403}], ["403 Forbidden", "access", "ask"], 1, None),
+    "407": ([{"status": 407}], ["407 Proxy", "login", "HTTPS_PROXY"], 1, None),
+    "204": ([{"status": 204}], ["204 No Content", "address"], 1, None),
     "a loop": (
-        [{"status": 302, "headers": {"Location": "/data/train/a.jsonl"}}] * 40,
-        f"{AT}: TooManyRedirects; check the address",
-        31,
-        None,
+        *([{"status": 302, "headers": {"Location": "/data/train/a.jsonl"}}] * 40, ["TooManyRedirects", "address"]),
+        *(31, None),
     ),
     "a wrong Retry-After": (
-        [{"status": 429, "headers": {"Retry-After": "soon"}}],
-        f"{AT}: InvalidHeader; check the address",
-        1,
-        None,
+        *([{"status": 429, "headers": {"Retry-After": "soon"}}], ["InvalidHeader", "address"], 1, None),
     ),
-    "silence": ([{"stall": 0}] * 4, f"{AT}: sent nothing for 0.2 s; run again to go on", 4, None),
-    "no answer at all": ([{"mute": True}] * 4, f"{AT}: sent nothing for 0.2 s; run again to go on", 4, None),
-    "a stall": (
-        [{"stall": 1000}] + [{"stall": 0}] * 3,
-        f"{AT}: sent nothing for 0.2 s; run again to go on",
-        4,
-        BODY[:1000],
-    ),
-    "no answer": (
-        [{"drop": True}] * 4,
-        f"{AT}: the connection was cut (Remote end closed connection without response); run again to go on",
-        4,
-        None,
-    ),
-    "a cut": (
-        [{"cut": 1000}] + [{"cut": 0}] * 3,
-        f"{AT}: the connection was cut (IncompleteRead(0 bytes read, 2000 more expected)); run again to go on",
-        4,
-        BODY[:1000],
-    ),
+    "silence": ([{"stall": 0}] * 4, SILENT, 2, None),
+    "no answer at all": ([{"mute": True}] * 4, SILENT, 2, None),
+    "a stall": ([{"stall": 1000}] + [{"stall": 0}] * 3, SILENT, 2, BODY[:1000]),
+    "no answer": ([{"drop": True}] * 4, [*CUT, "without response"], 4, None),
+    "a cut": ([{"cut": 1000}] + [{"cut": 0}] * 3, [*CUT, "0 bytes read", "2000 more"], 4, BODY[:1000]),
     "a cut at the same byte, ranges ignored": (
-        [{"cut": 1000, "no_range": True}] * 4,
-        f"{AT}: the connection was cut (IncompleteRead(1000 bytes read, 2000 more expected)); run again to go on",
-        4,
-        BODY[:1000],
+        *([{"cut": 1000, "no_range": True}] * 4, [*CUT, "1000 bytes read", "2000 more"], 4, BODY[:1000]),
     ),
-    "too short": (
-        [{"body": BODY[:1000]}],
-        f"{AT}: is not the pinned file (1,000 bytes instead of 3,000); nothing of it was kept",
-        1,
-        None,
-    ),
-    "wrong bytes": (
-        [{"body": bytes(3000)}],
-        f"{AT}: is not the pinned file (git blob SHA-1 {entry_of('', bytes(3000))['git_blob_sha1'][:12]} instead of "
-        f"{entry_of('', BODY)['git_blob_sha1'][:12]}); nothing of it was kept",
-        1,
-        None,
-    ),
-    "wrong bytes after a cut": (
-        [{"cut": 1000}, {"body": bytes(3000)}, {"body": bytes(3000)}],
-        f"{AT}: is not the pinned file (git blob SHA-1 {entry_of('', bytes(3000))['git_blob_sha1'][:12]} instead of "
-        f"{entry_of('', BODY)['git_blob_sha1'][:12]}); nothing of it was kept",
-        3,
-        None,
-    ),
-    "an LFS pointer": (
-        [{"body": b"version https://git-lfs.github.com/spec/v1\n" + bytes(4000)}],
-        f"{AT}: is only a Git LFS pointer (run git lfs pull there); nothing of it was kept",
-        1,
-        None,
-    ),
+    "too short": ([{"body": BODY[:1000]}], [*OTHER, "1,000 bytes", "3,000"], 1, None),
+    "wrong bytes": ([{"body": bytes(3000)}], OTHER_BYTES, 1, None),
+    "wrong bytes after a cut": ([{"cut": 1000}, *([{"body": bytes(3000)}] * 2)], OTHER_BYTES, 3, None),
+    "an LFS pointer": ([{"body": POINTER}], ["Git LFS pointer", "git lfs pull", "kept"], 1, None),
     "a page that answers everything": (
-        [{"body": b"<html>" + bytes(4000)}],
-        f"{AT}: is not the pinned file (4,006 bytes instead of 3,000); nothing of it was kept",
-        1,
-        None,
+        *([{"body": b"<html>" + bytes(4000)}], [*OTHER, "4,006 bytes", "3,000"], 1, None),
     ),
     "compressed unasked": (
-        [{"body": gzip.compress(BODY, mtime=0), "headers": {"Content-Encoding": "gzip"}}],
-        f"{AT}: is not the pinned file ({len(gzip.compress(BODY, mtime=0)):,} bytes instead of 3,000); nothing of it "
-        "was kept",
-        1,
-        None,
+        *([{"body": PACKED, "headers": {"Content-Encoding": "gzip"}}], [*OTHER, f"{len(PACKED):,} bytes", "3,000"]),
+        *(1, None),
     ),
 }
 
@@ -556,27 +508,26 @@ GIVEN_UP = {
 def test_an_answer_without_an_end_is_left(tmp_path):
     server = refuse(tmp_path, [{"body": bytes(50_000_000), "no_length": True}])
     assert server.sent < 25_000_000
-    assert "a.jsonl: is not the pinned file (" in server.text and not server.kept.exists()
+    says(server.text, *OTHER, file=AT)
+    assert not server.kept.exists()
 
 
 @pytest.mark.parametrize("name", GIVEN_UP)
 def test_a_misdeed_that_ends_in_one_line(tmp_path, name):
-    script, message, requests, kept = GIVEN_UP[name]
-    server = refuse(tmp_path, script)
-    assert server.text == message
+    script, words, requests, kept = GIVEN_UP[name]
+    server = refuse(tmp_path, script, retries=1 if words is SILENT else 3)
+    says(server.text, *words, file=AT)
     assert len(server.log) == requests
     assert (server.kept.read_bytes() if server.kept.exists() else None) == kept
 
 
 def test_not_there_is_said_of_a_mirror_and_of_finlora(tmp_path, monkeypatch):
-    assert refuse(tmp_path, [], files={}).text == f"FINLORA_MIRROR lacks 1 of 1 files: {NAME}"
+    says(refuse(tmp_path, [], files={}).text, "1 of 1 files", NAME, key="FINLORA_MIRROR")
     with serving() as server:
         # FinLoRA's own addresses need a network: the one of this server stands in for them.
         monkeypatch.setattr(fetching, "sources", lambda *_: [f"{server.url}/gone.jsonl"])
-        with pytest.raises(UserError) as caught:
+        with refuses("404 Not Found", "FINLORA_MIRROR", file=f"{server.url}/gone.jsonl"):
             fetch(raw=tmp_path / "raw", manifest=tmp_path / "manifest.json", **QUICK)
-    text = str(caught.value).replace(server.url, "URL")
-    assert text == "URL/gone.jsonl: HTTP 404 Not Found; the file is not there: set FINLORA_MIRROR to a copy that has it"
 
 
 def test_the_others_come_although_some_fail(tmp_path, capsys):
@@ -584,11 +535,12 @@ def test_the_others_come_although_some_fail(tmp_path, capsys):
     manifest = pin(tmp_path, *(entry_of(path, body) for path, body in files.items()))
     del files["data/train/b.jsonl"], files["data/train/e.jsonl"]
     files["data/train/c.jsonl"] = bytes(1000)
-    with serving(files) as server, pytest.raises(UserError, match="^3 of 6 files were not fetched$"):
+    with serving(files) as server, refuses("3 of 6 files"):
         fetch(raw=tmp_path / "raw", manifest=manifest, mirror=server.url, **QUICK)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith(f"error: {server.url}/data/train/c.jsonl: is not the pinned file (git blob SHA-1 ")
-    assert lines[1:] == ["error: FINLORA_MIRROR lacks 2 of 6 files: data/train/b.jsonl, data/train/e.jsonl"]
+    lines = [line.removeprefix("error: ") for line in capsys.readouterr().err.splitlines()]
+    says(lines[0], *OTHER, "SHA-1", file=f"{server.url}/data/train/c.jsonl")
+    says(lines[1], "2 of 6 files", "data/train/b.jsonl, data/train/e.jsonl", key="FINLORA_MIRROR")
+    assert len(lines) == 2
     there = sorted(path.name for path in (tmp_path / "raw" / "train").iterdir())
     assert there == ["a.jsonl", "d.jsonl", "f.jsonl"]
 
@@ -601,24 +553,16 @@ def refusing():
 
 
 def test_no_network_is_said_once(tmp_path, refusing):
-    done = subprocess.run(
-        **command("--raw", tmp_path, "--backoff", 0, FINLORA_MIRROR=refusing),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and done.stdout == ""
-    wanted = "127.0.0.1: no connection (Connection refused); check the network, or set FINLORA_MIRROR to a copy"
-    assert one_line(done.stderr) == wanted
+    done = finished(command("--raw", tmp_path, "--backoff", 0, FINLORA_MIRROR=refusing))
+    failed(done, "Connection refused", "network", "FINLORA_MIRROR", file="127.0.0.1")
+    assert done.stdout == ""
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_dead_proxy_is_said_once(tmp_path, refusing):
     # The real addresses, which a dead proxy keeps us from.
-    options = command("headline", "--raw", tmp_path, "--backoff", 0, HTTPS_PROXY=refusing, https_proxy=refusing)
-    done = subprocess.run(**options, capture_output=True, text=True)
-    assert done.returncode == 1
-    wanted = r"raw.githubusercontent.com: the proxy does not let us through \(.+\); check HTTPS_PROXY and NO_PROXY"
-    assert re.fullmatch(wanted, one_line(done.stderr))
+    done = finished(command("headline", "--raw", tmp_path, "--backoff", 0, HTTPS_PROXY=refusing, https_proxy=refusing))
+    failed(done, "proxy", "HTTPS_PROXY", "NO_PROXY", file="raw.githubusercontent.com")
 
 
 def test_a_proxy_is_used(tmp_path):
@@ -630,28 +574,25 @@ def test_a_proxy_is_used(tmp_path):
 
 
 def test_a_connection_that_cannot_be_trusted(tmp_path):
-    with serving({NAME: BODY}) as server, pytest.raises(UserError) as caught:
+    with serving({NAME: BODY}) as server, refuses("trusted", "REQUESTS_CA_BUNDLE", "certificates", file="127.0.0.1"):
         secure = server.url.replace("http:", "https:")
         fetch(raw=tmp_path, manifest=pin(tmp_path, entry_of(NAME, BODY)), mirror=secure, **QUICK)
-    wanted = r"127.0.0.1: no trusted connection \(.+\); set REQUESTS_CA_BUNDLE to your own certificates"
-    assert re.fullmatch(wanted, str(caught.value))
 
 
 def test_passwords_and_tokens_are_not_shown(tmp_path):
-    with serving({NAME: bytes(3000)}) as server, pytest.raises(UserError) as caught:
+    with serving({NAME: bytes(3000)}) as server, refuses(*OTHER, file=f"{server.url}/{NAME}") as caught:
         mirror = server.url.replace("//", "//user:secret@") + "/?token=secret"
         server.script.append({"body": bytes(3000)})
         fetch(raw=tmp_path, manifest=pin(tmp_path, entry_of(NAME, BODY)), mirror=mirror, **QUICK)
-    assert str(caught.value).startswith(f"{server.url}/data/train/a.jsonl: is not the pinned file")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_full_disk_keeps_nothing_in_place(tmp_path):
     # Writing to /dev/full is the real error; so is a limit on the size of a file.
-    partial_of(tmp_path / "raw").symlink_to("/dev/full")
-    with serving({NAME: BODY}) as server, pytest.raises(UserError) as caught:
-        fetch(raw=tmp_path / "raw", manifest=pin(tmp_path, entry_of(NAME, BODY)), mirror=server.url, **QUICK)
     part = partial_of(tmp_path / "raw")
-    assert str(caught.value) == f"{part}: No space left on device; mend that and run again to go on"
+    part.symlink_to("/dev/full")
+    with serving({NAME: BODY}) as server, refuses("No space left", "again", file=part):
+        fetch(raw=tmp_path / "raw", manifest=pin(tmp_path, entry_of(NAME, BODY)), mirror=server.url, **QUICK)
     assert not (tmp_path / "raw" / "train" / "a.jsonl").exists()
 
 
@@ -661,30 +602,37 @@ def test_a_limit_on_the_size_of_a_file(tmp_path):
     with serving({NAME: body, other: BODY}) as server:
         options = command("--manifest", manifest, "--raw", tmp_path / "raw", "--jobs", 1, FINLORA_MIRROR=server.url)
         limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
-        done = subprocess.run(**options, preexec_fn=limit, capture_output=True, text=True)
         part = partial_of(tmp_path / "raw")
-        assert done.returncode == 1
-        assert one_line(done.stderr) == f"{part}: File too large; mend that and run again to go on"
+        failed(finished(options, preexec_fn=limit), "File too large", "again", file=part)
         assert part.read_bytes() == body[:100_000]
         assert len(server.log) == 1, "the others are not tried"
-        assert subprocess.run(**options).returncode == 0
+        fetch(raw=tmp_path / "raw", manifest=manifest, mirror=server.url)
         assert (f"/{NAME}", "bytes=100000-") in server.log
     assert [path.name for path in sorted((tmp_path / "raw" / "train").iterdir())] == ["a.jsonl", "b.jsonl"]
 
 
-def test_no_permission():
-    with tempfile.TemporaryDirectory() as folder, serving({NAME: BODY}) as server:
-        raw = Path(folder) / "raw"
-        raw.mkdir()
-        raw.chmod(0o555)
-        Path(folder).chmod(0o755)
-        options = command("--manifest", pin(folder, entry_of(NAME, BODY)), "--raw", raw, FINLORA_MIRROR=server.url)
-        # Root may write anywhere: it becomes nobody once everything is imported.
-        drop = "import os, data.fetch as f, tools.cli\nif os.geteuid() == 0: os.seteuid(65534)\ntools.cli.run(f.main)"
-        options["args"] = [sys.executable, "-c", drop, *options["args"][3:]]
-        done = subprocess.run(**options, capture_output=True, text=True)
-        assert done.returncode == 1
-        assert one_line(done.stderr) == f"{raw}/train: Permission denied; mend that and run again to go on"
+def test_no_permission(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    raw.chmod(0o555)
+    tmp_path.chmod(0o755)
+    with serving({NAME: BODY}) as server:
+        options = command("--manifest", pin(tmp_path, entry_of(NAME, BODY)), "--raw", "raw", FINLORA_MIRROR=server.url)
+        # Root may write anywhere: it becomes nobody once all is read that nobody may not read.
+        drop = """if True:
+            import os, sys, data.fetch, tools.cli
+            os.chdir(sys.argv.pop(1))
+            read = data.fetch.read_manifest
+            def read_and_drop(path):
+                found = read(path)
+                if os.geteuid() == 0:
+                    os.seteuid(65534)
+                return found
+            data.fetch.read_manifest = read_and_drop
+            tools.cli.run(data.fetch.main)
+        """
+        options["args"] = [sys.executable, "-c", drop, str(tmp_path), *options["args"][3:]]
+        failed(finished(options), "Permission denied", "again", file="raw/train")
 
 
 @pytest.mark.parametrize("place", ["raw", "raw/train", "raw/train/a.jsonl"])
@@ -692,11 +640,8 @@ def test_something_else_in_the_way(tmp_path, place):
     path = tmp_path / place
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir() if place.endswith("jsonl") else path.write_text("mine")
-    with serving({NAME: BODY}) as server, pytest.raises(UserError) as caught:
+    with serving({NAME: BODY}) as server, refuses(f"{path}", "a directory|File exists", "again"):
         fetch(raw=tmp_path / "raw", manifest=pin(tmp_path, entry_of(NAME, BODY)), mirror=server.url, **QUICK)
-    assert re.fullmatch(
-        r".+: (Is|Not) a directory; mend that and run again to go on|.+: File exists; .+", str(caught.value)
-    )
     assert path.is_dir() if place.endswith("jsonl") else path.read_text() == "mine"
 
 
@@ -707,7 +652,7 @@ def test_two_fetches_of_one_file(tmp_path):
         first = threading.Thread(target=partial(fetch, mirror=server.url, **means))
         first.start()
         until(lambda: server.sent == 1000)
-        with pytest.raises(UserError, match=r"\.part: another fetch is at work on it; run again when that has ended$"):
+        with refuses("another fetch", "again when", file=partial_of(tmp_path / "raw")):
             fetch(mirror=server.url, **means)
         server.released.set()
         first.join()
@@ -723,7 +668,7 @@ def test_a_part_that_is_renamed_between_open_and_lock(tmp_path, monkeypatch):
         lock(file, how)
 
     monkeypatch.setattr(fetching.fcntl, "flock", late)
-    with pytest.raises(UserError, match="another fetch has just ended; run again$"), fetching._locked(part):
+    with refuses("another fetch", "ended", "again", file=part), fetching._locked(part):
         pytest.fail("the file in place was opened for writing")
     assert (tmp_path / "train" / "a.jsonl").read_bytes() == BODY
 
@@ -732,7 +677,6 @@ def test_a_part_that_is_renamed_between_open_and_lock(tmp_path, monkeypatch):
 
 
 def test_tasks_by_name(tmp_path):
-    mirror = {"FINLORA_MIRROR": str(tmp_path)}
     for names, wanted in [
         (
             ["general_multi"],
@@ -741,8 +685,9 @@ def test_tasks_by_name(tmp_path):
         (["xbrl_extract"], ["train/xbrl_extract_train", *(f"test/xbrl_extract_{k}" for k in KINDS)]),
         (["finer", "formula"], ["train/finer_train_batched", "test/finer_test_batched", "test/fnxl_test_batched"]),
     ]:
-        done = subprocess.run(**command(*names, "--raw", tmp_path / "raw", **mirror), capture_output=True, text=True)
-        listed = one_line(done.stderr).partition(": ")[2].split(", ")
+        with refuses(key="FINLORA_MIRROR") as caught:
+            fetch(names, tmp_path / "raw", mirror=str(tmp_path))
+        listed = str(caught.value).partition(": ")[2].split(", ")
         assert all(any(path.startswith(f"data/{stem}") for path in listed) for stem in wanted), (names, listed)
         assert len(listed) == len(wanted) + 2 * ("formula" in names)
 
@@ -750,20 +695,37 @@ def test_tasks_by_name(tmp_path):
 KINDS = ["tags", "value", "formula_test", "formula_calculations"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["cfa"], "cfa: not released by FinLoRA; make data FILE=my.jsonl TASK=cfa takes your own"),
-        (["formula", "cfa"], "cfa: not released by FinLoRA; make data FILE=my.jsonl TASK=cfa takes your own"),
-        (["headlin"], "tasks.yaml has no task 'headlin': did you mean headline?"),
-        (["--jobs", "0"], "argument --jobs: invalid number value: '0'; --help lists the options"),
-        (["--timeout", "nan"], "argument --timeout: invalid number value: 'nan'; --help lists the options"),
-    ],
-)
-def test_a_wrong_command(tmp_path, arguments, message):
-    done = subprocess.run(**command(*arguments, "--raw", tmp_path), capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {message}\n")
+UNRELEASED = ["cfa", "not released", "make data", "FILE=", "TASK=cfa"]
+
+
+def test_tasks_that_cannot_be_fetched(tmp_path):
+    for names, words in (
+        (["cfa"], UNRELEASED),
+        (["formula", "cfa"], UNRELEASED),
+        (["headlin"], ["headline", "tasks.yaml"]),
+    ):
+        with refuses(*words, key=names[-1]):
+            fetch(names, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--jobs", "0"), ("--jobs", "1.5"), ("--timeout", "nan"), ("--timeout", "-1")]
+)
+def test_a_wrong_number(monkeypatch, option, value):
+    monkeypatch.setattr(sys, "argv", ["fetch", option, value])
+    monkeypatch.setattr(
+        argparse.ArgumentParser, "error", argparse.ArgumentParser.error
+    )  # of which run makes a UserError
+    with pytest.raises(SystemExit) as ended:
+        run(fetching.main)
+    says(str(ended.value), f"'{value}'", "--help", file=f"error: argument {option}")
+
+
+def test_a_mistake_of_the_command(tmp_path):
+    done = finished(command("cfa", "--raw", tmp_path))
+    failed(done, *UNRELEASED)
+    assert done.stdout == "" and not list(tmp_path.iterdir())
 
 
 def test_every_file_of_a_released_task_is_pinned():
@@ -778,9 +740,9 @@ def test_what_is_not_released_is_said_when_all_is_fetched(tmp_path):
         options = command(
             "--manifest", pin(tmp_path, entry_of(NAME, BODY)), "--raw", tmp_path / "raw", FINLORA_MIRROR=server.url
         )
-        done = subprocess.run(**options, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == ""
-    assert "cfa: not released by FinLoRA; make data FILE=my.jsonl TASK=cfa takes your own\n" in done.stdout
+        done = finished(options)
+    assert done.returncode == 0
+    says(done.stdout.splitlines()[-1], *UNRELEASED)
 
 
 def test_progress_on_a_terminal(tmp_path):
@@ -824,7 +786,7 @@ def test_stopped_by_hand_it_ends_at_once_and_goes_on_later(tmp_path, sent, code)
         assert running.returncode == code and "Traceback" not in errors
         kept = part.stat().st_size
         assert part.read_bytes() == body[:kept] and not (tmp_path / "raw" / "train" / "a.jsonl").exists()
-        assert subprocess.run(**options).returncode == 0
+        fetch(raw=tmp_path / "raw", manifest=tmp_path / "manifest.json", mirror=server.url)
         assert server.log[-1][1] == f"bytes={kept}-"
     assert (tmp_path / "raw" / "train" / "a.jsonl").read_bytes() == body
 
@@ -909,7 +871,8 @@ for _ in sys.stdin:
 """
 
 
-def test_killed_at_any_moment_no_file_in_place_is_partial(tmp_path):
+@pytest.mark.parametrize("kills", [15, pytest.param(60, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_no_file_in_place_is_partial(tmp_path, kills):
     chance = random.Random(3)
     files = {
         f"data/{kind}/{number}.jsonl": body_of(200_000, number) for kind in ("train", "test") for number in range(3)
@@ -924,7 +887,7 @@ def test_killed_at_any_moment_no_file_in_place_is_partial(tmp_path):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         nursery = options | {"args": [sys.executable, "-uc", NURSERY, *options["args"][3:]]}
         with subprocess.Popen(**nursery, **pipes) as running:
-            while killed < 50:
+            while killed < kills:
                 if all(target.exists() for target in targets):
                     complete += 1
                     for target in targets:
@@ -941,7 +904,7 @@ def test_killed_at_any_moment_no_file_in_place_is_partial(tmp_path):
                 for target, body in targets.items():
                     assert not target.exists() or target.read_bytes() == body, f"{target} is partial"
             running.stdin.close()
-        assert midway > 10 and complete > 2, "the kills missed the transfers"
+        assert midway > kills / 5 and complete > kills / 20, "the kills missed the transfers"
         assert subprocess.run(**options, capture_output=True).returncode == 0
     assert all(is_right(raw / path.removeprefix("data/"), entry) for path, entry in entries.items())
     assert sorted(raw.rglob("*.*")) == sorted(targets)
