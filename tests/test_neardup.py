@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data.neardup import (
@@ -30,6 +30,8 @@ TWEET = (
     "Input: {}\nAnswer: "
 )
 WORDS = st.sampled_from("alpha beta gamma delta rises falls bank profit share 2019 loss café Ünion 北京 the of".split())
+LONG = "alpha beta gamma delta rises falls bank profit share 2019 loss café Ünion 北京 the of"
+ALIKE = [LONG, "loss", f"{LONG} more", f"even {LONG} more", f"{LONG[:50]} of the bank", LONG.upper() + "!", "", "🚀"]
 TEXTS = st.lists(st.one_of(st.lists(WORDS, max_size=30).map(" ".join), st.text(max_size=40)), max_size=12)
 
 
@@ -54,6 +56,7 @@ def random_words(rng: random.Random, count: int) -> list[str]:
     return [f"w{rng.randrange(10**6)}" for _ in range(count)]
 
 
+@example(ALIKE)
 @given(TEXTS)
 def test_texts_that_are_equal_after_normalisation_share_a_group(texts):
     groups = near_duplicate_groups(texts + [f"  {text.upper()}\n" for text in texts])
@@ -65,6 +68,7 @@ def test_texts_that_are_equal_after_normalisation_share_a_group(texts):
             assert groups[i] == groups[len(texts) + i]
 
 
+@example(ALIKE)
 @given(TEXTS)
 def test_two_texts_share_a_group_only_through_similar_ones(texts):
     # COMMON_LEAST is far away with a dozen texts, so the definition can be computed directly.
@@ -82,6 +86,7 @@ def test_two_texts_share_a_group_only_through_similar_ones(texts):
             assert groups[i] != groups[j] or reach[i] == reach[j]
 
 
+@example(ALIKE, random.Random(1))
 @given(TEXTS, st.randoms(use_true_random=False))
 def test_the_order_of_the_texts_does_not_change_the_partition(texts, rng):
     order = list(range(len(texts)))
@@ -91,6 +96,7 @@ def test_the_order_of_the_texts_does_not_change_the_partition(texts, rng):
     assert back == partition(near_duplicate_groups(texts))
 
 
+@example(" \u2028ﬁn–Ance  https://t.co/x\n\x1c_")
 @given(st.text(max_size=60))
 def test_normalise_leaves_one_line_of_words(text):
     plain = normalise(text)
@@ -182,7 +188,6 @@ def test_what_is_proposed_and_missed_at_the_threshold():
             texts += [" ".join(words), " ".join(other)]
     groups = near_duplicate_groups(texts)
     missed = sum(groups[i] != groups[i + 1] for i in range(0, len(texts), 2))
-    print(f"missed {missed} of {len(texts) // 2}")
     assert missed <= 15
     assert max(Counter(groups).values()) <= 2
 
