@@ -8,6 +8,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
+from failures import refuses
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
@@ -15,7 +16,6 @@ from sklearn.metrics import f1_score
 from data.rows import read_rows
 from data.tasks import load_tasks
 from eval.scorers import bertscore_items, finlora, finlora_label, scorings, strict, summary
-from tools.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {name: spec for entry in load_tasks().values() for name, spec in entry["tests"].items()}
@@ -435,7 +435,7 @@ def test_bertscore_items_have_a_mean_and_no_classes():
 
 def test_no_answers_are_an_error_and_no_score():
     for items in (bertscore_items([]), finlora(spec_of(), [], []), strict(spec_of(), [], [])):
-        with pytest.raises(UserError, match="no answers to score"):
+        with refuses("answers", "evaluate"):
             summary(items)
     with pytest.raises(ValueError):
         finlora(spec_of(), ["a"], [])
