@@ -40,6 +40,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ  # of pytest-xdist, which the controller started
+SESSION = os.getppid() if WORKER else os.getpid()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -51,9 +52,14 @@ def pytest_configure(config):
             raise pytest.UsageError(str(error)) from error
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_collection_finish(session):
     if any("command" in getattr(item, "fixturenames", ()) for item in session.items):
-        commands.begin(os.getppid() if WORKER else os.getpid())
+        commands.begin(SESSION)  # its imports take the time of some tests
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -64,12 +70,18 @@ def pytest_sessionfinish(session):
         commands.end()
         say = session.config.get_terminal_writer().line
         run, before = session.config.stash[BEFORE]
+        del session.config.stash[BEFORE]
         for path in surroundings.left(run, before):
             say(f"left behind by the tests: {path}")
             session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
         if kept := surroundings.clear(run):
             say(f"what the failed tests made is in {kept}")
     return result
+
+
+def pytest_unconfigure(config):
+    if BEFORE in config.stash:  # no session, as with --help
+        shutil.rmtree(config.stash[BEFORE][0], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +115,7 @@ def command(house: Path):
 
     training: axolotl runs in a forked child too, not in the process that `make train` starts.
     """
+    commands.begin(SESSION)
 
     def run(*args: str, env: dict[str, str] | None = None, training: bool = True) -> subprocess.CompletedProcess:
         env = {**os.environ, "PYTHONPATH": str(house)} | (env or {})

@@ -3,6 +3,7 @@
 python tests/surroundings.py says in one line what the machine lacks: on a full disk pytest itself cannot say it.
 """
 
+import fcntl
 import os
 import shutil
 import sys
@@ -40,11 +41,26 @@ def check() -> None:
 def prepare() -> Path:
     """Make the run's folder and point all temporary files and caches there; Unfit where that cannot be done."""
     check()
+    for old in Path(tempfile.gettempdir()).glob("finlora-tests-*"):  # of runs that failed or were killed
+        if old.stat().st_uid == os.getuid() and _locked(old):
+            shutil.rmtree(old, ignore_errors=True)
     run = Path(tempfile.mkdtemp(prefix="finlora-tests-"))
+    _locked(run)
     os.environ["TMPDIR"] = tempfile.tempdir = str(run)
     for name, folder in THEIR_CACHES.items():
         os.environ[name] = str(run / folder)
     return run
+
+
+def _locked(run: Path) -> bool:
+    """Lock a run's folder for as long as this process lives; False where the run still goes on."""
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        os.close(folder)
+        return False
 
 
 def unwritable(folder: Path) -> str | None:

@@ -39,6 +39,7 @@ PARTS = [COVER[0::2], COVER[1::2]]
 SLOW = [pytest.param(REST[part::4], marks=pytest.mark.slow) for part in range(4)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wanted", [*PARTS, *SLOW], ids=lambda names: f"{names[0]}-and-{len(names) - 1}")
 def test_recipes_train(wanted, house, command):
     places = os.pathsep.join([str(house), str(house / "tests")])

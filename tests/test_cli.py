@@ -8,13 +8,9 @@ import pytest
 from tools.cli import ROOT
 
 
-@pytest.mark.parametrize(
-    "options, expected",
-    [
-        (["--wdith"], "error: unrecognized arguments: --wdith; --help lists the options\n"),
-        (["one"], "error: unrecognized arguments: one; --help lists the options\n"),
-    ],
-)
-def test_a_mistyped_option_is_one_line(options, expected):
-    done = subprocess.run([sys.executable, "-m", "tools.pictures", *options], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr, done.stdout) == (1, expected, "")
+@pytest.mark.parametrize("option", ["--wdith", "one"])
+def test_a_mistyped_option_is_one_line(option):
+    done = subprocess.run([sys.executable, "-m", "tools.pictures", option], cwd=ROOT, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert line.startswith("error: ") and f" {option};" in line and "--help" in line

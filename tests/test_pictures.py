@@ -82,9 +82,9 @@ def test_intervals_of_any_scores(methods, prompts):
 def test_results_that_are_not_there(tmp_path, monkeypatch, capsys):
     record = copy.deepcopy(RECORD)
     record["rows"]["4bit_dora"] = {"failed": 1}
-    with pytest.raises(UserError, match="has no 4bit_dora; run python -m bench.train_throughput --runs 4bit_dora"):
+    with pytest.raises(UserError, match="4bit_dora.* bench.train_throughput --runs 4bit_dora"):
         pictures.speed(record)
-    with pytest.raises(UserError, match="has no scores of methods; run python -m bench.dora_study"):
+    with pytest.raises(UserError, match="methods.* bench.dora_study"):
         pictures.scores({"questions": {}})
     monkeypatch.setattr(pictures, "SPEED", tmp_path / "speed.json")
     monkeypatch.setattr(pictures, "SCORES", tmp_path / "scores.json")
@@ -92,14 +92,17 @@ def test_results_that_are_not_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pictures"])
     pictures.main()
     speed, scores = capsys.readouterr().out.splitlines()
-    assert re.fullmatch("no speed: .*speed.json is not there; python -m bench.train_throughput makes it", speed)
-    assert re.fullmatch("no scores: .*scores.json is not there; python -m bench.dora_study makes it", scores)
+    assert re.search("speed.json .*python -m bench.train_throughput", speed)
+    assert re.search("scores.json .*python -m bench.dora_study", scores)
     (tmp_path / "scores.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="scores.json: is not a recorded result .*; restore it from git"):
+    with pytest.raises(UserError, match="scores.json: .*restore .* git"):
         pictures.draw()
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on PATH: the pictures were not looked at")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(not BROWSER, reason="no chromium or google-chrome on PATH: the pictures were not looked at")
 def test_a_browser_draws_every_letter_inside_the_frame(tmp_path):
     """By its own fonts, at 400 pixels."""
     asks = """<script>let out = [];
@@ -117,6 +120,6 @@ def test_a_browser_draws_every_letter_inside_the_frame(tmp_path):
         f"--user-data-dir={tmp_path / 'profile'}",
         "--dump-dom",
     ]
-    command = ["chromium", *options, (tmp_path / "page.html").as_uri()]
+    command = [BROWSER, *options, (tmp_path / "page.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "<title>outside: </title>" in done.stdout, done.stdout[:300] + done.stderr[-300:]

@@ -39,6 +39,7 @@ def made(command, house):
     return run
 
 
+@pytest.mark.long
 def test_demo(house):
     """`make demo`: DoRA through axolotl on the sample rows, clearly better than the base and than the usual answer."""
     assert "make demo" in COMMANDS
@@ -60,6 +61,7 @@ def test_the_demos_held_out_rows_are_not_trained_on():
     assert len(train) == 640 and len(test) == 200 and not train & test
 
 
+@pytest.mark.long
 def test_make_train_runs_as_the_readme_says(house, made):
     """TINY=1 with ARGS, and the commands that follow it."""
     assert "make train RECIPE=sentiment_r8_dora TINY=1" in COMMANDS

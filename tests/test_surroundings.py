@@ -47,6 +47,17 @@ def test_what_a_failed_test_made_stays_and_its_place_is_said(house, tmp_path):
     assert code == 1 and len(named) == 1 and there == []
 
 
+def test_what_a_killed_run_left_goes_with_the_next_run(tmp_path, monkeypatch):
+    for name in ("TMPDIR", *surroundings.THEIR_CACHES):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "finlora-tests-killed" / "rows").mkdir(parents=True)
+    going_on = surroundings.prepare()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    mine = surroundings.prepare()
+    assert sorted(tmp_path.iterdir()) == sorted([going_on, mine])
+
+
 def test_a_full_disk_is_named(monkeypatch):
     usage = surroundings.shutil._ntuple_diskusage
     monkeypatch.setattr(surroundings.shutil, "disk_usage", lambda _: usage(10**12, 10**12 - 10**9, 10**9))

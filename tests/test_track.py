@@ -74,7 +74,7 @@ def test_wandb_through_axolotls_keys_on_a_run_that_goes_on(logged, nothing_set):
 
 
 def test_mlflow_through_axolotls_keys(logged, nothing_set):
-    pytest.importorskip("mlflow", reason="mlflow is not pinned; pip install mlflow-skinny tests TRACK=mlflow")
+    pytest.importorskip("mlflow", reason="no mlflow, which is not pinned: TRACK=mlflow was not tested")
     folder, train = logged
     out = folder / "mlflow"
     train("mlflow", *track.options("mlflow", out))
@@ -91,7 +91,7 @@ def test_a_folder_in_the_way_of_the_curves_does_not_cost_the_run(logged):
     out.mkdir()
     (out / "runs").write_text("in the way", encoding="utf-8")
     output = " ".join(train("blocked").split())
-    assert "could not be written (" in output and "going on without TensorBoard's curves" in output
+    assert re.search(r"blocked/runs\S* .*could not be written \(.*without TensorBoard", output), output[-3000:]
     assert digest(out) == digest(folder / "whole")
 
 
@@ -126,18 +126,17 @@ def test_what_a_run_logs_is_no_reason_not_to_go_on():
 @pytest.mark.parametrize(
     "wanted, missing, expected",
     [
-        ("wand", None, r"TRACK=wand: choose wandb, mlflow, none; TensorBoard is on without it"),
-        ("wandb", None, r"TRACK=wandb needs WANDB_API_KEY in the environment, or WANDB_MODE=offline to log locally"),
-        ("wandb", "wandb", r"TRACK=wandb needs a package that is not here: \S+ -m pip install wandb"),
-        ("mlflow", "mlflow", r"TRACK=mlflow needs a package that is not here: \S+ -m pip install mlflow-skinny"),
+        ("wand", None, "TRACK=wand: .*wandb, mlflow, none"),
+        ("wandb", None, "TRACK=wandb .*WANDB_API_KEY.* WANDB_MODE=offline"),
+        ("wandb", "wandb", r"TRACK=wandb .*pip install wandb$"),
+        ("mlflow", "mlflow", r"TRACK=mlflow .*pip install mlflow-skinny$"),
     ],
 )
 def test_bad_track(wanted, missing, expected, nothing_set, tmp_path):
     find = importlib.util.find_spec
     nothing_set.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"^{expected}"):
         track.options(wanted, tmp_path)
-    assert re.fullmatch(expected, str(error.value))
 
 
 def test_keys_and_places_come_from_the_environment(nothing_set, tmp_path):
@@ -165,6 +164,4 @@ def test_make_train_says_what_is_missing(command, tmp_path):
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     # What axolotl says at its first import stands above it.
-    assert done.stderr.splitlines()[-1] == (
-        "error: TRACK=wandb needs WANDB_API_KEY in the environment, or WANDB_MODE=offline to log locally"
-    )
+    assert re.match("error: TRACK=wandb .*WANDB_API_KEY", done.stderr.splitlines()[-1])

@@ -197,6 +197,7 @@ def wait_for(condition, seconds: float) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, command):
     """One real run is interrupted, met by a second one, resumed, finished, repeated, changed and set aside."""
     out = house / "outputs" / "tiny" / "sentiment_bf16_r8_dora"

@@ -38,7 +38,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(train):
     """From step 5 on; transformers would log a finite mean, save checkpoint-6 and end with exit code 0."""
     code, line, out = train("NotFinite", logging_steps=3)
     assert code == 1
-    assert f"run.yaml: the loss is not finite at step 6; the last good checkpoint is {out}/checkpoint-4. Lower " in line
+    assert re.search(rf"run.yaml: .*not finite.* step 6\b.* {out}/checkpoint-4\b", line), line
     assert "learning_rate (0.003" in line
     assert checkpoints.last_whole(out)[0] == out / "checkpoint-4"
     assert not (out / "adapter_model.safetensors").exists()
@@ -47,15 +47,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(train):
 def test_weights_that_are_not_finite_are_never_a_checkpoint(train):
     """An update that ruins the adapter shows in the loss one step later; the checkpoint between them is not written."""
     code, line, out = train("NotFiniteUpdate")
-    assert code == 1 and f"the loss is not finite at step 5; the last good checkpoint is {out}/checkpoint-2." in line
+    assert code == 1 and re.search(rf"not finite.* step 5\b.* {out}/checkpoint-2\b", line), line
     assert not (out / "checkpoint-4").exists()
 
 
 def test_a_loss_that_explodes_stops_the_run(train):
     code, line, out = train("Explosion")
-    assert code == 1 and re.search(
-        r"run.yaml: the loss is \d+\.\d\d at step 5, after 1\d\.\d\d at first; the last ", line
-    )
+    assert code == 1 and re.search(r"run.yaml: .*loss.* \d+\.\d\d at step 5\b.* 1\d\.\d\d at first", line), line
     assert not (out / "adapter_model.safetensors").exists()
 
 
@@ -63,10 +61,8 @@ def test_out_of_memory_names_the_two_keys(train):
     """torch's own error in the step; the card around it is made up, for none is here."""
     code, line, out = train("OutOfMemory", sequence_len=256, gradient_accumulation_steps=3)
     assert code == 1
-    assert line.endswith(
-        "run.yaml: out of memory on NVIDIA A100: a step needs more than 44.0 of 40.0 GiB, 10.0 of them for the model; "
-        "set sequence_len: 128 and gradient_accumulation_steps: 6"
-    ), line
+    assert re.search(r"run.yaml: out of memory.* NVIDIA A100: .*44.0 of 40.0 GiB.* 10.0 ", line), line
+    assert "sequence_len: 128" in line and "gradient_accumulation_steps: 6" in line
 
 
 @given(
