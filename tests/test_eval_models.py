@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 import torch
+from failures import refuses
 from peft import LoraConfig, PeftModel, get_peft_model
+from rounding import FACTOR, apart, nudged_model, shaken
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eval import models
 from fastdora import peft_int8
-from tools.cli import UserError
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 IDS = torch.arange(3, 45).reshape(2, 21)
@@ -50,6 +51,28 @@ def logits(model):
         return model(IDS).logits
 
 
+def rounding_of(model, bits: int) -> float:
+    """How far logits of the same weights may be: what one rounding of each weight changes.
+
+    On 8 bits what rounding each layer's activations to 8 bits does, as LLM.int8 does.
+    """
+    expected = {"logits": logits(model)}
+    if bits != 8:
+        differences = lambda seed: apart({"logits": logits(nudged_model(model, seed))}, expected)  # noqa: E731
+        return shaken(differences, torch.float32)["logits"] * expected["logits"].abs().max()
+
+    def rounded(module, inputs):
+        step = inputs[0].abs().amax(-1, keepdim=True) / 127
+        return ((inputs[0] / step).round() * step,)
+
+    layers = [layer for layer in model.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(rounded) for layer in layers]
+    lost = (logits(model) - expected["logits"]).abs().max()
+    for hook in hooks:
+        hook.remove()
+    return FACTOR * lost
+
+
 @pytest.mark.parametrize("alpha", [16, 32])
 def test_merging_is_the_formula(tiny_base, tmp_path, alpha):
     """W' = m (W0 + s B A) / ||W0 + s B A||, the norm over each output row, in float64."""
@@ -66,11 +89,18 @@ def test_merging_is_the_formula(tiny_base, tmp_path, alpha):
             )
             summed = plain.get_submodule(name).weight.double() + alpha / 4 * b @ a
             expected = m[:, None] * summed / summed.norm(dim=1, keepdim=True)
-            assert torch.allclose(merged.get_submodule(name).weight.double(), expected, atol=1e-6)
+            found = merged.get_submodule(name).weight.double()
+            assert (found - expected).abs().max() < torch.finfo(torch.float32).eps * expected.abs().max()
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    [("dora", 16), ("dora", 8), ("dora", 4), ("lora", 16), ("rslora", 16)]
+    + [pytest.param(method, bits, marks=SLOW) for method in ("lora", "rslora") for bits in (8, 4)],
+)
 def test_merged_is_what_was_trained(tiny_base, adapters, method, bits):
     """Merged into the widened weights, and left on the quantised ones with cached norms, an adapter says the same."""
     merged = logits(models.attach(models.load_base(tiny_base, bits), adapters[method]))
@@ -78,8 +108,9 @@ def test_merged_is_what_was_trained(tiny_base, adapters, method, bits):
     kept = models.attach(base, adapters[method]) if bits != 16 else PeftModel.from_pretrained(base, adapters[method])
     first = logits(kept.eval())
     assert torch.equal(first, logits(kept)), "the second forward takes the cached norms"
-    # LLM.int8 rounds activations too.
-    assert (merged - first).abs().max() < {16: 1e-4, 8: 0.3, 4: 1e-4}[bits]
+    assert (merged - first).abs().max() < rounding_of(
+        models.attach(models.load_base(tiny_base, bits), adapters[method]), bits
+    )
     without = logits(models.load_base(tiny_base, bits))
     assert (merged - without).abs().max() > 4
 
@@ -96,7 +127,7 @@ def test_the_magnitudes_are_used_and_the_wrong_way_of_loading_loses_them_in_sile
     assert (logits(models.attach(models.load_base(tiny_base, 16), changed)) - right).abs().max() > 0.1
 
     lost = AutoModelForCausalLM.from_pretrained(adapters["dora"], dtype=torch.float32).eval()
-    assert (logits(lost) - right).abs().max() > 0.1, "transformers keeps magnitudes now: DESIGN and docs may say so"
+    assert (logits(lost) - right).abs().max() > 0.1, "transformers keeps magnitudes now: the docs may say so"
 
 
 def test_a_tensor_that_does_not_reach_the_model_is_named(tiny_base, adapters, tmp_path, monkeypatch):
@@ -108,7 +139,7 @@ def test_a_tensor_that_does_not_reach_the_model_is_named(tiny_base, adapters, tm
         "get_peft_model_state_dict",
         lambda model: {name: t for name, t in real(model).items() if "magnitude" not in name},
     )
-    with pytest.raises(UserError, match="lora_magnitude_vector did not reach the model"):
+    with refuses("lora_magnitude_vector", file=adapters["dora"]):
         models.attach(models.load_base(tiny_base, 16), adapters["dora"])
 
 
@@ -127,33 +158,29 @@ def truncate(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# How an adapter is damaged, the file that is named, and words for the fault and the remedy.
 BAD_ADAPTERS = {
-    "missing": (shutil.rmtree, "no such adapter folder; train one, or name a PEFT folder or hub id with ADAPTER="),
-    "no weights": (
-        lambda f: (f / "adapter_model.safetensors").unlink(),
-        "holds no adapter_model.safetensors; name the",
-    ),
-    "pickled": (
-        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
-        r"holds no adapter_model.safetensors \(pickled weights are not loaded\)",
-    ),
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), "holds no adapter_config.json"),
-    "config is not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "is not the configuration of a LoRA"),
-    "another kind": (lambda f: edit_config(f, peft_type="IA3"), "is not the configuration of a LoRA or DoRA adapter"),
-    "truncated": (truncate, "adapter_model.safetensors: cannot be read .*; fetch or train the adapter again"),
-    "magnitudes lost": (drop_magnitudes, "says use_dora: true and the weights hold no magnitudes"),
-    "magnitudes ignored": (lambda f: edit_config(f, use_dora=False), "does not say use_dora; magnitudes would be lost"),
+    "missing": (shutil.rmtree, "", ["no such", "ADAPTER="]),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "", [WEIGHTS, "name the"]),
+    "pickled": (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "", [WEIGHTS, "pickle", "name the"]),
+    "no config": (lambda f: (f / CONFIG).unlink(), "", [CONFIG, "name the"]),
+    "config is not JSON": (lambda f: (f / CONFIG).write_text("{"), CONFIG, ["LoRA", "name a"]),
+    "another kind": (lambda f: edit_config(f, peft_type="IA3"), CONFIG, ["LoRA", "name a"]),
+    "truncated": (truncate, WEIGHTS, ["read", "fetch or train"]),
+    "magnitudes lost": (drop_magnitudes, CONFIG, ["use_dora: true", "no magnitudes", "save"]),
+    "magnitudes ignored": (lambda f: edit_config(f, use_dora=False), CONFIG, ["use_dora;", "magnitudes", "save"]),
 }
 
 
 @pytest.mark.parametrize("case", BAD_ADAPTERS)
 def test_bad_adapters(case, adapters, tmp_path):
-    damage, expected = BAD_ADAPTERS[case]
+    damage, name, words = BAD_ADAPTERS[case]
     shutil.copytree(adapters["dora"], tmp_path / "a")
     damage(tmp_path / "a")
-    with pytest.raises(UserError, match=expected) as error:
+    with refuses(*words, file=tmp_path / "a" / name) as error:
         models.adapter_facts(tmp_path / "a")
-    assert "\n" not in str(error.value)
+    assert ("pickle" in str(error.value)) == (case == "pickled")
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ["q_proj", "down_proj"]])
@@ -164,14 +191,14 @@ def test_an_adapter_for_another_base_is_named_before_weights_load(targets, tiny_
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps(config | {"hidden_size": 512, "head_dim": 128}))
-    with pytest.raises(UserError, match=r"lora_[AB].weight is .* where .* takes .*512.*; it was trained on .*MODEL="):
+    with refuses("lora_", "512", "trained on", str(tiny_base), "MODEL=", file=adapter):
         models.check_fits(adapter, str(other))
     (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
-    with pytest.raises(UserError, match=r"layers.[23].* is no layer of .*; it was trained on"):
+    with refuses("layers.2|layers.3", "no layer", str(tiny_base), "MODEL=", file=adapter):
         models.check_fits(adapter, str(other))
     of_no_base = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (adapter / "adapter_config.json").write_text(json.dumps(of_no_base))
-    with pytest.raises(UserError, match="it was trained on another base: name that with MODEL="):
+    with refuses("layers.2|layers.3", "another base|other base", "MODEL=", file=adapter):
         models.check_fits(adapter, str(other))
 
 
@@ -182,7 +209,7 @@ def test_an_adapter_with_other_target_modules(tiny_base, adapters, tmp_path):
     save_file(
         {name.replace("q_proj", "w_q"): tensor for name, tensor in tensors.items()}, other / "adapter_model.safetensors"
     )
-    with pytest.raises(UserError, match="w_q.lora_A.weight is no layer of"):
+    with refuses("w_q.lora_A.weight", "no layer", "MODEL=", file=other):
         models.check_fits(other, str(tiny_base))
 
 
@@ -191,11 +218,8 @@ def test_an_adapter_by_its_hub_id(adapters, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        UserError, match="^ADAPTER=owner/adapter: is neither a folder nor to be had from the hub"
-    ) as error:
+    with refuses("folder", "hub", file="ADAPTER=owner/adapter"):
         models.resolve_adapter("owner/adapter")
-    assert "\n" not in str(error.value)
     kept = tmp_path / "models--owner--adapter"
     shutil.copytree(adapters["dora"], kept / "snapshots" / ("1" * 40))
     (kept / "refs").mkdir()
@@ -205,27 +229,26 @@ def test_an_adapter_by_its_hub_id(adapters, tmp_path, monkeypatch):
 
 
 def test_a_base_that_is_not_there(tmp_path):
-    for call in (models.load_config, lambda model: models.load_tokenizer(model, None, "saved")):
-        with pytest.raises(UserError, match="cannot be loaded") as error:
-            call(str(tmp_path / "nothing"))
-        assert "\n" not in str(error.value)
+    with refuses("load", "hub id", "HF_TOKEN", file=tmp_path / "nothing"):
+        models.load_config(str(tmp_path / "nothing"))
+    with refuses("tokenizer", "load", file=tmp_path / "nothing"):
+        models.load_tokenizer(str(tmp_path / "nothing"), None, "saved")
 
 
 @pytest.mark.parametrize(
-    ("file", "load"),
+    ("file", "load", "words"),
     [
-        ("model.safetensors", lambda model: models.load_base(model, 16)),
-        ("tokenizer.json", lambda model: models.load_tokenizer(model, None, "raw")),
-        ("config.json", models.load_config),
+        ("model.safetensors", lambda model: models.load_base(model, 16), ["load", "fetch"]),
+        ("tokenizer.json", lambda model: models.load_tokenizer(model, None, "raw"), ["tokenizer", "load"]),
+        ("config.json", models.load_config, ["load", "hub id"]),
     ],
 )
-def test_a_base_that_is_cut_short(tiny_base, tmp_path, file, load):
+def test_a_base_that_is_cut_short(tiny_base, tmp_path, file, load, words):
     shutil.copytree(tiny_base, tmp_path / "base")
     path = tmp_path / "base" / file
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(UserError, match=f"^{tmp_path}/base: .*cannot be loaded") as error:
+    with refuses(*words, file=tmp_path / "base"):
         load(str(tmp_path / "base"))
-    assert "\n" not in str(error.value)
 
 
 def test_prompts(tiny_base, adapters, tmp_path):
@@ -237,7 +260,7 @@ def test_prompts(tiny_base, adapters, tmp_path):
 
     bare = AutoTokenizer.from_pretrained(tiny_base)
     assert bare.chat_template is None
-    with pytest.raises(UserError, match="has no chat template; choose a prompt: PROMPT=finlora_inst or raw"):
+    with refuses("chat template", "PROMPT=finlora_inst", "raw"):
         models.load_tokenizer(str(tiny_base), adapters["dora"], "saved")
     assert prompt(models.load_tokenizer(str(tiny_base), None, "raw")) == "<|begin_of_text|>Up or down?"
     inst = prompt(models.load_tokenizer(str(tiny_base), None, "finlora_inst"))
@@ -336,7 +359,7 @@ def test_batches_shrink_where_memory_does_not_suffice(ask, batches, monkeypatch)
 
 
 def test_a_prompt_that_the_model_cannot_take_is_named_not_cut(ask):
-    with pytest.raises(UserError, match=r"takes? 20,\d\d\d tokens and the model 16,384; leave the set out with TASKS="):
+    with refuses("20,", "16,384", "TASKS="):
         ask(["profit " * 20000])
 
 
@@ -347,7 +370,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_named(ask, tiny_base):
     known = ask.model.get_input_embeddings().num_embeddings
     assert tokenizer.pad_token_id == known
     assert ask(TEXTS, tokenizer=tokenizer)[0] == ask(TEXTS)[0]
-    with pytest.raises(UserError, match=f"has a token {known:,} and the model {known:,} tokens: they do not belong"):
+    with refuses("tokenizer", f"token {known:,}", f"{known:,} tokens", "MODEL="):
         ask(["<|begin_of_text|>rose<|pad|>"], tokenizer=tokenizer)
 
 
@@ -368,5 +391,5 @@ def test_4bit_weights_are_not_repacked_under_an_adapter(tiny_base, adapters, mon
     kept = models.attach(base, adapters["dora"])
     first = logits(kept)
     assert layers and all(torch.equal(layer.weight, before) for layer, before in zip(layers, packed, strict=True))
-    merged = logits(models.attach(models.load_base(tiny_base, 4), adapters["dora"]))
-    assert (first - merged).abs().max() < 1e-4 and torch.equal(first, logits(kept))
+    merged = models.attach(models.load_base(tiny_base, 4), adapters["dora"])
+    assert (first - logits(merged)).abs().max() < rounding_of(merged, 4) and torch.equal(first, logits(kept))
