@@ -37,6 +37,8 @@ LLAMA_3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+FILES = {"datasets": "train.jsonl", "test_datasets": "validation.jsonl"}
+FEW = ["ner", "reporting_multi"]  # a task and a mixture; the others' recipes say the same (tested below)
 AWKWARD = [
     ("Is it up?", "yes"),
     ("Profit of 5 € – «Société Générale» 📈 株価", "増加 📈"),
@@ -86,8 +88,11 @@ def tokenizer(tmp_path_factory):
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-@pytest.fixture(scope="module")
-def trained_on(tokenizer, tmp_path_factory):
+def recipe(task: str) -> dict:
+    return yaml.safe_load((ROOT / "recipes" / f"{task}_r8_dora.yaml").read_text(encoding="utf-8"))
+
+
+def load(tokenizer, folder: Path, sources: dict[str, tuple[str, dict]]) -> dict[str, dict]:
     """Per prepared folder its rows as axolotl loads, tokenises and filters them: {folder name: {file name: rows}}.
 
     One call for all of them, each with its recipe's dataset entry: axolotl starts a process pool for every file saved.
@@ -97,26 +102,12 @@ def trained_on(tokenizer, tmp_path_factory):
     from axolotl.utils.data import prepare_datasets
     from axolotl.utils.dict import DictDefault
 
-    folder = tmp_path_factory.mktemp("tokens")
-    sources = {task: (task, {"raw": SAMPLE}) for task in load_tasks()}
-    own = folder / "own.jsonl"
-    rows = [{"context": context, "target": target} for context, target in AWKWARD]
-    own.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    sources["awkward"] = "cfa", {"file": own, "any_label": True}
-    if SHARED.is_dir():
-        sources |= {f"real {task}": (task, {"raw": SHARED}) for task in REAL}
-
-    settings, templates = {}, set()
-    entries = {"datasets": [], "test_datasets": []}
+    settings, entries = {}, {"datasets": [], "test_datasets": []}
     for name, (task, options) in sources.items():
         prepare(task, out=folder / name, **options)
-        settings = yaml.safe_load((ROOT / "recipes" / f"{task}_r8_dora.yaml").read_text(encoding="utf-8"))
-        templates.add((settings["chat_template"], settings.get("chat_template_jinja"), settings.get("train_on_inputs")))
-        for key, file in ("datasets", "train.jsonl"), ("test_datasets", "validation.jsonl"):
-            (entry,) = settings[key]
-            assert entry["path"] == f"data/prepared/{task}/{file}"
-            entries[key].append(entry | {"path": str(folder / name / file)})
-    assert len(templates) == 1
+        settings = recipe(task)
+        for key, file in FILES.items():
+            entries[key].append(settings[key][0] | {"path": str(folder / name / file)})
     settings |= entries
     settings["base_model"] = settings["base_model_config"] = settings["tokenizer_config"] = tokenizer.name_or_path
     settings["dataset_prepared_path"] = str(folder / "tokenised")
@@ -168,18 +159,55 @@ def check(tokenizer, prepared: dict) -> None:
             assert tokenizer.decode(answer[:-1]) == target.strip()  # the whole answer, and nothing else, is learnt
 
 
-@pytest.mark.parametrize("task", load_tasks())
+@pytest.fixture(scope="module")
+def trained_on(tokenizer, tmp_path_factory):
+    """A few tasks' sample rows, the awkward ones, and the real ones where they are at hand."""
+    folder = tmp_path_factory.mktemp("tokens")
+    own = folder / "own.jsonl"
+    rows = [{"context": context, "target": target} for context, target in AWKWARD]
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    sources = {task: (task, {"raw": SAMPLE}) for task in FEW}
+    sources["awkward"] = "cfa", {"file": own, "any_label": True}
+    if SHARED.is_dir():
+        sources["real"] = "financebench", {"raw": SHARED}
+    return load(tokenizer, folder, sources)
+
+
+@pytest.mark.parametrize("task", FEW)
 def test_sample_rows(task, tokenizer, trained_on):
     check(tokenizer, trained_on[task])
 
 
-@pytest.mark.parametrize("task", REAL)
-def test_real_rows(task, tokenizer, trained_on):
+@pytest.mark.slow
+def test_all_rows_at_hand(tokenizer, tmp_path):
+    sources = {task: (task, {"raw": SAMPLE}) for task in load_tasks()}
+    if SHARED.is_dir():
+        sources |= {f"real {task}": (task, {"raw": SHARED}) for task in REAL}
+    found = load(tokenizer, tmp_path, sources)
+    for rows in found.values():
+        check(tokenizer, rows)
+    for task in REAL:
+        if f"real {task}" in found:
+            assert sum(len(found[f"real {task}"][file]) for file in FILES.values()) == REAL[task]
+
+
+def test_every_tasks_recipe_reads_its_prepared_rows_in_the_same_way():
+    ways = set()
+    for task in load_tasks():
+        settings = recipe(task)
+        for key, file in FILES.items():
+            (entry,) = settings[key]
+            assert entry.pop("path") == f"data/prepared/{task}/{file}"
+        whole = {key: settings.get(key) for key in (*FILES, "chat_template", "chat_template_jinja", "train_on_inputs")}
+        ways.add(json.dumps(whole, sort_keys=True))
+    assert len(ways) == 1
+
+
+def test_real_rows(tokenizer, trained_on):
     if not SHARED.is_dir():
         pytest.skip("FinLoRA's files are not beside the project")
-    rows = trained_on[f"real {task}"]
-    assert len(rows["train.jsonl"]) + len(rows["validation.jsonl"]) == REAL[task]
-    check(tokenizer, rows)
+    assert sum(len(trained_on["real"][file]) for file in FILES.values()) == REAL["financebench"]
+    check(tokenizer, trained_on["real"])
 
 
 def test_awkward_rows(tokenizer, trained_on):
