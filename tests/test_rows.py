@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import tracemalloc
 from decimal import Decimal
 from pathlib import Path
@@ -271,10 +272,16 @@ MALFORMED = {
 }
 
 
+CAPITALS = {"CRC", "CRLF", "CSV", "JSON", "LF", "LFS", "NUL", "UTF"}  # names; all else of a line is in lower case
+
+
 def complaint(path: Path, *words: str, shown: object = None, line: int | None = None, key: str | None = None, **given):
     with refuses(*words, file=shown or path, line=line, key=key) as error:
         list(read_rows(path, **given))
-    assert len(str(error.value)) < len(str(path)) + 300
+    said = str(error.value).removeprefix(str(shown or path))
+    assert len(said) < 300
+    assert set(re.findall("[A-Z]{2,}", said)) <= CAPITALS
+    assert all(any(part in said for part in word.split("|")) for word in words if word != word.lower())
 
 
 @pytest.mark.parametrize("case", MALFORMED)
