@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import commands
@@ -68,6 +69,9 @@ def pytest_sessionfinish(session):
     result = yield
     if not WORKER and BEFORE in session.config.stash:
         commands.end()
+        weakref.finalize._exitfunc()  # of temporary folders: without xdist the tests' modules are in this process
+        if "forked" in sys.modules:
+            sys.modules["forked"].clear_up()
         say = session.config.get_terminal_writer().line
         run, before = session.config.stash[BEFORE]
         del session.config.stash[BEFORE]

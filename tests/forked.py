@@ -119,7 +119,7 @@ def finish(child: tuple[int, IO[str]], status: int | None = None) -> tuple[int, 
 
 
 @atexit.register
-def _clear_up() -> None:
+def clear_up() -> None:
     """What the children left that nobody finished, because they were killed or are another test's to wait for."""
     while _temporary:
         shutil.rmtree(_temporary.popitem()[1], ignore_errors=True)
