@@ -7,6 +7,7 @@ import sys
 from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 import pytest
 from failures import refuses
 from hypothesis import given
@@ -15,7 +16,7 @@ from sklearn.metrics import f1_score
 
 from data.rows import read_rows
 from data.tasks import load_tasks
-from eval.scorers import bertscore_items, finlora, finlora_label, scorings, strict, summary
+from eval.scorers import bertscore_items, f1, finlora, finlora_label, scorings, strict, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {name: spec for entry in load_tasks().values() for name, spec in entry["tests"].items()}
@@ -292,6 +293,8 @@ def test_case_space_and_quotes_count_for_nothing(name, data, form, case):
         ("3.04%", "0.03", True, True),
         ("12.5 %", "12.5", True, True),
         ("15.4%", "15%", False, False),
+        ("1500%", "15%", False, False),
+        ("15%", "1500%", False, False),
         ("0.5", "5", False, False),
         (".50", "0.5", True, True),
         ("5.", "5.0", True, True),
@@ -372,6 +375,55 @@ def test_nwgi_in_three_classes():
     assert right(ways["strict"](["Mildly Positive.", "positive"], ["mildly positive", "mildly positive"])) == [1.0, 0.0]
 
 
+def test_three_classes_without_a_table_are_those_of_the_targets():
+    score = scorings("nwgi", TESTS["nwgi"] | {"labels": None})["three classes"]
+    assert right(score(["positive", "negative"], ["strong positive", "neutral"])) == [1.0, 0.0]
+
+
+def test_a_label_in_brackets_is_itself_where_the_table_has_it():
+    spec = spec_of(labels=["(a)", "a", "b"])
+    assert strict(spec, ["(a)", "(b)"], ["b", "b"])["predicted"] == ["(a)", "b"]
+
+
+def test_a_wrong_number_is_the_class_that_it_spells():
+    items = strict(spec_of("accuracy"), ["1e3", "9"], ["5.0", "1E3"])
+    assert items["predicted"] == ["1E3", "9"]
+
+
+def test_tags_are_texts_even_where_they_are_numbers():
+    assert right(strict(spec_of("tag_accuracy_f1"), ["5.00, 6"], ["5.0, 6"])) == [0.0, 1.0]
+
+
+def test_several_words_are_an_answer_where_the_target_is_several():
+    items = strict(spec_of(), ["gross margin", "gross margin"], ["net income", "income"])
+    assert items["predicted"] == ["gross margin", "unparsed"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ("2^3", 1.0),
+        ("'2 * 4'", 1.0),
+        ("X2 * 4X", 0.0),
+        ("-8 * -1", 1.0),
+        ("800% / 1", 1.0),
+        ("True * 8", 0.0),
+        ("8 * = 16 / 2", 1.0),
+        ("8*1 " + "+0" * 248, 1.0),
+        ("8*1  " + "+0" * 248, 0.0),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_what_a_calculation_may_hold(answer, found):
+    """Powers, quotes, signs, percentages, at most 500 characters; no names, and the first part that is one."""
+    assert right(strict(spec_of(), [answer], ["8 * 1"])) == [found]
+
+
+def test_zero_equals_zero_exactly():
+    for share in (0.0, 0.01):
+        assert right(strict(spec_of(), ["0.00", "0.001"], ["0", "0"], share=share)) == [1.0, 0.0]
+
+
 def test_a_target_outside_the_tables_labels_is_an_answer():
     items = strict(spec_of(labels=["A", "B"]), ["C", "B", "D"], ["C", "B", "B"])
     assert items["predicted"] == ["C", "B", "unparsed"]
@@ -425,6 +477,14 @@ def test_summary_equals_scikit_learn(pairs):
     macro = f1_score(targets, predicted, labels=sorted(set(targets)), average="macro", zero_division=0)
     assert result["macro_f1"] == pytest.approx(macro)
     assert (result["unparsed"], result["items"]) == (predicted.count("e"), len(pairs))
+
+
+def test_f1_of_several_counts_at_once():
+    """Each row of counts has its own scores, and a class without targets counts in neither mean."""
+    support, claims, hits = np.array([[[4, 0, 2], [1, 3, 0]], [[2, 1, 3], [0, 4, 0]], [[2, 0, 1], [0, 3, 0]]])
+    weighted, macro = f1(support, claims, hits)
+    assert weighted == pytest.approx([(4 * 2 / 3 + 2 * 0.4) / 6, 3 * (6 / 7) / 4])
+    assert macro == pytest.approx([(2 / 3 + 0.4) / 2, (6 / 7) / 2])
 
 
 def test_bertscore_items_have_a_mean_and_no_classes():

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
+from eval import stats
 from eval.scorers import bertscore_items, finlora, summary
 from eval.stats import STATISTICS, _resampled, _totals, interval, paired
 
@@ -153,6 +154,20 @@ def test_sign_flips_equal_all_flips_written_out():
     assert result["only_a"] + result["only_b"] == 12
 
 
+def test_flips_that_tie_count_and_are_summed_over_all_chunks(monkeypatch):
+    """Of three equal differences a quarter of all flips are as far from 0; a float's noise hides none."""
+    monkeypatch.setattr(stats, "CHUNK", 64)
+    result = paired(bertscore_items([0.1, 0.2, 0.3]), bertscore_items([0.4, 0.5, 0.6]), resamples=4000)
+    assert result["p"] == pytest.approx(0.25, abs=0.03)
+
+
+def test_figures_are_of_2000_resamples_from_seed_0():
+    draw = random.Random(5)
+    a, b = (bertscore_items([draw.random() for _ in range(37)]) for _ in "ab")
+    assert interval(a) == interval(a, "accuracy", 2000, 0, 0.95) != interval(a, seed=1)
+    assert paired(a, b) == paired(a, b, "accuracy", 2000, 0, 0.95) != paired(a, b, seed=1)
+
+
 def test_rows_of_several_tags_are_compared_whole():
     spec = {"metric": "tag_accuracy_f1", "labels": None}
     targets = ["A,B,C"] * 40
@@ -200,6 +215,11 @@ def test_other_rows_are_refused():
     for items, *words in ((fewer, "3", "2"), (other, "row 2", "target"), (items_of([]), "3", "0")):
         with refuses(*words, "evaluate both", "LIMIT"):
             paired(a, items)
+    one, two = items_of([[("a", "a")], [("b", "b")]]), items_of([[("a", "a")], [("b", "b"), ("c", "c")]])
+    three = items_of([[("a", "a")], [("b", "b")], [("c", "c")] * 2])
+    for first, second, row in ((one, two, 2), (two, one, 2), (three, a, 3)):  # a tag more in the last row
+        with refuses(f"row {row}", "evaluate both", "LIMIT"):
+            paired(first, second)
 
 
 def test_what_cannot_be_scored_is_said():
