@@ -62,7 +62,7 @@ def rounding_of(model, bits: int) -> float:
         return shaken(differences, torch.float32)["logits"] * expected["logits"].abs().max()
 
     def rounded(module, inputs):
-        step = inputs[0].abs().amax(-1, keepdim=True) / 127
+        step = inputs[0].abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
         return ((inputs[0] / step).round() * step,)
 
     layers = [layer for layer in model.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
@@ -90,7 +90,8 @@ def test_merging_is_the_formula(tiny_base, tmp_path, alpha):
             summed = plain.get_submodule(name).weight.double() + alpha / 4 * b @ a
             expected = m[:, None] * summed / summed.norm(dim=1, keepdim=True)
             found = merged.get_submodule(name).weight.double()
-            assert (found - expected).abs().max() < torch.finfo(torch.float32).eps * expected.abs().max()
+            # Merged in float32: the norm's, the division's and the sum's rounding.
+            assert (found - expected).abs().max() < FACTOR * torch.finfo(torch.float32).eps * expected.abs().max()
 
 
 SLOW = pytest.mark.slow
