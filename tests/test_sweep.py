@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from failures import failed, refuses, says
 from hypothesis import given
 from hypothesis import strategies as st
 from made import answered, label_rows, subject
@@ -113,64 +114,70 @@ def test_a_points_text_does_not_follow_the_order_of_the_sweep_file(tmp_path):
     assert texts[0].startswith('# recipes/sentiment_r8_dora.yaml with lr_scheduler: "linear", seed: 7\nbase_model: ')
 
 
+# A sweep file, the key that is named, and words for the fault and the remedy; BAD_LINES: the line where one is named.
 BAD = {
-    "unknown key": ("lora_rr: [4]", "unknown key 'lora_rr'; did you mean 'lora_r'?"),
+    "unknown key": ("lora_rr: [4]", "lora_rr", ["unknown", "lora_r'?"]),
     "unknown nested key": (
         "lr_groups: [[{name: a, modules: [b], lr: 1, rate: 1}]]",
-        "unknown key 'lr_groups.0.rate'; ",
+        "lr_groups.0.rate",
+        ["unknown"],
     ),
-    "wrong type": ("lora_r: [eight]", "key 'lora_r' is 'eight'; it must be integer"),
-    "empty list": ("lora_r: []", "key 'lora_r': the list is empty; give it values or remove the key"),
-    "empty pairs": ("_: []", "key '_': the list is empty; give it values or remove the key"),
-    "empty pair": ("_: [{}]", "key '_': entry 1 is {}; write keys with their values"),
-    "no list": ("lora_r: 4", "key 'lora_r' is 4; write a list of values"),
-    "text, which axolotl takes for letters": ("lr_scheduler: linear", "key 'lr_scheduler' is 'linear'; write a list"),
-    "nothing": ("", "holds no keys; "),
-    "twice": ("lora_r: [4]\nlora_r: [8]", "line 2: key 'lora_r' stands twice; keep one"),
-    "in a pair too": ("lora_r: [4]\n_: [{lora_r: 8}]", "key 'lora_r' stands below '_' too; keep one"),
-    "equal points": ("lora_r: [4, 8, 4]", "points 1 and 3 are equal (lora_r: 4); remove one"),
+    "wrong type": ("lora_r: [eight]", "lora_r", ["'eight'", "integer"]),
+    "empty list": ("lora_r: []", "lora_r", ["empty", "values", "remove"]),
+    "empty pairs": ("_: []", "_", ["empty", "values", "remove"]),
+    "empty pair": ("_: [{}]", "_", ["entry 1", "keys with their values"]),
+    "no list": ("lora_r: 4", "lora_r", ["4", "list"]),
+    "text, which axolotl takes for letters": ("lr_scheduler: linear", "lr_scheduler", ["linear", "list"]),
+    "nothing": ("", None, ["no keys"]),
+    "twice": ("lora_r: [4]\nlora_r: [8]", "lora_r", ["twice|duplicate", "keep one|remove one"]),
+    "in a pair too": ("lora_r: [4]\n_: [{lora_r: 8}]", "lora_r", ["keep one|remove one"]),
+    "equal points": ("lora_r: [4, 8, 4]", None, ["points 1 and 3", "lora_r: 4", "remove one|keep one"]),
     "equal in effect": (
         "learning_rate: [1e-4, 0.0001]",
-        "points 1 and 2 are equal (learning_rate: 0.0001); remove one",
+        None,
+        ["points 1 and 2", "learning_rate: 0.0001", "remove one|keep one"],
     ),
     "equal in another order": (
         "lora_target_modules: [[q_proj, v_proj], [v_proj, q_proj]]",
-        'points 1 and 2 are equal (lora_target_modules: ["v_proj", "q_proj"]); remove one',
+        None,
+        ["points 1 and 2", 'lora_target_modules: ["v_proj", "q_proj"]', "remove one|keep one"],
     ),
     "words that were meant as one value": (
         "lora_target_modules: [q_proj, v_proj]",
-        "point 1: key 'lora_target_modules' is \"q_proj\"; write a list, as in [q_proj, v_proj]",
+        "lora_target_modules",
+        ["point 1", "list", "[q_proj, v_proj]"],
     ),
     "a target that is no layer": (
         "lora_target_modules: [[q_proj], [q_proj, w9]]",
-        "point 2: key 'lora_target_modules': w9 is none of q_proj, k_proj, ",
+        "lora_target_modules",
+        ["point 2", "w9", "q_proj, k_proj, "],
     ),
-    "an optimizer that nobody has": ("optimizer: [sgd, nonsense]", "key 'optimizer': 'nonsense' is not one of ['adamw"),
+    "an optimizer that nobody has": ("optimizer: [sgd, nonsense]", "optimizer", ["nonsense", "adamw"]),
     "equal names": (
         "lr_groups: [[{name: a, modules: [q_proj], lr: 1}], [{name: a, modules: [k_proj], lr: 1}]]",
-        "points 1 and 2 would both be sentiment_r8_dora.lr_groups-a-1; rename one",
+        None,
+        ["points 1 and 2", "sentiment_r8_dora.lr_groups-a-1", "rename"],
     ),
-    "the sweep's own": ("output_dir: [outputs/a]", "key 'output_dir' is the sweep's own; remove it"),
+    "the sweep's own": ("output_dir: [outputs/a]", "output_dir", ["remove"]),
     "half of 4 bits": (
         "load_in_4bit: [true]",
-        "point 1 (load_in_4bit: true) would be sentiment_4bit_r8_dora: key 'load_in_8bit' is True, but the name says",
+        "load_in_8bit",
+        ["point 1", "load_in_4bit: true", "sentiment_4bit_r8_dora", "true", "name"],
     ),
-    "not YAML": ("lora_r: [4", "line 1: not valid YAML"),
-    "a number for a key": ("8: [4]\nlora_r: [4]", "unknown key '8'; remove it"),
-    "what a run is held against, left out": ("lora_dropout: [null]", "point 1: key 'lora_dropout' is missing; give it"),
-    "a secret": (
-        "wandb_project: [hf_abcdefghijklmnopqrstuvwx]",
-        "key 'wandb_project' holds a secret; remove it and set",
-    ),
+    "not YAML": ("lora_r: [4", None, ["YAML"]),
+    "a number for a key": ("8: [4]\nlora_r: [4]", "8", ["unknown", "remove"]),
+    "what a run is held against, left out": ("lora_dropout: [null]", "lora_dropout", ["point 1", "missing"]),
+    "a secret": ("wandb_project: [hf_abcdefghijklmnopqrstuvwx]", "wandb_project", ["secret", "remove", "set"]),
 }
+BAD_LINES = {"twice": 2, "not YAML": 1}
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_sweep_file_that_must_be_mended_is_named_in_one_line(case, tmp_path):
-    text, expected = BAD[case]
-    with pytest.raises(UserError) as error:
+def test_a_sweep_file_that_is_wrong_is_named_in_one_line(case, tmp_path):
+    text, key, words = BAD[case]
+    with refuses(*words, file=tmp_path / "mine.yaml", line=BAD_LINES.get(case), key=key) as error:
         points(tmp_path, text)
-    assert str(error.value).startswith(f"{tmp_path / 'mine.yaml'}: {expected}") and "\n" not in str(error.value)
+    assert "hf_" not in str(error.value)
 
 
 texts = st.text(st.characters(categories=["L", "N", "P", "S"]), max_size=5)
@@ -192,31 +199,28 @@ def test_any_other_file_ends_in_points_or_in_one_line(tmp_path_factory, content)
 
 
 def test_what_is_not_there_is_said_with_what_is(tmp_path):
-    with pytest.raises(UserError) as error:
+    with refuses("rank?", ", ".join(SHIPPED), "YAML file", file="SWEEP=rnak"):
         sweep.find("rnak")
-    assert str(error.value) == (
-        f"SWEEP=rnak: no such sweep (did you mean rank?); there are {', '.join(SHIPPED)}, and any YAML file by its path"
-    )
     for name in ("", str(tmp_path / "other.yaml"), "../rank"):
-        with pytest.raises(UserError, match=f"^SWEEP={name}: no such sweep.*; there are bits, learning_rate, "):
+        with refuses(", ".join(SHIPPED), "YAML file", file=f"SWEEP={name}"):
             sweep.find(name)
-    with pytest.raises(UserError, match="RECIPE=sentiment_r9_dora: no such recipe; did you mean sentiment_r8_dora"):
+    with refuses("sentiment_r8_dora", file="RECIPE=sentiment_r9_dora"):
         recipes.find("sentiment_r9_dora")
     magnitude = sweep.find("magnitude")
-    with pytest.raises(UserError, match="point 2: key 'lr_groups': LoRA has no lora_magnitude_vector; take a recipe"):
+    with refuses("point 2", "LoRA", "lora_magnitude_vector", "recipe", key="lr_groups"):
         sweep.plan(recipes.find("sentiment_r8_lora"), magnitude)
 
 
 def test_options_that_the_points_differ_by_and_points_that_are_not_there(tmp_path):
     (tmp_path / "mine.yaml").write_text("learning_rate: [0.1, 0.2]", encoding="utf-8")
     for args, key in ((["--learning-rate", "0.3"], "learning_rate"), (["--lora-r=4"], "lora_r")):
-        with pytest.raises(UserError, match=f": {key} is what the points differ by; change .*mine.yaml"):
+        with refuses("change", str(tmp_path / "mine.yaml"), key=key, file=f"ARGS={' '.join(args)}"):
             sweep.sweep(RECIPE, tmp_path / "mine.yaml", args=args)
-    with pytest.raises(UserError, match="POINT=3: .*mine.yaml has points 1 to 2; LIST=1 shows them"):
+    with refuses("mine.yaml", "1 to 2", "LIST=1", file="POINT=3"):
         sweep.sweep(RECIPE, tmp_path / "mine.yaml", point=3)
-    with pytest.raises(UserError, match="TASKS=fbp: no test set or group 'fbp'; did you mean fpb"):
+    with refuses("'fbp'", "fpb", file="TASKS=fbp"):
         sweep.sweep(RECIPE, tmp_path / "mine.yaml", ask=["--tasks", "fbp"])
-    with pytest.raises(UserError, match="^TRACK=foo: choose wandb, mlflow, none; TensorBoard is on without it"):
+    with refuses("wandb, mlflow, none", "TensorBoard", file="TRACK=foo"):
         sweep.sweep(RECIPE, tmp_path / "mine.yaml", track="foo")
 
 
@@ -229,12 +233,12 @@ def test_gpus_are_shared_out_and_missed(monkeypatch):
     assert sweep.slots(3, point, small=True) == ["0", "1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7f")
     assert sweep.slots(2, point, small=False) == ["5", "GPU-7f"]
-    with pytest.raises(UserError, match="^GPUS=3: CUDA_VISIBLE_DEVICES=5,GPU-7f shows fewer; name 3 there, or take"):
+    with refuses("CUDA_VISIBLE_DEVICES=5,GPU-7f", "name 3", "GPUS=1", file="GPUS=3"):
         sweep.slots(3, point, small=True)
-    with pytest.raises(UserError, match="GPUS=4: a point needs a GPU and 2 are here; TINY=1 tries the sweep on a tiny"):
+    with refuses("GPU", "2 ", "TINY=1", file="GPUS=4"):
         sweep.slots(4, point, small=False)
     monkeypatch.setattr(checks, "gpus", list)
-    with pytest.raises(UserError, match="GPUS=1: a point needs a GPU and none is here"):
+    with refuses("GPU", "none|no ", "TINY=1", file="GPUS=1"):
         sweep.slots(1, point, small=False)
 
 
@@ -246,10 +250,10 @@ def test_without_a_gpu_the_table_of_what_is_trained_is_written_all_the_same(rank
     monkeypatch.setattr(train, "output_folder", lambda recipe, small: tmp_path / Path(recipe["output_dir"]).name)
     monkeypatch.setattr(train, "finished_run", lambda path, *options: done.get(path))
     monkeypatch.setattr(sweep, "write", lambda *point: None)
-    with pytest.raises(UserError, match="^GPUS=1: a point needs a GPU and none is here"):
+    with refuses("GPU", "none|no ", "TINY=1", file="GPUS=1"):
         sweep.sweep(RECIPE, tmp_path / "mine.yaml")
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert "| 1 | sentiment_r2_dora |" in table and "| failed: out of memory |" in table
+    assert re.search(r"^\| 1 \| sentiment_r2_dora \|", table, re.M) and "out of memory |" in table
     done[ranks[3]["path"]] = ranks[3]["run"]
     shown = sweep.sweep(RECIPE, tmp_path / "mine.yaml")
     assert all(row["finished"] and not row["note"] for row in shown["rows"])
@@ -274,11 +278,10 @@ def test_sweeps_of_equal_names_do_not_share_a_folder(tmp_path, monkeypatch):
             sweep.sweep(recipe, file, point=1)
         return str(error.value)
 
-    out, no_gpu = tmp_path / "out", "GPUS=1: a point needs a GPU and none is here; "
+    out, no_gpu = tmp_path / "out", "GPUS=1: "
     assert refused(RECIPE, first).startswith(no_gpu)  # the folder is its own from here on
-    assert refused(RECIPE, second) == f"{out}: holds the sweep of {first}; give {second} another name"
-    holds = "holds the sweep of recipes/sentiment_r8_dora.yaml"
-    assert refused(own, first) == f"{out}: {holds}; give {own} another name"
+    says(refused(RECIPE, second), str(first), str(second), "another name|rename", file=out)
+    says(refused(own, first), "recipes/sentiment_r8_dora.yaml", str(own), "another name|rename", file=out)
     assert refused(RECIPE, tmp_path / "b" / ".." / "a" / "mine.yaml").startswith(no_gpu)
     first.unlink()  # moved: nothing else would be lost
     assert refused(RECIPE, second).startswith(no_gpu)
@@ -378,19 +381,21 @@ def test_points_run_one_after_another_and_each_fails_alone(stand_in, tmp_path, c
         stand_in("silent", (3,)),
         stand_in("asked", (0,), (0,)),
     ]
-    failed = sweep.work(todo, [None], None)
-    assert failed == {
+    failed_points = sweep.work(todo, [None], None)
+    assert re.search("signal 9", failed_points["killed"])
+    assert failed_points == {
         "memory": oom,
-        "killed": "ended by signal 9",
+        "killed": failed_points["killed"],
         "raised": "RuntimeError: the driver is gone",
-        "silent": f"ended with exit code 3, see {tmp_path / 'silent.log'}",
+        "silent": failed_points["silent"],
     }
+    assert re.search(rf"\b3\b.*{tmp_path / 'silent.log'}", failed_points["silent"])
     assert [note["name"] for note in stand_in.notes()] == "good memory killed raised silent asked asked".split()
     assert all(note["gpu"] is None for note in stand_in.notes())
     output = capfd.readouterr().out
     assert "[6/6] asked: " in output and output.count("the output of asked\n") == 2  # shown, and kept
     assert (tmp_path / "asked.log").read_text() == "the output of asked\n\n" * 2
-    assert f"memory: failed: {oom} (" in output
+    assert re.search(rf"\bmemory: .*{re.escape(oom)}", output)
 
 
 def test_each_gpu_has_one_point_at_a_time(stand_in, capfd):
@@ -412,7 +417,7 @@ def test_an_interrupted_sweep_lets_its_points_save(stand_in, tmp_path, capfd):
         sweep.work([stand_in("first", ("interrupt",)), stand_in("second")], [None], None)
     assert (tmp_path / "first.log").read_text().endswith("a checkpoint is saved\n")
     assert [note["name"] for note in stand_in.notes()] == ["first"]
-    assert "interrupted; the same command goes on from here" in capfd.readouterr().err
+    assert re.search("interrupted.*same command", capfd.readouterr().err)
 
 
 SHA = "bf3aa00778540de5d89cbd18164a2a1c35a96d7dd079a6931ea57d0948acb754"  # made.subject's
@@ -443,11 +448,8 @@ def ranks(tmp_path):
 def test_the_best_point_is_named_only_where_it_is_distinguishable(ranks, tmp_path, capsys):
     evaluate(tmp_path, {"sentiment_r2_dora": 0.5, "sentiment_r4_dora": 0.65, "sentiment_r8_dora": 0.9})
     shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
-    assert re.fullmatch(
-        r"Best: sentiment_r8_dora, \d\d\.\d\d, distinguishable from every other point \(paired on the 500 rows of fpb, "
-        r"tfns, at 95% for all 2 comparisons together\)\. Not in this comparison: sentiment_r16_dora\.",
-        shown["verdict"],
-    )
+    verdict = r"Best: sentiment_r8_dora, \d\d\.\d\d, .*\b500 .*fpb, tfns.* 95% .*\b2 .*sentiment_r16_dora\."
+    assert re.fullmatch(verdict, shown["verdict"])
     heads, *lines = shown["table"]
     assert heads == (
         ["", "point", "rank", "score", "vs best", "fpb", "tfns", "validation loss", "trainable parameters"]
@@ -471,9 +473,7 @@ def test_the_best_point_is_named_only_where_it_is_distinguishable(ranks, tmp_pat
 
 def test_no_point_is_named_best_by_luck_or_by_a_loss(ranks, tmp_path):
     shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
-    assert shown["verdict"].startswith(
-        "No point is named best: the lowest validation loss is 0.212 (sentiment_r2_dora)"
-    )
+    assert not shown["verdict"].startswith("Best") and "0.212 (sentiment_r2_dora)" in shown["verdict"]
     assert [panel["title"] for panel in shown["plot"]["panels"]] == [
         "validation loss",
         "training, s",
@@ -481,11 +481,11 @@ def test_no_point_is_named_best_by_luck_or_by_a_loss(ranks, tmp_path):
     ]
     evaluate(tmp_path, {"sentiment_r2_dora": 0.84, "sentiment_r4_dora": 0.8, "sentiment_r8_dora": 0.4})
     shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
-    best, other = re.search(
-        r"^No point is named best: the highest score is that of (\w+), .* cannot be told apart from (\w+) \(paired",
-        shown["verdict"],
-    ).groups()
-    assert {best, other} == {"sentiment_r2_dora", "sentiment_r4_dora"}
+    assert not shown["verdict"].startswith("Best")
+    assert re.findall(r"sentiment_r[248]_dora", shown["verdict"].split("(paired")[0]) in (
+        ["sentiment_r2_dora", "sentiment_r4_dora"],
+        ["sentiment_r4_dora", "sentiment_r2_dora"],
+    )
 
 
 def test_what_failed_is_unfinished_or_went_on_stands_in_the_table(ranks, tmp_path):
@@ -493,8 +493,8 @@ def test_what_failed_is_unfinished_or_went_on_stands_in_the_table(ranks, tmp_pat
     ranks[1] |= {"run": None}
     ranks[2] = trained(ranks[2], steps_this_run=100, seconds=50.0)
     heads, *lines = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)["table"]
-    assert [line[-1] for line in lines[:2]] == ["failed: out of memory | on NVIDIA T4", "not finished"]
-    assert lines[2][-1].startswith("went on after an interruption") and lines[2][heads.index("seconds")] == "200.0"
+    assert re.search(r"fail.*out of memory \| on NVIDIA T4$", lines[0][-1]) and re.search("finished", lines[1][-1])
+    assert re.search("interrupt|resum", lines[2][-1]) and lines[2][heads.index("seconds")] == "200.0"
     assert "out of memory \\| on" in (tmp_path / "table.md").read_text(encoding="utf-8")
 
 
@@ -503,12 +503,13 @@ def test_answers_that_cannot_be_compared_name_no_best_point(ranks, tmp_path):
     about = tmp_path / "results" / "sentiment_r2_dora" / "fpb" / "set.json"
     about.write_text(about.read_text().replace("0123456789abcdef", "f" * 16), encoding="utf-8")
     shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
-    assert shown["verdict"] == "No point is named best: not all of them can be compared, see below."
-    assert any("answered another file" in note for note in shown["notes"])
+    assert not shown["verdict"].startswith("Best") and "compare" in shown["verdict"]
+    assert any(re.search("sentiment_r[24]_dora.*SHA-256", note) for note in shown["notes"])
     ranks[0]["run"]["adapter"] = {"sha256": "of another training"}
     shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
-    assert shown["verdict"] == "No point is named best: only sentiment_r4_dora is evaluated."
-    assert any(note.startswith("sentiment_r2_dora: was evaluated with another adapter") for note in shown["notes"])
+    assert not shown["verdict"].startswith("Best")
+    assert re.findall(r"sentiment_r\d_dora", shown["verdict"]) == ["sentiment_r4_dora"]
+    assert any(re.match("sentiment_r2_dora: .*another adapter", note) for note in shown["notes"])
 
 
 AXES = {
@@ -550,7 +551,7 @@ def test_the_slurm_file_runs_one_point_a_task(tmp_path):
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT)}
     command = ["bash", str(ROOT / "cluster" / "sweep.sbatch"), "RECIPE=a", "SWEEP=rank", "EVAL=1"]
     alone = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert alone.returncode and "submit it with --array=1-<points>" in alone.stderr
+    assert alone.returncode and "--array=1-" in alone.stderr
     done = subprocess.run(command, env=env | {"SLURM_ARRAY_TASK_ID": "3"}, capture_output=True, text=True)
     assert done.stdout == "sweep|POINT=3|RECIPE=a|SWEEP=rank|EVAL=1|", done.stderr
 
@@ -609,41 +610,68 @@ def swept(house: Path, *argv: str) -> tuple[int, object]:
 
 
 @pytest.mark.xdist_group("axolotl")
-@pytest.mark.parametrize("options", [["--tiny"], []])
+@pytest.mark.parametrize("options", [["--tiny"], pytest.param([], marks=pytest.mark.slow)])
 def test_a_sweep_at_work_keeps_the_recipes_that_it_still_has_to_train(house, command, options):
     folder = house / "outputs" / "sweeps" / "sentiment_bf16_r8_dora.rank"
     folder.mkdir(parents=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = command("tools.sweep", "sentiment_bf16_r8_dora", "rank", *options)
-    line = f"error: {folder.relative_to(house)}: another command is at work there; wait for it or end it"
-    assert done.returncode == 1 and done.stderr.splitlines()[-1] == line, done.stderr
+    failed(done, "another command", "wait", file=folder.relative_to(house))
     assert not list(folder.iterdir())
 
 
-def test_a_real_sweep_is_killed_goes_on_fails_in_part_and_grows(house):
-    """On the tiny model, through axolotl: kill -9, a card that is too small for rank 8, a point more in the file."""
-    import psutil
-    from forked import finish
-
+def real_sweep(house: Path, ranks: str) -> Path:
+    """own/sentiment_bf16_r8_dora.yaml, with a card that is too small for rank 8, and ranks.yaml; their folder."""
     recipe = yaml.safe_load((recipes.RECIPES / "sentiment_bf16_r8_dora.yaml").read_text(encoding="utf-8"))
     recipe["plugins"].insert(0, "faults.OutOfMemoryFromRank8")
     recipe |= {"num_epochs": 1, "saves_per_epoch": 2, "evals_per_epoch": 2}
     (house / "own").mkdir()
     (house / "own" / "sentiment_bf16_r8_dora.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    ranks = house / "ranks.yaml"
-    ranks.write_text("lora_r: [2, 4, 8]", encoding="utf-8")
-    command = ("own/sentiment_bf16_r8_dora.yaml", "ranks.yaml", "--tiny")
-    options = ("--", "--max-steps", "8", "--learning-rate", "0.001")
-    folder = house / "outputs" / "tiny" / "sweeps" / "sentiment_bf16_r8_dora.ranks"
-    two, four, eight, one = (folder / f"sentiment_bf16_r{rank}_dora" for rank in (2, 4, 8, 1))
-
+    (house / "ranks.yaml").write_text(f"lora_r: {ranks}", encoding="utf-8")
     # In a process of its own: near-duplicates are looked for by threads, which a fork of this process may lack.
     prepared = "from pathlib import Path; from tools import recipes, train; import sys; path = Path(sys.argv[1]); "
     prepared += "train.prepare_data(path, recipes.load(path), True)"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(house), str(ROOT / "tests")])}
-    subprocess.run([sys.executable, "-c", prepared, command[0]], cwd=house, env=env, check=True)
-    killed = swept(house, *command, *options)
+    subprocess.run([sys.executable, "-c", prepared, OWN[0]], cwd=house, env=env, check=True)
+    return house / "outputs" / "tiny" / "sweeps" / "sentiment_bf16_r8_dora.ranks"
+
+
+OWN = ("own/sentiment_bf16_r8_dora.yaml", "ranks.yaml", "--tiny")
+
+
+@pytest.mark.xdist_group("axolotl")
+def test_a_real_sweep_trains_what_it_can_and_is_done_once(house):
+    """On the tiny model, through axolotl: one of two points fails alone, and without it nothing is left to run."""
+    from forked import finish
+
+    folder = real_sweep(house, "[4, 8]")
+    code, output = finish(swept(house, *OWN, "--gpus", "2", "--", "--max-steps", "4"))
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code == 1
+    says(line.removeprefix("error: "), "out of memory", "NVIDIA A100", file="sentiment_bf16_r8_dora")
+    run = folder / "sentiment_bf16_r4_dora" / "run.json"
+    first = run.read_bytes()
+    assert json.loads(first)["metrics"]["steps"] == 4
+    assert "CUDA_VISIBLE_DEVICES 1\n" in (folder / "sentiment_bf16_r8_dora.log").read_text(encoding="utf-8")
+    assert "\n| 2 | sentiment_bf16_r8_dora | 8 |" in (folder / "table.md").read_text(encoding="utf-8")
+    (house / "ranks.yaml").write_text("lora_r: [4]", encoding="utf-8")
+    code, output = finish(swept(house, *OWN, "--", "--max-steps", "4"))
+    assert code == 0 and run.read_bytes() == first, output
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("axolotl")
+def test_a_real_sweep_is_killed_goes_on_fails_in_part_and_grows(house):
+    """On the tiny model, through axolotl: kill -9, a card that is too small for rank 8, a point more in the file."""
+    import psutil
+    from forked import finish
+
+    folder, ranks = real_sweep(house, "[2, 4, 8]"), house / "ranks.yaml"
+    options = ("--", "--max-steps", "8", "--learning-rate", "0.001")
+    two, four, eight, one = (folder / f"sentiment_bf16_r{rank}_dora" for rank in (2, 4, 8, 1))
+
+    killed = swept(house, *OWN, *options)
     deadline = time.monotonic() + 100
     while not any(four.glob("checkpoint-*/seal.json")):
         ended = os.waitpid(killed[0], os.WNOHANG)
@@ -657,37 +685,40 @@ def test_a_real_sweep_is_killed_goes_on_fails_in_part_and_grows(house):
     psutil.wait_procs(family, timeout=10)
     first = (two / "run.json").read_bytes()
 
-    code, output = finish(swept(house, *command, "--gpus", "2", *options))
-    assert code == 1 and "ranks.yaml on sentiment_bf16_r8_dora: 3 points, 2 to run" in output, output
+    code, output = finish(swept(house, *OWN, "--gpus", "2", *options))
+    assert code == 1 and re.search(r"sentiment_bf16_r8_dora.*\b3 .*\b2 ", output), output
     assert (two / "run.json").read_bytes() == first
     log = four.with_suffix(".log").read_text(encoding="utf-8")
-    assert "CUDA_VISIBLE_DEVICES 0\n" in log and "going on from checkpoint-" in log
+    assert "CUDA_VISIBLE_DEVICES 0\n" in log and "checkpoint-" in log
     assert "CUDA_VISIBLE_DEVICES 1\n" in eight.with_suffix(".log").read_text(encoding="utf-8")
     record = json.loads((four / "run.json").read_text(encoding="utf-8"))
     assert record["metrics"]["steps"] == 8 and record["metrics"]["steps_this_run"] == 4
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: sentiment_bf16_r8_dora: ") and ": out of memory on NVIDIA A100: a step needs" in line
+    says(line.removeprefix("error: "), "out of memory", "NVIDIA A100", file="sentiment_bf16_r8_dora")
     assert "\n| 3 | sentiment_bf16_r8_dora | 8 |" in (folder / "table.md").read_text(encoding="utf-8")
 
     ranks.write_text("lora_r: [1, 2, 4]", encoding="utf-8")
-    code, output = finish(swept(house, *command, "--point", "1", "--eval", "--limit", "4", *options))
-    assert code == 0 and "3 points, 1 to run" in output, output
-    assert "No point is named best: only sentiment_bf16_r1_dora is evaluated." in output
+    code, output = finish(swept(house, *OWN, "--point", "1", "--eval", "--limit", "4", *options))
+    assert code == 0 and re.search(r"\b3 points.*\b1 ", output), output
+    assert re.search(r"^(?!Best).*best.* sentiment_bf16_r1_dora\b", output, re.M)
     assert (two / "run.json").read_bytes() == first and (one / "run.json").exists()
     table = (folder / "table.md").read_text(encoding="utf-8")
     assert re.findall(r"^\| \d \| sentiment_bf16_r(\d)_dora \|", table, re.M) == ["1", "2", "4"]
-    assert "went on after an interruption" in table and "tiny stand-in" in table
+    assert re.search("interrupt|resum", table) and "tiny" in table
     losses = {json.loads((out / "run.json").read_text())["metrics"]["final_eval_loss"] for out in (one, two, four)}
     assert len(losses) == 3 and None not in losses
     assert (folder / "index.html").read_text(encoding="utf-8").count("<circle") == 4
 
 
-def test_the_readmes_commands_run(house):
+COMMANDS = [line.split("#")[0].split() for line in README.splitlines() if line.startswith("make sweep ")]
+
+
+@pytest.mark.parametrize("commands", [COMMANDS[:1], pytest.param(COMMANDS[2::2], marks=pytest.mark.slow)], ids=len)
+def test_the_readmes_commands_run(house, commands):
     """With LIST=1, through make: target, variables and points are as it says. One of them trains in the test above."""
-    commands = [line.split("#")[0].split() for line in README.splitlines() if line.startswith("make sweep ")]
-    assert len(commands) >= 4
+    assert len(COMMANDS) >= 4
     venv = f"VENV={ROOT / '.venv'}" if (ROOT / ".venv/bin/axolotl").exists() else "T="
-    for command in commands[::2]:
+    for command in commands:
         done = subprocess.run([*command, "LIST=1", venv], cwd=house, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert re.findall(r"^ +\d +(\w+)", done.stdout, re.M) == [f"sentiment_r{2**n}_dora" for n in range(7)]
