@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from failures import failed, refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,35 +56,38 @@ def test_the_global_batch_is_kept(micro, accumulation, length, gpus, nodes):
 
 def test_how_the_batch_is_kept_is_said():
     say = several.spread(PATH, RECIPE | {"gradient_accumulation_steps": 1, "sequence_len": 5120}, 4, 1)[1]
-    assert say == "global batch kept: 4 processes x 1 packs of 1,280 tokens a step, as the recipe's 1 of 5,120 on one"
+    assert re.search(r"\b4 processes .*\b1 .*\b1,280 .*\b1 .*\b5,120 ", say)
     say = several.spread(PATH, RECIPE | {"gradient_accumulation_steps": 8}, 2, 2)[1]
-    assert say.startswith("global batch kept: 4 processes x 2 packs of ") and say.endswith(" as the recipe's 8 on one")
+    assert re.search(r"\b4 processes .*\b2 .*\b8 ", say)
 
 
 REFUSED = {
-    "too few tokens": ({"sequence_len": 512}, (8, 1), r"GPUS=8: sentiment_r8_dora trains \d+ tokens a step, too few"),
+    "too few tokens": (
+        {"sequence_len": 512},
+        (8, 1),
+        ["tokens", "8 processes", "fewer"],
+    ),
     "rows that do not divide": (
         {"sample_packing": False, "micro_batch_size": 6, "gradient_accumulation_steps": 1},
         (4, 1),
-        r"GPUS=4: sentiment_r8_dora trains 6 rows a step, which 4 processes cannot share; use 1, 2, 3, 6, or set",
+        ["6 rows", "4 processes", "1, 2, 3, 6,", "sample_packing: true"],
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_batch_that_cannot_be_kept_is_refused(case):
-    changes, (gpus, nodes), expected = REFUSED[case]
-    with pytest.raises(UserError, match=expected):
+    changes, (gpus, nodes), words = REFUSED[case]
+    with refuses("sentiment_r8_dora", *words, file=f"GPUS={gpus}"):
         several.spread(PATH, RECIPE | changes, gpus, nodes)
 
 
 def test_a_row_too_long_for_shorter_packs_names_the_way_out():
     shared = several.spread(PATH, RECIPE | {"gradient_accumulation_steps": 1, "sequence_len": 5120}, 4, 1)[0]
-    with pytest.raises(
-        UserError, match="^it failed; if a row is longer than the 1,280 tokens of these packs, use fewer"
-    ):
+    with refuses("1,280 tokens", "fewer GPUs") as error:
         with several.shorter_packs(RECIPE | {"sequence_len": 5120}, shared):
             raise UserError("it failed")
+    assert str(error.value).startswith("it failed; ")
     with pytest.raises(UserError, match="^it failed$"):
         with several.shorter_packs(shared, shared):
             raise UserError("it failed")
@@ -91,44 +96,50 @@ def test_a_row_too_long_for_shorter_packs_names_the_way_out():
 def test_ray_is_asked_for_a_worker_a_gpu_and_a_recipe_that_its_workers_take(monkeypatch):
     monkeypatch.setattr(several.importlib.util, "find_spec", lambda name: name == "ray")
     assert several.launcher(4, 2, 0, None, ray=True) == (["--use-ray", "--ray-num-workers", "8"], [])
-    with pytest.raises(UserError, match="RAY=1 finds its nodes itself; leave NODE_RANK and MASTER out"):
+    with refuses("RAY=1", "NODE_RANK", "MASTER", "leave|remove"):
         several.launcher(4, 2, 1, None, ray=True)
     recipe = RECIPE | {"saves_per_epoch": 4, "evals_per_epoch": 2, "num_epochs": 4}
     changed = several.for_ray(recipe)
     assert (changed["save_steps"], changed["eval_steps"]) == (1 / 16, 1 / 8)
     assert recipe.keys() - changed.keys() == {"saves_per_epoch", "evals_per_epoch"}
     monkeypatch.setattr(several.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"RAY=1 needs Ray, which is not pinned here: .* -m pip install 'ray\[train\]'"):
+    with refuses("RAY=1", "Ray", "-m pip install 'ray[train]'|pip install 'ray[train]'"):
         several.launcher(4, 2, 0, None, ray=True)
 
 
 SHARD_REFUSED = [
-    ({}, 4, False, "ZERO=4: DeepSpeed's stages are 1, 2 and 3"),
-    ({}, 0, False, "ZERO=0: DeepSpeed's stages are 1, 2 and 3"),
-    ({}, None, True, "OFFLOAD=1 needs ZERO=2, ZERO=3 or FSDP=2"),
-    ({}, 1, True, "OFFLOAD=1 needs ZERO=2 or ZERO=3"),
-    ({"deepspeed": "own.json"}, 2, False, "key 'deepspeed' says how to shard already"),
-    ({"fsdp_version": 2, "fsdp_config": {"offload_params": False}}, 2, False, "key 'fsdp_config' says how to shard"),
+    ({}, 4, False, {"file": "ZERO=4"}, ["1, 2 and 3|1, 2 or 3"]),
+    ({}, 0, False, {"file": "ZERO=0"}, ["1, 2 and 3|1, 2 or 3"]),
+    ({}, None, True, {}, ["OFFLOAD=1", "ZERO=2", "ZERO=3", "FSDP=2"]),
+    ({}, 1, True, {}, ["OFFLOAD=1", "ZERO=2", "ZERO=3", "ZERO=1"]),
+    ({"deepspeed": "own.json"}, 2, False, {"file": PATH, "key": "deepspeed"}, ["remove", "ZERO=2"]),
+    (
+        {"fsdp_version": 2, "fsdp_config": {"offload_params": False}},
+        2,
+        False,
+        {"file": PATH, "key": "fsdp_config"},
+        ["remove", "ZERO=2"],
+    ),
 ]
 
 
-@pytest.mark.parametrize("changes, zero, offload, expected", SHARD_REFUSED)
-def test_sharding_that_cannot_work_is_refused(changes, zero, offload, expected):
-    with pytest.raises(UserError, match=expected):
+@pytest.mark.parametrize("changes, zero, offload, place, words", SHARD_REFUSED)
+def test_sharding_that_cannot_work_is_refused(changes, zero, offload, place, words):
+    with refuses(*words, **place):
         several.shard(PATH, RECIPE | changes, zero, offload)
 
 
 @pytest.mark.parametrize(
-    "changes, zero, fsdp, processes, expected",
+    "changes, zero, fsdp, processes, place, words",
     [
-        ({}, 2, 2, 2, "ZERO=2 FSDP=2: each shards the run by itself; leave one out"),
-        ({}, None, 1, 2, "FSDP=1: only FSDP2 is offered; use FSDP=2"),
-        ({}, None, 2, 1, "FSDP=2 shares a model among several GPUs; set GPUS=2 or more"),
-        ({"deepspeed": "own.json"}, None, 2, 2, "key 'deepspeed' says how to shard already; .* leave FSDP=2 out"),
+        ({}, 2, 2, 2, {"file": "ZERO=2 FSDP=2"}, ["one"]),
+        ({}, None, 1, 2, {"file": "FSDP=1"}, ["FSDP=2"]),
+        ({}, None, 2, 1, {}, ["FSDP=2", "GPUS=2"]),
+        ({"deepspeed": "own.json"}, None, 2, 2, {"file": PATH, "key": "deepspeed"}, ["remove", "FSDP=2"]),
     ],
 )
-def test_fsdp_that_cannot_work_is_refused(changes, zero, fsdp, processes, expected):
-    with pytest.raises(UserError, match=expected):
+def test_fsdp_that_cannot_work_is_refused(changes, zero, fsdp, processes, place, words):
+    with refuses(*words, **place):
         several.shard(PATH, RECIPE | changes, zero, False, fsdp, processes)
 
 
@@ -179,13 +190,13 @@ def test_torchrun_is_called_with_what_make_was_given():
 
 @pytest.mark.parametrize("master", [None, "", "node0:", "node0:0", "node0:70000", "a b", "node0;reboot", "$(id)"])
 def test_a_master_that_is_none_is_refused(master):
-    with pytest.raises(UserError, match=r"MASTER=.*: NODES=2 needs the first node's HOST:PORT, as in node0:29500"):
+    with refuses("NODES=2", "HOST:PORT", "node0:29500", file=f"MASTER={master or ''}"):
         several.launcher(1, 2, 0, master)
 
 
 @pytest.mark.parametrize("rank", [-1, 2])
 def test_a_node_rank_that_is_none_is_refused(rank):
-    with pytest.raises(UserError, match=f"NODE_RANK={rank}: with NODES=2 it is 0 to 1, another on each node"):
+    with refuses("NODES=2", "0 to 1", "node", file=f"NODE_RANK={rank}"):
         several.launcher(1, 2, rank, "node0")
 
 
@@ -193,11 +204,10 @@ def test_a_node_rank_that_is_none_is_refused(rank):
 @pytest.mark.parametrize("options", [("--gpus", "2"), ("--zero", "2"), ("--nodes", "2", "--master", "node0")])
 def test_several_processes_need_a_gpu_each(command, options):
     done = command("tools.train", "sentiment_r8_dora", "--tiny", *options)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    number = "2" if "--gpus" in options else "1"
-    assert lines == [f"error: GPUS={number}: several processes and DeepSpeed need a GPU each, and 0 are here"]
+    failed(done, "processes", "GPU each", "0 ", file=f"GPUS={2 if '--gpus' in options else 1}")
 
 
+@pytest.mark.slow  # tests/test_distributed.py has two processes of one node, and what each is asked is tested above
 @pytest.mark.xdist_group("axolotl")
 def test_two_nodes(house, tmp_path):
     """Two `make train` on two loopback addresses and one folder, through torchrun: one run, one adapter.
@@ -244,7 +254,7 @@ def test_two_nodes(house, tmp_path):
             node.terminate()
         raise
     assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
-    assert "node 1 of 2 is done; the first node checks the adapter and reports" in outputs[1]
+    assert re.search("node 1 of 2 .*first node", outputs[1]) and not re.search("node 1 of 2", outputs[0])
     out = house / "outputs" / "nodes"
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert record["processes"] == 2 and record["metrics"]["steps"] == 2
