@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
+from failures import refuses
 from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -108,8 +109,8 @@ def pushed(server):
 def test_a_dry_run_is_the_default_and_asks_nobody(runs, hub, capsys):
     names = publish.publish(plan(), "someone/Llama-finance")
     said = capsys.readouterr().out
-    assert not hub.asked and "nothing was pushed; PUSH=1 pushes" in said and TOKEN not in said
-    assert "no scores: run `make eval RECIPE=sentiment_r8_dora BASE=1` first" in said
+    assert not hub.asked and "PUSH=1" in said and TOKEN not in said
+    assert "make eval RECIPE=sentiment_r8_dora BASE=1" in said
     assert names == sorted(names, key=said.index)
     for name in names:
         assert re.search(rf"^  {re.escape(name)} +\d+\.\d{{3}} MB$", said, re.M), name
@@ -152,7 +153,7 @@ def test_what_is_pushed_loads_and_nothing_else_goes(runs, hub, tiny_base, tmp_pa
 
 
 def test_the_merged_model_is_pushed_in_its_place(runs, hub, monkeypatch):
-    with pytest.raises(UserError, match="merged: is not there; run `make merge RECIPE=sentiment_bf16_r8_dora`"):
+    with refuses("not there|missing", f"make merge RECIPE={RECIPES[16]}", file=f"outputs/{RECIPES[16]}/merged"):
         publish.publish(plan(16), "someone/Llama-finance", merged=True, push=True)
     assert not hub.asked
     folder = merge.merge(plan(16), limit=0)
@@ -162,7 +163,7 @@ def test_the_merged_model_is_pushed_in_its_place(runs, hub, monkeypatch):
     assert found["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert {"config.json", "generation_config.json", "chat_template.jinja"} < set(found) and WEIGHTS not in found
     card = found["README.md"].decode()
-    assert "Merged into the 16-bit base that it was trained on." in card and "library_name: transformers" in card
+    assert re.search("[Mm]erged into .*16-bit", card) and "library_name: transformers" in card
 
 
 @pytest.fixture(params=["of make eval", "of a sweep"])
@@ -192,55 +193,54 @@ def test_the_card_says_what_is_known(runs, evaluated, monkeypatch):
     value, low, high, difference = (float(text) for text in score[0])
     assert low < value < high and 80 < value < 92 and 10 < difference < 40
     for expected in (
-        "A DoRA adapter (r 8, alpha 16) for meta-llama/Llama-3.1-8B-Instruct, trained on 8-bit weights",
         "load_in_8bit=True",
         'PeftModel.from_pretrained(base, "someone/finance")',
         "Test set `tfns`: https://huggingface.co/datasets/zeroshot/twitter-financial-news-sentiment. Licence: MIT.",
-        "| TFNS: neutral and positive are exchanged, in the test file and in the train file's TFNS rows |",
-        "the file calls 475 rows neutral and 1,566 positive",
-        "trained on rows of its author's own",
         "lora_r: 8",
         plan()["facts"]["sha256"],
     ):
         assert expected in card, expected
+    assert re.search(r"DoRA .*r 8, alpha 16.* meta-llama/Llama-3\.1-8B-Instruct.* 8-bit", card)
+    assert re.search(r"^\| TFNS: .*neutral.* positive", card, re.M) and re.search(r"\b475 .*\b1,566 ", card)
+    assert "author" in card
     assert "Financial Math" not in card and "FinanceBench" not in card.replace("FinanceBench test 1", "")
     record = runs / RECIPES[8] / "run.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"data_from": "raw"}))
     publish.publish(plan(), "someone/finance")
     raw = (runs / RECIPES[8] / "publish" / "README.md").read_text()
-    assert "author's own" not in raw and "zeroshot/twitter-financial-news-sentiment" in raw.split("---")[1]
+    assert "author" not in raw and "zeroshot/twitter-financial-news-sentiment" in raw.split("---")[1]
     compile(re.search(r"```python\n(.*?)```", card, re.S)[1], "card", "exec")
 
 
 @pytest.mark.parametrize(
     ("place", "code", "says"),
     [
-        ("create", 401, r"the Hub does not accept HF_TOKEN \(401, no\); make one that may write at huggingface.co"),
-        ("main", 403, r"HF_TOKEN may not write there \(403, no\); name a repository of yours"),
-        ("create", 500, r"the Hub answers 500, no; wait a little and run the same command again"),
-        ("validate-yaml", 500, r"the Hub answers 500, no; wait a little and run the same command again"),
+        ("create", 401, ["HF_TOKEN", "401, no", "huggingface.co"]),
+        ("main", 403, ["HF_TOKEN", "403, no", "repository of yours|your"]),
+        ("create", 500, ["500, no", "wait", "same command"]),
+        ("validate-yaml", 500, ["500, no", "wait", "same command"]),
     ],
 )
 def test_a_hub_that_refuses_is_one_line(place, code, says, runs, hub, capsys):
     hub.fails, hub.says = {place: code}, "no"
-    with pytest.raises(UserError, match=f"^REPO=someone/Llama-x: {says}") as error:
+    with refuses(*says, file="REPO=someone/Llama-x") as error:
         publish.publish(plan(), "someone/Llama-x", push=True)
-    assert "\n" not in str(error.value) and TOKEN not in str(error.value) and not hub.commits
+    assert TOKEN not in str(error.value) and not hub.commits
 
 
 def test_a_hub_that_repeats_the_token_or_is_not_there(runs, hub, monkeypatch):
     hub.fails, hub.says = {"create": 401}, f"bad token {TOKEN}"
-    with pytest.raises(UserError, match=r"\(401, bad token \*\*\*\)") as error:
+    with refuses("HF_TOKEN", "401, bad token ***", file="REPO=someone/Llama-x") as error:
         publish.publish(plan(), "someone/Llama-x", push=True)
+    assert TOKEN not in str(error.value)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="the Hub cannot be reached .*; run the same command again") as error:
+    with refuses("Hub", "reach", "same command", file="REPO=someone/Llama-x"):
         publish.publish(plan(), "someone/Llama-x", push=True)
-    assert "\n" not in str(error.value)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set; unset it to push"):
+    with refuses("HF_HUB_OFFLINE", "unset"):
         publish.publish(plan(), "someone/Llama-x", push=True)
     monkeypatch.setenv("HF_TOKEN", " ")
-    with pytest.raises(UserError, match="HF_TOKEN is not set; make a token that may write"):
+    with refuses("HF_TOKEN", "not set", "huggingface.co/settings/tokens"):
         publish.publish(plan(), "someone/Llama-x", push=True)
 
 
@@ -257,7 +257,7 @@ def test_a_repository_is_a_user_and_a_name(user, name, spoilt):
     for one in bad:
         with pytest.raises(UserError, match="^REPO=") as error:
             publish.check_repo(one)
-        assert "is not <user or organisation>/<model>" in str(error.value)
+        assert "/<model>" in str(error.value) and "96" in str(error.value)
 
 
 def test_a_home_that_is_the_root_is_not_a_place_of_this_machine(monkeypatch):
@@ -266,7 +266,7 @@ def test_a_home_that_is_the_root_is_not_a_place_of_this_machine(monkeypatch):
     publish.check_text("README.md", b"[FinLoRA](https://arxiv.org/abs/2505.19819)")
     for home in ("/home/me", "/"):
         monkeypatch.setenv("HOME", home)
-        with pytest.raises(UserError, match="holds a path of this machine"):
+        with refuses("path", "this machine", "remove", file="README.md"):
             publish.check_text("README.md", f"from /home/me/x and {publish.ROOT}".encode())
 
 
@@ -278,9 +278,7 @@ def test_a_home_that_is_the_root_is_not_a_place_of_this_machine(monkeypatch):
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_text_with_a_secret_or_a_path_of_this_machine_goes(text, kind, key, tmp_path):
     secret = kind.format(key)
-    for planted, says in ((secret, "looks like a secret"), (f"{publish.ROOT}/x", "a path of this machine")):
-        with pytest.raises(
-            UserError, match=f"^config.json: holds .*{says}.*; remove it before it is published"
-        ) as error:
+    for planted, word in ((secret, "secret"), (f"{publish.ROOT}/x", "path")):
+        with refuses(word, "remove", file="config.json") as error:
             publish.check_text("config.json", f"{text} {planted} {text}".encode())
         assert key not in str(error.value)
