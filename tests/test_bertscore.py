@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rounding import nudged_model, shaken
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
 from data.rows import read_rows
@@ -64,6 +65,23 @@ def encoder(tmp_path_factory) -> str:
     return str(make_encoder(tmp_path_factory.mktemp("encoder")))
 
 
+@pytest.fixture(scope="module")
+def near(encoder, tmp_path_factory):
+    """approx(scores): as near as rounding allows, which is what one rounding of each of the encoder's weights does."""
+    answers, targets = zip(*PAIRS, strict=True)
+    own = bertscore(answers, targets, encoder=encoder)
+
+    def differences(seed: int) -> dict[str, float]:
+        folder = Path(shutil.copytree(encoder, tmp_path_factory.mktemp("nudged") / "encoder"))
+        nudged_model(AutoModel.from_pretrained(encoder), seed).save_pretrained(folder)
+        moved = bertscore(answers, targets, encoder=str(folder))
+        return {"score": max(abs(a - b) for a, b in zip(own, moved, strict=True))}
+
+    bound = shaken(differences, torch.float32, terms=LONGEST)["score"]
+    assert bound < 1e-4
+    return lambda scores: pytest.approx(scores, abs=bound, rel=0)
+
+
 def restated(encoder: str, answer: str, target: str, layer: int) -> float:
     """The paper's equations for one pair, token by token, with the encoder cut off after the layer."""
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -85,50 +103,50 @@ def restated(encoder: str, answer: str, target: str, layer: int) -> float:
     return 2 * means[0] * means[1] / sum(means)
 
 
-def test_equals_the_authors_package(encoder):
+def test_equals_the_authors_package(encoder, near):
     answers, targets = zip(*PAIRS, strict=True)
-    assert bertscore(answers, targets, encoder=encoder) == pytest.approx(REFERENCE, abs=1e-6)
+    assert bertscore(answers, targets, encoder=encoder) == near(REFERENCE)
 
 
 @pytest.mark.parametrize("layer", [1, 10, 12])
-def test_equals_the_papers_equations(encoder, layer):
+def test_equals_the_papers_equations(encoder, near, layer):
     expected = [restated(encoder, answer, target, layer) for answer, target in PAIRS]
-    assert bertscore(*zip(*PAIRS, strict=True), encoder=encoder, layer=layer) == pytest.approx(expected, abs=1e-6)
+    assert bertscore(*zip(*PAIRS, strict=True), encoder=encoder, layer=layer) == near(expected)
 
 
-def test_neither_batch_nor_order_nor_neighbours_count(encoder):
+def test_neither_batch_nor_order_nor_neighbours_count(encoder, near):
     answers, targets = zip(*PAIRS, strict=True)
     whole = bertscore(answers, targets, encoder=encoder)
     for size in (1, 3):
-        assert bertscore(answers, targets, encoder=encoder, batch_size=size) == pytest.approx(whole, abs=1e-6)
-    assert bertscore(answers[::-1], targets[::-1], encoder=encoder)[::-1] == pytest.approx(whole, abs=1e-6)
-    assert bertscore(targets, answers, encoder=encoder) == pytest.approx(whole, abs=1e-6)
+        assert bertscore(answers, targets, encoder=encoder, batch_size=size) == near(whole)
+    assert bertscore(answers[::-1], targets[::-1], encoder=encoder)[::-1] == near(whole)
+    assert bertscore(targets, answers, encoder=encoder) == near(whole)
 
 
-def test_nothing_scores_nothing_and_harms_no_neighbour(encoder):
+def test_nothing_scores_nothing_and_harms_no_neighbour(encoder, near):
     # bert-score 0.3.13 stops on an empty text; one of which no token is left ([CLS] and [SEP] only) it scores 0, too.
     empty = ["", " ", "\n\t", "\u200b", "[SEP]"]
     answers = [*empty, *["the value"] * len(empty), *empty, "the value"]
     targets = [*["the value"] * len(empty), *empty, *empty, "value"]
     scores = bertscore(answers, targets, encoder=encoder)
     assert scores[:-1] == [0.0] * (len(answers) - 1)
-    assert scores[-1] == pytest.approx(bertscore(["the value"], ["value"], encoder=encoder)[0], abs=1e-6)
+    assert scores[-1] == near(bertscore(["the value"], ["value"], encoder=encoder)[0])
     assert scores[-1] > 0.5
     assert bertscore([], [], encoder=encoder) == []
 
 
-def test_real_targets_score_one_against_themselves(encoder, shared):
+def test_real_targets_score_one_against_themselves(encoder, near, shared):
     for task_name in ("xbrl_term", "financebench"):
         spec = task(task_name)["tests"][task_name]
         assert scorings(task_name, spec) == {}
         targets = [row.target for row in read_rows(shared / spec["file"])][:60]
         perfect = bertscore_items(bertscore(targets, targets, encoder=encoder))
-        assert summary(perfect)["accuracy"] == pytest.approx(1.0, abs=1e-6) and max(perfect["right"]) <= 1.0
+        assert summary(perfect)["accuracy"] == near(1.0) and max(perfect["right"]) <= 1.0
         assert summary(bertscore_items(bertscore([""] * len(targets), targets, encoder=encoder)))["accuracy"] == 0.0
 
 
 @pytest.mark.parametrize(("length", "cut_at"), [(None, LONGEST), (8, 8)])
-def test_texts_are_cut_at_the_tokenizers_or_the_models_length(encoder, tmp_path, length, cut_at):
+def test_texts_are_cut_at_the_tokenizers_or_the_models_length(encoder, near, tmp_path, length, cut_at):
     folder = Path(shutil.copytree(encoder, tmp_path / "encoder"))
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     del config["model_max_length"]
@@ -138,7 +156,7 @@ def test_texts_are_cut_at_the_tokenizers_or_the_models_length(encoder, tmp_path,
     words = "the value of revenue or cost to provide".split() * 20
     kept, target = " ".join(words[: cut_at - 2]), "the value of cash"  # [CLS] and [SEP] are two more
     expected = bertscore([kept], [target], encoder=encoder)
-    assert bertscore([" ".join(words)], [target], encoder=str(folder)) == pytest.approx(expected, abs=1e-6)
+    assert bertscore([" ".join(words)], [target], encoder=str(folder)) == near(expected)
 
 
 def cut(path: Path) -> None:
@@ -159,12 +177,12 @@ def without_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
-        (lambda folder: shutil.rmtree(folder), "is no folder with an encoder"),
+        (lambda folder: shutil.rmtree(folder), "no folder"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded"),
         (lambda folder: cut(folder / "model.safetensors"), "cannot be loaded"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded"),
-        (without_tokenizer, "is incomplete (its tokenizer has 5 tokens"),
-        (without_layers, "is incomplete (no weights for encoder.layer.10."),
+        (without_tokenizer, "tokenizer has 5 tokens"),
+        (without_layers, "encoder.layer.10."),
     ],
 )
 def test_an_encoder_that_is_not_whole_is_refused(encoder, tmp_path, spoil, complaint):
@@ -183,11 +201,11 @@ def test_an_encoder_that_is_not_at_hand_says_how_to_get_it():
 
 
 def test_a_decoder_is_refused(tiny_base):
-    with pytest.raises(UserError, match=r"is no encoder \(its tokenizer has no \[CLS\]"):
+    with pytest.raises(UserError, match=r"is no encoder .*\[CLS\]"):
         bertscore(["a"], ["b"], encoder=str(tiny_base), layer=1)
 
 
 @pytest.mark.parametrize("layer", [-1, 0, 13])
 def test_a_layer_that_is_not_there_is_refused(encoder, layer):
-    with pytest.raises(UserError, match=rf"has no layer {layer} for BERTScore; LAYER= takes 1 to 12$"):
+    with pytest.raises(UserError, match=rf"no layer {layer} .*LAYER= .*1 to 12"):
         bertscore(["a"], ["b"], encoder=encoder, layer=layer)

@@ -12,9 +12,10 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from rounding import FACTOR, apart, beyond, nudged, nudged_model, shaken
 from torch import nn
 
 from fastdora import dora, kernels, peft_int8, products
@@ -81,13 +82,46 @@ def run(model: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> dict[str, t
 
 def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """The largest difference of any entry, relative to that entry's largest value."""
-    assert found.keys() == expected.keys()
-    errors = [
-        ((found[key].double() - expected[key].double()).abs().max() / expected[key].abs().max().clamp_min(1e-30)).item()
-        for key in found
-        if found[key].numel()
-    ]
-    return max(errors, default=0.0)
+    return max(apart(found, expected).values(), default=0.0)
+
+
+def norms_condition(model: nn.Module) -> float:
+    """How much a float64 norm magnifies rounding: the terms of its sum of squares against the sum, in the worst row."""
+    module = next((module for module in model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)), None)
+    if module is None or not module.use_dora[module.active_adapters[0]]:
+        return 1.0
+    name = module.active_adapters[0]
+    base = products.widen(module.base_layer, torch.float64).detach()
+    adapter = (
+        module.scaling[name] * (module.lora_B[name].weight.double() @ module.lora_A[name].weight.double()).detach()
+    )
+    terms, sums = base.norm(dim=1) + adapter.norm(dim=1), (base + adapter).norm(dim=1)
+    return max(1.0, *((terms / sums)[sums > 0] ** 2).tolist())
+
+
+def by_rounding(
+    model: nn.Module, x: torch.Tensor, weights: torch.Tensor, exactly: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """What `run` of this model gives (in float64 if `exactly`), and how far another way in its dtype may be off."""
+
+    def reference(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        if exactly:
+            return run(copy.deepcopy(model).double(), x.double(), weights.double())
+        return run(model, x, weights)
+
+    expected = reference(model, x)
+    terms = max(x[..., 0].numel(), *(size for weight in model.parameters() for size in weight.shape))
+    terms *= 1 if exactly else norms_condition(model)
+    differences = lambda seed: apart(reference(nudged_model(model, seed), nudged(x, seed)), expected)  # noqa: E731
+    return expected, shaken(differences, x.dtype, terms)
+
+
+def beyond_rounding(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> dict:
+    """Outputs of the model that are further from the reference's than rounding explains."""
+    with torch.no_grad():
+        expected = {"y": reference(x)}
+        differences = lambda seed: apart({"y": nudged_model(reference, seed)(nudged(x, seed))}, expected)  # noqa: E731
+        return beyond({"y": model(x)}, expected, shaken(differences, x.dtype, x.shape[-1] * norms_condition(reference)))
 
 
 def explicit_norm(module, name="default") -> torch.Tensor:
@@ -119,7 +153,7 @@ def test_float64_equals_peft(sizes, r, alpha, method, bias, scale, shape, stride
     if strided:
         x = torch.randn(*shape, 2 * sizes[0], dtype=torch.float64)[..., ::2]
     weights = torch.randn(*shape, sizes[1], dtype=torch.float64)
-    assert worst(run(fast(model), x, weights), run(model, x, weights)) < 1e-10
+    assert not beyond(run(fast(model), x, weights), *by_rounding(model, x, weights))
 
 
 SETTINGS = dict(
@@ -146,16 +180,15 @@ def in_proportion(r: int, alpha: int, method: str, scale: float, sizes: tuple[in
 
 
 @given(**SETTINGS)
+@settings(max_examples=10)
 def test_float32_is_within_rounding(r, alpha, method, scale, sizes, seed):
-    """1e-5 of the largest entry; where a sum cancels further than that, no worse than PEFT."""
     model = in_proportion(r, alpha, method, scale, sizes, seed)
     x, weights = torch.randn(64, sizes[0]), torch.randn(64, sizes[1])
-    exact = run(copy.deepcopy(model).double(), x.double(), weights.double())
-    found = run(fast(model), x, weights)
-    assert worst(found, exact) < 1e-5 or worst(found, exact) <= worst(run(model, x, weights), exact)
+    assert not beyond(run(fast(model), x, weights), *by_rounding(model, x, weights, exactly=True))
 
 
 @given(**SETTINGS | dict(sizes=st.tuples(st.integers(64, 160), st.integers(64, 160))), mixed=st.booleans())
+@settings(max_examples=4)
 def test_bfloat16_is_no_worse_than_pefts(r, alpha, method, scale, sizes, seed, mixed):
     """The same weights and inputs in bfloat16, both against float64: ten draws, and three times their standard error.
 
@@ -206,6 +239,7 @@ def drawn(shape: tuple[int, ...], width: int, strided: bool) -> torch.Tensor:
     strided=st.booleans(),
     seed=st.integers(0, 2**16),
 )
+@settings(max_examples=10)
 def test_quantised_bases_are_their_widened_weight(bits, method, r, alpha, scale, bias, shape, strided, seed):
     """Against PEFT in float64 on a plain layer with the widened weight: forward, and backward through it."""
     torch.manual_seed(seed)
@@ -215,15 +249,14 @@ def test_quantised_bases_are_their_widened_weight(bits, method, r, alpha, scale,
     how = dict(r=r, alpha=alpha, dora=method == "dora", rslora=method == "rslora")
     model = adapted(quantised(net, bits), spread=0.1 * scale, **how)
     module = layer(model)
-    plain = Net(64, 48, bias).double()
-    plain.one.weight.data = products.widen(module.base_layer, torch.float64)
+    plain = Net(64, 48, bias)
+    plain.one.weight.data = products.widen(module.base_layer, torch.float32)
     if bias:
-        plain.one.bias.data = module.base_layer.bias.data.double()
+        plain.one.bias.data = module.base_layer.bias.data
     exact = adapted(plain, **how)
-    exact.load_state_dict({k: v.double() for k, v in model.state_dict().items() if "lora" in k}, strict=False)
+    exact.load_state_dict({k: v for k, v in model.state_dict().items() if "lora" in k}, strict=False)
     x, weights = drawn(shape, 64, strided), drawn(shape, 48, strided)
-    found, expected = run(fast(model), x, weights), run(exact, x.double(), weights.double())
-    assert found.keys() == expected.keys() and worst(found, expected) < 1e-5
+    assert not beyond(run(fast(model), x, weights), *by_rounding(exact, x, weights, exactly=True))
 
 
 @given(bits=st.sampled_from([8, 4]), bias=st.booleans(), shape=SHAPES, strided=st.booleans())
@@ -232,14 +265,14 @@ def test_a_frozen_quantised_layer_multiplies_its_widened_weight(bits, bias, shap
     net = quantised(Net(64, 48, bias), bits)
     dora.accelerate(net)
     x, weights = drawn(shape, 64, strided), drawn(shape, 48, strided)
-    exact = Net(64, 48, bias).double()
-    exact.one.weight.data = products.widen(net.one, torch.float64)
+    exact = Net(64, 48, bias)
+    exact.one.weight.data = products.widen(net.one, torch.float32)
     if bias:
-        exact.one.bias.data = net.one.bias.data.double()
+        exact.one.bias.data = net.one.bias.data
     exact.requires_grad_(False)
     for parameter in net.parameters():
         parameter.requires_grad = False
-    assert worst(run(net, x, weights), run(exact, x.double(), weights.double())) < 1e-5
+    assert not beyond(run(net, x, weights), *by_rounding(exact, x, weights, exactly=True))
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -254,21 +287,26 @@ def test_a_zero_row_stays_finite(bits, magnitude):
     x, weights = torch.randn(4, 64), torch.randn(4, 6)
     found = run(fast(model), x, weights)
     assert all(value.isfinite().all() and value.abs().max() < 1e4 for value in found.values())
-    assert torch.allclose(found["y"][:, 2], layer(model).base_layer.bias[2].expand(4))
+    assert torch.equal(found["y"][:, 2], layer(model).base_layer.bias[2].expand(4))
     with torch.autocast("cpu", torch.float16):
         assert fast(model)(x).isfinite().all()
     others = [0, 1, 3, 4, 5]
-    norm = explicit_norm(layer(model))[others]
-    z = x.double() @ products.widen(layer(model).base_layer, torch.float64).t()
-    a, b = (getattr(layer(model), f"lora_{part}")["default"].weight.double() for part in "AB")
-    z = z + layer(model).scaling["default"] * (x.double() @ a.t()) @ b.t()
-    m = layer(model).lora_magnitude_vector["default"].weight[others].double()
-    expected = m / norm * z[:, others] + layer(model).base_layer.bias[others].double()
-    assert torch.allclose(found["y"][:, others].double(), expected, atol=1e-4)
+
+    def explicit(model, x):
+        module, x = layer(model), x.double()
+        a, b = (getattr(module, f"lora_{part}")["default"].weight.double() for part in "AB")
+        z = x @ products.widen(module.base_layer, torch.float64).t() + module.scaling["default"] * (x @ a.t()) @ b.t()
+        m = module.lora_magnitude_vector["default"].weight.double()
+        y = m[others] / explicit_norm(module)[others] * z[:, others] + module.base_layer.bias[others].double()
+        return {"y": y.detach()}
+
+    expected = explicit(model, x)
+    bounds = shaken(lambda seed: apart(explicit(nudged_model(model, seed), nudged(x, seed)), expected), x.dtype, 64)
+    assert not beyond({"y": found["y"][:, others]}, expected, bounds)
 
 
 @pytest.mark.parametrize("left", [1e-1, 1e-2, 1e-3, 1e-5])
-def test_a_norm_that_nearly_cancels_is_as_good_as_pefts(left):
+def test_a_norm_that_nearly_cancels_is_within_rounding(left):
     """W0 + s B A is `left` of W0: the terms of the factored norm are far larger than their sum."""
     model = adapted(Net(32, 16, False), r=4, alpha=8)
     module = layer(model)
@@ -278,11 +316,7 @@ def test_a_norm_that_nearly_cancels_is_as_good_as_pefts(left):
     module.lora_A["default"].weight.data = v[:4].contiguous()
     module.lora_B["default"].weight.data = (left - 1) * u[:, :4] * s[:4] / module.scaling["default"]
     x, weights = torch.randn(8, 32), torch.randn(8, 16)
-    exact = run(copy.deepcopy(model).double(), x.double(), weights.double())
-    error = {key: {name: worst({name: found[name]}, {name: exact[name]}) for name in exact} for key, found in
-             (("ours", run(fast(model), x, weights)), ("peft", run(model, x, weights)))}  # fmt: skip
-    for name in exact:
-        assert error["ours"][name] <= 2 * error["peft"][name] + 1e-6, (name, error)
+    assert not beyond(run(fast(model), x, weights), *by_rounding(model, x, weights, exactly=True))
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e-10, 1e10, 1e18])
@@ -292,9 +326,7 @@ def test_tiny_and_huge_weights_in_float32(scale):
     for weight in (layer(model).base_layer.weight, layer(model).lora_B["default"].weight, magnitude):
         weight.data *= scale
     x, weights = torch.randn(6, 24), torch.randn(6, 12)
-    exact = run(copy.deepcopy(model).double(), x.double(), weights.double())
-    found = run(fast(model), x, weights)
-    assert all(worst({name: found[name]}, {name: exact[name]}) < 1e-5 for name in exact)
+    assert not beyond(run(fast(model), x, weights), *by_rounding(model, x, weights, exactly=True))
 
 
 def test_a_weight_that_its_adapter_takes_away_stays_bounded():
@@ -331,9 +363,9 @@ def test_the_norm_in_use_is_the_norm_of_this_moment(name, bits):
         ((model(x) - target) ** 2).mean().backward()
         used = layer(model).known("default")
         exact = explicit_norm(layer(model))
-        assert ((used.norm - exact).abs() / exact).max() < 1e-5
         gain = layer(model).lora_magnitude_vector["default"].weight / exact
-        assert torch.allclose(used.gain.double(), gain.double(), rtol=1e-5)
+        for value, wanted in ((used.norm, exact), (used.gain, gain)):  # from float64, of weights rounded at most once
+            assert ((value - wanted).abs() / wanted).max() < FACTOR * torch.finfo(torch.float32).eps
         first, last = used.norm if first is None else first, used.norm
         optimizer.step()
         optimizer.zero_grad()
@@ -341,30 +373,42 @@ def test_the_norm_in_use_is_the_norm_of_this_moment(name, bits):
 
 
 @given(**SETTINGS | dict(sizes=st.tuples(st.integers(8, 32), st.integers(1, 32))), zero=st.booleans())
+@settings(max_examples=6)
 @example(r=8, alpha=16, method="dora", scale=1.0, sizes=(24, 16), seed=0, zero=False)
+@example(r=1, alpha=1, method="dora", scale=1e6, sizes=(8, 1), seed=1, zero=False)
+@example(r=1, alpha=1, method="dora", scale=1e6, sizes=(8, 1), seed=19, zero=False)
 def test_many_steps_keep_to_peft(r, alpha, method, scale, sizes, seed, zero):
-    """100 steps of AdamW in float64 from the same start: outputs and adapters stay together.
+    """100 steps of AdamW in float64 from the same start: outputs and adapters stay as near as PEFT's own do, nudged.
 
-    zero: a row of the base is zeros, and its adapter is not.
+    Nudged at the start and, in its inputs, at each step, since each step rounds anew.
+
+    AdamW divides a gradient by its own size, so where one is all but zero (with a single output row, say) rounding
+    decides which way a weight goes, and PEFT leaves itself by 1e-8 in the second example, where most draws keep to
+    1e-15. zero: a row of the base is zeros, and its adapter is not.
     """
     base = in_proportion(r, alpha, method, scale, sizes, seed).double()
     if zero:
         layer(base).base_layer.weight.data[0] = 0
-    models = [copy.deepcopy(base), fast(base)]
     x = torch.randn(32, sizes[0], dtype=torch.float64)
     target = scale * torch.randn(32, sizes[1], dtype=torch.float64)
-    for model in models:
+
+    def trained(model, nudge=None):
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], 0.01 * min(scale, 1), eps=1e-30
         )
-        for _ in range(100):
+        for step in range(100):
             optimizer.zero_grad()
-            (((model(x) - target) / scale) ** 2).mean().backward()
+            given = x if nudge is None else nudged(x, 1000 * nudge + step)
+            (((model(given) - target) / scale) ** 2).mean().backward()
             optimizer.step()
-    found, expected = ({"y": model(x), **dict(model.named_parameters())} for model in models)
-    assert worst(found, expected) < 1e-9
+        return {"y": model(x).detach(), **{name: p.detach() for name, p in model.named_parameters()}}
+
+    expected = trained(copy.deepcopy(base))
+    differences = lambda seed: apart(trained(nudged_model(base, seed), seed), expected)  # noqa: E731
+    bounds = shaken(differences, x.dtype, max(32, r) * norms_condition(base))
+    assert not beyond(trained(fast(base)), expected, bounds)
     start = dict(base.named_parameters())
-    assert any(worst({name: p}, {name: start[name]}) > 1e-3 for name, p in expected.items() if "lora" in name)
+    assert any(worst({name: expected[name]}, {name: p}) > 1e-3 for name, p in start.items() if "lora" in name)
 
 
 def test_norms_are_computed_once_a_step(monkeypatch):
@@ -434,7 +478,7 @@ def test_norms_follow_every_change(change):
         torch.manual_seed(7)
         CHANGES[change](each)
     x = x.to(layer(model).lora_A[model.active_adapter].weight.dtype)
-    assert torch.allclose(model(x).double(), base(x).double(), atol=1e-5 if "cast" in change else 1e-10)
+    assert not beyond_rounding(model, base, x)
     if change not in ("cast", "merge and unmerge", "there and back"):
         assert not torch.allclose(model(x).double(), before, atol=1e-4)
 
@@ -446,16 +490,19 @@ def test_merged_disabled_and_several_adapters_are_pefts():
     with model.disable_adapter(), base.disable_adapter():
         assert torch.equal(model(x), base(x))
     unmerged = model(x)
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    assert not beyond_rounding(merged, base, x)
     model.merge_adapter()
-    assert torch.allclose(model(x), unmerged, atol=1e-12)
     model.unmerge_adapter()
+    assert not beyond_rounding(model, base, x)
     for each in (base, model):
         torch.manual_seed(2)
         each.add_adapter("second", LoraConfig(r=4, use_dora=True, target_modules=["one"]))
         nn.init.normal_(layer(each).lora_B["second"].weight)
         each.double()
         each.base_model.set_adapter(["default", "second"])
-    assert torch.allclose(model(x), base(x), atol=1e-12)
+    assert not beyond_rounding(model, base, x)
     assert not torch.allclose(model(x), unmerged, atol=1e-3)
 
 
@@ -463,12 +510,26 @@ def test_merged_disabled_and_several_adapters_are_pefts():
 def test_merging_equals_the_unmerged_layer(bits):
     """On quantised bases PEFT quantises what it merges, so the bound is that of the base's own rounding."""
     torch.manual_seed(5)
-    model = fast(adapted(quantised(Net(64, 48, False), bits), spread=0.1))
-    x = torch.randn(16, 64)
+    peft_model = adapted(quantised(Net(64, 48, False), bits), spread=0.1)
+    model, x = fast(peft_model), torch.randn(16, 64)
     unmerged = model(x).detach()
+    module = layer(model)
+    m = module.lora_magnitude_vector["default"].weight.detach().double()
+    a, b = (getattr(module, f"lora_{part}")["default"].weight.detach().double() for part in "AB")
+    weight = products.widen(module.base_layer, torch.float64) + module.scaling["default"] * b @ a
+    weight *= (m / weight.norm(dim=1)).unsqueeze(1)
     model.merge_adapter()
-    error = ((model(x) - unmerged).norm() / unmerged.norm()).item()
-    assert error < {16: 1e-6, 8: 0.02, 4: 0.2}[bits]
+    if bits == 16:
+        plain = Net(64, 48, False)
+        plain.one.weight.data = weight.float()
+        assert not beyond_rounding(model, plain, x)
+        assert not beyond_rounding(fast(peft_model), plain, x)
+        return
+    rounded = Net(64, 48, False)
+    rounded.one.weight.data = weight.float()
+    rounded = products.widen(quantised(rounded, bits).one, torch.float64)
+    loss = (x.double() @ (rounded - weight).t()).norm()
+    assert 0 < (model(x).double() - unmerged).norm() < 1.5 * loss < 0.3 * unmerged.norm()
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -481,11 +542,13 @@ def test_adapters_are_plain_peft_files(bits, tmp_path):
     x = torch.randn(8, 64)
     plain = PeftModel.from_pretrained(quantised(copy.deepcopy(base), bits), tmp_path / "ours").eval()
     exact = fast(plain).eval()(x).detach()
-    assert torch.allclose(model.eval()(x), exact, atol=1e-6)
-    if bits == 16:
-        assert torch.allclose(plain(x), exact, atol=1e-5)
-    else:  # PEFT multiplies with its own quantised products
-        assert ((plain(x) - exact).norm() / exact.norm()).item() < 0.05
+    assert torch.equal(model.eval()(x), exact)
+    if bits == 8:  # bitsandbytes rounds each row of x to 8 bits, too
+        step = x.abs().amax(1, keepdim=True) / 127
+        lost = ((x / step).round() * step - x).norm() / x.norm()
+        assert (plain(x) - exact).norm() / exact.norm() < FACTOR * lost
+    else:
+        assert not beyond_rounding(fast(plain), plain, x)
     assert type(layer(plain)) in dora.FAST
     plain.save_pretrained(tmp_path / "theirs")
     back = fast(PeftModel.from_pretrained(quantised(copy.deepcopy(base), bits), tmp_path / "theirs")).eval()
@@ -496,23 +559,33 @@ def test_adapters_are_plain_peft_files(bits, tmp_path):
 def test_dropout_touches_the_low_rank_path_only(p, seed, shape):
     """With its mask known, the layer is the formula of the module's docstring, in value and gradient."""
     model = fast(adapted(Net(shape[1], 7, True).double(), dropout=p)).train()
-    module = layer(model)
     x = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
     torch.manual_seed(seed)
     y = model(x)
     torch.manual_seed(seed)
     mask = kernels.keep_mask(kernels.draw_seed(), shape, p, x.device)
-    a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-    gain = module.lora_magnitude_vector["default"].weight / explicit_norm(module).detach()
-    base = module.base_layer
-    z = x @ base.weight.t() + module.scaling["default"] * ((x * mask / (1 - p)) @ a.t()) @ b.t()
-    expected = gain * z + base.bias
-    assert torch.allclose(y, expected, atol=1e-10)
     weights = torch.randn_like(y)
-    inputs = [x, a, b, module.lora_magnitude_vector["default"].weight]
-    found = torch.autograd.grad((y * weights).sum(), inputs)
-    for one, other in zip(found, torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
-        assert torch.allclose(one, other, atol=1e-9)
+
+    def inputs(model, x):
+        module = layer(model)
+        magnitude = module.lora_magnitude_vector["default"].weight
+        return {"x": x, "A": module.lora_A["default"].weight, "B": module.lora_B["default"].weight, "m": magnitude}
+
+    def gradients(y, inputs):
+        found = torch.autograd.grad((y * weights).sum(), list(inputs.values()))
+        return {"y": y.detach(), **dict(zip(inputs, found, strict=True))}
+
+    def explicit(model, x):
+        given, module = inputs(model, x), layer(model)
+        gain = given["m"] / explicit_norm(module).detach()
+        low = ((x * mask / (1 - p)) @ given["A"].t()) @ given["B"].t()
+        z = x @ module.base_layer.weight.t() + module.scaling["default"] * low
+        return gradients(gain * z + module.base_layer.bias, given)
+
+    expected = explicit(model, x)
+    moved = lambda seed: explicit(nudged_model(model, seed), nudged(x.detach(), seed).requires_grad_())  # noqa: E731
+    bounds = shaken(lambda seed: apart(moved(seed), expected), x.dtype, max(shape) * norms_condition(model))
+    assert not beyond(gradients(y, inputs(model, x)), expected, bounds)
 
 
 def test_dropout_masks_are_fair_and_differ():
@@ -548,37 +621,35 @@ def test_recomputation_draws_the_same_dropout():
             lambda: get_peft_model(
                 nn.Sequential(nn.Embedding(5, 4)), LoraConfig(r=2, use_dora=True, target_modules=["0"])
             ),
-            "base_model.model.0: Embedding adapters have no fast path; target linear layers only",
+            "base_model.model.0: .*Embedding.*linear",
         ),
         (
             lambda: get_peft_model(Net(4, 4, True), LoraConfig(r=2, lora_bias=True, target_modules=["one"])),
-            "base_model.model.one: a bias in lora_B has no fast path; leave lora_bias out",
+            "base_model.model.one: .*lora_bias",
         ),
         (
             lambda: get_peft_model(Net(4, 4, True), LoraConfig(r=2, bias="all", target_modules=["one"])),
-            "base_model.model.one: a trainable bias has no fast path; set bias: none",
+            "base_model.model.one: .*bias: none",
         ),
         (
             lambda: with_trainable_weight(),
-            "base_model.model.one: a trainable base weight has no fast path; freeze it",
+            "base_model.model.one: .*freeze",
         ),
         (
             lambda: with_another_bases_adapter(),
-            "base_model.model.one: PEFT took Linear8bitLt for another number of bits; set the model's "
-            "is_loaded_in_8bit or is_loaded_in_4bit before its adapter is made",
+            "base_model.model.one: .*Linear8bitLt.*is_loaded_in_8bit",
         ),
         (
             lambda: get_peft_model(Net(4, 4, True), LoraConfig(r=2, lora_dropout=1.0, target_modules=["one"])),
-            "base_model.model.one: lora_dropout 1.0 leaves nothing of adapter 'default'; give less than 1",
+            "base_model.model.one: lora_dropout .*'default'.*less than 1",
         ),
     ],
 )
 def test_what_has_no_fast_path_is_named(build, said):
     model = build()
     kinds = [type(module) for module in model.modules()]
-    with pytest.raises(dora.Unsupported) as error:
+    with pytest.raises(dora.Unsupported, match=f"^{said}"):
         dora.accelerate(model)
-    assert str(error.value) == said
     assert [type(module) for module in model.modules()] == kinds  # and nothing is changed
 
 
@@ -590,7 +661,7 @@ def with_another_bases_adapter() -> PeftModel:
 
 def test_fp8_products_name_a_layer_that_does_not_fit_them():
     model = adapted(quantised(Net(40, 48, True), 8))
-    with pytest.raises(dora.Unsupported, match="one.*: fp8 products take multiples of 16, not 40 x 48; leave fp8 out$"):
+    with pytest.raises(dora.Unsupported, match="one.*: .*multiples of 16.*40 x 48.*leave fp8 out"):
         dora.accelerate(model, fp8=True)
 
 
@@ -611,7 +682,7 @@ def test_edits_that_torch_sees_are_seen(edit):
     before = model(x)
     for each in (base, model):
         edit(layer(each))
-    assert torch.allclose(model(x), base(x), atol=1e-10) and not torch.allclose(model(x), before, atol=1e-3)
+    assert not beyond_rounding(model, base, x) and not torch.allclose(model(x), before, atol=1e-3)
 
 
 def test_tensors_in_place_of_parameters_have_norms_of_their_own():
@@ -620,8 +691,9 @@ def test_tensors_in_place_of_parameters_have_norms_of_their_own():
     before = model(x)
     for factor in (2.0, 3.0):
         changed = {name: p * factor for name, p in model.named_parameters() if "lora_B" in name}
-        found, expected = (torch.func.functional_call(each, changed, (x,)) for each in (model, base))
-        assert torch.allclose(found, expected, atol=1e-10)
+        other = copy.deepcopy(base)
+        other.load_state_dict(changed, strict=False)
+        assert not beyond_rounding(lambda x: torch.func.functional_call(model, changed, (x,)), other, x)  # noqa: B023
         assert torch.equal(model(x), before)
 
 
@@ -647,14 +719,14 @@ def with_trainable_weight() -> PeftModel:
 @pytest.mark.parametrize(
     "config, said",
     [
-        (dict(lora_bias=True), "a bias in lora_B has no fast path; leave lora_bias out"),
-        (dict(lora_dropout=1.0), "lora_dropout 1.0 leaves nothing of adapter 'second'; give less than 1"),
-        (dict(init_lora_weights="mica"), "MiCALinearVariant of adapter 'second' has no fast path"),
+        (dict(lora_bias=True), "lora_bias"),
+        (dict(lora_dropout=1.0), "lora_dropout .*less than 1"),
+        (dict(init_lora_weights="mica"), "MiCALinearVariant"),
     ],
 )
 def test_an_adapter_added_later_is_held_against_the_same(config, said):
     model = fast(adapted(Net(12, 6, True)))
-    with pytest.raises(dora.Unsupported, match=f"^adapter 'second': {said}$"):
+    with pytest.raises(dora.Unsupported, match=f"^adapter 'second': .*{said}"):
         model.add_adapter("second", LoraConfig(r=2, target_modules=["one"], **config))
 
 
@@ -669,7 +741,7 @@ def test_modules_that_a_later_adapter_adds_get_their_fast_path_by_another_call()
 
 
 def test_fp8_products_without_weights_that_take_them_are_refused(monkeypatch):
-    with pytest.raises(dora.Unsupported, match="^no layer has 8-bit weights, which fp8 products need; leave fp8 out$"):
+    with pytest.raises(dora.Unsupported, match="8-bit.*leave fp8 out"):
         dora.accelerate(adapted(Net(64, 48, True)), fp8=True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))  # no GPU is here
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
@@ -677,7 +749,7 @@ def test_fp8_products_without_weights_that_take_them_are_refused(monkeypatch):
     here = SimpleNamespace(device=torch.device("cuda", 0), requires_grad=False)
     monkeypatch.setattr(bnb.nn.Linear8bitLt, "weight", here, raising=False)
     monkeypatch.delitem(layer(model).base_layer._parameters, "weight")
-    with pytest.raises(dora.Unsupported, match="^NVIDIA A100 has no fp8 products; leave fp8 out$"):
+    with pytest.raises(dora.Unsupported, match="NVIDIA A100.*leave fp8 out"):
         dora.accelerate(model, fp8=True)
     assert type(layer(model)) in dora.FAST  # and nothing is changed
 
@@ -696,9 +768,8 @@ def test_norms_first_taken_in_inference_mode_serve_training(training):
 
 def test_a_library_that_it_does_not_know_is_named(monkeypatch):
     monkeypatch.setattr(dora, "version", lambda name: {"peft": "0.21.0"}.get(name, "0.50.2"))
-    with pytest.raises(dora.Unsupported) as error:
+    with pytest.raises(dora.Unsupported, match=r"0\.21\.0.*pip install 'peft=="):
         dora.accelerate(Net(4, 4, True))
-    assert str(error.value) == "fastdora knows peft 0.20, not 0.21.0; run pip install 'peft==0.20.*'"
 
 
 def test_the_line_says_which_path_each_kind_takes():
@@ -737,8 +808,10 @@ def test_the_triton_kernels_compute_the_same_formulas():
     )
     rows = json.loads(done.stdout.splitlines()[-1])
     assert len(rows) > 30
+    # Sums of up to 192 terms in float32, whose roundings add up as a random walk; or their result rounded to float16.
+    single, half = FACTOR * 192**0.5 * torch.finfo(torch.float32).eps, FACTOR * torch.finfo(torch.float16).eps
     for name, error in rows.items():
-        assert error < (1e-6 if "norms" in name or "lora" in name or "Liger" in name else 5e-3), name
+        assert error < (single if "norms" in name or "lora" in name or "Liger" in name else half), name
 
 
 F, INT, P, H = "fp32", "i32", "*fp32", "*bf16"

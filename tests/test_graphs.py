@@ -166,8 +166,11 @@ QUANTISED = {
 }
 
 
-@pytest.mark.parametrize("projection", ["q_proj", "o_proj"])
-@pytest.mark.parametrize("kind", QUANTISED)
+ADAPTED = [("q_proj", kind) for kind in QUANTISED]
+FROZEN = [pytest.param("o_proj", kind, marks=[pytest.mark.slow] * (kind != "fp8")) for kind in QUANTISED]
+
+
+@pytest.mark.parametrize("projection, kind", [*ADAPTED, *FROZEN])
 def test_scales_of_quantised_weights_are_read_where_they_lie(monkeypatch, kind, projection):
     """A graph reads them at the addresses of its recording, so scales put in their place need another one."""
     bits, fp8, change = QUANTISED[kind]
@@ -236,4 +239,4 @@ def test_a_compiled_layer_trains_as_an_ordinary_one():
             optimizer.zero_grad()
             losses.append(loss.item())
         found.append(losses)
-    assert found[0] == pytest.approx(found[1], rel=1e-6) and found[0][0] > found[0][2]
+    assert found[0] == found[1] and found[0][0] > found[0][2]

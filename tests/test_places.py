@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import FACTOR, apart, beyond, nudged_model, shaken
 from transformers import (
     DynamicCache,
     Gemma3TextConfig,
@@ -46,17 +47,37 @@ def packed(sizes: list[int], pad: int = 0) -> torch.Tensor:
     return torch.cat([*(torch.arange(size) for size in sizes), torch.zeros(pad, dtype=torch.long)])[None]
 
 
+def beyond_rounding(found: dict[str, torch.Tensor], model, reference) -> dict:
+    """What of `found` is further from `reference(model)` than rounding explains."""
+    expected = reference(model)
+    differences = lambda seed: apart(reference(nudged_model(model, seed)), expected)  # noqa: E731
+    terms = model.config.intermediate_size
+    bounds = shaken(differences, torch.float64, terms)
+    for name, value in found.items():  # transformers takes the loss in float32
+        bounds[name] = max(bounds[name], FACTOR * terms * torch.finfo(value.dtype).eps)
+    return beyond(found, expected, bounds)
+
+
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6), pad=st.integers(0, 5), seed=st.integers(0, 999))
+@settings(max_examples=10)
 def test_packed_samples_are_computed_as_if_alone(model, sizes, pad, seed):
-    """Logits to 1e-10, and the gradient of one sample's logits with respect to another's tokens is exactly zero."""
+    """Logits within rounding; the gradient of one sample's logits with respect to another's tokens is exactly zero."""
     torch.manual_seed(seed)
     ids = torch.randint(0, 97, (1, sum(sizes) + pad))
     embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
     together = model(inputs_embeds=embedded, position_ids=packed(sizes, pad)).logits[0]
     starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
-    for start, size in zip(starts, sizes, strict=False):
-        alone = model(input_ids=ids[:, start : start + size], position_ids=torch.arange(size)[None]).logits[0]
-        assert torch.allclose(together[start : start + size], alone, atol=1e-10)
+    samples = list(zip(starts, sizes, strict=False))
+
+    @torch.no_grad()
+    def alone(model):
+        return {
+            str(start): model(input_ids=ids[:, start : start + size], position_ids=torch.arange(size)[None]).logits[0]
+            for start, size in samples
+        }
+
+    found = {str(start): together[start : start + size].detach() for start, size in samples}
+    assert not beyond_rounding(found, model, alone)
     chosen = seed % len(sizes)
     first, last = starts[chosen], starts[chosen] + sizes[chosen]
     (grad,) = torch.autograd.grad(together[first:last].square().sum(), embedded)
@@ -72,8 +93,9 @@ def test_it_equals_transformers_own_sdpa_on_padded_rows_and_while_generating(mod
     generated = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
     model.config._attn_implementation = "sdpa"
     try:
-        expected = model(input_ids=ids, attention_mask=mask).logits
-        assert torch.allclose(found[mask.bool()], expected[mask.bool()], atol=1e-10)
+        seen = mask.bool()
+        own = lambda model: {"y": model(input_ids=ids, attention_mask=mask).logits[seen].detach()}  # noqa: E731
+        assert not beyond_rounding({"y": found[seen].detach()}, model, own)
         wanted = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
         assert torch.equal(generated, wanted)
     finally:
@@ -84,11 +106,11 @@ def test_it_equals_transformers_own_sdpa_on_padded_rows_and_while_generating(mod
 def test_several_tokens_on_a_filled_cache_see_all_before_them(model, kind):
     """As speculative decoding and a prefix that is kept call it: more tokens than one, no mask, a cache."""
     ids = torch.randint(0, 97, (2, 12))
-    whole = model(input_ids=ids).logits
     cache = DynamicCache() if kind == "grows" else StaticCache(model.config, max_cache_len=16)
     with torch.no_grad():
         parts = [model(input_ids=part, past_key_values=cache).logits for part in (ids[:, :5], ids[:, 5:9], ids[:, 9:])]
-    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-10)
+    whole = lambda model: {"y": model(input_ids=ids).logits.detach()}  # noqa: E731
+    assert not beyond_rounding({"y": torch.cat(parts, 1)}, model, whole)
 
 
 @given(
@@ -124,11 +146,12 @@ def batches():
 @pytest.mark.parametrize("items", [None, 7])
 @pytest.mark.parametrize("collated", [True, False])
 def test_the_loss_on_answers_only_is_the_loss(model, items, collated):
-    """Value and gradients to 1e-12, with the Trainer's token count and without it."""
+    """Value and gradients, with the Trainer's token count and without it; without an answer both are no number."""
     extra = {} if items is None else {"num_items_in_batch": items}
     for ids, labels in batches():
-        grads, losses, sizes = [], [], []
-        for only in (False, True):
+        sizes = []
+
+        def trained(model, only=False, ids=ids, labels=labels, sizes=sizes):
             model.zero_grad()
             batch = {"input_ids": ids, "labels": labels}
             if only and collated:
@@ -136,16 +159,17 @@ def test_the_loss_on_answers_only_is_the_loss(model, items, collated):
             hook = places.read_places(model, answers=only and not collated)
             out = model(**batch, **extra)
             hook.remove()
-            losses.append(out.loss.detach())
             sizes.append(out.logits.shape[1])
-            if out.loss.isfinite():
-                out.loss.backward()
-                grads.append([p.grad.clone() for p in model.parameters()])
-        assert torch.allclose(*losses, atol=1e-12, equal_nan=True)
-        for one, other in zip(*grads, strict=True) if grads else ():
-            assert torch.allclose(one, other, atol=1e-12)
+            if not out.loss.isfinite():
+                return {}
+            out.loss.backward()
+            return {"loss": out.loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+        found = trained(model, only=True)
+        assert bool(found) == (items is not None or bool((labels[:, 1:] != -100).any()))
+        assert not beyond_rounding(found, model, trained)
         kept = max(1, int((labels[:, 1:] != -100).any(0).sum()))
-        assert sizes == [20, kept]
+        assert sizes[:2] == [kept, 20]
 
 
 def test_the_collator_adds_places_and_keeps_the_rest():
@@ -207,25 +231,25 @@ def test_label_smoothing_which_takes_the_labels_away_keeps_all_logits(model, tmp
 
 def test_what_packs_cannot_have_is_refused(model):
     q = torch.randn(1, 2, 4, 8)
-    with pytest.raises(ValueError, match="neither attention dropout nor a sliding window"):
+    with pytest.raises(ValueError, match="dropout.*sliding window"):
         attention.varlen_attention(None, q, q, q, None, dropout=0.1, position_ids=packed([4]))
 
 
 @pytest.mark.parametrize(
-    "config, said",
+    "config, kind",
     [
-        (MistralConfig(sliding_window=8), "mistral attends by sliding_window, not to all tokens before"),
-        (Llama4TextConfig(attention_chunk_size=8), "llama4_text attends by chunked_attention, not to"),
-        (Gemma3TextConfig(), "gemma3_text attends by sliding_attention, not to"),
+        (MistralConfig(sliding_window=8), "sliding_window"),
+        (Llama4TextConfig(attention_chunk_size=8), "chunked_attention"),
+        (Gemma3TextConfig(), "sliding_attention"),
         (
             Gemma3TextConfig(use_bidirectional_attention=True, layer_types=["full_attention"] * 26),
-            "gemma3_text attends by use_bidirectional_attention, not to",
+            "use_bidirectional_attention",
         ),
     ],
 )
-def test_models_that_attend_otherwise_are_refused_at_once(config, said):
+def test_models_that_attend_otherwise_are_refused_at_once(config, kind):
     before = config._attn_implementation
-    with pytest.raises(Unsupported, match=f"^{said}"):
+    with pytest.raises(Unsupported, match=f"^{config.model_type} .*{kind}"):
         attention.install(SimpleNamespace(config=config))
     assert config._attn_implementation == before
 
