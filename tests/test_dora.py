@@ -377,6 +377,7 @@ def test_the_norm_in_use_is_the_norm_of_this_moment(name, bits):
 @example(r=8, alpha=16, method="dora", scale=1.0, sizes=(24, 16), seed=0, zero=False)
 @example(r=1, alpha=1, method="dora", scale=1e6, sizes=(8, 1), seed=1, zero=False)
 @example(r=1, alpha=1, method="dora", scale=1e6, sizes=(8, 1), seed=19, zero=False)
+@example(r=2, alpha=1, method="dora", scale=1e6, sizes=(9, 2), seed=30546, zero=False)
 def test_many_steps_keep_to_peft(r, alpha, method, scale, sizes, seed, zero):
     """100 steps of AdamW in float64 from the same start: outputs and adapters stay as near as PEFT's own do, nudged.
 
@@ -392,6 +393,8 @@ def test_many_steps_keep_to_peft(r, alpha, method, scale, sizes, seed, zero):
     x = torch.randn(32, sizes[0], dtype=torch.float64)
     target = scale * torch.randn(32, sizes[1], dtype=torch.float64)
 
+    conditions = [norms_condition(base)]
+
     def trained(model, nudge=None):
         optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], 0.01 * min(scale, 1), eps=1e-30
@@ -401,11 +404,15 @@ def test_many_steps_keep_to_peft(r, alpha, method, scale, sizes, seed, zero):
             given = x if nudge is None else nudged(x, 1000 * nudge + step)
             (((model(given) - target) / scale) ** 2).mean().backward()
             optimizer.step()
+            conditions.append(1.0 if nudge is None else norms_condition(model))
         return {"y": model(x).detach(), **{name: p.detach() for name, p in model.named_parameters()}}
 
     expected = trained(copy.deepcopy(base))
     differences = lambda seed: apart(trained(nudged_model(base, seed), seed), expected)  # noqa: E731
-    bounds = shaken(differences, x.dtype, max(32, r) * norms_condition(base))
+    bounds = shaken(differences, x.dtype)
+    # What the layers' way of taking a norm may lose, in the step in which the adapter takes most of a row away.
+    least = FACTOR * max(32, r) * max(conditions) * torch.finfo(x.dtype).eps
+    bounds = {name: max(bound, least) for name, bound in bounds.items()}
     assert not beyond(trained(fast(base)), expected, bounds)
     start = dict(base.named_parameters())
     assert any(worst({name: expected[name]}, {name: p}) > 1e-3 for name, p in start.items() if "lora" in name)
