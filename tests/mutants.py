@@ -53,6 +53,9 @@ def measure(module: str, folder: Path) -> tuple[int, list[str]]:
         "also_copy": sorted(path.name for path in copy.iterdir() if path.name != "shared"),
         "pytest_add_cli_args": ["-m", "not slow"],
         "pytest_add_cli_args_test_selection": MODULES[module],
+        # A mutant may take thrice its tests' time and half a minute: some wait for ever, and cores may be busy.
+        "timeout_multiplier": 3.0,
+        "timeout_constant": 10.0,
     }
     with (copy / "pyproject.toml").open("a", encoding="utf-8") as file:
         file.write("\n[tool.mutmut]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in settings.items()))
