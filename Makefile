@@ -13,7 +13,7 @@ help: ## what `make` can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## the whole path on a CPU in three minutes; DATA=rows.jsonl for rows of your own
-	@$(PY) -m tools.demo $(if $(DATA),--data "$(DATA)")
+	@$(PY) -m finlora.demo $(if $(DATA),--data "$(DATA)")
 
 test: $(READY) ## the tests in six minutes on two cores; ARGS= for pytest
 	@$(PY) tests/surroundings.py && $(PY) -m ruff check . && $(PY) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
@@ -24,21 +24,21 @@ test-all: $(READY) ## all tests: every recipe, every way of distributing, more d
 fuzz: $(READY) ## the property-based tests on new examples for SECONDS=300; prints failures as @example(...) to paste
 	@$(PY) tests/fuzz.py $(if $(SECONDS),--seconds "$(SECONDS)") $(ARGS)
 
-mutants: $(READY) ## how many small faults its own tests notice in MODULE=eval/scorers.py (all without)
+mutants: $(READY) ## how many small faults its own tests notice in MODULE=finlora/evaluate/scorers.py (all without)
 	@$(PY) tests/mutants.py $(MODULE)
 
 SEVERAL = $(if $(GPUS),--gpus "$(GPUS)") $(if $(ZERO),--zero "$(ZERO)") $(if $(OFFLOAD),--offload) \
   $(if $(FSDP),--fsdp "$(FSDP)") $(if $(RAY),--ray) $(if $(NODES),--nodes "$(NODES)") $(if $(NODE_RANK),--node-rank "$(NODE_RANK)") $(if $(MASTER),--master "$(MASTER)")
 
 train: $(READY) ## train RECIPE=<name>; GPUS=4 ZERO=2, TINY=1 on a CPU, FORCE=1 anew, TRACK=wandb, ARGS="--learning-rate 0.0002"
-	@$(PY) -m tools.train "$(RECIPE)" $(if $(TINY),--tiny) $(if $(FORCE),--force) $(SEVERAL) $(if $(TRACK),--track "$(TRACK)") -- $(ARGS)
+	@$(PY) -m finlora.train.run "$(RECIPE)" $(if $(TINY),--tiny) $(if $(FORCE),--force) $(SEVERAL) $(if $(TRACK),--track "$(TRACK)") -- $(ARGS)
 
 SWEEPING = $(if $(TINY),--tiny) $(if $(FORCE),--force) $(if $(GPUS),--gpus "$(GPUS)") $(if $(POINT),--point "$(POINT)") \
   $(if $(LIST),--list) $(if $(EVAL),--eval) $(if $(TASKS),--tasks "$(TASKS)") $(if $(LIMIT),--limit "$(LIMIT)") \
   $(if $(LABELS),--labels "$(LABELS)") $(if $(TRACK),--track "$(TRACK)")
 
 sweep: $(READY) ## train RECIPE= at each point of SWEEP=rank; EVAL=1, GPUS=4 points at a time, LIST=1 shows them, TINY=1
-	@$(PY) -m tools.sweep "$(RECIPE)" "$(SWEEP)" $(SWEEPING) -- $(ARGS)
+	@$(PY) -m finlora.sweep.run "$(RECIPE)" "$(SWEEP)" $(SWEEPING) -- $(ARGS)
 
 ASK = $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(MODEL),--model "$(MODEL)") $(if $(ADAPTER),--adapter "$(ADAPTER)") \
   $(if $(TASKS),--tasks "$(TASKS)") $(if $(LIMIT),--limit "$(LIMIT)") $(if $(LABELS),--labels "$(LABELS)") \
@@ -48,58 +48,58 @@ ASK = $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(MODEL),--model "$(MODEL)") $(i
   $(if $(TINY),--tiny) $(if $(FORCE),--force) $(if $(KEEP_QUANTISED),--keep-quantised)
 
 eval: $(READY) ## evaluate RECIPE=, or MODEL= ADAPTER=; BASE=1 the base too, TASKS= LIMIT= LABELS=published BITS= PROMPT=
-	@$(PY) -m eval.run $(ASK) $(ARGS)
+	@$(PY) -m finlora.evaluate.runner $(ASK) $(ARGS)
 
 report: $(READY) ## results/index.html and results/README.md from all evaluations
-	@$(PY) -m eval.report $(ARGS)
+	@$(PY) -m finlora.evaluate.report $(ARGS)
 
 compare: $(READY) ## are A= and B= distinguishable? paired, on the same rows
-	@$(PY) -m eval.compare "$(A)" "$(B)" $(ARGS)
+	@$(PY) -m finlora.evaluate.compare "$(A)" "$(B)" $(ARGS)
 
 plan: $(READY) ## what RECIPE= will take: parameters, memory, time, cost; GPU=a100-80g GPUS=4 PRICE=<a GPU-hour>
-	@$(PY) -m tools.plan "$(RECIPE)" $(if $(GPU),--gpu "$(GPU)") $(if $(GPUS),--gpus "$(GPUS)") $(if $(PRICE),--price "$(PRICE)")
+	@$(PY) -m finlora.plan.estimate "$(RECIPE)" $(if $(GPU),--gpu "$(GPU)") $(if $(GPUS),--gpus "$(GPUS)") $(if $(PRICE),--price "$(PRICE)")
 
 SUBJECT = $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(ADAPTER),--adapter "$(ADAPTER)") $(if $(MODEL),--model "$(MODEL)") \
   $(if $(BITS),--bits "$(BITS)") $(if $(TINY),--tiny)
 
 merge: $(READY) ## merge RECIPE='s adapter into its base and verify it; INTO=full or dequantised, ADAPTER= MODEL= BITS=, LIMIT=
-	@$(PY) -m tools.merge $(SUBJECT) $(if $(INTO),--into "$(INTO)") $(if $(LIMIT),--limit "$(LIMIT)") $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(FORCE),--force)
+	@$(PY) -m finlora.export.merge $(SUBJECT) $(if $(INTO),--into "$(INTO)") $(if $(LIMIT),--limit "$(LIMIT)") $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(FORCE),--force)
 
 serve: $(READY) ## serve the merged model, OpenAI-compatible; PORT= HOST= BACKEND=transformers, ARGS= for vLLM
-	@$(PY) -m tools.serve $(SUBJECT) $(if $(PORT),--port "$(PORT)") $(if $(HOST),--host "$(HOST)") $(if $(BACKEND),--backend "$(BACKEND)") -- $(ARGS)
+	@$(PY) -m finlora.export.serve $(SUBJECT) $(if $(PORT),--port "$(PORT)") $(if $(HOST),--host "$(HOST)") $(if $(BACKEND),--backend "$(BACKEND)") -- $(ARGS)
 
 chat: $(READY) ## talk to RECIPE= in the terminal; KEEP_QUANTISED=1 for small cards
-	@$(PY) -m tools.chat $(SUBJECT) $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(KEEP_QUANTISED),--keep-quantised) $(ARGS)
+	@$(PY) -m finlora.export.chat $(SUBJECT) $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(KEEP_QUANTISED),--keep-quantised) $(ARGS)
 
 publish: $(READY) ## write RECIPE='s model card and list what goes to REPO=; PUSH=1 pushes, MERGED=1 the merged model, PRIVATE=1
-	@$(PY) -m tools.publish $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(TINY),--tiny) --repo "$(REPO)" $(if $(MERGED),--merged) $(if $(PRIVATE),--private) $(if $(PUSH),--push)
+	@$(PY) -m finlora.export.publish $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(TINY),--tiny) --repo "$(REPO)" $(if $(MERGED),--merged) $(if $(PRIVATE),--private) $(if $(PUSH),--push)
 
 recipes: $(READY) ## list the recipes; TASK= filters
-	@$(PY) -m tools.recipes $(if $(TASK),--task "$(TASK)")
+	@$(PY) -m finlora.recipes.load $(if $(TASK),--task "$(TASK)")
 
 check: $(READY) ## check every recipe: keys, types, names, factorisation
-	@$(PY) -m tools.recipes --check
+	@$(PY) -m finlora.recipes.load --check
 
 data: $(READY) ## fetch and prepare TASK= (all without); FILE=<your rows> TASK=cfa for rows of your own; LABELS=published
-	@$(if $(FILE),,$(PY) -m data.fetch $(TASK) &&) $(PY) -m data.prepare $(TASK) $(if $(FILE),--file "$(FILE)") $(if $(LABELS),--labels $(LABELS)) $(ARGS)
+	@$(if $(FILE),,$(PY) -m finlora.data.fetch $(TASK) &&) $(PY) -m finlora.data.prepare $(TASK) $(if $(FILE),--file "$(FILE)") $(if $(LABELS),--labels $(LABELS)) $(ARGS)
 
 audit: $(READY) ## what is in the fetched files: labels, duplicates, leaks, lengths; TASK= for one
-	@$(PY) -m data.audit $(TASK) $(ARGS)
+	@$(PY) -m finlora.data.audit $(TASK) $(ARGS)
 
 pictures: $(READY) ## draw docs/speed.svg and docs/scores.svg from the recorded results
-	@$(PY) -m tools.pictures
+	@$(PY) -m finlora.plan.pictures
 
 setup: $(READY) ## make .venv (TORCH=2.11.0, 2.12.1 or 2.13.0); every target does it by itself
 	@$(PY) -c "import torch, axolotl; print('ready: torch', torch.__version__, 'in $(BIN)')"
 
 vllm: ## set vLLM up in .venv-vllm, its own environment (a GPU machine; 10 GB), for make eval BACKEND=vllm
-	@PYTHON="$(PYTHON)" tools/setup_vllm.sh .venv-vllm
+	@PYTHON="$(PYTHON)" scripts/setup_vllm.sh .venv-vllm
 
 lint: $(READY) ## ruff: format in place, then check
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
 constraints: ## pin every package again for TORCH= (needs uv)
-	@tools/constraints.sh "$(TORCH)"
+	@scripts/constraints.sh "$(TORCH)"
 
-.venv/.ready-%: pyproject.toml constraints/torch-%.txt tools/setup.sh
-	@tools/setup.sh "$*" .venv "$@"
+.venv/.ready-%: pyproject.toml constraints/torch-%.txt scripts/setup.sh
+	@scripts/setup.sh "$*" .venv "$@"

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tasks import task
-from tools.cli import ROOT, run
+from finlora.core.errors import run
+from finlora.core.paths import ROOT
+from finlora.data.tasks import task
 
 TASK = "sentiment"
 INSTRUCTION = "Instruction: What is the sentiment of this %s? Please choose an answer from {%s}.\nInput: %s\nAnswer: "
@@ -84,8 +85,8 @@ def main() -> None:
         size = generate(folder / "raw", given.rows)
         print(f"{given.rows} rows, {size / 2**20:.0f} MiB, {os.cpu_count()} cores")
         commands = {
-            "data.prepare": (TASK, "--raw", folder / "raw", "--out", folder / "prepared"),
-            "data.audit": (TASK, "--raw", folder / "raw", "--json", folder / "audit", "--no-tokens"),
+            "finlora.data.prepare": (TASK, "--raw", folder / "raw", "--out", folder / "prepared"),
+            "finlora.data.audit": (TASK, "--raw", folder / "raw", "--json", folder / "audit", "--no-tokens"),
         }
         total = 0.0
         for module, arguments in commands.items():

@@ -20,11 +20,13 @@ from typing import Any, TypedDict
 import numpy as np
 from safetensors.numpy import save
 
-from data.corrections import applies, corrected_target
-from data.neardup import near_duplicate_groups
-from data.rows import read_rows
-from tools.cli import ROOT, UserError, replacing
-from tools.tiny import train_tokenizer
+from finlora.core.errors import UserError
+from finlora.core.files import replacing
+from finlora.core.paths import ROOT
+from finlora.data.corrections import applies, corrected_target
+from finlora.data.neardup import near_duplicate_groups
+from finlora.data.rows import read_rows
+from finlora.train.tiny import train_tokenizer
 
 SETS = ("fpb", "fiqa", "tfns")
 SPLITS = ("train", "validation", "test")

@@ -2,8 +2,8 @@
 
 Intervals are 95% and over both seeds and test rows: each bootstrap draw takes seeds and rows anew, crosswise (Owen's
 pigeonhole bootstrap, which is rather too wide than too narrow). Comparisons use the seeds that both sides have, on the
-same rows; p is eval.stats' paired sign-flip test over rows, Holm-adjusted within a question. A difference is called
-distinguishable only when its interval excludes 0 and the adjusted p is below 0.05.
+same rows; p is finlora.evaluate.statistics' paired sign-flip test over rows, Holm-adjusted within a question. A
+difference is called distinguishable only when its interval excludes 0 and the adjusted p is below 0.05.
 """
 
 import functools
@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from bench.dora_study import best_rate, identity, planned_count, read_rows, resolved, variants
-from eval import stats
-from tools.cli import UserError, replacing
+from finlora.core.errors import UserError
+from finlora.core.files import replacing
+from finlora.evaluate import statistics as stats
 
 RESAMPLES = 5000
 LEVEL = 0.05

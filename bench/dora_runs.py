@@ -26,9 +26,9 @@ from transformers import (
 )
 
 import fastdora
-from eval.scorers import finlora, strict
-from fastdora import products
-from fastdora.places import ANSWERS, answer_places
+from fastdora import quantized
+from fastdora.packing import ANSWERS, answer_places
+from finlora.evaluate.scorers import finlora, strict
 
 LABELS = ("negative", "neutral", "positive")
 SPEC = {"metric": "accuracy_f1", "labels": list(LABELS)}
@@ -135,7 +135,7 @@ def _teach(model: nn.Module, study: dict[str, Any], rate: float, kit: Kit, devic
 def _load(folder: Path, bits: int, wide: bool, device: torch.device) -> LlamaForCausalLM:
     """The base model in float32 where `wide`, else in bf16; its linear layers in 8 or 4 bits where bits are."""
     dtype = torch.float32 if wide else torch.bfloat16
-    quantised = products.quantisation(bits, dtype)
+    quantised = quantized.quantisation(bits, dtype)
     options = {"quantization_config": quantised, "device_map": {"": str(device)}} if quantised else {}
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **options)
     return model if options else model.to(device)

@@ -42,7 +42,8 @@ from typing import Any
 
 import yaml
 
-from tools.cli import ROOT, UserError, run
+from finlora.core.errors import UserError, run
+from finlora.core.paths import ROOT
 
 STUDY = ROOT / "bench" / "dora_study.yaml"
 RECORD = ROOT / "bench" / "dora_study.json"

@@ -3,9 +3,9 @@
     python -m bench.eval_throughput --model <folder of the 8B shape> --tests <folder> [--sets fpb,fiqa,tfns,nwgi]
 
 FinLoRA's way: 8-bit weights, PEFT's DoRA unmerged, one prompt at a time, `generate` with up to 10 new tokens. It is
-timed on rows drawn evenly from the same sets, since all of them would take hours. Ours: the runner itself (eval/run.py)
-on every row, merged and with --keep-quantised. The adapter is DoRA r8 on q, k, v with random weights, so answers mean
-nothing and never end early.
+timed on rows drawn evenly from the same sets, since all of them would take hours. Ours: the runner itself
+(finlora/evaluate/runner.py) on every row, merged and with --keep-quantised. The adapter is DoRA r8 on q, k, v with
+random weights, so answers mean nothing and never end early.
 """
 
 import argparse
@@ -17,11 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from eval.testsets import read_set
-from fastdora import peft_int8
-from tools.checks import gpus
-from tools.cli import ROOT, replacing, run
-from tools.train import git_state, versions
+from fastdora.plugin import peft_int8
+from finlora.core.errors import run
+from finlora.core.files import replacing
+from finlora.core.machine import gpus
+from finlora.core.paths import ROOT
+from finlora.core.provenance import git_state, versions
+from finlora.data.test_sets import read_set
 
 NEW_TOKENS, SEED = 10, 0
 
@@ -89,7 +91,17 @@ def ours(model: str, adapter: Path, tests: str, sets: str, *options: str) -> dic
     """The runner in a process of its own; seconds of asking, and of the whole command with loading."""
     with tempfile.TemporaryDirectory() as results:
         started = time.perf_counter()
-        command = ["eval.run", "--model", model, "--adapter", str(adapter), "--bits", "8", "--tasks", sets]
+        command = [
+            "finlora.evaluate.runner",
+            "--model",
+            model,
+            "--adapter",
+            str(adapter),
+            "--bits",
+            "8",
+            "--tasks",
+            sets,
+        ]
         command += ["--tests", tests, "--prompt", "raw", "--results", results, *options]
         subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True)
         whole = time.perf_counter() - started

@@ -20,10 +20,11 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from triton.testing import do_bench
 
-from fastdora import attention, dora, graphs, kernels, peft_int8, places, products
-from tools.checks import gpus
-from tools.cli import ROOT
-from tools.train import git_state, versions
+from fastdora import attention, dora, graphs, kernels, packing, quantized
+from fastdora.plugin import peft_int8
+from finlora.core.machine import gpus
+from finlora.core.paths import ROOT
+from finlora.core.provenance import git_state, versions
 
 T, K, N = 5120, 4096, 4096
 SEED = (2**30 + 1, 4242)
@@ -183,13 +184,13 @@ def layer_rows() -> dict[str, dict[str, float]]:
         exact = get_peft_model(nn.Sequential(nn.Linear(1024, 768)).cuda().double(), config)
         exact.load_state_dict({k: v.double() for k, v in theirs.state_dict().items() if "lora" in k}, strict=False)
         plain, base = (model.base_model.model[0].base_layer for model in (exact, theirs))
-        plain.weight.data, plain.bias.data = products.widen(base, torch.float64), base.bias.data.double()
+        plain.weight.data, plain.bias.data = quantized.widen(base, torch.float64), base.bias.data.double()
         exact.double()
         ours = copy.deepcopy(theirs)
         x, weights = (torch.randn(300, 2 * width, device="cuda").bfloat16() for width in (1024, 768))
         for name, of in (("", lambda y: y[:, ::2].contiguous()), (" strided", lambda y: y[:, ::2])):
             expected = gradients(exact, of(x).double(), of(weights).double())
-            for fp8 in (False, True)[: 1 + (bits == 8 and products.has_fp8())]:
+            for fp8 in (False, True)[: 1 + (bits == 8 and quantized.has_fp8())]:
                 dora.accelerate(ours, fp8)
                 assert not any(found.any() for found in gradients(ours, of(x)[:0], of(weights)[:0]))
                 found = gradients(ours, of(x), of(weights))
@@ -249,7 +250,7 @@ def trained_adapter(bits: int, by_graphs: bool) -> tuple[torch.Tensor, torch.Ten
     model = get_peft_model(base, peft)
     dora.accelerate(model)
     attention.install(model.get_base_model())
-    places.read_places(model, answers=True)
+    packing.read_places(model, answers=True)
     found = graphs.install(model) if by_graphs else None
     own = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
     flat = torch.nn.utils.parameters_to_vector

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from fastdora import checkpoints
+from fastdora.plugin import checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "rose fell gained lost grew shrank climbed slid".split()
@@ -111,7 +111,7 @@ def main() -> None:
     kills = parser.parse_args().kills
     from forked import finish, start
 
-    from tools import tiny
+    from finlora.train import tiny
 
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     base = tiny.build(tiny.sample_texts())

@@ -26,10 +26,12 @@ import yaml
 
 from bench.kills import WORDS, recipe
 from bench.train_throughput import LATER, recipe_of, sentiment_rows, write_rows
-from tools import several, tiny
-from tools.checks import gpus, read_json
-from tools.cli import ROOT, UserError, replacing, run
-from tools.train import git_state, versions
+from finlora.core.errors import UserError, run
+from finlora.core.files import read_json, replacing
+from finlora.core.machine import gpus
+from finlora.core.paths import ROOT
+from finlora.core.provenance import git_state, versions
+from finlora.train import distributed, tiny
 
 RATE, STEPS, PACK = 0.001, 4, 128
 WAYS = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -56,7 +58,7 @@ def shared(name: str, recipe: dict[str, Any], way: str, processes: int) -> dict[
     """The recipe with the keys that `make train` sets for this way to share."""
     stage, _, offload = way.partition("_")
     zero, fsdp = (int(stage[4:]), None) if stage.startswith("zero") else (None, 2 if stage == "fsdp2" else None)
-    return several.shard(Path(name), recipe, zero, bool(offload), fsdp, processes)
+    return distributed.shard(Path(name), recipe, zero, bool(offload), fsdp, processes)
 
 
 def tiny_recipe(given, work: Path, processes: int, way: str, bits: int, dora: bool) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def rate_recipe(given, work: Path, processes: int, name: str, way: str, grows: b
     write_rows(sentiment_rows(given.data), work / "train.jsonl")
     found = recipe_of({"recipe": name, "steps": given.steps}, given.base, work / "train.jsonl", work)
     if not grows:
-        found = several.spread(Path(name), found, processes, 1)[0]
+        found = distributed.spread(Path(name), found, processes, 1)[0]
     return shared(name, found, way, processes)
 
 

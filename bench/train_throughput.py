@@ -20,9 +20,11 @@ from typing import Any
 
 import yaml
 
-from tools.checks import gpus, read_json
-from tools.cli import ROOT, UserError, replacing, run
-from tools.train import git_state, versions
+from finlora.core.errors import UserError, run
+from finlora.core.files import read_json, replacing
+from finlora.core.machine import gpus
+from finlora.core.paths import ROOT
+from finlora.core.provenance import git_state, versions
 
 RUNS = ROOT / "bench" / "train_throughput.yaml"
 STEPS = 22
@@ -90,7 +92,8 @@ def recipe_of(wanted: dict[str, Any], base: str, rows: Path, work: Path) -> dict
 
 # Axolotl's command line, which imports everything and then waits for its turn: a line on its standard input.
 LATER = (
-    "import sys, axolotl.train, axolotl.cli.train, axolotl.core.builders, fastdora.plugin; from axolotl.cli import main"
+    "import sys, axolotl.train, axolotl.cli.train, axolotl.core.builders, "
+    "fastdora.plugin.plugin; from axolotl.cli import main"
 )
 LATER += "; sys.stdin.readline() or sys.exit(1); main.main()"
 
@@ -135,7 +138,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=240, help="seconds that one run may take")
     parser.add_argument("--profile", type=Path, help="folder for profiles; rates then mean little")
     parser.add_argument("--logs", type=Path, help="folder for axolotl's output")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "train_throughput.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "finlora" / "plan" / "train_throughput.json")
     given = parser.parse_args()
     runs = yaml.safe_load(RUNS.read_text(encoding="utf-8"))
     names = given.runs.split(",") if given.runs else list(runs)

@@ -28,7 +28,7 @@ def main() -> None:
     from forked import axolotl_processes
     from safetensors.torch import load_file
 
-    from tools import tiny
+    from finlora.train import tiny
 
     folder, base, rows = Path(tempfile.mkdtemp(prefix="zero-")), tiny.build(tiny.sample_texts()), []
 

@@ -9,7 +9,7 @@ mends PEFT's DoRA on 8-bit weights, and records what ran.
 from importlib import import_module
 
 # Imported when asked for: the plugin imports axolotl (ten seconds), and checking a recipe's keys does not need it.
-_MODULES = {"FastDoraPlugin": "plugin", "accelerate": "dora", "read_places": "places"}
+_MODULES = {"FastDoraPlugin": "plugin.plugin", "accelerate": "dora", "read_places": "packing"}
 
 
 def __getattr__(name: str):

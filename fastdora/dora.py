@@ -33,7 +33,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastdora import kernels, products
+from fastdora import kernels, quantized
 
 WIDENED = 2**29  # bytes of 4-bit weights that may be widened at once for their norms
 
@@ -71,7 +71,7 @@ def norm_and_gain(
     """
     unresolved = base_square.double() * 8 * torch.finfo(base_square.dtype).eps
     dtype, a, b = kernels.wide(a.dtype), a.double(), b.double()
-    wa = products.widen(layer, torch.float64) @ a.t()
+    wa = quantized.widen(layer, torch.float64) @ a.t()
     square = base_square.double() + ((2 * s * wa + s * s * (b @ (a @ a.t()))) * b).sum(1)
     norm = torch.maximum(square, unresolved).sqrt()
     gain = torch.where(norm > 0, m.double() / norm, 0.0)
@@ -83,7 +83,7 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, a, b, m, norm, gain, layer, s, p, seed, fp8):
-        base = products.forward_product(x, layer, fp8)
+        base = quantized.forward_product(x, layer, fp8)
         a16, b16 = a.to(x.dtype), b.to(x.dtype).contiguous()
         t = kernels.low_rank(x, a16, 1.0, p, seed)
         y = kernels.combine(base, t, b16, s, gain, layer.bias)
@@ -100,7 +100,7 @@ class _Adapted(torch.autograd.Function):
         a_dtype, b_dtype, m_dtype = ctx.dtypes
         dz, dm, db = kernels.combine_backward(dy.contiguous(), base, t, b, s, gain, norm)
         dt = kernels.low_rank(dz, b.t(), s, 0.0, seed)
-        dx = products.backward_product(dz, ctx.layer, ctx.fp8) if ctx.needs_input_grad[0] else None
+        dx = quantized.backward_product(dz, ctx.layer, ctx.fp8) if ctx.needs_input_grad[0] else None
         da = kernels.low_rank_backward(dt, x, a, dx, p, seed)
         dm = None if dm is None else dm.to(m_dtype)
         return dx, da.to(a_dtype), db.to(b_dtype), dm, None, None, None, None, None, None, None
@@ -121,7 +121,7 @@ class Fast:
         if self.use_dora[name]:
             m, known = self.lora_magnitude_vector[name].weight, self.known(name)
             norm, gain = known.norm, known.gain
-        x = products.in_compute_dtype(x)
+        x = quantized.in_compute_dtype(x)
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         seed = kernels.draw_seed() if p else (1, 0)
         y = _Adapted.apply(flat, a, b, m, norm, gain, layer, s, p, seed, getattr(layer, "fp8_product", False))
@@ -162,13 +162,13 @@ class Fast:
     def _parts(self, name: str) -> kernels.Adapted:
         layer, a = self.base_layer, self.lora_A[name].weight
         if self._base_square is None:
-            weight = products.widen(layer, kernels.wide(a.dtype))
+            weight = quantized.widen(layer, kernels.wide(a.dtype))
             square = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()
             self._base_square = square.float() if kernels.fused(layer.weight) else square
         if isinstance(layer.weight, bnb.nn.Params4bit) and a.is_cuda:
-            weight, scales = products.widen(layer, torch.bfloat16), None
+            weight, scales = quantized.widen(layer, torch.bfloat16), None
         else:
-            weight, scales = layer.weight.data, products.int8_scales(layer) if products.is_int8(layer) else None
+            weight, scales = layer.weight.data, quantized.int8_scales(layer) if quantized.is_int8(layer) else None
         m = self.lora_magnitude_vector[name].weight
         return kernels.Adapted(weight, scales, a, self.lora_B[name].weight, m, self.scaling[name], self._base_square)
 
@@ -294,7 +294,7 @@ def accelerate(model: nn.Module, fp8: bool = False) -> str:
     bases = {id(module.base_layer) for module in group}
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
-            module.forward = types.MethodType(products.frozen_forward, module)
+            module.forward = types.MethodType(quantized.frozen_forward, module)
             module.fp8_product = fp8 and isinstance(module, bnb.nn.Linear8bitLt)
             if id(module) not in bases:
                 paths[f"{BASES[type(module)]} frozen"] += 1
@@ -344,5 +344,5 @@ def _check_fp8(model: nn.Module) -> None:
             sizes = f"{layer.in_features} x {layer.out_features}"
             raise Unsupported(f"{name}: fp8 products take multiples of 16, not {sizes}; leave fp8 out")
     for device in {layer.weight.device for layer in layers.values()}:
-        if device.type == "cuda" and not products.has_fp8(device):
+        if device.type == "cuda" and not quantized.has_fp8(device):
             raise Unsupported(f"{torch.cuda.get_device_name(device)} has no fp8 products; leave fp8 out")

@@ -16,7 +16,7 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from fastdora import attention, dora, kernels, products
+from fastdora import attention, dora, kernels, quantized
 
 WARM_UP = 2  # ordinary passes before the first recording, in which kernels are compiled
 SPARE = 1.25  # room for more samples than the batch has that is recorded
@@ -113,7 +113,7 @@ class Graphs:
         found = [(*layer.active_adapters, layer.merged, layer.disable_adapters) for layer in self.layers]
         found += [(layer.scaling[name], layer.dropout_of(name)) for layer, name in self._active()]
         kinds = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        found += [tensor.data_ptr() for layer in self.quantised for tensor in products.beside_weight(layer)]
+        found += [tensor.data_ptr() for layer in self.quantised for tensor in quantized.beside_weight(layer)]
         return *found, kinds, *((p.data_ptr(), p.requires_grad) for p in self.decoder.parameters())
 
     def _active(self) -> list[tuple[nn.Module, str]]:

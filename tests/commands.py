@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = ("tools", "data", "eval", "fastdora", "bench")  # they know the folder that they were imported from
+OURS = ("finlora", "eval", "fastdora", "bench")  # they know the folder that they were imported from
 SOCKET, LOCK = "commands", "commands.lock"
 
 
@@ -182,7 +182,7 @@ def command(module: str, argv: list[str], cwd: str, env: dict[str, str], trainin
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
         del sys.modules[name]
     if training:
-        importlib.import_module("tools.train").axolotl = axolotl
+        importlib.import_module("finlora.train.run").axolotl = axolotl
     if module == "-c":
         exec(compile(argv[0], "<string>", "exec"), {"__name__": "__main__"})
         return
@@ -193,7 +193,7 @@ def command(module: str, argv: list[str], cwd: str, env: dict[str, str], trainin
 
 
 def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> None:
-    """tools.train.axolotl in a forked child."""
+    """finlora.train.run.axolotl in a forked child."""
     from forked import axolotl_command
 
     code, output = axolotl_command(command, str(config), *args)

@@ -32,7 +32,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE = pytest.StashKey[tuple]()  # the run's folder, and the checkout's files before the tests
-FOLDERS = ("recipes", "tools", "data", "fastdora", "eval", "tests")
+FOLDERS = ("recipes", "finlora", "data", "fastdora", "eval", "tests")
 FILES = ("Makefile", "pyproject.toml", "README.md")
 
 # A shell starts what it puts in the background with Ctrl-C ignored, and every child inherits that: tests send it.
@@ -91,7 +91,7 @@ def pytest_unconfigure(config):
 @pytest.fixture(scope="session")
 def tiny_base() -> Path:
     """The tiny base model that TINY=1 and the demo share, built once for all workers."""
-    subprocess.run([sys.executable, "-m", "tools.tiny"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "finlora.train.tiny"], cwd=ROOT, check=True, capture_output=True)
     return (ROOT / ".cache" / "tiny").resolve()
 
 
@@ -152,12 +152,16 @@ def finished_runs(tiny_base: Path, tmp_path_factory) -> Path:
 @pytest.fixture
 def runs(finished_runs: Path, tmp_path: Path, monkeypatch) -> Path:
     """A copy of them in a place of its own, which merge, serve, chat and publish take for the repository."""
-    import eval.run
-    from tools import merge, publish, train
+    from finlora.core import paths, provenance
+    from finlora.export import merge, publish
+    from finlora.export import subject as subjects
+    from finlora.recipes import bases
+    from finlora.train import run as train
+    from finlora.train import runs as train_runs
 
     shutil.copytree(finished_runs, tmp_path / "outputs")
-    for module in eval.run, train, merge, publish:
+    for module in paths, train_runs, provenance, bases, train, merge, publish:
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    for module in train, merge:
+    for module in train_runs, subjects:
         monkeypatch.setattr(module, "OUTPUTS", tmp_path / "outputs")
     return tmp_path / "outputs"

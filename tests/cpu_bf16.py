@@ -11,7 +11,7 @@ import torch
 import transformers.training_args
 from axolotl.integrations.base import BasePlugin
 
-from fastdora import plugin
+from fastdora.plugin import plugin
 
 _capabilities = axolotl.cli.config.gpu_capabilities
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tools.cli import UserError
+from finlora.core.errors import UserError
 
 
 def says(text: str, *words: str, file: object = None, line: int | None = None, key: str | None = None) -> str:

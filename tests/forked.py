@@ -28,7 +28,7 @@ from axolotl.integrations.base import PluginManager
 from axolotl.logging_config import configure_logging
 from axolotl.utils.samplers.multipack import pack_parallel
 
-import fastdora.plugin  # noqa: F401
+import fastdora.plugin.plugin  # noqa: F401
 
 torch.set_num_threads(1)
 pack_parallel(np.array([3, 5, 2]), 8, 100, 8, num_processes=1)  # compiled once, before forking

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastdora import dora, kernels, places
+from fastdora import dora, kernels, packing
 
 
 def both(function, *args):
@@ -232,7 +232,7 @@ def answers_with_liger() -> dict[str, float]:
     found = []
     for only in (False, True):
         model.zero_grad()
-        hook = places.read_places(model, answers=only)
+        hook = packing.read_places(model, answers=only)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         hook.remove()

@@ -1,4 +1,4 @@
-"""Result folders as eval/run.py leaves them, made from rows that nobody had to ask a model for."""
+"""Result folders as finlora/evaluate/runner.py leaves them, made from rows that nobody had to ask a model for."""
 
 import json
 import random

@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 LEAST = 0.9
 # The modules and their own tests.
 MODULES = {
-    "eval/scorers.py": ["tests/test_scorers.py"],
-    "eval/stats.py": ["tests/test_stats.py"],
-    "data/rows.py": ["tests/test_rows.py"],
-    "data/corrections.py": ["tests/test_corrections.py"],
-    "fastdora/checkpoints.py": ["tests/test_checkpoints.py"],
-    "fastdora/keys.py": ["tests/test_keys.py"],
+    "finlora/evaluate/scorers.py": ["tests/test_scorers.py"],
+    "finlora/evaluate/statistics.py": ["tests/test_stats.py"],
+    "finlora/data/rows.py": ["tests/test_rows.py"],
+    "finlora/data/corrections.py": ["tests/test_corrections.py"],
+    "fastdora/plugin/checkpoints.py": ["tests/test_checkpoints.py"],
+    "fastdora/plugin/keys.py": ["tests/test_keys.py"],
 }
 LEFT_BEHIND = shutil.ignore_patterns(
     ".*", "__pycache__", "*.egg-info", "outputs", "results", "raw", "prepared", "audit", "mutants"

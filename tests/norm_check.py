@@ -12,7 +12,7 @@ import torch
 from axolotl.integrations.base import BasePlugin
 from rounding import FACTOR
 
-from fastdora import dora, products
+from fastdora import dora, quantized
 
 # Relative: a norm is computed in float64 on a CPU, of weights rounded to float32, and rounded itself.
 TOLERANCE = float(os.environ.get("NORM_TOLERANCE", FACTOR * torch.finfo(torch.float32).eps))
@@ -26,7 +26,7 @@ class NormCheck(BasePlugin):
         def compare(module, args, output):
             used = module._known["default"].norm.double()
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            weight = products.widen(module.base_layer, torch.float64)
+            weight = quantized.widen(module.base_layer, torch.float64)
             exact = (weight + module.scaling["default"] * b.double() @ a.double()).norm(dim=1)
             worst = ((used - exact) / exact).abs().max().item()
             assert worst < TOLERANCE, f"a norm in use is off by {worst}"

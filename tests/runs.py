@@ -9,9 +9,10 @@ from pathlib import Path
 import yaml
 from test_eval_models import make_adapter
 
-from tools import recipes
-from tools.checks import sha256
-from tools.train import git_state, versions
+from finlora.core.files import sha256
+from finlora.core.provenance import git_state, versions
+from finlora.recipes import load as recipes
+from finlora.recipes import names as recipe_names
 
 RECIPES = {16: "sentiment_bf16_r8_dora", 8: "sentiment_r8_dora", 4: "sentiment_4bit_r4_lora"}
 TEMPLATE = (
@@ -24,7 +25,7 @@ def finished_run(outputs: Path, name: str, base: Path) -> Path:
     """outputs/<name> for one of the recipes, on the tiny base; its rows stand beside it."""
     from transformers import AutoTokenizer
 
-    recipe, parts = recipes.load(recipes.RECIPES / f"{name}.yaml"), recipes.parse_name(name)
+    recipe, parts = recipes.load(recipe_names.RECIPES / f"{name}.yaml"), recipe_names.parse_name(name)
     out = outputs / name
     make_adapter(base, out, parts["method"], parts["r"], recipe["lora_target_modules"], parts["alpha"])
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -10,14 +10,14 @@ from collections import Counter
 import pytest
 from safetensors import safe_open
 
-from tools import recipes
+from finlora.recipes import names as recipe_names
 
-NAMES = [name for name in recipes.names() if name != "demo_r8_dora"]  # the demo has a test of its own
+NAMES = [name for name in recipe_names.names() if name != "demo_r8_dora"]  # the demo has a test of its own
 
 
 def values(name: str) -> set:
     """The values of a name's parts, and which of them stand together."""
-    parts = recipes.parse_name(name)
+    parts = recipe_names.parse_name(name)
     kind = tuple(parts[key] for key in ("bits", "r", "alpha", "method"))
     return {("task", parts["task"]), ("kind", kind), *zip(("bits", "r", "alpha", "method"), kind, strict=True)}
 
@@ -49,7 +49,7 @@ def test_recipes_train(wanted, house, command):
     assert list(rows) == wanted, done.stderr[-3000:]
     for name, row in rows.items():
         assert "error" not in row, (name, row.get("error"))
-        parts, run, out = recipes.parse_name(name), row["run"], house / "outputs" / "tiny" / name
+        parts, run, out = recipe_names.parse_name(name), row["run"], house / "outputs" / "tiny" / name
         kind = {16: "Linear", 8: "Linear8bitLt", 4: "Linear4bit"}[parts["bits"]]
         assert run["metrics"]["base_layers"] == {kind: 12} and run["metrics"]["steps"] == 2, name
         config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))

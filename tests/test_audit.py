@@ -14,12 +14,12 @@ from failures import failed, refuses, says
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-import data.audit
-import data.corrections
-from data.audit import CHAT, audit, find_exchange, looks_garbled, render
-from data.corrections import load_corrections
-from data.fetch import checksum
-from data.tasks import load_tasks
+from finlora.data import audit as data_audit
+from finlora.data import corrections
+from finlora.data.audit import CHAT, audit, find_exchange, looks_garbled, render
+from finlora.data.corrections import load_corrections
+from finlora.data.fetch import checksum
+from finlora.data.tasks import load_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "finlora" / "data"
@@ -59,7 +59,7 @@ def entry(report: dict, role: str) -> dict:
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "data.audit", *map(str, arguments)],
+        [sys.executable, "-m", "finlora.data.audit", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -260,8 +260,8 @@ def ruled(tmp_path, monkeypatch):
         file = "train/finlora_sentiment_train.jsonl"
         path = write(tmp_path / file, rows)
         table = {file: load_corrections()[file] | {"git_blob_sha1": checksum(path, {})}}
-        monkeypatch.setattr(data.corrections, "load_corrections", lambda: table)
-        monkeypatch.setattr(data.audit, "load_corrections", lambda: table)
+        monkeypatch.setattr(corrections, "load_corrections", lambda: table)
+        monkeypatch.setattr(data_audit, "load_corrections", lambda: table)
         return look("sentiment", tmp_path)
 
     return look_at
@@ -374,7 +374,7 @@ def run_main(monkeypatch):
     def run(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["audit", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            data.audit.main()
+            data_audit.main()
         assert ended.value.code in (0, False)
 
     return run

@@ -9,11 +9,11 @@ import torch
 from rounding import nudged_model, shaken
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
-from data.rows import read_rows
-from data.tasks import task
-from eval.bertscore import bertscore
-from eval.scorers import bertscore_items, scorings, summary
-from tools.cli import UserError
+from finlora.core.errors import UserError
+from finlora.data.rows import read_rows
+from finlora.data.tasks import task
+from finlora.evaluate.bertscore import bertscore
+from finlora.evaluate.scorers import bertscore_items, scorings, summary
 
 WORDS = "the value of revenue deferred or cost to provide future products asset liabil current cash".split()
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,$%()-'/\";:&"

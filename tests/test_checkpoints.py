@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.kills import DAMAGES, damage
-from fastdora import checkpoints
-from fastdora.checkpoints import SEAL, BrokenCheckpoint
+from fastdora.plugin import checkpoints
+from fastdora.plugin.checkpoints import SEAL, BrokenCheckpoint
 
 RUN = {"recipe": {"lora_r": 8}, "data": {"train.jsonl": "1"}}
 BLOCK = 1 << 20  # more than what is hashed at a time

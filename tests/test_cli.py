@@ -5,12 +5,14 @@ import sys
 
 import pytest
 
-from tools.cli import ROOT
+from finlora.core.paths import ROOT
 
 
 @pytest.mark.parametrize("option", ["--wdith", "one"])
 def test_a_mistyped_option_is_one_line(option):
-    done = subprocess.run([sys.executable, "-m", "tools.pictures", option], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "finlora.plan.pictures", option], cwd=ROOT, capture_output=True, text=True
+    )
     (line,) = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (1, "")
     assert line.startswith("error: ") and f" {option};" in line and "--help" in line

@@ -9,10 +9,10 @@ import made
 import pytest
 from failures import failed, refuses, says
 
-from data.tasks import task
-from eval.compare import compare
-from eval.scorers import finlora, summary
-from eval.stats import paired
+from finlora.data.tasks import task
+from finlora.evaluate.compare import compare
+from finlora.evaluate.scorers import finlora, summary
+from finlora.evaluate.statistics import paired
 
 A, B, BASE = "sentiment_r8_dora", "sentiment_r8_lora", "base-llama-3-1-8b-instruct-8bit"
 
@@ -186,8 +186,8 @@ def test_broken_results_of_others_do_not_matter(everything, capsys):
 
 
 def test_the_command_line(whole, command):
-    done = command("eval.compare", A, B, "--results", str(whole))
+    done = command("finlora.evaluate.compare", A, B, "--results", str(whole))
     first = done.stdout.splitlines()[0]
     assert done.returncode == 0 and re.match(rf"A +{A}: .*8-bit.* DoRA r 8, alpha 16", first), done
-    refused = command("eval.compare", A, "nobody", "--results", str(whole))
+    refused = command("finlora.evaluate.compare", A, "nobody", "--results", str(whole))
     assert failed(refused, "'nobody'") and refused.stdout == ""

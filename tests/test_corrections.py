@@ -9,9 +9,9 @@ from failures import refuses
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data.corrections import TABLE, applies, corrected_target, load_corrections, standing
-from data.fetch import read_manifest
-from data.rows import Row, read_rows
+from finlora.data.corrections import TABLE, applies, corrected_target, load_corrections, standing
+from finlora.data.fetch import read_manifest
+from finlora.data.rows import Row, read_rows
 
 REAL = Path(__file__).resolve().parent.parent.parent / "shared" / "finlora" / "data"
 TFNS = "test/tfns_test.jsonl"
@@ -157,7 +157,7 @@ def test_only_the_files_of_the_table_are_corrected_and_only_with_their_own_bytes
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"hello\n")
     entry = {"git_blob_sha1": "ce013625030ba8dba906f756967f9e9ca394464a", "labels": {"a": "b", "b": "a"}, "rows": None}
-    monkeypatch.setattr("data.corrections.load_corrections", lambda: {"test/a.jsonl": entry})
+    monkeypatch.setattr("finlora.data.corrections.load_corrections", lambda: {"test/a.jsonl": entry})
     assert applies("test/a.jsonl", path) is True
     assert applies("test/b.jsonl", path) is False
     path.write_bytes(b"hello!\n")

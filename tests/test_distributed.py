@@ -10,11 +10,11 @@ import torch
 import yaml
 from rounding import FACTOR, apart, beyond, nudged, nudged_model, shaken
 
-from fastdora import fsdp2 as checked_fsdp2
-from fastdora import zero3 as checked_zero3
-from fastdora.keys import RecipeError
-from tools.cli import UserError
-from tools.several import fsdp2_keys
+from fastdora.plugin import fsdp2 as checked_fsdp2
+from fastdora.plugin import zero3
+from fastdora.plugin.keys import RecipeError
+from finlora.core.errors import UserError
+from finlora.train.distributed import fsdp2_keys
 
 pytestmark = pytest.mark.xdist_group("axolotl")
 
@@ -266,7 +266,7 @@ def test_what_zero_3_cannot_train_is_refused(train, tmp_path):
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
     (tmp_path / "own.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(RecipeError, match="^own.yaml: key 'deepspeed': .*stage3_param_persistence_threshold: 0"):
-        checked_zero3.check(zero(3) | {"deepspeed": str(tmp_path / "own.json")}, "own.yaml")
+        zero3.check(zero(3) | {"deepspeed": str(tmp_path / "own.json")}, "own.yaml")
     checkpointing = {"gradient_checkpointing_kwargs": {"use_reentrant": False}, "gradient_checkpointing": True}
     with pytest.raises(UserError, match="yaml: key 'gradient_checkpointing_kwargs': .*use_reentrant: true"):
         train(2, **zero(3) | checkpointing)  # the plugin's hook calls it

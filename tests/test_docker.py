@@ -85,7 +85,14 @@ def test_what_git_ignores_docker_ignores():
     missing = {line for line in git if line not in IGNORED and f"**/{line}" not in IGNORED}
     assert not missing, f"add to .dockerignore: {sorted(missing)}"
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    for needed in ("Makefile", "pyproject.toml", "tools/setup.sh", "data/sample", "recipes", "fastdora/plugin.py"):
+    for needed in (
+        "Makefile",
+        "pyproject.toml",
+        "scripts/setup.sh",
+        "data/sample",
+        "recipes",
+        "fastdora/plugin/plugin.py",
+    ):
         assert not tracked or any(file.startswith(needed) for file in tracked)
         assert f"/{needed.split('/')[0]}/" not in IGNORED
 
@@ -106,6 +113,6 @@ def test_hadolint():
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="no shellcheck on PATH: the scripts were not checked")
 def test_shellcheck():
-    scripts = [*sorted(ROOT.glob("tools/*.sh")), *sorted(ROOT.glob("cluster/*.s*")), ROOT / ".ci" / "run"]
+    scripts = [*sorted(ROOT.glob("scripts/*.sh")), *sorted(ROOT.glob("cluster/*.s*")), ROOT / ".ci" / "run"]
     done = subprocess.run(["shellcheck", *map(str, scripts)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -18,7 +18,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rounding import FACTOR, apart, beyond, nudged, nudged_model, shaken
 from torch import nn
 
-from fastdora import dora, kernels, peft_int8, products
+from fastdora import dora, kernels, quantized
+from fastdora.plugin import peft_int8
 
 peft_int8.mend()
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,7 +92,7 @@ def norms_condition(model: nn.Module) -> float:
     if module is None or not module.use_dora[module.active_adapters[0]]:
         return 1.0
     name = module.active_adapters[0]
-    base = products.widen(module.base_layer, torch.float64).detach()
+    base = quantized.widen(module.base_layer, torch.float64).detach()
     adapter = (
         module.scaling[name] * (module.lora_B[name].weight.double() @ module.lora_A[name].weight.double()).detach()
     )
@@ -126,7 +127,7 @@ def beyond_rounding(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> 
 
 def explicit_norm(module, name="default") -> torch.Tensor:
     """||W0 + s B A|| per row in float64, built in full."""
-    base = products.widen(module.base_layer, torch.float64)
+    base = quantized.widen(module.base_layer, torch.float64)
     a, b = module.lora_A[name].weight.double(), module.lora_B[name].weight.double()
     return (base + module.scaling[name] * b @ a).norm(dim=1)
 
@@ -250,7 +251,7 @@ def test_quantised_bases_are_their_widened_weight(bits, method, r, alpha, scale,
     model = adapted(quantised(net, bits), spread=0.1 * scale, **how)
     module = layer(model)
     plain = Net(64, 48, bias)
-    plain.one.weight.data = products.widen(module.base_layer, torch.float32)
+    plain.one.weight.data = quantized.widen(module.base_layer, torch.float32)
     if bias:
         plain.one.bias.data = module.base_layer.bias.data
     exact = adapted(plain, **how)
@@ -266,7 +267,7 @@ def test_a_frozen_quantised_layer_multiplies_its_widened_weight(bits, bias, shap
     dora.accelerate(net)
     x, weights = drawn(shape, 64, strided), drawn(shape, 48, strided)
     exact = Net(64, 48, bias)
-    exact.one.weight.data = products.widen(net.one, torch.float32)
+    exact.one.weight.data = quantized.widen(net.one, torch.float32)
     if bias:
         exact.one.bias.data = net.one.bias.data
     exact.requires_grad_(False)
@@ -295,7 +296,7 @@ def test_a_zero_row_stays_finite(bits, magnitude):
     def explicit(model, x):
         module, x = layer(model), x.double()
         a, b = (getattr(module, f"lora_{part}")["default"].weight.double() for part in "AB")
-        z = x @ products.widen(module.base_layer, torch.float64).t() + module.scaling["default"] * (x @ a.t()) @ b.t()
+        z = x @ quantized.widen(module.base_layer, torch.float64).t() + module.scaling["default"] * (x @ a.t()) @ b.t()
         m = module.lora_magnitude_vector["default"].weight.double()
         y = m[others] / explicit_norm(module)[others] * z[:, others] + module.base_layer.bias[others].double()
         return {"y": y.detach()}
@@ -523,7 +524,7 @@ def test_merging_equals_the_unmerged_layer(bits):
     module = layer(model)
     m = module.lora_magnitude_vector["default"].weight.detach().double()
     a, b = (getattr(module, f"lora_{part}")["default"].weight.detach().double() for part in "AB")
-    weight = products.widen(module.base_layer, torch.float64) + module.scaling["default"] * b @ a
+    weight = quantized.widen(module.base_layer, torch.float64) + module.scaling["default"] * b @ a
     weight *= (m / weight.norm(dim=1)).unsqueeze(1)
     model.merge_adapter()
     if bits == 16:
@@ -534,7 +535,7 @@ def test_merging_equals_the_unmerged_layer(bits):
         return
     rounded = Net(64, 48, False)
     rounded.one.weight.data = weight.float()
-    rounded = products.widen(quantised(rounded, bits).one, torch.float64)
+    rounded = quantized.widen(quantised(rounded, bits).one, torch.float64)
     loss = (x.double() @ (rounded - weight).t()).norm()
     assert 0 < (model(x).double() - unmerged).norm() < 1.5 * loss < 0.3 * unmerged.norm()
 
@@ -892,7 +893,7 @@ def test_the_triton_kernels_compile_for_cards_that_are_not_here(capability, bloc
             )
         )
     for name, types, constants in cases:
-        kernel = getattr(kernels, f"{name}_kernel")
+        kernel = getattr(kernels.triton_kernels, f"{name}_kernel")
         if "KIND" in constants:
             constants["KIND"] = getattr(triton.language, constants["KIND"])
         options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}

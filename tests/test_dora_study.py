@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from bench import dora_corpus, dora_page, dora_study
-from data.neardup import near_duplicate_groups
-from tools.cli import UserError
-from tools.tiny import train_tokenizer
+from finlora.core.errors import UserError
+from finlora.data.neardup import near_duplicate_groups
+from finlora.train.tiny import train_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "finlora" / "data"

@@ -8,7 +8,7 @@ import pytest
 from failures import refuses
 from lm_eval.api.instance import Instance
 
-from eval import endpoint
+from finlora.evaluate import endpoint
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -11,8 +11,9 @@ from rounding import FACTOR, apart, nudged_model, shaken
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import models
-from fastdora import peft_int8
+from fastdora.plugin import peft_int8
+from finlora.evaluate import harness
+from finlora.models import load as models
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 IDS = torch.arange(3, 45).reshape(2, 21)
@@ -285,7 +286,7 @@ def ask(tiny_base, adapters):
     def call(texts, batch_tokens=300, tokenizer=tokenizer, **options):
         options = {"max_gen_toks": 6, "do_sample": False} | options
         requests = [Instance("generate_until", {}, (text, options), i) for i, text in enumerate(texts)]
-        lm = models.harness(model, tokenizer, batch_tokens)
+        lm = harness.harness(model, tokenizer, batch_tokens)
         return lm.generate_until(requests, disable_tqdm=True), lm
 
     call.model, call.tokenizer = model, tokenizer
@@ -298,13 +299,13 @@ TEXTS = ["<|begin_of_text|>" + "profit rose and " * n + "the share" for n in (1,
 @pytest.fixture
 def batches(monkeypatch):
     """The lengths of the prompts of every batch."""
-    found, answer = [], models._answers
+    found, answer = [], harness._answers
 
     def record(model, tokenizer, ids, options):
         found.append([len(row) for row in ids])
         return answer(model, tokenizer, ids, options)
 
-    monkeypatch.setattr(models, "_answers", record)
+    monkeypatch.setattr(harness, "_answers", record)
     return found
 
 
@@ -346,14 +347,14 @@ def test_stop_words_cut_an_answer(ask):
 
 
 def test_batches_shrink_where_memory_does_not_suffice(ask, batches, monkeypatch):
-    expected, fits = ask(TEXTS)[0], models._answers
+    expected, fits = ask(TEXTS)[0], harness._answers
 
     def answer(model, tokenizer, ids, options):
         if len(ids) > 3:
             raise torch.OutOfMemoryError
         return fits(model, tokenizer, ids, options)
 
-    monkeypatch.setattr(models, "_answers", answer)
+    monkeypatch.setattr(harness, "_answers", answer)
     batches.clear()
     assert ask(TEXTS, batch_tokens=3000)[0] == expected
     assert max(map(len, batches)) in (2, 3)

@@ -21,16 +21,21 @@ from test_endpoint import server  # noqa: F401 (a fixture)
 from test_eval_models import adapters  # noqa: F401 (a fixture)
 from tqdm import tqdm
 
-from eval import forgetting, models, run, testsets
-from eval.bertscore import bertscore
-from tools.cli import UserError
+from finlora.core import paths
+from finlora.core.errors import UserError
+from finlora.data import test_sets
+from finlora.evaluate import forgetting, runner
+from finlora.evaluate import harness as evaluate_harness
+from finlora.evaluate.bertscore import bertscore
+from finlora.models import load as models
+from finlora.train import runs
 
 WORDS = ["negative", "neutral", "positive"]
 ASK = "Instruction: What is the sentiment of this news? Please choose an answer from {negative/neutral/positive}.\n"
 
 
 def write_rows(folder, name, count, seed=0):
-    path = folder / testsets.all_sets()[name]["file"]
+    path = folder / test_sets.all_sets()[name]["file"]
     path.parent.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
     with path.open("w") as file:
@@ -50,13 +55,14 @@ def tests_folder(tmp_path):
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch, tiny_base, adapters, tests_folder):  # noqa: F811
     """`make eval` in this process, with a folder of results of its own; returns the subjects' folders."""
-    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    for module in paths, runs:
+        monkeypatch.setattr(module, "ROOT", tmp_path)
 
     def call(*argv, model=tiny_base, adapter="dora", tests=tests_folder, tasks="fpb", prompt="raw"):
         given = ["--model", str(model), "--tests", str(tests), "--tasks", tasks, "--prompt", prompt, *argv]
         given += ["--adapter", str(adapters.get(adapter, adapter))] if adapter else []
-        return run.evaluate(run.parse(given))
+        return runner.evaluate(runner.parse(given))
 
     return call
 
@@ -74,7 +80,7 @@ def test_everything_asked_is_kept(evaluate, tests_folder, capsys):
             assert about["rows"] == about["evaluated"] == len(rows) == count
             assert about["labels_used"] == "corrected" and not about["published_file"]
             assert [row["row"] for row in rows] == list(range(1, count + 1))
-            file = tests_folder / testsets.all_sets()[name]["file"]
+            file = tests_folder / test_sets.all_sets()[name]["file"]
             assert [row["context"] for row in rows] == [json.loads(line)["context"] for line in file.open()]
             for row in rows:
                 assert row["prompt"] == "<|begin_of_text|>" + row["context"] and row["target"] == row["corrected"]
@@ -97,7 +103,7 @@ def test_lm_eval_alone_finds_the_groups_and_scores_them(group, sets, tmp_path):
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
-    members = [name for name in testsets.all_sets() if group in task_file(name)["tag"]]
+    members = [name for name in test_sets.all_sets() if group in task_file(name)["tag"]]
     for name in members:
         write_rows(tmp_path, name, 9)
     wanted = {
@@ -113,7 +119,7 @@ def test_lm_eval_alone_finds_the_groups_and_scores_them(group, sets, tmp_path):
         loglikelihood = loglikelihood_rolling = None
 
     manager = TaskManager(
-        include_path=str(testsets.TASK_FILES), include_defaults=False, metadata={"folder": str(tmp_path)}
+        include_path=str(test_sets.TASK_FILES), include_defaults=False, metadata={"folder": str(tmp_path)}
     )
     for Copier.length, score in ((99, 1.0), (2, 0.0)):
         found = simple_evaluate(Copier(), tasks=[group], task_manager=manager, bootstrap_iters=0)["results"]
@@ -122,13 +128,13 @@ def test_lm_eval_alone_finds_the_groups_and_scores_them(group, sets, tmp_path):
 
 
 def task_file(name):
-    return yaml.load((testsets.TASK_FILES / f"{name}.yaml").read_text(), yaml.BaseLoader)
+    return yaml.load((test_sets.TASK_FILES / f"{name}.yaml").read_text(), yaml.BaseLoader)
 
 
 def test_the_task_files_are_those_of_the_table():
-    assert {path.stem for path in testsets.TASK_FILES.glob("[a-z]*.yaml")} == set(testsets.all_sets())
+    assert {path.stem for path in test_sets.TASK_FILES.glob("[a-z]*.yaml")} == set(test_sets.all_sets())
     groups = {"general", "certification", "reporting", "analysis"}
-    for name, spec in testsets.all_sets().items():
+    for name, spec in test_sets.all_sets().items():
         file = task_file(name)
         assert file["task"] == file["dataset_kwargs"]["test_set"] == name and file["include"] == "_finlora.yaml"
         assert file["tag"][0] in groups and file["tag"][1:] == [f"{spec['task']}_task"]
@@ -273,7 +279,7 @@ def test_memory_that_does_not_suffice(evaluate, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(models, "_answers", fail)
+    monkeypatch.setattr(evaluate_harness, "_answers", fail)
     with refuses("memory", "BATCH_TOKENS=", "BITS=4 KEEP_QUANTISED=1"):
         evaluate()
 
@@ -346,14 +352,14 @@ def test_forgetting_knows_what_is_right(evaluate, copies, monkeypatch):
     def prefer(error, requests, **_):
         return [(0.0 if (request.args[1].strip() == "A") == (not error) else -9.0, False) for request in requests]
 
-    harness = models.harness
+    harness = evaluate_harness.harness
 
     def stand_in(*given):
         lm = harness(*given)
         lm.generate_until, lm.loglikelihood = partial(solve, error), partial(prefer, error)
         return lm
 
-    monkeypatch.setattr(models, "harness", stand_in)
+    monkeypatch.setattr(evaluate_harness, "harness", stand_in)
     for error in (0, 1):
         folder = evaluate("--name", f"e{error}", tasks="forgetting", tests=copies)[0]
         for name in forgetting.TASKS:
@@ -379,13 +385,13 @@ def test_mistakes_are_found_before_anything_is_loaded(tiny_base, adapters, tmp_p
     raw, other, none = tmp_path / "raw", tmp_path / "other", tmp_path / "none"
     write_rows(raw, "fpb", 3)
     write_rows(other, "fpb", 3)
-    for module in run, testsets:
+    for module in runner, test_sets:
         monkeypatch.setattr(module, "RAW", raw)
     monkeypatch.setattr(models, "load_base", None)
 
     def mistaken(*argv, say=(), **place):
         with refuses(*say, **place):
-            run.evaluate(run.parse([*argv, "--results", str(tmp_path / "results")]))
+            runner.evaluate(runner.parse([*argv, "--results", str(tmp_path / "results")]))
 
     model = ("--model", str(tiny_base))
     fpb = (*model, "--tasks", "fpb")
@@ -395,7 +401,7 @@ def test_mistakes_are_found_before_anything_is_loaded(tiny_base, adapters, tmp_p
     mistaken(*model, "--adapter", str(none), say=["no such", "ADAPTER="], file=none)
     mistaken(*model, "--adapter", str(adapters["dora"]), say=["no test set", "TASKS=general"])
     mistaken(*model, "--tasks", "fbp", say=["'fbp'", "fpb"], file="TASKS=fbp")
-    tfns, cfa = (raw / testsets.all_sets()[name]["file"] for name in ("tfns", "cfa_level1"))
+    tfns, cfa = (raw / test_sets.all_sets()[name]["file"] for name in ("tfns", "cfa_level1"))
     mistaken(*model, "--tasks", "tfns", say=["missing", "make data TASK=sentiment", "TASKS="], file=tfns)
     mistaken(*model, "--tasks", "cfa_level1", say=["missing", "your own", "TASKS="], file=cfa)
     published = ["checksum|SHA-256", "make data TASK=sentiment", "TESTS="]
@@ -408,9 +414,9 @@ def test_mistakes_are_found_before_anything_is_loaded(tiny_base, adapters, tmp_p
 
 def test_mistakes_are_one_line(command, house):
     """Through the command itself."""
-    failed(command("eval.run", "--limit", "0"), "--limit", "'0'", "above 0")
+    failed(command("finlora.evaluate.runner", "--limit", "0"), "--limit", "'0'", "above 0")
     recipe, folder = ("--recipe", "sentiment_r8_dora"), house / "outputs" / "sentiment_r8_dora"
     train = "make train RECIPE=sentiment_r8_dora"
-    failed(command("eval.run", *recipe), "not trained", train, file="outputs/sentiment_r8_dora")
+    failed(command("finlora.evaluate.runner", *recipe), "not trained", train, file="outputs/sentiment_r8_dora")
     (folder / "checkpoint-5").mkdir(parents=True)
-    failed(command("eval.run", *recipe), "unfinished", train, file="outputs/sentiment_r8_dora")
+    failed(command("finlora.evaluate.runner", *recipe), "unfinished", train, file="outputs/sentiment_r8_dora")

@@ -22,7 +22,7 @@ def test_the_example_runs(command, house):
 
 
 def test_the_keys_are_the_plugins_with_their_defaults():
-    from fastdora.args import FastDoraArgs
+    from fastdora.plugin.args import FastDoraArgs
 
     shown = yaml.safe_load(block("yaml"))
     assert shown.pop("plugins") == ["fastdora.FastDoraPlugin"]
@@ -35,7 +35,7 @@ def test_the_figures_are_the_recorded_ones():
     lines = [line.split("|")[2:5] for line in README.splitlines() if line.startswith("| ") and "GiB" not in line]
     shown = [cells for cells in lines if cells[0].strip()[0].isdigit()]
     for column, record in enumerate(("train_throughput.json", "train_throughput_h200.json")):
-        rows = json.loads((ROOT / "bench" / record).read_text(encoding="utf-8"))["rows"]
+        rows = json.loads((ROOT / "finlora" / "plan" / record).read_text(encoding="utf-8"))["rows"]
         measured = {name: row for name, row in rows.items() if "samples_s" in row}
         assert len(shown) == len(measured) >= 10
         for name, row in measured.items():
@@ -44,7 +44,9 @@ def test_the_figures_are_the_recorded_ones():
         times = re.findall(r"\((\d+\.\d) times\)", " ".join(cells[column] for cells in shown))
         for name, said in zip(("8bit_dora", "8bit_dora_fp8"), times, strict=True):
             assert abs(float(said) - rows[name]["samples_s"] / rows["finlora"]["samples_s"]) < 0.06
-    rows = json.loads((ROOT / "bench" / "train_throughput_h200_second.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((ROOT / "finlora" / "plan" / "train_throughput_h200_second.json").read_text(encoding="utf-8"))[
+        "rows"
+    ]
     said = re.search(r"did (\d\.\d\d) samples/s and ours (\d+) and (\d+)", " ".join(README.split())).groups()
     assert [float(one) for one in said] == [
         rows["finlora"]["samples_s"],
@@ -57,8 +59,8 @@ def test_the_shares_of_the_matrix_rate_follow_from_the_records():
     import json
 
     rows, products = (
-        json.loads((ROOT / "bench" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
-        for name in ("train_throughput_h200", "gpu_check")
+        json.loads((ROOT / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+        for name in ("finlora/plan/train_throughput_h200", "bench/gpu_check")
     )
     weights = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14336)  # of Llama-3.1-8B's layers
     shares = []

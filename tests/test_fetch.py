@@ -28,10 +28,10 @@ from failures import failed, refuses, says
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import fetch as fetching
-from data.fetch import checksum, fetch, is_right, read_manifest, sources
-from data.tasks import load_tasks
-from tools.cli import UserError, run
+from finlora.core.errors import UserError, run
+from finlora.data import fetch as fetching
+from finlora.data.fetch import checksum, fetch, is_right, read_manifest, sources
+from finlora.data.tasks import load_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "finlora"
@@ -166,7 +166,7 @@ def partial_of(raw, path=NAME):
 
 def command(*options, **environment):
     env = {key: value for key, value in os.environ.items() if key.upper() not in PROXIES and key != "FINLORA_MIRROR"}
-    started = [sys.executable, "-m", "data.fetch", *map(str, options)]
+    started = [sys.executable, "-m", "finlora.data.fetch", *map(str, options)]
     return {"args": started, "cwd": ROOT, "env": env | {"PYTHONPATH": str(ROOT)} | environment}
 
 
@@ -620,16 +620,16 @@ def test_no_permission(tmp_path):
         options = command("--manifest", pin(tmp_path, entry_of(NAME, BODY)), "--raw", "raw", FINLORA_MIRROR=server.url)
         # Root may write anywhere: it becomes nobody once all is read that nobody may not read.
         drop = """if True:
-            import os, sys, data.fetch, tools.cli
+            import os, sys, finlora.data.fetch, finlora.core.errors
             os.chdir(sys.argv.pop(1))
-            read = data.fetch.read_manifest
+            read = finlora.data.fetch.read_manifest
             def read_and_drop(path):
                 found = read(path)
                 if os.geteuid() == 0:
                     os.seteuid(65534)
                 return found
-            data.fetch.read_manifest = read_and_drop
-            tools.cli.run(data.fetch.main)
+            finlora.data.fetch.read_manifest = read_and_drop
+            finlora.core.errors.run(finlora.data.fetch.main)
         """
         options["args"] = [sys.executable, "-c", drop, str(tmp_path), *options["args"][3:]]
         failed(finished(options), "Permission denied", "again", file="raw/train")
@@ -761,7 +761,7 @@ def test_progress_on_a_terminal(tmp_path):
 
 def test_it_starts_without_the_heavy_libraries():
     heavy = "{'torch', 'transformers', 'datasets', 'pandas', 'numpy', 'axolotl', 'pyarrow'}"
-    code = f"import sys, data.fetch; assert not {heavy} & set(sys.modules), sys.modules"
+    code = f"import sys, finlora.data.fetch; assert not {heavy} & set(sys.modules), sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=command()["env"], check=True)
 
 
@@ -858,12 +858,12 @@ def test_interrupted_at_any_byte_it_ends_with_the_right_file(server, body, lfs, 
 
 # Forks a fetch for each line that it reads and kills it at the next: imported once, so that every kill meets work.
 NURSERY = """
-import os, signal, sys, data.fetch, tools.cli
+import os, signal, sys, finlora.data.fetch, finlora.core.errors
 for _ in sys.stdin:
     child = os.fork()
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        tools.cli.run(data.fetch.main)
+        finlora.core.errors.run(finlora.data.fetch.main)
         os._exit(0)
     sys.stdin.readline()
     os.kill(child, signal.SIGKILL)

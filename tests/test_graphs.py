@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastdora
-from fastdora import attention, dora, graphs, places, products
+from fastdora import attention, dora, graphs, packing, quantized
 
 
 def rerun(run, parameters):
@@ -44,7 +44,7 @@ def made(with_dora=True, dropout=0.1, bits=16, fp8=False):
     if bits != 16:
         with tempfile.TemporaryDirectory() as folder:
             base.save_pretrained(folder)
-            how = products.quantisation(bits, torch.float32)
+            how = quantized.quantisation(bits, torch.float32)
             base = LlamaForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.float32)
     model = get_peft_model(
         base,
@@ -54,7 +54,7 @@ def made(with_dora=True, dropout=0.1, bits=16, fp8=False):
     )
     fastdora.accelerate(model, fp8)
     attention.install(model.get_base_model())
-    places.read_places(model, answers=True)
+    packing.read_places(model, answers=True)
     return model.train()
 
 

@@ -12,7 +12,7 @@ import pytest
 from failures import refuses
 from pydantic import BaseModel
 
-from fastdora.keys import RecipeError, check_keys, input_schema, read_recipe, strict_schema
+from fastdora.plugin.keys import RecipeError, check_keys, input_schema, read_recipe, strict_schema
 
 
 @pytest.fixture

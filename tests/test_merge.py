@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from test_eval_run import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import models
-from tools import merge
+from finlora.export import merge
+from finlora.export import subject as subjects
+from finlora.models import load as models
 
 pytestmark = pytest.mark.xdist_group("after")
 TARGETS = ("q_proj", "k_proj", "v_proj")
@@ -23,7 +24,7 @@ MERGED = f"outputs/{RECIPES[16]}/merged"
 
 
 def plan(recipe=None, adapter=None, model=None, bits=None):
-    return merge.subject(recipe, adapter and str(adapter), model and str(model), bits, tiny=False)
+    return subjects.subject(recipe, adapter and str(adapter), model and str(model), bits, tiny=False)
 
 
 def weights(folder):
@@ -93,7 +94,7 @@ def test_what_it_merges_into_can_be_chosen_and_is_kept(runs, capsys):
     merge.merge(base, limit=0)
     second = json.loads((base["merged"] / "merge.json").read_text())
     assert second["into"] == "dequantised" and second["weights"] != first["weights"] and not left.exists()
-    assert merge.need_merged(base) == base["merged"]
+    assert subjects.need_merged(base) == base["merged"]
 
 
 @pytest.mark.parametrize("tolerance", [0.01, 0])
@@ -126,19 +127,19 @@ def test_only_a_model_with_the_logits_of_base_and_adapter_is_called_done(runs, t
 def test_what_is_merged_is_held_against_adapter_base_and_weights(runs, tiny_base):
     found = plan(RECIPES[16])
     folder = merge.merge(found, limit=0)
-    assert merge.need_merged(found) == folder and merge.check_weights(folder) is None
+    assert subjects.need_merged(found) == folder and subjects.check_weights(folder) is None
     for key, other in {"model": "another/base", "bits": 8}.items():
         with refuses("this adapter", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-            merge.need_merged(found | {key: other})
+            subjects.need_merged(found | {key: other})
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-8] + b"spoiled!")
-    for check in (lambda: merge.check_weights(folder), lambda: merge.merge(found, limit=0)):
+    for check in (lambda: subjects.check_weights(folder), lambda: merge.merge(found, limit=0)):
         with refuses("verified", "FORCE=1", file=f"{MERGED}/model.safetensors"):
             check()
     path.unlink()
     with refuses("this adapter", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-        merge.need_merged(found)
+        subjects.need_merged(found)
     merge.merge(found, limit=0)
     assert path.read_bytes() == whole
 
@@ -243,10 +244,10 @@ def test_files_of_somebody_else_are_kept(runs):
         merge.merge(found, limit=0)
     assert (found["merged"] / "mine").exists()
     with refuses("not there|missing", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-        merge.need_merged(found)
+        subjects.need_merged(found)
     (found["merged"] / "merge.json").write_text('{"adapter_sha256": "0"}')
     with refuses("this adapter", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-        merge.need_merged(found)
+        subjects.need_merged(found)
 
 
 def test_an_adapter_of_the_same_name_elsewhere_replaces_no_merged_model(runs, tmp_path, capsys):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data.neardup import (
+from finlora.data.neardup import (
     BLOCK,
     COMMON_LEAST,
     COMPARED,
@@ -147,7 +147,7 @@ def test_a_threshold_outside_0_and_1_is_refused(threshold):
 
 def test_the_groups_are_the_same_in_every_process_and_with_every_number_of_threads():
     code = (
-        "import random; from data.neardup import near_duplicate_groups as g; r = random.Random(1);"
+        "import random; from finlora.data.neardup import near_duplicate_groups as g; r = random.Random(1);"
         "print(g(' '.join(f'w{r.randrange(12)}' for _ in range(r.randrange(9))) for _ in range(3000)))"
     )
     answers = set()

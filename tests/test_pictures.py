@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools import pictures
-from tools.cli import UserError
+from finlora.core.errors import UserError
+from finlora.plan import pictures
 
 RECORD = json.loads(pictures.SPEED.read_text(encoding="utf-8"))
 SVG = "{http://www.w3.org/2000/svg}"

@@ -22,7 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastdora import attention, places
+from fastdora import attention, packing
 from fastdora.dora import Unsupported
 
 
@@ -155,8 +155,8 @@ def test_the_loss_on_answers_only_is_the_loss(model, items, collated):
             model.zero_grad()
             batch = {"input_ids": ids, "labels": labels}
             if only and collated:
-                batch = places.Collator(lambda batch: batch, packed=False, answers=True)(batch)
-            hook = places.read_places(model, answers=only and not collated)
+                batch = packing.Collator(lambda batch: batch, packed=False, answers=True)(batch)
+            hook = packing.read_places(model, answers=only and not collated)
             out = model(**batch, **extra)
             hook.remove()
             sizes.append(out.logits.shape[1])
@@ -174,7 +174,7 @@ def test_the_loss_on_answers_only_is_the_loss(model, items, collated):
 
 def test_the_collator_adds_places_and_keeps_the_rest():
     inner = SimpleNamespace(tokenizer="kept")
-    collator = places.Collator(inner, packed=True, answers=True)
+    collator = packing.Collator(inner, packed=True, answers=True)
     assert collator.tokenizer == "kept"
     with pytest.raises(AttributeError):
         _ = collator.nothing
@@ -182,17 +182,17 @@ def test_the_collator_adds_places_and_keeps_the_rest():
     collator = pickle.loads(pickle.dumps(collator))  # as a worker of a data loader gets it
     labels = torch.tensor([[-100, -100, 5, -100, 6]])
     batch = collator(input_ids=labels, position_ids=packed([3, 2]), labels=labels)
-    assert batch[places.EDGES].tolist() == [0, 3, 5] and batch[places.LONGEST] == 3
-    assert batch[places.ANSWERS].tolist() == [1, 3]
+    assert batch[packing.EDGES].tolist() == [0, 3, 5] and batch[packing.LONGEST] == 3
+    assert batch[packing.ANSWERS].tolist() == [1, 3]
     assert set(collator(input_ids=labels)) == {"input_ids"}
 
 
 def test_the_model_reads_the_packs_the_collator_saw(model, monkeypatch):
     """No boundary is looked for again in the forward pass, where a GPU would be waited for."""
-    collator = places.Collator(dict, packed=True, answers=False)
+    collator = packing.Collator(dict, packed=True, answers=False)
     batch = collator(input_ids=torch.randint(0, 97, (1, 9)), position_ids=packed([4, 5]))
     expected = model(input_ids=batch["input_ids"], position_ids=packed([4, 5])).logits
-    hook = places.read_places(model)
+    hook = packing.read_places(model)
     monkeypatch.setattr(attention, "boundaries", lambda *_: pytest.fail("looked for again"))
     found = model(**batch).logits
     hook.remove()
@@ -223,7 +223,7 @@ def test_label_smoothing_which_takes_the_labels_away_keeps_all_logits(model, tmp
         arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to=[])
         trainer = Trainer(model, arguments, data_collator=lambda batch: batch)
         if answers:
-            places.install(trainer, packed=False, answers=True)
+            packing.install(trainer, packed=False, answers=True)
         batch = trainer.data_collator({"input_ids": labels.clamp_min(0), "labels": labels.clone()})
         losses.append(trainer.compute_loss(model, batch).detach())
     assert torch.equal(*losses)

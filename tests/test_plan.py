@@ -10,14 +10,18 @@ from failures import failed, refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools import checks, plan, recipes
+from finlora.core import machine
+from finlora.plan import estimate as plan
+from finlora.recipes import bases, memory
+from finlora.recipes import load as recipes
+from finlora.recipes import names as recipe_names
 
 pytestmark = pytest.mark.xdist_group("axolotl")  # whose tests import PEFT too
-SHAPE = recipes.shape("meta-llama/Llama-3.1-8B-Instruct")
+SHAPE = bases.shape("meta-llama/Llama-3.1-8B-Instruct")
 RUNS = plan.measured_runs()
 FIT = plan.measured_rates
 RATES = FIT()
-ALL = list(recipes.linear_layers(SHAPE))
+ALL = list(bases.linear_layers(SHAPE))
 
 
 @pytest.fixture(autouse=True)
@@ -27,11 +31,11 @@ def one_fit(monkeypatch):
 
 
 def recipe(name: str = "sentiment_r8_dora", **changes):
-    return recipes.read_recipe(recipes.RECIPES / f"{name}.yaml") | changes
+    return recipes.read_recipe(recipe_names.RECIPES / f"{name}.yaml") | changes
 
 
 def planned(name: str = "sentiment_r8_dora", gpu="h100-80g", gpus=1, price=None, **changes):
-    return plan.make_plan(recipes.RECIPES / f"{name}.yaml", recipe(name, **changes), gpu, gpus, price)
+    return plan.make_plan(recipe_names.RECIPES / f"{name}.yaml", recipe(name, **changes), gpu, gpus, price)
 
 
 def test_the_recorded_runs_are_of_every_kind():
@@ -53,7 +57,7 @@ def test_a_plan_is_near_what_was_measured(run):
     length, fill = row["tokens_s"] / row["samples_s"], row["tokens_s"] / row["slots_s"]
     step = plan.work(found, SHAPE, gpu, length, fill) @ plan.measured_rates().factors
     assert step == pytest.approx(row["step_s"], rel=0.2), f"{name}: a step takes {row['step_s']} s, planned {step:.3f}"
-    peak = checks.memory_estimate(found, SHAPE)
+    peak = memory.memory_estimate(found, SHAPE)
     assert peak == pytest.approx(row["peak_gib"], rel=0.1), f"{name}: {row['peak_gib']} GiB at the peak, planned {peak}"
 
 
@@ -74,15 +78,15 @@ def test_parameters_are_those_that_peft_trains(changes):
     found = recipe(**changes)
     counted = plan.parameters(found, SHAPE)
     for name, (layers, own, magnitude) in counted.items():
-        inputs, outputs = recipes.linear_layers(SHAPE)[name]
+        inputs, outputs = bases.linear_layers(SHAPE)[name]
         assert layers == 32 and own == 32 * found["lora_r"] * (inputs + outputs)
         assert magnitude == (32 * outputs if found["peft_use_dora"] else 0)
     total = sum(own + magnitude for _, own, magnitude in counted.values())
-    assert list(counted) == found["lora_target_modules"] and total == recipes.trainable_parameters(found, SHAPE)
+    assert list(counted) == found["lora_target_modules"] and total == bases.trainable_parameters(found, SHAPE)
 
 
 def test_what_it_says(monkeypatch, capsys):
-    monkeypatch.setattr(checks, "gpus", lambda: [])
+    monkeypatch.setattr(machine, "gpus", lambda: [])
     argv = ["plan", "sentiment_llama_3_1_8b_8bits_r8_dora", "--gpu", "a100-80g", "--gpus", "4", "--price", "2.50"]
     monkeypatch.setattr(sys, "argv", argv)
     plan.main()
@@ -117,7 +121,7 @@ def test_the_keys_to_change_keep_a_steps_tokens_on_several_gpus(monkeypatch):
     monkeypatch.setattr(plan, "parameters", lambda found, shape: {"q_proj": (32, total(found), 0)})
 
     def total(found):
-        return recipes.trainable_parameters(found, SHAPE)
+        return bases.trainable_parameters(found, SHAPE)
 
     name, gpus = "xbrl_extract_bf16_r8_dora", 3
     before = recipe(name)
@@ -142,7 +146,7 @@ def test_plans_differ_as_they_must(monkeypatch):
     monkeypatch.setattr(plan, "parameters", lambda found, shape: {"q_proj": (32, total(found), 0)})
 
     def total(found):
-        return recipes.trainable_parameters(found, SHAPE)
+        return bases.trainable_parameters(found, SHAPE)
 
     one, four = planned(), planned(gpus=4)
     assert one["seconds"] > four["seconds"] > one["seconds"] / 4 and one["samples"] == four["samples"]
@@ -204,17 +208,17 @@ def test_a_row_that_is_too_long_is_said(tmp_path, monkeypatch):
     assert re.search(r"longer .*sequence_len 5,120\b", said)
 
 
-OWN_PATH = recipes.RECIPES / "sentiment_r8_dora.yaml"
+OWN_PATH = recipe_names.RECIPES / "sentiment_r8_dora.yaml"
 # What is asked, and of the error: what it begins with, the key, and words for the fault and the remedy.
 BAD = {
     "unknown GPU": (
         {"gpu": "h100-90g"},
         "GPU=h100-90g",
         None,
-        ["h100-80g?", "tools/gpus.yaml", "a100-40g, a100-80g, "],
+        ["h100-80g?", "finlora/plan/gpus.yaml", "a100-40g, a100-80g, "],
     ),
-    "a GPU of two sizes": ({"gpu": "a100"}, "GPU=a100", None, ["a100-40g or a100-80g?", "tools/gpus.yaml"]),
-    "no near GPU": ({"gpu": "tpu"}, "GPU=tpu", None, ["tools/gpus.yaml", "a100-40g, ", "add a line"]),
+    "a GPU of two sizes": ({"gpu": "a100"}, "GPU=a100", None, ["a100-40g or a100-80g?", "finlora/plan/gpus.yaml"]),
+    "no near GPU": ({"gpu": "tpu"}, "GPU=tpu", None, ["finlora/plan/gpus.yaml", "a100-40g, ", "add a line"]),
     "a batch that GPUs cannot share": (
         {"gpus": 3, "sample_packing": False, "micro_batch_size": 4},
         "GPUS=3",
@@ -229,7 +233,12 @@ BAD = {
         ["a5000", "false", "another GPU"],
     ),
     "no adapter": ({"adapter": None}, OWN_PATH, "adapter", ["missing", "recipes that train"]),
-    "an unknown base": ({"base_model": "a/b"}, OWN_PATH, "base_model", ["a/b", "tools/base_models.yaml", "make demo"]),
+    "an unknown base": (
+        {"base_model": "a/b"},
+        OWN_PATH,
+        "base_model",
+        ["a/b", "finlora/recipes/base_models.yaml", "make demo"],
+    ),
     "an unknown layer": (
         {"lora_target_modules": ["q_proj", "w1"]},
         OWN_PATH,
@@ -281,9 +290,9 @@ def test_records_that_are_missing_or_damaged(case, tmp_path, monkeypatch):
         file.write_text(text, encoding="utf-8")
     monkeypatch.setattr(plan, "MEASURED", files)
     monkeypatch.setattr(plan, "measured_rates", FIT)
-    monkeypatch.setattr(checks, "gpus", lambda: [])
+    monkeypatch.setattr(machine, "gpus", lambda: [])
     for gpu in ("h200", None):
-        with refuses(*words, file=tmp_path / named if named else "bench/train_throughput*.json"):
+        with refuses(*words, file=tmp_path / named if named else "finlora/plan/train_throughput*.json"):
             planned(gpu=gpu)
 
 
@@ -332,7 +341,7 @@ def test_a_bad_price(text):
 
 
 def test_a_mistake_is_one_line(command):
-    done = command("tools.plan", "sentment_r8_dora", "--gpus", "4")
+    done = command("finlora.plan.estimate", "sentment_r8_dora", "--gpus", "4")
     assert done.returncode == 1 and not done.stdout and len(done.stderr.splitlines()) == 1
     failed(done, "sentiment_r8_dora", file="RECIPE=sentment_r8_dora")
 
@@ -345,9 +354,9 @@ def test_a_bad_number_of_gpus(text, monkeypatch):
 
 
 def test_the_gpu_that_is_here_is_the_default(monkeypatch):
-    monkeypatch.setattr(checks, "gpus", lambda: [("NVIDIA GeForce RTX 4090", 24.0, 23.0)])
+    monkeypatch.setattr(machine, "gpus", lambda: [("NVIDIA GeForce RTX 4090", 24.0, 23.0)])
     assert plan.find_gpu(None)[0] == "rtx4090" and plan.find_gpu("H200")[0] == "h200"
-    monkeypatch.setattr(checks, "gpus", lambda: [])
+    monkeypatch.setattr(machine, "gpus", lambda: [])
     assert plan.measured_device() in plan.find_gpu(None)[1]["names"]
     for entry in plan.known_gpus().values():
         assert set(entry) == {"memory", "tflops", "bandwidth", "fp8", "names"} and entry["names"]

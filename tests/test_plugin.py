@@ -195,12 +195,13 @@ def test_axolotls_loader_accepts_every_recipe():
     from axolotl.utils.config import prepare_plugins, validate_config
     from axolotl.utils.dict import DictDefault
 
-    from tools import recipes
+    from finlora.recipes import load as recipes
+    from finlora.recipes import names as recipe_names
 
     gpu = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
-    for name in recipes.names():
-        cfg = DictDefault(recipes.load(recipes.RECIPES / f"{name}.yaml"))
-        cfg.axolotl_config_path = str(recipes.RECIPES / f"{name}.yaml")
+    for name in recipe_names.names():
+        cfg = DictDefault(recipes.load(recipe_names.RECIPES / f"{name}.yaml"))
+        cfg.axolotl_config_path = str(recipe_names.RECIPES / f"{name}.yaml")
         prepare_plugins(cfg)
         valid = validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": "2.13.0"})
         assert valid.lora_r == cfg.lora_r and valid.tf32 is True, name
@@ -220,11 +221,13 @@ def test_trainable_parameters_are_what_peft_makes():
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tools import recipes
+    from finlora.recipes import bases
+    from finlora.recipes import load as recipes
+    from finlora.recipes import names as recipe_names
 
-    shape = recipes.shape("meta-llama/Llama-3.1-8B-Instruct")
+    shape = bases.shape("meta-llama/Llama-3.1-8B-Instruct")
     for name in ("sentiment_r8_dora", "sentiment_r8_lora", "ner_4bit_r4_lora"):
-        recipe = recipes.load(recipes.RECIPES / f"{name}.yaml")
+        recipe = recipes.load(recipe_names.RECIPES / f"{name}.yaml")
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(**shape))
         config = LoraConfig(
@@ -234,7 +237,7 @@ def test_trainable_parameters_are_what_peft_makes():
         counted = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         if recipe["peft_use_dora"]:  # PEFT takes the magnitudes from the weights, which the meta device has not
             counted += sum(module.out_features for n, module in model.named_modules() if n.endswith("base_layer"))
-        assert counted == recipes.trainable_parameters(recipe, shape), name
+        assert counted == bases.trainable_parameters(recipe, shape), name
 
 
 @pytest.mark.parametrize(
@@ -252,7 +255,7 @@ def test_trainable_parameters_are_what_peft_makes():
 def test_where_cuda_graphs_are_off_on_a_gpu(monkeypatch, why, changes):
     from axolotl.utils.dict import DictDefault
 
-    from fastdora import plugin
+    from fastdora.plugin import plugin
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setenv("WORLD_SIZE", changes.pop("WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""data.prepare: what goes in comes out, split without near-duplicates across, and is never half there."""
+"""finlora.data.prepare: what goes in comes out, split without near-duplicates across, and is never half there."""
 
 import csv
 import hashlib
@@ -19,11 +19,12 @@ from failures import failed, refuses, says
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data import corrections
-from data.neardup import near_duplicate_groups, normalise
-from data.prepare import _choose_groups, is_current, prepare, refresh, why_stale
-from data.tasks import load_tasks
-from tools.cli import ROOT, UserError
+from finlora.core.errors import UserError
+from finlora.core.paths import ROOT
+from finlora.data import corrections
+from finlora.data.neardup import near_duplicate_groups, normalise
+from finlora.data.prepare import _choose_groups, is_current, prepare, refresh, why_stale
+from finlora.data.tasks import load_tasks
 
 SHARED = ROOT.parent / "shared" / "finlora" / "data"
 SAMPLE = ROOT / "data" / "sample"
@@ -62,7 +63,7 @@ def published(tmp_path: Path, rows: list[tuple[str, object]], task: str = "xbrl_
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "data.prepare", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "finlora.data.prepare", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
 
 
@@ -100,7 +101,7 @@ def test_same_bytes_in_another_process(tmp_path):
     for number, hash_seed in enumerate(["0", "1"]):
         out = tmp_path / str(number)
         done = subprocess.run(
-            [sys.executable, "-m", "data.prepare", "general_multi", "--raw", SAMPLE, "--out", out],
+            [sys.executable, "-m", "finlora.data.prepare", "general_multi", "--raw", SAMPLE, "--out", out],
             cwd=ROOT,
             env=os.environ | {"PYTHONHASHSEED": hash_seed},
             capture_output=True,
@@ -112,7 +113,8 @@ def test_same_bytes_in_another_process(tmp_path):
 
 
 def test_bytes_do_not_change_unseen(tmp_path):
-    """If this fails because the output is meant to differ, raise data.prepare.FORMAT and renew the checksums."""
+    """If this fails because the output is meant to differ, raise finlora.data.prepare.FORMAT and renew the
+    checksums."""
     record = prepare("xbrl_term", published(tmp_path, distinct_rows(50)), tmp_path / "out")
     assert record["format"] == 1
     assert record["outputs"] == GOLDEN
@@ -300,7 +302,7 @@ def test_corrected_and_published_labels(tmp_path, monkeypatch):
     table.write_text(text.replace(pinned, blob), encoding="utf-8")
     load = corrections.load_corrections
     monkeypatch.setattr(corrections, "load_corrections", lambda: load(table))
-    monkeypatch.setattr("data.prepare.CORRECTIONS", table)
+    monkeypatch.setattr("finlora.data.prepare.CORRECTIONS", table)
 
     exchanged = {"neutral": "positive", "positive": "neutral", "negative": "negative"}
     expected = [(context, exchanged[target]) for context, target in rows[:30]] + rows[30:]
@@ -519,7 +521,7 @@ def test_full_disk_leaves_the_old_files(tmp_path):
     prepare("xbrl_term", raw, out)
     before = {path: path.read_bytes() for path in out.iterdir()}
     done = subprocess.run(
-        [sys.executable, "-m", "data.prepare", "xbrl_term", "--raw", raw, "--out", out, "--seed", "1"],
+        [sys.executable, "-m", "finlora.data.prepare", "xbrl_term", "--raw", raw, "--out", out, "--seed", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -540,7 +542,7 @@ def test_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
             os.utime(source, (number, number))
         return groups
 
-    monkeypatch.setattr("data.prepare.near_duplicate_groups", touching)
+    monkeypatch.setattr("finlora.data.prepare.near_duplicate_groups", touching)
     with refuses("changed", "again", file=source):
         prepare("xbrl_term", raw, out)
     assert not list(out.iterdir())
@@ -551,13 +553,13 @@ def test_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
 
 # Forks the command for each line that it reads and kills it at the next: imported once, so that every kill meets work.
 NURSERY = """
-import os, signal, sys, data.prepare, tools.cli
+import os, signal, sys, finlora.data.prepare, finlora.core.errors
 print("ready", flush=True)
 for _ in sys.stdin:
     child = os.fork()
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        tools.cli.run(data.prepare.main)
+        finlora.core.errors.run(finlora.data.prepare.main)
         os._exit(0)
     sys.stdin.readline()
     os.kill(child, signal.SIGKILL)

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from made import answered, label_rows, subject
 from runs import RECIPES
 
-from eval import results
-from tools import merge, publish
-from tools.cli import UserError
+from finlora.core.errors import UserError
+from finlora.evaluate import results
+from finlora.export import merge, publish
+from finlora.export import subject as subjects
 
 pytestmark = pytest.mark.xdist_group("after")
 TOKEN = "hf_" + "aB3" * 11
@@ -90,7 +91,7 @@ def hub(monkeypatch):
 
 
 def plan(bits=8):
-    return merge.subject(RECIPES[bits], None, None, None, tiny=False)
+    return subjects.subject(RECIPES[bits], None, None, None, tiny=False)
 
 
 def pushed(server):

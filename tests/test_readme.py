@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools import recipes
+from finlora.recipes import names as recipe_names
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -135,4 +135,4 @@ def test_links_and_folders_exist(file):
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
         assert (ROOT / file).parent.joinpath(target).exists(), (file, target)
     for recipe in re.findall(r"RECIPE=(\w+)", text):
-        assert recipes.find(recipe).is_file()
+        assert recipe_names.find(recipe).is_file()

@@ -10,19 +10,21 @@ from failures import failed, refuses, says
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.tasks import load_tasks
-from fastdora.keys import RecipeError, check_keys, read_recipe
-from tools import recipes
-from tools.checks import memory_estimate
-from tools.cli import UserError
+from fastdora.plugin.keys import RecipeError, check_keys, read_recipe
+from finlora.core.errors import UserError
+from finlora.data.tasks import load_tasks
+from finlora.recipes import bases, factorise
+from finlora.recipes import load as recipes
+from finlora.recipes import names as recipe_names
+from finlora.recipes.memory import memory_estimate
 
-ALL = {path.stem: recipes.load(path) for path in sorted(recipes.RECIPES.glob("*.yaml"))}
+ALL = {path.stem: recipes.load(path) for path in sorted(recipe_names.RECIPES.glob("*.yaml"))}
 TASKS = ["sentiment", "headline", "ner", "finer", "xbrl_term", "xbrl_extract", "formula", "financebench", "cfa"]
 MIXTURES = ["general_multi", "reporting_multi", "analysis_multi"]
 
 
 def test_every_finlora_run_has_its_recipe_with_its_hyperparameters():
-    runs = recipes.finlora_runs()
+    runs = recipe_names.finlora_runs()
     assert len(runs) == 51 and len({run["recipe"] for run in runs}) == 51
     for run in runs:
         recipe = ALL[run["recipe"]]
@@ -36,33 +38,33 @@ def test_every_finlora_run_has_its_recipe_with_its_hyperparameters():
 def test_the_project_keeps_finlora_facts(shared):
     with (shared.parent / "runs.csv").open(encoding="utf-8", newline="") as file:
         published = list(csv.DictReader(file))
-    assert [{k: v for k, v in run.items() if k != "recipe"} for run in recipes.finlora_runs()] == published
+    assert [{k: v for k, v in run.items() if k != "recipe"} for run in recipe_names.finlora_runs()] == published
 
 
 def test_recipes_beyond_finlora():
     expected = {f"{task}_{kind}_lora" for task in ("sentiment", "headline", "ner") for kind in ("r8", "4bit_r4")}
     expected |= {f"{task}_bf16_r8_{method}" for task in TASKS + MIXTURES for method in ("lora", "dora")}
-    assert expected | {"demo_r8_dora"} | {run["recipe"] for run in recipes.finlora_runs()} == set(ALL)
+    assert expected | {"demo_r8_dora"} | {run["recipe"] for run in recipe_names.finlora_runs()} == set(ALL)
 
 
 def test_every_recipe_trains_on_a_known_task():
     for name, recipe in ALL.items():
-        task = recipes.parse_name(name)["task"]
+        task = recipe_names.parse_name(name)["task"]
         assert task == "demo" or task in load_tasks()
         assert recipe["datasets"][0]["path"] == f"data/prepared/{task}/train.jsonl"
 
 
 def test_every_recipe_states_its_global_batch():
     for name in ALL:
-        first = (recipes.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        first = (recipe_names.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
         assert first.startswith("# Global batch: about ") and (" on 1 GPU." in first or " on 1 CPU." in first), name
 
 
 def test_every_recipe_states_the_memory_it_takes():
     """As the estimate has it, which is held against measured runs; on the smallest usual card with 7% to spare."""
-    shape = recipes.shape("meta-llama/Llama-3.1-8B-Instruct")
+    shape = bases.shape("meta-llama/Llama-3.1-8B-Instruct")
     for name in set(ALL) - {"demo_r8_dora"}:
-        second = (recipes.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1]
+        second = (recipe_names.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1]
         needs = [memory_estimate(ALL[name] | changes, shape) for changes in ({}, {"gradient_checkpointing": True})]
         (most, large), (least, small) = (
             (round(need), next(card for card in (16, 24, 40, 48, 80) if need <= card * 0.93)) for need in needs
@@ -79,7 +81,7 @@ def test_dora_recipes_keep_axolotls_stale_norm_kernels_off():
 
 
 def test_factorisation():
-    assert list(recipes.factorise(ALL)) == []
+    assert list(factorise.factorise(ALL)) == []
 
 
 @given(st.sampled_from(sorted(set(ALL) - {"demo_r8_dora"})), st.randoms(use_true_random=False))
@@ -95,7 +97,7 @@ def test_a_key_that_drifts_in_one_recipe_is_named(name: str, rnd: random.Random)
         drifted[name][key] = value + rnd.choice([-1, 1, 7])
     else:
         drifted[name][key] = [value, "other"]
-    lines = list(recipes.factorise(drifted))
+    lines = list(factorise.factorise(drifted))
     # Where only two recipes share a part of the name, a majority cannot say which of them drifted: both are named.
     assert any(f"key '{key}'" in line for line in lines), lines
     if len([n for n in ALL if _group(n, key) == _group(name, key)]) > 2:
@@ -103,14 +105,14 @@ def test_a_key_that_drifts_in_one_recipe_is_named(name: str, rnd: random.Random)
 
 
 def _group(name: str, key: str):
-    part = next((part for part, keys in recipes.DECIDED_BY.items() if key in keys), None)
-    return None if part in (None, "name") else recipes.parse_name(name)[part]
+    part = next((part for part, keys in recipe_names.DECIDED_BY.items() if key in keys), None)
+    return None if part in (None, "name") else recipe_names.parse_name(name)[part]
 
 
 def test_a_key_added_to_one_recipe_is_named():
     drifted = copy.deepcopy(ALL)
     drifted["ner_r8_lora"]["adam_beta1"] = 0.8
-    says(*recipes.factorise(drifted), "is 0.8", "is null", file="recipes/ner_r8_lora.yaml", key="adam_beta1")
+    says(*factorise.factorise(drifted), "is 0.8", "is null", file="recipes/ner_r8_lora.yaml", key="adam_beta1")
 
 
 TARGETS = "lora_target_modules:\n  - q_proj\n  - k_proj\n  - v_proj"
@@ -205,7 +207,7 @@ MUTATIONS = {
 def test_a_mutated_recipe_is_refused_with_its_key_and_remedy(case, tmp_path):
     """A number before the words: so many lines below the recipe's own."""
     mutate, key, words = MUTATIONS[case]
-    text = (recipes.RECIPES / "sentiment_r8_dora.yaml").read_text(encoding="utf-8")
+    text = (recipe_names.RECIPES / "sentiment_r8_dora.yaml").read_text(encoding="utf-8")
     path = tmp_path / "sentiment_r8_dora.yaml"
     path.write_text(mutate(text), encoding="utf-8")
     assert path.read_text(encoding="utf-8") != text
@@ -232,12 +234,12 @@ def test_a_recipe_that_is_not_utf8(tmp_path):
     ],
 )
 def test_find(name, found):
-    assert recipes.find(name).stem == found
+    assert recipe_names.find(name).stem == found
 
 
 def test_find_by_path(tmp_path):
     (tmp_path / "mine.yaml").write_text("a: 1\n", encoding="utf-8")
-    assert recipes.find(str(tmp_path / "mine.yaml")) == tmp_path / "mine.yaml"
+    assert recipe_names.find(str(tmp_path / "mine.yaml")) == tmp_path / "mine.yaml"
 
 
 @pytest.mark.parametrize(
@@ -251,56 +253,56 @@ def test_find_by_path(tmp_path):
 )
 def test_a_mistyped_recipe_names_the_nearest(name, hint):
     with refuses("no such recipe", hint, file=f"RECIPE={name}"):
-        recipes.find(name)
+        recipe_names.find(name)
 
 
 @given(st.text(max_size=60))
 def test_any_name_is_found_or_refused_in_one_line(name):
     try:
-        assert recipes.find(name).is_file()
+        assert recipe_names.find(name).is_file()
     except UserError as error:
         assert str(error).startswith("RECIPE=")
 
 
 def test_list_and_filter(command):
-    shown = command("tools.recipes").stdout.splitlines()
+    shown = command("finlora.recipes.load").stdout.splitlines()
     assert len(shown) == len(ALL) + 1
-    filtered = command("tools.recipes", "--task", "sentiment").stdout.splitlines()
+    filtered = command("finlora.recipes.load", "--task", "sentiment").stdout.splitlines()
     assert len(filtered) == 8 and all("sentiment" in line for line in filtered[1:])
     assert any(line.split() == "sentiment_r8_dora sentiment 8 8 16 dora 4,915,200".split() for line in filtered)
-    typo = command("tools.recipes", "--task", "sentimnt")
+    typo = command("finlora.recipes.load", "--task", "sentimnt")
     failed(typo, "no such task", "did you mean sentiment", file="TASK=sentimnt")
 
 
 def test_check_command_names_what_drifted(command, house):
-    assert command("tools.recipes", "--check").returncode == 0
+    assert command("finlora.recipes.load", "--check").returncode == 0
     path = house / "recipes" / "headline_r8_lora.yaml"
     path.write_text(path.read_text(encoding="utf-8").replace("warmup_steps: 10", "warmup_steps: 11"), encoding="utf-8")
-    done = command("tools.recipes", "--check")
+    done = command("finlora.recipes.load", "--check")
     failed(done, "is 11", "is 10", file="recipes/headline_r8_lora.yaml", key="warmup_steps")
 
 
 def test_recipes_are_plain_yaml():
     for name, recipe in ALL.items():
-        assert yaml.safe_load((recipes.RECIPES / f"{name}.yaml").read_text(encoding="utf-8")) == recipe
+        assert yaml.safe_load((recipe_names.RECIPES / f"{name}.yaml").read_text(encoding="utf-8")) == recipe
 
 
 def test_a_path_that_is_not_there_is_no_recipe_of_its_last_name(tmp_path):
     for path in (tmp_path / "sentiment_r8_dora.yaml", tmp_path / "mine.yml", "./sentiment_r8_dora.yaml"):
         with refuses("no such file", "give", file=f"RECIPE={path}"):
-            recipes.find(str(path))
-    assert recipes.find("sentiment_r8_dora.yaml") == recipes.RECIPES / "sentiment_r8_dora.yaml"
+            recipe_names.find(str(path))
+    assert recipe_names.find("sentiment_r8_dora.yaml") == recipe_names.RECIPES / "sentiment_r8_dora.yaml"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "gpt2"}', '{"hidden_size": "x"}'])
 def test_a_base_model_of_another_kind_is_named(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with refuses("hidden_size", "take a model of Llama's kind", file=tmp_path / "config.json"):
-        recipes.shape(str(tmp_path))
+        bases.shape(str(tmp_path))
 
 
 def test_a_key_that_is_missing_is_named():
-    recipe = read_recipe(recipes.RECIPES / "sentiment_r8_dora.yaml")
+    recipe = read_recipe(recipe_names.RECIPES / "sentiment_r8_dora.yaml")
     for key in ("base_model", "learning_rate"):
         rest = {name: value for name, value in recipe.items() if name != key}
         with refuses("missing", "add", error=RecipeError, file="r.yaml", key=key):

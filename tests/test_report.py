@@ -14,23 +14,13 @@ import made
 import pytest
 from failures import refuses, says
 
-from data.tasks import load_tasks
-from eval import results
-from eval.report import (
-    BESIDE,
-    PUBLISHED,
-    axis,
-    curve,
-    number,
-    percent,
-    published,
-    published_average,
-    report,
-    signed,
-    visible,
-)
-from eval.scorers import finlora, summary
-from eval.stats import interval, paired
+from finlora.core.html import axis, number, percent, signed
+from finlora.data.tasks import load_tasks
+from finlora.evaluate import results
+from finlora.evaluate.published import BESIDE, PUBLISHED, published, published_average
+from finlora.evaluate.report import curve, report, visible
+from finlora.evaluate.scorers import finlora, summary
+from finlora.evaluate.statistics import interval, paired
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "base-llama-3-1-8b-instruct-8bit"
@@ -234,7 +224,7 @@ def test_the_same_results_give_the_same_bytes(everything):
     report(everything)
     before = [(everything / name).read_bytes() for name in ("index.html", "README.md")]
     again = subprocess.run(
-        [sys.executable, "-m", "eval.report", "--results", str(everything)],
+        [sys.executable, "-m", "finlora.evaluate.report", "--results", str(everything)],
         cwd=ROOT,
         capture_output=True,
         text=True,

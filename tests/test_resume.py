@@ -10,8 +10,11 @@ import yaml
 from failures import refuses, says
 
 from bench.kills import damage, digest, killed, recipe
-from fastdora import checkpoints
-from tools import train as train_module
+from fastdora.plugin import checkpoints
+from finlora.core import provenance
+from finlora.recipes import bases
+from finlora.train import run as train_module
+from finlora.train import runs as train_runs
 
 pytestmark = pytest.mark.xdist_group("axolotl")
 
@@ -115,19 +118,21 @@ IDENTITY = {"recipe": "learning_rate: 0.1\n", "args": [], "data": {"train.jsonl"
 
 def test_make_train_claims_a_folder_again_however_early_it_was_killed(tmp_path, monkeypatch):
     """Killed after each of the files that claiming writes, and while one is written."""
-    monkeypatch.setattr(train_module, "ROOT", tmp_path)
+    for module in provenance, bases, train_module, train_runs:
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     for number, files in enumerate([[], [".started.json.x1"], ["started.json"], ["started.json", ".recipe.yaml.x2"]]):
         out = tmp_path / str(number)
         out.mkdir()
         for name in files:
             (out / name).write_text(json.dumps(IDENTITY) if name == "started.json" else "{", encoding="utf-8")
-        assert train_module.claim_folder(Path("a.yaml"), out, IDENTITY, force=False) is None
+        assert train_runs.claim_folder(Path("a.yaml"), out, IDENTITY, force=False) is None
         assert json.loads((out / "started.json").read_text(encoding="utf-8")) == IDENTITY
         assert (out / "recipe.yaml").read_text(encoding="utf-8") == IDENTITY["recipe"]
 
 
 def test_make_train_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_module, "ROOT", tmp_path)
+    for module in provenance, bases, train_module, train_runs:
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     out = tmp_path / "out"
     for step in (2, 4):
         (out / f"checkpoint-{step}").mkdir(parents=True)
@@ -135,13 +140,13 @@ def test_make_train_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch
         checkpoints.seal(out / f"checkpoint-{step}", {})
     (out / "started.json").write_text(json.dumps(IDENTITY), encoding="utf-8")
     (out / "checkpoint-4" / "optimizer.pt").write_bytes(b"sta")
-    assert train_module.claim_folder(Path("a.yaml"), out, IDENTITY, force=False) is None
+    assert train_runs.claim_folder(Path("a.yaml"), out, IDENTITY, force=False) is None
     said = capsys.readouterr()
     says(said.out, "going on from checkpoint-2", file="out")
     says(said.err, "checkpoint-4 is broken", "optimizer.pt has 3 of 5", "set aside as broken-checkpoint-4")
     changed = IDENTITY | {"data": {"train.jsonl": "2"}}
     with refuses("unfinished", "other data", "train.jsonl changed", "FORCE=1"):
-        train_module.claim_folder(Path("a.yaml"), out, changed, force=False)
+        train_runs.claim_folder(Path("a.yaml"), out, changed, force=False)
     (out / "checkpoint-2" / checkpoints.SEAL).unlink()
-    assert train_module.claim_folder(Path("a.yaml"), out, IDENTITY, force=False) is None
+    assert train_runs.claim_folder(Path("a.yaml"), out, IDENTITY, force=False) is None
     says(capsys.readouterr().out, "no whole checkpoint", "anew", file="out")

@@ -1,4 +1,4 @@
-"""data.rows: what it reads, and the exact line that a person gets for each way a file can be wrong."""
+"""finlora.data.rows: what it reads, and the exact line that a person gets for each way a file can be wrong."""
 
 import csv
 import gzip
@@ -17,8 +17,8 @@ from failures import refuses
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data.rows import LIMIT, LeftOut, Row, read_rows
-from tools.cli import UserError
+from finlora.core.errors import UserError
+from finlora.data.rows import LIMIT, LeftOut, Row, read_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "finlora" / "data"
 GOOD = b'{"context": "Is it up?", "target": "yes"}\n'

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from data.rows import read_rows
-from data.tasks import load_tasks
-from eval.scorers import bertscore_items, f1, finlora, finlora_label, scorings, strict, summary
+from finlora.data.rows import read_rows
+from finlora.data.tasks import load_tasks
+from finlora.evaluate.scorers import bertscore_items, f1, finlora, finlora_label, scorings, strict, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {name: spec for entry in load_tasks().values() for name, spec in entry["tests"].items()}
@@ -99,7 +99,7 @@ def test_shifted_answers_lose_by_every_rule(name, targets_of):
 
 def test_no_score_depends_on_the_hash_seed():
     code = (
-        "from eval.scorers import *\n"
+        "from finlora.evaluate.scorers import *\n"
         "targets = ['1', '15', '150.0', '15.0', '5.0', '0', 'A', 'a', 'ab', *'BbCcDdEe'] * 3\n"
         "answers = ['150.0', '15', 'x 15.0 1', 'ab', 'A5', '0.150'] * 8 + ['A', 'a', '15']\n"
         "for metric in ('accuracy', 'accuracy_f1', 'tag_accuracy_f1'):\n"

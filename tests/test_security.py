@@ -14,12 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.kills import recipe as small_recipe
-from fastdora import safety
-from fastdora.keys import RecipeError
-from tools import checks, recipes, train
+from fastdora.plugin import safety
+from fastdora.plugin.keys import RecipeError
+from finlora.recipes import bases
+from finlora.recipes import load as recipes
+from finlora.recipes import names as recipe_names
+from finlora.train import preflight
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = recipes.load(recipes.RECIPES / "sentiment_r8_dora.yaml")
+RECIPE = recipes.load(recipe_names.RECIPES / "sentiment_r8_dora.yaml")
 
 
 def planted(key: str, value, depth: int):
@@ -54,10 +57,10 @@ def test_secrets_are_refused_at_any_depth_and_never_repeated(key, text, depth):
 
 
 def test_no_recipe_here_is_refused():
-    for path in sorted(recipes.RECIPES.glob("*.yaml")):
+    for path in sorted(recipe_names.RECIPES.glob("*.yaml")):
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         safety.check(recipe, str(path))
-        checks.check_places(path, recipe)
+        preflight.check_places(path, recipe)
 
 
 def test_pickled_base_weights_are_refused(tmp_path):
@@ -83,31 +86,31 @@ def test_axolotls_own_command_is_guarded_too(tmp_path, tiny_base):
 @pytest.mark.parametrize("path", ["/etc", "../elsewhere", "outputs/../../x", "data/prepared", "outputs/link/out"])
 @pytest.mark.parametrize("key", ["output_dir", "dataset_prepared_path"])
 def test_outputs_stay_in_their_folder(path, key, tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "ROOT", tmp_path / "house")
+    monkeypatch.setattr(preflight, "ROOT", tmp_path / "house")
     (tmp_path / "house" / "outputs").mkdir(parents=True)
     (tmp_path / "house" / "outputs" / "link").symlink_to(tmp_path)
-    checks.check_places(Path("a.yaml"), RECIPE)
+    preflight.check_places(Path("a.yaml"), RECIPE)
     with refuses(path, "outputs/", "name a folder", file="a.yaml", key=key):
-        checks.check_places(Path("a.yaml"), RECIPE | {key: path})
+        preflight.check_places(Path("a.yaml"), RECIPE | {key: path})
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "../other.jsonl", "data/../../x.jsonl", "data/link/x.jsonl"])
 @pytest.mark.parametrize("key", ["datasets", "test_datasets"])
 def test_data_stays_in_the_repository(file, key, tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "ROOT", tmp_path / "house")
+    monkeypatch.setattr(preflight, "ROOT", tmp_path / "house")
     (tmp_path / "house" / "data").mkdir(parents=True)
     (tmp_path / "house" / "data" / "link").symlink_to(tmp_path)
     with refuses(file, "out of the repository", "copy it to data/", file="a.yaml", key=key):
-        checks.check_places(Path("a.yaml"), RECIPE | {key: [RECIPE[key][0] | {"path": file}]})
+        preflight.check_places(Path("a.yaml"), RECIPE | {key: [RECIPE[key][0] | {"path": file}]})
 
 
 def test_folders_may_be_links_or_mounts_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "ROOT", tmp_path / "house")
+    monkeypatch.setattr(preflight, "ROOT", tmp_path / "house")
     (tmp_path / "house" / "data").mkdir(parents=True)
     for name in ("outputs", "data/prepared"):
         (tmp_path / "disk" / name).mkdir(parents=True)
         (tmp_path / "house" / name).symlink_to(tmp_path / "disk" / name)
-    checks.check_places(Path("a.yaml"), RECIPE)
+    preflight.check_places(Path("a.yaml"), RECIPE)
 
 
 def test_a_base_model_comes_as_safetensors_and_text_alone(tmp_path, monkeypatch):
@@ -124,9 +127,9 @@ def test_a_base_model_comes_as_safetensors_and_text_alone(tmp_path, monkeypatch)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with refuses("has no safetensors", "choose", file="a.yaml", key="base_model"):
-        train.fetch_base(Path("a.yaml"), RECIPE)
+        bases.fetch_base(Path("a.yaml"), RECIPE)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    train.fetch_base(Path("a.yaml"), RECIPE)
+    bases.fetch_base(Path("a.yaml"), RECIPE)
     names = ["model-00001-of-00004.safetensors", "tokenizer.json", "pytorch_model.bin", "modeling_llama.py", "a.pth"]
     from huggingface_hub.utils import filter_repo_objects
 
@@ -139,7 +142,7 @@ def test_a_base_model_comes_as_safetensors_and_text_alone(tmp_path, monkeypatch)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
     with refuses(f"{RECIPE['base_model']} is gated", "licence", "set HF_TOKEN"):
-        train.fetch_base(Path("a.yaml"), RECIPE)
+        bases.fetch_base(Path("a.yaml"), RECIPE)
 
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
@@ -155,7 +158,7 @@ FORBIDDEN_CALLS = {
 }
 
 
-@pytest.mark.parametrize("folder", ["tools", "data", "fastdora", "eval", "bench"])
+@pytest.mark.parametrize("folder", ["finlora", "fastdora", "eval", "bench"])
 def test_no_code_of_ours_unpickles_or_runs_text(folder):
     for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -192,8 +195,8 @@ def test_the_audit_reads_every_list_of_pins():
 
 
 def test_no_recipe_reports_to_a_service():
-    for recipe in recipes.names():
-        keys = yaml.safe_load((recipes.RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    for recipe in recipe_names.names():
+        keys = yaml.safe_load((recipe_names.RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8"))
         assert not [key for key in keys if re.match("wandb|mlflow|comet|trackio|push|hub_|use_wandb", key)], recipe
 
 

@@ -21,8 +21,9 @@ from failures import refuses, says
 from runs import RECIPES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tools import chat, merge, serve
-from tools.cli import run
+from finlora.core.errors import run
+from finlora.export import chat, merge, serve
+from finlora.export import subject as subjects
 
 pytestmark = pytest.mark.xdist_group("after")
 MOST = 8
@@ -34,7 +35,7 @@ kept = []  # the merged model, made by the first test that needs it
 @pytest.fixture
 def merged(runs, tmp_path_factory):
     """The 16-bit run, merged."""
-    plan = merge.subject(RECIPES[16], None, None, None, tiny=False)
+    plan = subjects.subject(RECIPES[16], None, None, None, tiny=False)
     if kept:
         shutil.copytree(kept[0], plan["merged"])
     else:
@@ -127,7 +128,7 @@ def test_the_endpoint_answers_as_the_model_does(merged, tmp_path, monkeypatch):
 
 
 def test_vllm_is_started_on_the_merged_folder(merged, tmp_path, monkeypatch):
-    """A program in its place: vLLM needs a GPU. eval/vllm.py's tests serve through one."""
+    """A program in its place: vLLM needs a GPU. finlora/evaluate/vllm.py's tests serve through one."""
     program, log = tmp_path / "vllm", tmp_path / "argv.json"
     source = f"import json, os, sys\njson.dump([sys.argv[1:], dict(os.environ)], open({str(log)!r}, 'w'))\n"
     program.write_text(f"#!{sys.executable} -S\n{source}")
@@ -165,7 +166,7 @@ def test_what_cannot_be_served_is_one_line(runs, merged, tmp_path, monkeypatch):
         with refuses(*words, file=file):
             serve.serve(what, host, port, backend, list(args))
 
-    absent = merge.subject(RECIPES[8], None, None, None, tiny=False)
+    absent = subjects.subject(RECIPES[8], None, None, None, tiny=False)
     missing = "is not there|not found"
     fails(missing, "`make merge RECIPE=sentiment_r8_dora`", file="outputs/sentiment_r8_dora/merged", what=absent)
     monkeypatch.setattr(serve, "gpus", lambda: [("NVIDIA H100", 80.0, 79.0)])
@@ -222,7 +223,7 @@ def test_ctrl_c_ends_an_answer_and_forgets_the_question(merged, monkeypatch, cap
 @pytest.mark.parametrize("bits", [8, 4])
 def test_an_adapter_is_talked_to_before_it_is_merged(runs, bits):
     """Merged in memory, or on quantised weights with cached norms: the same first token, its magnitudes included."""
-    plan = merge.subject(RECIPES[bits], None, None, None, tiny=False)
+    plan = subjects.subject(RECIPES[bits], None, None, None, tiny=False)
     ids = torch.arange(3, 24)[None]
     found = []
     for keep in (False, True):

@@ -13,11 +13,14 @@ from failures import failed, refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools import checks, recipes, several
-from tools.cli import UserError
+from finlora.core import machine
+from finlora.core.errors import UserError
+from finlora.recipes import load as recipes
+from finlora.recipes import names as recipe_names
+from finlora.train import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
-PATH = recipes.RECIPES / "sentiment_r8_dora.yaml"
+PATH = recipe_names.RECIPES / "sentiment_r8_dora.yaml"
 RECIPE = recipes.load(PATH)
 # Made up; no log and no file of a run may show them.
 PLANTED = {
@@ -39,7 +42,7 @@ def test_the_global_batch_is_kept(micro, accumulation, length, gpus, nodes):
     changes = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation, "sequence_len": length}
     before = micro * accumulation * length
     try:
-        after, say = several.spread(PATH, RECIPE | changes, gpus, nodes)
+        after, say = distributed.spread(PATH, RECIPE | changes, gpus, nodes)
     except UserError:
         assert before // (gpus * nodes) < 128 * max(1, micro * accumulation // (gpus * nodes) + 1)
         return
@@ -55,9 +58,9 @@ def test_the_global_batch_is_kept(micro, accumulation, length, gpus, nodes):
 
 
 def test_how_the_batch_is_kept_is_said():
-    say = several.spread(PATH, RECIPE | {"gradient_accumulation_steps": 1, "sequence_len": 5120}, 4, 1)[1]
+    say = distributed.spread(PATH, RECIPE | {"gradient_accumulation_steps": 1, "sequence_len": 5120}, 4, 1)[1]
     assert re.search(r"\b4 processes .*\b1 .*\b1,280 .*\b1 .*\b5,120 ", say)
-    say = several.spread(PATH, RECIPE | {"gradient_accumulation_steps": 8}, 2, 2)[1]
+    say = distributed.spread(PATH, RECIPE | {"gradient_accumulation_steps": 8}, 2, 2)[1]
     assert re.search(r"\b4 processes .*\b2 .*\b8 ", say)
 
 
@@ -79,32 +82,32 @@ REFUSED = {
 def test_a_batch_that_cannot_be_kept_is_refused(case):
     changes, (gpus, nodes), words = REFUSED[case]
     with refuses("sentiment_r8_dora", *words, file=f"GPUS={gpus}"):
-        several.spread(PATH, RECIPE | changes, gpus, nodes)
+        distributed.spread(PATH, RECIPE | changes, gpus, nodes)
 
 
 def test_a_row_too_long_for_shorter_packs_names_the_way_out():
-    shared = several.spread(PATH, RECIPE | {"gradient_accumulation_steps": 1, "sequence_len": 5120}, 4, 1)[0]
+    shared = distributed.spread(PATH, RECIPE | {"gradient_accumulation_steps": 1, "sequence_len": 5120}, 4, 1)[0]
     with refuses("1,280 tokens", "fewer GPUs") as error:
-        with several.shorter_packs(RECIPE | {"sequence_len": 5120}, shared):
+        with distributed.shorter_packs(RECIPE | {"sequence_len": 5120}, shared):
             raise UserError("it failed")
     assert str(error.value).startswith("it failed; ")
     with pytest.raises(UserError, match="^it failed$"):
-        with several.shorter_packs(shared, shared):
+        with distributed.shorter_packs(shared, shared):
             raise UserError("it failed")
 
 
 def test_ray_is_asked_for_a_worker_a_gpu_and_a_recipe_that_its_workers_take(monkeypatch):
-    monkeypatch.setattr(several.importlib.util, "find_spec", lambda name: name == "ray")
-    assert several.launcher(4, 2, 0, None, ray=True) == (["--use-ray", "--ray-num-workers", "8"], [])
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name == "ray")
+    assert distributed.launcher(4, 2, 0, None, ray=True) == (["--use-ray", "--ray-num-workers", "8"], [])
     with refuses("RAY=1", "NODE_RANK", "MASTER", "leave|remove"):
-        several.launcher(4, 2, 1, None, ray=True)
+        distributed.launcher(4, 2, 1, None, ray=True)
     recipe = RECIPE | {"saves_per_epoch": 4, "evals_per_epoch": 2, "num_epochs": 4}
-    changed = several.for_ray(recipe)
+    changed = distributed.for_ray(recipe)
     assert (changed["save_steps"], changed["eval_steps"]) == (1 / 16, 1 / 8)
     assert recipe.keys() - changed.keys() == {"saves_per_epoch", "evals_per_epoch"}
-    monkeypatch.setattr(several.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     with refuses("RAY=1", "Ray", "-m pip install 'ray[train]'|pip install 'ray[train]'"):
-        several.launcher(4, 2, 0, None, ray=True)
+        distributed.launcher(4, 2, 0, None, ray=True)
 
 
 SHARD_REFUSED = [
@@ -126,7 +129,7 @@ SHARD_REFUSED = [
 @pytest.mark.parametrize("changes, zero, offload, place, words", SHARD_REFUSED)
 def test_sharding_that_cannot_work_is_refused(changes, zero, offload, place, words):
     with refuses(*words, **place):
-        several.shard(PATH, RECIPE | changes, zero, offload)
+        distributed.shard(PATH, RECIPE | changes, zero, offload)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,7 @@ def test_sharding_that_cannot_work_is_refused(changes, zero, offload, place, wor
 )
 def test_fsdp_that_cannot_work_is_refused(changes, zero, fsdp, processes, place, words):
     with refuses(*words, **place):
-        several.shard(PATH, RECIPE | changes, zero, False, fsdp, processes)
+        distributed.shard(PATH, RECIPE | changes, zero, False, fsdp, processes)
 
 
 @pytest.mark.parametrize("name", ["sentiment_bf16_r8_dora", "sentiment_r8_dora", "sentiment_4bit_r4_lora"])
@@ -150,10 +153,10 @@ def test_fsdp_keys_are_axolotls(name, offload):
     from axolotl.utils.config import validate_config
     from axolotl.utils.dict import DictDefault
 
-    from fastdora.keys import check_keys, input_schema
+    from fastdora.plugin.keys import check_keys, input_schema
 
-    path = recipes.RECIPES / f"{name}.yaml"
-    recipe = several.shard(path, recipes.load(path), None, offload, 2, 2)
+    path = recipe_names.RECIPES / f"{name}.yaml"
+    recipe = distributed.shard(path, recipes.load(path), None, offload, 2, 2)
     check_keys(recipe, str(path), input_schema(tuple(recipe["plugins"])))
     found = validate_config(DictDefault(recipe))
     assert found.fsdp_version == 2 and found.fsdp_config.offload_params == offload
@@ -165,8 +168,8 @@ def test_every_stage_has_its_file(zero, offload):
     """And DeepSpeed's own model of its configuration takes every key of it: a misspelt one would be ignored."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    recipe = several.shard(PATH, RECIPE | {"gradient_checkpointing": True}, zero, offload)
-    assert several.stage(recipe) == zero
+    recipe = distributed.shard(PATH, RECIPE | {"gradient_checkpointing": True}, zero, offload)
+    assert distributed.stage(recipe) == zero
     assert recipe["gradient_checkpointing_kwargs"]["use_reentrant"] == (zero == 3)
     config = json.loads((ROOT / recipe["deepspeed"]).read_text(encoding="utf-8"))
     section = config["zero_optimization"]
@@ -178,9 +181,9 @@ def test_every_stage_has_its_file(zero, offload):
 
 
 def test_torchrun_is_called_with_what_make_was_given():
-    assert several.launcher(1, 1, 0, None) == (["--launcher", "python"], [])
-    assert several.launcher(4, 1, 0, None)[1] == ["--", "--standalone", "--nproc_per_node=4"]
-    options = several.launcher(8, 2, 1, "node0:29400")[1]
+    assert distributed.launcher(1, 1, 0, None) == (["--launcher", "python"], [])
+    assert distributed.launcher(4, 1, 0, None)[1] == ["--", "--standalone", "--nproc_per_node=4"]
+    options = distributed.launcher(8, 2, 1, "node0:29400")[1]
     assert {"--nnodes=2", "--node_rank=1", "--master_addr=node0", "--master_port=29400"} <= set(options)
     from torch.distributed.run import get_args_parser
 
@@ -191,19 +194,19 @@ def test_torchrun_is_called_with_what_make_was_given():
 @pytest.mark.parametrize("master", [None, "", "node0:", "node0:0", "node0:70000", "a b", "node0;reboot", "$(id)"])
 def test_a_master_that_is_none_is_refused(master):
     with refuses("NODES=2", "HOST:PORT", "node0:29500", file=f"MASTER={master or ''}"):
-        several.launcher(1, 2, 0, master)
+        distributed.launcher(1, 2, 0, master)
 
 
 @pytest.mark.parametrize("rank", [-1, 2])
 def test_a_node_rank_that_is_none_is_refused(rank):
     with refuses("NODES=2", "0 to 1", "node", file=f"NODE_RANK={rank}"):
-        several.launcher(1, 2, rank, "node0")
+        distributed.launcher(1, 2, rank, "node0")
 
 
-@pytest.mark.skipif(bool(checks.gpus()), reason="this machine has a GPU")
+@pytest.mark.skipif(bool(machine.gpus()), reason="this machine has a GPU")
 @pytest.mark.parametrize("options", [("--gpus", "2"), ("--zero", "2"), ("--nodes", "2", "--master", "node0")])
 def test_several_processes_need_a_gpu_each(command, options):
-    done = command("tools.train", "sentiment_r8_dora", "--tiny", *options)
+    done = command("finlora.train.run", "sentiment_r8_dora", "--tiny", *options)
     failed(done, "processes", "GPU each", "0 ", file=f"GPUS={2 if '--gpus' in options else 1}")
 
 
@@ -311,7 +314,7 @@ def test_the_slurm_file_runs_make_train_on_each_node(tmp_path):
     assert done.returncode == 0, done.stderr
     rest = "MASTER=gpu3:21234|RECIPE=sentiment_r8_dora|ARGS=--learning-rate 0.0002|"
     assert done.stdout.splitlines() == ["setup|"] + [f"train|GPUS=8|NODES=2|NODE_RANK={rank}|{rest}" for rank in (0, 1)]
-    several.launcher(8, 2, 1, "gpu3:21234")
+    distributed.launcher(8, 2, 1, "gpu3:21234")
 
 
 def test_the_ray_file_starts_a_cluster_and_runs_make_train(tmp_path):
@@ -331,7 +334,7 @@ def test_the_ray_file_starts_a_cluster_and_runs_make_train(tmp_path):
 def test_the_skypilot_file_runs_make_train_on_each_node(tmp_path):
     task = yaml.safe_load((ROOT / "cluster" / "skypilot.yaml").read_text(encoding="utf-8"))
     assert set(task) == {"name", "workdir", "num_nodes", "resources", "envs", "setup", "run"}
-    assert task["envs"]["RECIPE"] in recipes.names() and not task["envs"]["HF_TOKEN"]
+    assert task["envs"]["RECIPE"] in recipe_names.names() and not task["envs"]["HF_TOKEN"]
     env = stand_ins(tmp_path / "bin", make='printf "%s|" "$@"') | task["envs"]
     env |= {
         "SKYPILOT_NUM_GPUS_PER_NODE": "8",

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from eval import stats
-from eval.scorers import bertscore_items, finlora, summary
-from eval.stats import STATISTICS, _resampled, _totals, interval, paired
+from finlora.evaluate import statistics as stats
+from finlora.evaluate.scorers import bertscore_items, finlora, summary
+from finlora.evaluate.statistics import STATISTICS, _resampled, _totals, interval, paired
 
 # Rows of one to three items, as (target, predicted).
 ROWS = st.lists(

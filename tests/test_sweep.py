@@ -20,11 +20,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made import answered, label_rows, subject
 
-from tools import checks, recipes, sweep, sweep_report, train
-from tools.cli import UserError
+from finlora.core import machine
+from finlora.core.errors import UserError
+from finlora.recipes import bases
+from finlora.recipes import memory as recipes_memory
+from finlora.recipes import names as recipe_names
+from finlora.sweep import report as sweep_report
+from finlora.sweep import run as sweep
+from finlora.train import run as train
+from finlora.train import runs
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = recipes.RECIPES / "sentiment_r8_dora.yaml"
+RECIPE = recipe_names.RECIPES / "sentiment_r8_dora.yaml"
 SHIPPED = sorted(path.stem for path in sweep.SWEEPS.glob("*.yaml"))
 README = (sweep.SWEEPS / "README.md").read_text(encoding="utf-8")
 
@@ -70,7 +77,7 @@ def test_each_shipped_sweep_has_points_that_are_recipes(name):
     for point in found:
         out = f"outputs/sweeps/sentiment_r8_dora.{name}/{point['name']}"
         assert point["recipe"]["output_dir"] == out and point["path"] == ROOT / f"{out}.yaml"
-        recipes.check_name(point["path"], point["recipe"])
+        recipe_names.check_name(point["path"], point["recipe"])
 
 
 NAMES = {
@@ -205,10 +212,10 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path):
         with refuses(", ".join(SHIPPED), "YAML file", file=f"SWEEP={name}"):
             sweep.find(name)
     with refuses("sentiment_r8_dora", file="RECIPE=sentiment_r9_dora"):
-        recipes.find("sentiment_r9_dora")
+        recipe_names.find("sentiment_r9_dora")
     magnitude = sweep.find("magnitude")
     with refuses("point 2", "LoRA", "lora_magnitude_vector", "recipe", key="lr_groups"):
-        sweep.plan(recipes.find("sentiment_r8_lora"), magnitude)
+        sweep.plan(recipe_names.find("sentiment_r8_lora"), magnitude)
 
 
 def test_options_that_the_points_differ_by_and_points_that_are_not_there(tmp_path):
@@ -226,7 +233,7 @@ def test_options_that_the_points_differ_by_and_points_that_are_not_there(tmp_pat
 
 def test_gpus_are_shared_out_and_missed(monkeypatch):
     point = {"recipe": {"base_model": "meta-llama/Llama-3.1-8B-Instruct"}}
-    monkeypatch.setattr(checks, "gpus", lambda: [("NVIDIA A100", 80, 79)] * 2)
+    monkeypatch.setattr(machine, "gpus", lambda: [("NVIDIA A100", 80, 79)] * 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert sweep.slots(1, point, small=False) == [None]
     assert sweep.slots(2, point, small=False) == ["0", "1"]
@@ -237,7 +244,7 @@ def test_gpus_are_shared_out_and_missed(monkeypatch):
         sweep.slots(3, point, small=True)
     with refuses("GPU", "2 ", "TINY=1", file="GPUS=4"):
         sweep.slots(4, point, small=False)
-    monkeypatch.setattr(checks, "gpus", list)
+    monkeypatch.setattr(machine, "gpus", list)
     with refuses("GPU", "none|no ", "TINY=1", file="GPUS=1"):
         sweep.slots(1, point, small=False)
 
@@ -246,8 +253,8 @@ def test_without_a_gpu_the_table_of_what_is_trained_is_written_all_the_same(rank
     """As on a login node, after an array of which one task failed."""
     done = {point["path"]: point["run"] for point in ranks[:3]}
     (tmp_path / "sentiment_r16_dora.log").write_text("error: out of memory\n", encoding="utf-8")
-    monkeypatch.setattr(checks, "gpus", list)
-    monkeypatch.setattr(train, "output_folder", lambda recipe, small: tmp_path / Path(recipe["output_dir"]).name)
+    monkeypatch.setattr(machine, "gpus", list)
+    monkeypatch.setattr(runs, "output_folder", lambda recipe, small: tmp_path / Path(recipe["output_dir"]).name)
     monkeypatch.setattr(train, "finished_run", lambda path, *options: done.get(path))
     monkeypatch.setattr(sweep, "write", lambda *point: None)
     with refuses("GPU", "none|no ", "TINY=1", file="GPUS=1"):
@@ -260,10 +267,8 @@ def test_without_a_gpu_the_table_of_what_is_trained_is_written_all_the_same(rank
 
 
 def test_sweeps_of_equal_names_do_not_share_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "gpus", list)
-    monkeypatch.setattr(
-        train, "output_folder", lambda recipe, small: tmp_path / "out" / Path(recipe["output_dir"]).name
-    )
+    monkeypatch.setattr(machine, "gpus", list)
+    monkeypatch.setattr(runs, "output_folder", lambda recipe, small: tmp_path / "out" / Path(recipe["output_dir"]).name)
     monkeypatch.setattr(train, "finished_run", lambda path, *options: None)
     monkeypatch.setattr(sweep, "write", lambda *point: None)
     first, second = (tmp_path / name / "mine.yaml" for name in "ab")
@@ -302,17 +307,17 @@ def test_only_what_is_new_is_run(ranks, tmp_path, monkeypatch):
         found = [" ".join(command) for command in sweep.jobs_of(point, tmp_path, **given)]
         return [text.replace(str(point["path"]), "P").replace(str(tmp_path), "F") for text in found]
 
-    ask = "eval.run --recipe P --results F/results --limit 9"
+    ask = "finlora.evaluate.runner --recipe P --results F/results --limit 9"
     assert commands() == commands(ask=None) == []
-    assert commands(force=True) == ["tools.train P --force -- --max-steps 9", f"{ask} --force"]
+    assert commands(force=True) == ["finlora.train.run P --force -- --max-steps 9", f"{ask} --force"]
     done = False
     assert commands() == [ask] and commands(ask=None) == []
     run = run | {"adapter": {"sha256": "of another training"}}
     assert commands() == [f"{ask} --force"]  # those answers are another adapter's: set aside
     run = None
-    assert commands(track="wandb") == ["tools.train P --track wandb -- --max-steps 9", f"{ask} --force"]
+    assert commands(track="wandb") == ["finlora.train.run P --track wandb -- --max-steps 9", f"{ask} --force"]
     point = ranks[1]
-    assert commands() == ["tools.train P -- --max-steps 9", ask]
+    assert commands() == ["finlora.train.run P -- --max-steps 9", ask]
 
 
 @given(
@@ -326,13 +331,13 @@ def test_a_recipes_name_is_made_and_read_by_one_grammar(bits, rank, alpha, metho
     recipe = {"load_in_8bit": bits == 8, "load_in_4bit": bits == 4, "lora_r": rank, "lora_alpha": alpha}
     recipe |= {"peft_use_dora": method == "dora", "peft_use_rslora": method == "rslora"}
     parts = {"task": task, "bits": bits, "r": rank, "alpha": alpha, "method": method}
-    assert recipes.parse_name(recipes.compose_name(task, recipe)) == parts
+    assert recipe_names.parse_name(recipe_names.compose_name(task, recipe)) == parts
 
 
 def test_the_base_models_size_says_whether_a_cpu_will_do(tiny_base):
     """Not the adapter's: of rank 1 the 8B model trains less than a million parameters."""
-    assert not checks.on_cpu(recipes.shape("meta-llama/Llama-3.1-8B-Instruct"))
-    assert checks.on_cpu(recipes.shape(str(tiny_base)))
+    assert not recipes_memory.on_cpu(bases.shape("meta-llama/Llama-3.1-8B-Instruct"))
+    assert recipes_memory.on_cpu(bases.shape(str(tiny_base)))
 
 
 # What a point's process does here, in place of training: it notes where and when it ran, and ends as it is told.
@@ -568,7 +573,7 @@ class Forked:
                 for stream in (1, 2):
                     os.dup2(file.fileno(), stream)
             print("CUDA_VISIBLE_DEVICES", gpu, flush=True)
-            importlib.import_module("tools.train").axolotl = axolotl  # the house's
+            importlib.import_module("finlora.train.run").axolotl = axolotl  # the house's
             module = importlib.import_module(argv[0])
             sys.argv = list(argv)
             module.run(module.main)
@@ -582,7 +587,7 @@ class Forked:
 
 
 def axolotl(command, config, args, local, lock) -> None:
-    """tools.train.axolotl in a forked child."""
+    """finlora.train.run.axolotl in a forked child."""
     from forked import axolotl_command
 
     code, output = axolotl_command(command, str(config), *args)
@@ -592,18 +597,18 @@ def axolotl(command, config, args, local, lock) -> None:
 
 
 def swept(house: Path, *argv: str) -> tuple[int, object]:
-    """Fork `python -m tools.sweep ARGV...` in the copy of the house; its pid and output, for forked.finish."""
+    """Fork `python -m finlora.sweep.run ARGV...` in the copy of the house; its pid and output, for forked.finish."""
     from forked import start
 
     def main() -> None:
         os.chdir(house)
         sys.path.insert(0, str(house))
-        for name in [name for name in sys.modules if name.partition(".")[0] in ("tools", "data", "eval")]:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("finlora", "eval")]:
             del sys.modules[name]  # they know the folder that they were imported from
-        sweeping = importlib.import_module("tools.sweep")
+        sweeping = importlib.import_module("finlora.sweep.run")
         assert sweeping.ROOT == house
         sweeping.start = Forked
-        sys.argv = ["tools.sweep", *argv]
+        sys.argv = ["finlora.sweep.run", *argv]
         sweeping.run(sweeping.main)
 
     return start([], main=main)
@@ -616,21 +621,24 @@ def test_a_sweep_at_work_keeps_the_recipes_that_it_still_has_to_train(house, com
     folder.mkdir(parents=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = command("tools.sweep", "sentiment_bf16_r8_dora", "rank", *options)
+        done = command("finlora.sweep.run", "sentiment_bf16_r8_dora", "rank", *options)
     failed(done, "another command", "wait", file=folder.relative_to(house))
     assert not list(folder.iterdir())
 
 
 def real_sweep(house: Path, ranks: str) -> Path:
     """own/sentiment_bf16_r8_dora.yaml, with a card that is too small for rank 8, and ranks.yaml; their folder."""
-    recipe = yaml.safe_load((recipes.RECIPES / "sentiment_bf16_r8_dora.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load((recipe_names.RECIPES / "sentiment_bf16_r8_dora.yaml").read_text(encoding="utf-8"))
     recipe["plugins"].insert(0, "faults.OutOfMemoryFromRank8")
     recipe |= {"num_epochs": 1, "saves_per_epoch": 2, "evals_per_epoch": 2}
     (house / "own").mkdir()
     (house / "own" / "sentiment_bf16_r8_dora.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     (house / "ranks.yaml").write_text(f"lora_r: {ranks}", encoding="utf-8")
     # In a process of its own: near-duplicates are looked for by threads, which a fork of this process may lack.
-    prepared = "from pathlib import Path; from tools import recipes, train; import sys; path = Path(sys.argv[1]); "
+    prepared = (
+        "from pathlib import Path; from finlora.recipes import load as recipes; from finlora.train "
+        "import run as train; import sys; path = Path(sys.argv[1]); "
+    )
     prepared += "train.prepare_data(path, recipes.load(path), True)"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(house), str(ROOT / "tests")])}
     subprocess.run([sys.executable, "-c", prepared, OWN[0]], cwd=house, env=env, check=True)

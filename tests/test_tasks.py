@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from failures import refuses
 
-from data.tasks import TABLE, load_tasks, task
+from finlora.data.tasks import TABLE, load_tasks, task
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "finlora"
 TASKS = load_tasks()

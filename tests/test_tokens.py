@@ -14,9 +14,9 @@ import yaml
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from data.prepare import prepare
-from data.rows import read_rows
-from data.tasks import load_tasks
+from finlora.data.prepare import prepare
+from finlora.data.rows import read_rows
+from finlora.data.tasks import load_tasks
 
 pytestmark = pytest.mark.xdist_group("axolotl")
 

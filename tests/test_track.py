@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from bench.kills import digest, recipe
-from fastdora.resume import FREE
-from tools import track
-from tools.cli import UserError
+from fastdora.plugin.resume import FREE
+from finlora.core.errors import UserError
+from finlora.train import tracking
 
 pytestmark = pytest.mark.xdist_group("axolotl")
 
@@ -66,7 +66,7 @@ def test_wandb_through_axolotls_keys_on_a_run_that_goes_on(logged, nothing_set):
     shutil.copytree(folder / "whole" / "checkpoint-4", out / "checkpoint-4")
     nothing_set.setenv("WANDB_MODE", "offline")
     nothing_set.setenv("WANDB_SILENT", "true")
-    train("wandb", *track.options("wandb", out), "--no-use-tensorboard")
+    train("wandb", *tracking.options("wandb", out), "--no-use-tensorboard")
     assert json.loads((out / "metrics.json").read_text(encoding="utf-8"))["steps_this_run"] == 8
     assert digest(out) == digest(folder / "whole") and not (out / "runs").exists()
     (run,) = out.glob("wandb/offline-run-*/run-*.wandb")
@@ -77,7 +77,7 @@ def test_mlflow_through_axolotls_keys(logged, nothing_set):
     pytest.importorskip("mlflow", reason="no mlflow, which is not pinned: TRACK=mlflow was not tested")
     folder, train = logged
     out = folder / "mlflow"
-    train("mlflow", *track.options("mlflow", out))
+    train("mlflow", *tracking.options("mlflow", out))
     assert digest(out) == digest(folder / "whole")
     (losses,) = (folder / "mlruns").glob("*/*/metrics/loss")
     assert len(losses.read_text(encoding="utf-8").splitlines()) == 12
@@ -100,7 +100,7 @@ def test_a_disk_that_fills_up_costs_the_curves_alone(tmp_path):
     from torch.utils.tensorboard import SummaryWriter
     from transformers import TrainerState
 
-    from fastdora import curves
+    from fastdora.plugin import curves
 
     callback = curves._Curves(SummaryWriter(str(tmp_path)))
     callback.logging_dir = tmp_path
@@ -136,31 +136,41 @@ def test_bad_track(wanted, missing, expected, nothing_set, tmp_path):
     find = importlib.util.find_spec
     nothing_set.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     with pytest.raises(UserError, match=f"^{expected}"):
-        track.options(wanted, tmp_path)
+        tracking.options(wanted, tmp_path)
 
 
 def test_keys_and_places_come_from_the_environment(nothing_set, tmp_path):
     out = tmp_path / "outputs" / "ner_r8_dora"
-    assert track.options(None, out) == [] and track.options("none", out) == ["--no-use-tensorboard"]
+    assert tracking.options(None, out) == [] and tracking.options("none", out) == ["--no-use-tensorboard"]
     nothing_set.setenv("WANDB_API_KEY", "1" * 40)
-    assert track.options("wandb", out) == ["--wandb-project", "finlora", "--wandb-name", "ner_r8_dora"]
+    assert tracking.options("wandb", out) == ["--wandb-project", "finlora", "--wandb-name", "ner_r8_dora"]
     assert os.environ["WANDB_DIR"] == str(out)
     nothing_set.delenv("WANDB_API_KEY")
     (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password x\n", encoding="utf-8")
     nothing_set.setenv("WANDB_PROJECT", "mine")
-    assert track.options("wandb", out)[:2] == ["--wandb-project", "mine"]
+    assert tracking.options("wandb", out)[:2] == ["--wandb-project", "mine"]
     nothing_set.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
     nothing_set.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert track.options("mlflow", out) == ["--mlflow-experiment-name", "finlora", "--mlflow-run-name", "ner_r8_dora"]
+    assert tracking.options("mlflow", out) == [
+        "--mlflow-experiment-name",
+        "finlora",
+        "--mlflow-run-name",
+        "ner_r8_dora",
+    ]
     assert os.environ["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5000"
     nothing_set.delenv("MLFLOW_TRACKING_URI")
-    track.options("mlflow", out)
+    tracking.options("mlflow", out)
     assert os.environ["MLFLOW_TRACKING_URI"] == (tmp_path / "outputs" / "mlruns").as_uri()
 
 
 def test_make_train_says_what_is_missing(command, tmp_path):
     done: subprocess.CompletedProcess = command(
-        "tools.train", "ner_r8_dora", "--tiny", "--track", "wandb", env={"WANDB_API_KEY": "", "HOME": str(tmp_path)}
+        "finlora.train.run",
+        "ner_r8_dora",
+        "--tiny",
+        "--track",
+        "wandb",
+        env={"WANDB_API_KEY": "", "HOME": str(tmp_path)},
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     # What axolotl says at its first import stands above it.

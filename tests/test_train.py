@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools import checks, recipes
-from tools.cli import UserError
+from finlora.core import machine
+from finlora.core.errors import UserError
+from finlora.recipes import bases, memory
+from finlora.recipes import load as recipes
+from finlora.recipes import names as recipe_names
+from finlora.train import preflight
 
 ROW = '{"context": "Instruction: Say it.\\nInput: sales rose\\nAnswer: ", "target": "positive"}\n'
 
@@ -35,21 +39,21 @@ def raw(house: Path, text: bytes | str, task_file: str = "finlora_sentiment_trai
 
 
 def test_unknown_recipe(command):
-    done = command("tools.train", "sentment_r8_dora")
+    done = command("finlora.train.run", "sentment_r8_dora")
     line = failure(done)
     assert "RECIPE=sentment_r8_dora" in line and "sentiment_r8_dora" in line.partition("sentment_r8_dora")[2]
 
 
 @pytest.mark.parametrize("args", [["--lora-r", "16"], ["--lora-r=16"], ["--no-load-in-8bit"], ["--output-dir", "x"]])
 def test_args_cannot_change_what_the_name_says(command, args):
-    line = failure(command("tools.train", "sentiment_r8_dora", "--tiny", "--", *args))
+    line = failure(command("finlora.train.run", "sentiment_r8_dora", "--tiny", "--", *args))
     assert f"ARGS={' '.join(args)}: " in line and "sentiment_r8_dora.yaml" in line and "copy" in line
 
 
 def test_a_recipe_that_must_be_mended_stops_before_the_gpu_is_looked_for(command, house):
     path = house / "recipes" / "ner_r8_dora.yaml"
     path.write_text(path.read_text(encoding="utf-8") + "lora_dropuot: 0.1\n", encoding="utf-8")
-    line = failure(command("tools.train", "ner_r8_dora"))
+    line = failure(command("finlora.train.run", "ner_r8_dora"))
     assert str(path) in line and "'lora_dropuot'" in line and "'lora_dropout'" in line
 
 
@@ -60,23 +64,23 @@ def test_a_target_that_is_no_layer_is_named_before_a_folder_is_made(command, hou
     assert "  - k_proj\n" in text
     changed = yaml.safe_load(text.replace("  - k_proj\n", f"  - {target}\n")) | {"base_model": base}
     (house / "ner_r8_dora.yaml").write_text(yaml.safe_dump(changed), encoding="utf-8")
-    line = failure(command("tools.train", "ner_r8_dora.yaml", "--tiny"))
+    line = failure(command("finlora.train.run", "ner_r8_dora.yaml", "--tiny"))
     assert "ner_r8_dora.yaml" in line and "'lora_target_modules'" in line and target in line and "q_proj" in line
     assert not (house / "outputs").exists()
 
 
-@pytest.mark.skipif(bool(checks.gpus()), reason="this machine has a GPU")
+@pytest.mark.skipif(bool(machine.gpus()), reason="this machine has a GPU")
 def test_without_a_gpu_one_line_names_the_demo_and_tiny(command):
-    line = failure(command("tools.train", "sentiment_r8_dora"))
+    line = failure(command("finlora.train.run", "sentiment_r8_dora"))
     assert re.search(r"sentiment_r8_dora\b.* \d+ GiB\b", line), line
     assert "make demo" in line and "make train RECIPE=sentiment_r8_dora TINY=1" in line
 
 
 def test_memory_estimate_orders_as_it_must():
-    shape = recipes.shape("meta-llama/Llama-3.1-8B-Instruct")
+    shape = bases.shape("meta-llama/Llama-3.1-8B-Instruct")
 
     def need(name: str, **changes) -> float:
-        return checks.memory_estimate(recipes.load(recipes.RECIPES / f"{name}.yaml") | changes, shape)
+        return memory.memory_estimate(recipes.load(recipe_names.RECIPES / f"{name}.yaml") | changes, shape)
 
     assert need("sentiment_4bit_r4_lora") < need("sentiment_r8_lora") < need("sentiment_bf16_r8_lora")
     assert need("sentiment_r8_dora", sequence_len=16384) > need("sentiment_r8_dora") > 8.03e9 / 2**30
@@ -86,23 +90,25 @@ def test_memory_estimate_orders_as_it_must():
 
 def test_memory_estimate_is_near_what_was_measured():
     """Every run of the benchmark that takes the fast layers: 16, 8 and 4 bits, short and long, with recomputation."""
-    measured = json.loads((recipes.ROOT / "bench" / "train_throughput_h200.json").read_text(encoding="utf-8"))["rows"]
+    measured = json.loads(
+        (recipes.ROOT / "finlora" / "plan" / "train_throughput_h200.json").read_text(encoding="utf-8")
+    )["rows"]
     runs = yaml.safe_load((recipes.ROOT / "bench" / "train_throughput.yaml").read_text(encoding="utf-8"))
-    shape = recipes.shape("meta-llama/Llama-3.1-8B-Instruct")
+    shape = bases.shape("meta-llama/Llama-3.1-8B-Instruct")
     fast = {name: row for name, row in measured.items() if name != "finlora" and "peak_gib" in row}
     assert len(fast) >= 9
     for name, row in fast.items():
-        path = recipes.RECIPES / f"{runs[name]['recipe']}.yaml"
-        estimate = checks.memory_estimate(recipes.load(path) | runs[name].get("set", {}), shape)
+        path = recipe_names.RECIPES / f"{runs[name]['recipe']}.yaml"
+        estimate = memory.memory_estimate(recipes.load(path) | runs[name].get("set", {}), shape)
         assert estimate == pytest.approx(row["peak_gib"], rel=0.05), name
 
 
 def test_a_gpu_that_is_too_small_names_the_keys_to_change(monkeypatch):
     # No GPU is here; everything around its three figures is real.
-    monkeypatch.setattr(checks, "gpus", lambda: [("NVIDIA T4", 15.0, 14.5)])
-    path = recipes.RECIPES / "xbrl_extract_r8_dora.yaml"
+    monkeypatch.setattr(machine, "gpus", lambda: [("NVIDIA T4", 15.0, 14.5)])
+    path = recipe_names.RECIPES / "xbrl_extract_r8_dora.yaml"
     with pytest.raises(UserError) as error:
-        checks.check_device(path, recipes.load(path))
+        preflight.check_device(path, recipes.load(path))
     line = str(error.value)
     assert "xbrl_extract_r8_dora.yaml" in line and "NVIDIA T4" in line
     assert re.findall(r"\d+", line.partition("yaml")[2].partition("set ")[0])[-2:] == ["14", "15"], line  # GiB free
@@ -112,11 +118,11 @@ def test_a_gpu_that_is_too_small_names_the_keys_to_change(monkeypatch):
 
 def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text("x" * 100, encoding="utf-8")
-    recipe = recipes.load(recipes.RECIPES / "demo_r8_dora.yaml") | {"datasets": [], "test_datasets": []}
+    recipe = recipes.load(recipe_names.RECIPES / "demo_r8_dora.yaml") | {"datasets": [], "test_datasets": []}
     full = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: full)  # a disk cannot be filled here
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: full)  # a disk cannot be filled here
     with pytest.raises(UserError, match=r"0\.\d GiB .*\b0\.0\b.* free"):
-        checks.check_disk(Path("demo_r8_dora.yaml"), recipe, tmp_path, needs_gpu=False)
+        preflight.check_disk(Path("demo_r8_dora.yaml"), recipe, tmp_path, needs_gpu=False)
 
 
 BAD_DATA = {
@@ -135,9 +141,10 @@ def test_bad_data_is_named_before_anything_loads(case, command, house):
     if content is not None:
         raw(house, content)
     code = (
-        "from pathlib import Path; from tools import train, recipes\n"
-        "from tools.cli import run\n"
-        "path = recipes.find('sentiment_r8_dora')\n"
+        "from pathlib import Path; from finlora.train import run as train; "
+        "from finlora.recipes import load as recipes\n"
+        "from finlora.core.errors import run\n"
+        "from finlora.recipes.names import find; path = find('sentiment_r8_dora')\n"
         "run(lambda: print(train.prepare_data(path, recipes.load(path), small=False)))"
     )
     assert re.search(expected, failure(command("-c", code)))
@@ -167,20 +174,20 @@ def test_bad_chat_rows_of_ones_own_are_named(case, tmp_path):
     text, expected = BAD_MESSAGES[case]
     (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as error:
-        checks.check_messages(Path("mine.yaml"), tmp_path / "rows.jsonl")
+        preflight.check_messages(Path("mine.yaml"), tmp_path / "rows.jsonl")
     assert re.search(f"rows.jsonl{expected}", str(error.value)) and "\n" not in str(error.value)
 
 
 def test_no_write_permission(command, house):
     (house / "outputs").write_text("in the way", encoding="utf-8")
-    line = failure(command("tools.train", "sentiment_r8_dora", "--tiny"))
+    line = failure(command("finlora.train.run", "sentiment_r8_dora", "--tiny"))
     assert re.search(r"outputs/tiny/sentiment_r8_dora: .*\(.+\).* permissions", line)
 
 
 def start(house: Path, *args: str) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(house)}
     return subprocess.Popen(
-        [sys.executable, "-m", "tools.train", *args],
+        [sys.executable, "-m", "finlora.train.run", *args],
         cwd=house,
         env=env,
         stdout=subprocess.PIPE,
@@ -206,7 +213,7 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
     wait_for(lambda: (out / "stepping").exists() or first.poll() is not None, 600)
     assert first.poll() is None, first.stderr.read()[-3000:]
 
-    second = command("tools.train", *long)
+    second = command("finlora.train.run", *long)
     assert re.search("outputs/tiny/sentiment_bf16_r8_dora: another command .* wait", failure(second))
 
     wait_for(lambda: any(out.glob("checkpoint-*/trainer_state.json")), 300)
@@ -219,10 +226,10 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
     steps = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
     assert 1 <= steps < 60 and (out / f"checkpoint-{steps}" / "optimizer.pt").exists()
 
-    changed = command("tools.train", *long, "--learning-rate", "0.01")
+    changed = command("finlora.train.run", *long, "--learning-rate", "0.01")
     assert re.search("unfinished run .*other options", failure(changed))
 
-    done = command("tools.train", *long)
+    done = command("finlora.train.run", *long)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"going on from checkpoint-{steps}" in done.stdout
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
@@ -235,17 +242,17 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
     assert "<|start_header_id|>" in template
     assert yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))["lora_r"] == 8
 
-    again = command("tools.train", *long)
+    again = command("finlora.train.run", *long)
     assert again.returncode == 0 and "already trained" in again.stdout and "FORCE=1" in again.stdout
 
     path = house / "recipes" / "sentiment_bf16_r8_dora.yaml"
     path.write_text(path.read_text(encoding="utf-8").replace("0.0001", "0.0002"), encoding="utf-8")
-    other = command("tools.train", *long)
+    other = command("finlora.train.run", *long)
     line = failure(other)
     assert "outputs/tiny/sentiment_bf16_r8_dora: " in line and " finished run" in line and "FORCE=1" in line
     assert "learning_rate: 0.0001 -> 0.0002" in line
     adapter = (out / "adapter_model.safetensors").read_bytes()
-    forced = command("tools.train", "sentiment_bf16_r8_dora", "--tiny", "--force")
+    forced = command("finlora.train.run", "sentiment_bf16_r8_dora", "--tiny", "--force")
     assert forced.returncode == 0, forced.stderr[-3000:]
     aside = next(path for path in out.parent.glob("sentiment_bf16_r8_dora.*") if path.is_dir())
     assert (aside / "adapter_model.safetensors").read_bytes() == adapter
@@ -256,7 +263,7 @@ def test_a_folder_with_other_files_is_left_alone(command, house):
     out = house / "outputs" / "tiny" / "ner_r8_lora"
     out.mkdir(parents=True)
     (out / "thesis.tex").write_text("precious", encoding="utf-8")
-    line = failure(command("tools.train", "ner_r8_lora", "--tiny"))
+    line = failure(command("finlora.train.run", "ner_r8_lora", "--tiny"))
     assert re.search("outputs/tiny/ner_r8_lora: .*files.* FORCE=1 ", line)
     assert (out / "thesis.tex").read_text(encoding="utf-8") == "precious"
 
@@ -271,7 +278,7 @@ ADAPTER_FAULTS = {
 @pytest.mark.parametrize("case", ADAPTER_FAULTS)
 def test_an_adapter_that_is_not_what_the_recipe_says(case, tmp_path):
     change, expected = ADAPTER_FAULTS[case]
-    recipe = recipes.load(recipes.RECIPES / "sentiment_r8_dora.yaml")
+    recipe = recipes.load(recipe_names.RECIPES / "sentiment_r8_dora.yaml")
     config = {
         "r": 8,
         "lora_alpha": 16,
@@ -282,13 +289,13 @@ def test_an_adapter_that_is_not_what_the_recipe_says(case, tmp_path):
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change), encoding="utf-8")
     with pytest.raises(UserError, match=expected):
-        checks.check_adapter(recipe, tmp_path, {"base_layers": {"Linear8bitLt": 96}})
+        preflight.check_adapter(recipe, tmp_path, {"base_layers": {"Linear8bitLt": 96}})
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError, match="{'Linear': 96}.* Linear8bitLt"):
-        checks.check_adapter(recipe, tmp_path, {"base_layers": {"Linear": 96}})
+        preflight.check_adapter(recipe, tmp_path, {"base_layers": {"Linear": 96}})
     (tmp_path / "adapter_model.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match="adapter_model.safetensors: .*read"):
-        checks.check_adapter(recipe, tmp_path, {"base_layers": {"Linear8bitLt": 96}})
+        preflight.check_adapter(recipe, tmp_path, {"base_layers": {"Linear8bitLt": 96}})
 
 
 def test_what_is_recorded_is_what_is_trained(command, house, tiny_base):
@@ -300,7 +307,10 @@ def test_what_is_recorded_is_what_is_trained(command, house, tiny_base):
     data = recipe["datasets"][0] | {"path": str(rows)}
     recipe |= {"base_model": str(tiny_base), "datasets": [data], "test_datasets": [data], "output_dir": "outputs/own"}
     (house / "own.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    edit = "from pathlib import Path; from tools import train; own = Path('own.yaml'); text = own.read_text()\n"
+    edit = (
+        "from pathlib import Path; from finlora.train import run as train; own "
+        "= Path('own.yaml'); text = own.read_text()\n"
+    )
     edit += "fetch = train.fetch_base\n"
     edit += "train.fetch_base = lambda *args: (own.write_text(text + 'seed: 77\\n'), fetch(*args))\n"
     edit += "train.axolotl = lambda command, config, *rest: print(command, config, 'seed: 77' in config.read_text())\n"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.kills import recipe
-from fastdora import checkpoints
+from fastdora.plugin import checkpoints
 
 pytestmark = pytest.mark.xdist_group("axolotl")
 
@@ -74,7 +74,7 @@ def test_out_of_memory_names_the_two_keys(train):
     packing=st.booleans(),
 )
 def test_what_out_of_memory_advises(fixed, needed, micro, accumulation, length, packing):
-    from fastdora import watchdog
+    from fastdora.plugin import watchdog
 
     total = 80 * 2**30
     times = watchdog.halvings(total, fixed, needed)
@@ -95,7 +95,7 @@ def test_what_out_of_memory_advises(fixed, needed, micro, accumulation, length, 
 
 @given(loss=st.floats(allow_nan=True), first=st.floats(0, 20))
 def test_what_counts_as_an_explosion(loss, first):
-    from fastdora import watchdog
+    from fastdora.plugin import watchdog
 
     exploded = watchdog.exploded(loss, first, 128256)
     assert exploded or loss <= 2 * first or loss <= math.log(128256)

@@ -10,8 +10,9 @@ import time
 
 from forked import axolotl_command
 
-from tools import recipes, train
-from tools.cli import UserError, run
+from finlora.core.errors import UserError, run
+from finlora.recipes import names as recipe_names
+from finlora.train import run as train
 
 
 def in_process(command, config, args, local, lock) -> None:
@@ -26,7 +27,7 @@ def main() -> None:
         started, row = time.perf_counter(), {"recipe": name}
         with contextlib.redirect_stdout(sys.stderr):
             try:
-                row["run"] = train.train(recipes.find(name), small=True)
+                row["run"] = train.train(recipe_names.find(name), small=True)
             except UserError as error:
                 row["error"] = str(error)
         row["seconds"] = round(time.perf_counter() - started, 2)

@@ -5,8 +5,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from eval.scorers import scorings, summary
-from eval.testsets import RAW, all_sets, read_set
+from finlora.data.test_sets import RAW, all_sets, read_set
+from finlora.evaluate.scorers import scorings, summary
 
 
 def rows(test_set: str, folder: str = str(RAW), labels: str = "corrected", **_: Any) -> dict[str, Dataset]:
@@ -44,7 +44,8 @@ def strict(answers: list[tuple[str, str, str]]) -> float:
 
 
 def _accuracy(answers: list[tuple[str, str, str]], scoring: str) -> float:
-    """Accuracy over a set; NaN for sets that BERTScore judges (eval.run adds it, since it needs an encoder)."""
+    """Accuracy over a set; NaN for sets that BERTScore judges (finlora.evaluate.runner adds it, since it needs an
+    encoder)."""
     name = answers[0][0]
     score = scorings(name, all_sets()[name]).get(scoring)
     if score is None:

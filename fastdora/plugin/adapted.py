@@ -1,0 +1,45 @@
+"""Is the model that axolotl built the one that the recipe asks for? Axolotl and PEFT say nothing where it is not."""
+
+import bitsandbytes as bnb
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from fastdora.plugin.keys import RecipeError
+
+
+def check_model(cfg, model: nn.Module) -> None:
+    """Hold the adapted layers against the recipe: targets, rank, alpha, DoRA, rsLoRA and the base's bits.
+
+    Raises RecipeError naming the key. Catches an `adapter:` that is missing (the whole model would train),
+    `load_in_4bit` with `adapter: lora` (trains unquantised), and a misspelt target beside a right one.
+    """
+    source = cfg.axolotl_config_path
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not layers:
+        raise RecipeError(f"{source}: key 'adapter': no layer is adapted; set `adapter: lora` (or qlora for 4-bit)")
+    for target in cfg.lora_target_modules or []:
+        if not any(name.split(".")[-1] == target for name in layers):
+            raise RecipeError(f"{source}: key 'lora_target_modules': '{target}' is not a layer of {cfg.base_model}")
+    bits, kind = _expected_base(cfg)
+    for name, layer in layers.items():
+        if type(layer.base_layer) is not kind:
+            key = f"load_in_{bits}bit" if bits != 16 else "adapter"
+            found = type(layer.base_layer).__name__
+            raise RecipeError(
+                f"{source}: key '{key}': {name} is {found}, not {kind.__name__}; the recipe says {bits}-bit"
+            )
+        if layer.r["default"] != cfg.lora_r:
+            raise RecipeError(f"{source}: key 'lora_r': {name} has rank {layer.r['default']}, not {cfg.lora_r}")
+        if layer.use_dora["default"] != bool(cfg.peft_use_dora):
+            raise RecipeError(f"{source}: key 'peft_use_dora': {name} has use_dora={layer.use_dora['default']}")
+        root = cfg.lora_r**0.5 if cfg.peft_use_rslora else cfg.lora_r
+        if abs(layer.scaling["default"] - cfg.lora_alpha / root) > 1e-9:
+            raise RecipeError(f"{source}: key 'lora_alpha': {name} scales by {layer.scaling['default']}")
+
+
+def _expected_base(cfg) -> tuple[int, type]:
+    if cfg.load_in_8bit:
+        return 8, bnb.nn.Linear8bitLt
+    if cfg.load_in_4bit:
+        return 4, bnb.nn.Linear4bit
+    return 16, nn.Linear

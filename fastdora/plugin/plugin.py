@@ -1,0 +1,170 @@
+"""The plugin's hooks, in the order in which axolotl calls them. Each hands over to a module with one job."""
+
+import copy
+import gc
+import logging
+import os
+import sys
+from contextlib import contextmanager
+
+import torch
+from axolotl.cli.config import gpu_capabilities
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.config import validate_config
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from pydantic import ValidationError
+from transformers import set_seed
+
+from fastdora import attention, dora, graphs, packing, quantized
+from fastdora.plugin import adapted, curves, epochs, fsdp2, metrics, peft_int8, resume, rows, safety, watchdog, zero3
+from fastdora.plugin.keys import RecipeError, check_keys, input_schema, read_recipe
+
+LOG = get_logger("axolotl.fastdora")
+LIGER = [f"liger_{part}" for part in ("rope", "rms_norm", "glu_activation", "fused_linear_cross_entropy")]
+
+
+class FastDoraPlugin(BasePlugin):
+    """See the package's docstring. A user's mistake ends the run with one line and exit code 1, before any loading."""
+
+    def get_input_args(self) -> str:
+        return "fastdora.plugin.args.FastDoraArgs"
+
+    def register(self, cfg: dict) -> None:
+        source = str(cfg.get("axolotl_config_path"))
+        with one_line_errors():
+            recipe = read_recipe(source)
+            safety.check(recipe, source)
+            check_keys(recipe, source, input_schema(tuple(recipe.get("plugins") or ())))
+            _validate(cfg, source)
+            _check_fp8(cfg, source)
+            if cfg.get("fastdora_layers") != "peft":
+                dora.check_versions()
+        if not torch.cuda.is_available():
+            if cfg.get("bf16") == "auto":
+                # axolotl's `auto` means float16 on a CPU: slow there, and without loss scaling.
+                cfg["bf16"] = cfg["fp16"] = False
+            if on := [key for key in LIGER if cfg.get(key)]:
+                cfg.update(dict.fromkeys(on, False))
+                LOG.info(f"fastdora: off without a GPU: {', '.join(on)}")
+
+        gc.freeze()  # as in post_trainer_create
+        # bitsandbytes warns of its cast to float16 in each layer of each step: thousands of lines.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+    def load_datasets(self, cfg, preprocess: bool = False):
+        with one_line_errors():
+            return rows.load(cfg)
+
+    def pre_model_load(self, cfg) -> None:
+        # axolotl's `seed` comes after LoRA's A was drawn; without this two runs differ.
+        set_seed(cfg.seed if cfg.seed is not None else 42)
+        if not torch.cuda.is_available():
+            cfg.torch_dtype = torch.float32
+        peft_int8.mend()
+        epochs.mend()
+        with one_line_errors():
+            zero3.prepare(cfg)
+            fsdp2.prepare(cfg)
+
+    def post_model_load(self, cfg, model) -> None:
+        _check_layers(cfg, model)
+        with one_line_errors():
+            adapted.check_model(cfg, model)
+        zero3.restore_frequencies(model)
+        if cfg.fastdora_layers == "fast":
+            LOG.info(f"fastdora: {dora.accelerate(model, cfg.fastdora_fp8)}")
+        if cfg.sample_packing and cfg.attn_implementation == "sdpa":
+            with one_line_errors():
+                try:
+                    attention.install(model)
+                except dora.Unsupported as error:
+                    raise RecipeError(
+                        f"{cfg.axolotl_config_path}: key 'attn_implementation': {error}; set sample_packing: false, or "
+                        "flash_attention_2 where flash-attn is installed"
+                    ) from error
+            LOG.info(f"fastdora: attention within packed samples is {attention.NAME}")
+        if cfg.fastdora_graphs:
+            why = _why_no_graphs(cfg)
+            if not why:
+                graphs.install(model)
+            LOG.info(f"fastdora: CUDA graphs {f'off: {why}' if why else 'on'}")
+
+    def post_trainer_create(self, cfg, trainer) -> None:
+        # Axolotl collects garbage at each packing and evaluation: over all modules and the model, a second a time.
+        gc.freeze()
+        _check_layers(cfg, trainer.model)  # `unfrozen_parameters` came after the model was loaded
+        if not any(parameter.requires_grad for parameter in trainer.model.parameters()):
+            with one_line_errors():
+                raise RecipeError(
+                    f"{cfg.axolotl_config_path}: key 'unfrozen_parameters': nothing is left to train; remove it"
+                )
+        fsdp2.keep_dtypes(trainer)
+        zero3.keep_dtypes(trainer)
+        metrics.record(cfg, trainer)
+        watchdog.guard(cfg, trainer)
+        curves.guard(trainer)
+        with one_line_errors():
+            resume.guard(cfg, trainer)
+        packing.install(
+            trainer,
+            packed=trainer.model.config._attn_implementation == attention.NAME,
+            answers=cfg.fastdora_answers_only
+            and trainer.compute_metrics is None,  # metrics want every position's logits
+        )
+        # Each of these would let the GPU wait at every batch, and the first one hides a loss that is not a number.
+        trainer.args.logging_nan_inf_filter = False
+        trainer.accelerator.dataloader_config.non_blocking = trainer.args.dataloader_pin_memory
+
+
+def _check_layers(cfg, model) -> None:
+    if cfg.fastdora_layers != "fast":
+        return
+    with one_line_errors():
+        try:
+            dora.check_layers(model)
+        except dora.Unsupported as error:
+            raise RecipeError(f"{cfg.axolotl_config_path}: {error}; or set fastdora_layers: peft") from error
+
+
+def _validate(cfg, source: str) -> None:
+    # Axolotl validates once more by itself; its complaint would stand below a traceback.
+    capabilities, env_capabilities = gpu_capabilities()
+    try:
+        validate_config(DictDefault(copy.deepcopy(cfg.to_dict())), capabilities, env_capabilities)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        message = " ".join(first["msg"].removeprefix("Value error, ").split())
+        raise RecipeError(f"{source}: {where + ': ' if where else ''}{message}") from error
+
+
+def _why_no_graphs(cfg) -> str | None:
+    if not torch.cuda.is_available():
+        return "no GPU"
+    if cfg.fastdora_layers != "fast":
+        return "fastdora_layers: peft"
+    if not cfg.sample_packing or cfg.attn_implementation != "sdpa":
+        return "without sample_packing and attn_implementation: sdpa"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # DDP's hooks wait for a stream that must not be waited for in a graph
+        return "several processes"
+    return next((key for key in ("gradient_checkpointing", "deepspeed", "fsdp_config", "fsdp") if cfg.get(key)), None)
+
+
+def _check_fp8(cfg, source: str) -> None:
+    if not cfg.get("fastdora_fp8"):
+        return
+    if not cfg.get("load_in_8bit") or cfg.get("fastdora_layers") == "peft":
+        raise RecipeError(f"{source}: key 'fastdora_fp8': needs load_in_8bit: true and fastdora_layers: fast")
+    if torch.cuda.is_available() and not quantized.has_fp8():
+        name = torch.cuda.get_device_name()
+        raise RecipeError(f"{source}: key 'fastdora_fp8': {name} has no fp8 products; set it to false")
+
+
+@contextmanager
+def one_line_errors():
+    """Turn a recipe's fault into `error: ...` on stderr and exit code 1: axolotl itself would print a traceback."""
+    try:
+        yield
+    except (RecipeError, dora.Unsupported) as error:
+        sys.exit(f"\nerror: {error}")  # on a line of its own, below a progress bar

@@ -1,0 +1,86 @@
+"""Rows and tokens that really train. Axolotl leaves rows out, or keeps them without a label, and goes on."""
+
+import hashlib
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+from axolotl.common.datasets import TrainDatasetMeta, load_datasets
+from axolotl.utils.logging import get_logger
+
+from fastdora.plugin.keys import RecipeError
+
+LOG = get_logger("axolotl.fastdora.rows")
+
+
+def load(cfg) -> TrainDatasetMeta:
+    """Axolotl's own loading, with a cache that a changed file cannot mislead, and every row accounted for.
+
+    Raises RecipeError when rows of the data files would not train, unless the recipe itself sets
+    `excess_length_strategy` to drop or truncate.
+    """
+    cfg.dataset_prepared_path = str(_content_addressed(cfg))
+    try:
+        meta = load_datasets(cfg=cfg)
+    except ValueError as error:
+        if "longer than" in str(error) or "exceed" in str(error).lower():
+            raise RecipeError(
+                f"{cfg.axolotl_config_path}: key 'sequence_len': {error}; raise it, "
+                "or set excess_length_strategy: drop to leave those rows out"
+            ) from error
+        raise
+    for split, files, dataset in (
+        ("train", cfg.datasets, meta.train_dataset),
+        ("validation", cfg.test_datasets, meta.eval_dataset),
+    ):
+        if files and dataset is not None:
+            _account(cfg, split, files, dataset)
+    return meta
+
+
+def _content_addressed(cfg) -> Path:
+    # Axolotl's cache key leaves out the files' content, the seed and the length strategy: stale rows would train.
+    digest = hashlib.sha256()
+    for path in [Path(entry["path"]) for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])]]:
+        digest.update(f"{path}\0".encode())
+        if path.is_file():
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+    for key in ("seed", "sequence_len", "excess_length_strategy", "base_model", "chat_template", "chat_template_jinja"):
+        digest.update(f"{key}={cfg[key]}\0".encode())
+    tokenizer = Path(cfg.base_model) / "tokenizer.json"
+    if tokenizer.is_file():
+        digest.update(tokenizer.read_bytes())
+    parent = Path(cfg.dataset_prepared_path or "last_run_prepared")
+    if re.fullmatch("[0-9a-f]{16}", parent.name):
+        parent = parent.parent
+    own = parent / digest.hexdigest()[:16]
+    if cfg.is_preprocess and parent.is_dir():
+        for old in parent.iterdir():
+            if re.fullmatch("[0-9a-f]{16}", old.name) and old != own:
+                shutil.rmtree(old)
+    return own
+
+
+def _account(cfg, split: str, files: list, dataset) -> None:
+    expected = sum(_count_lines(Path(entry["path"])) for entry in files if Path(entry["path"]).is_file())
+    tokens = answer = empty = 0
+    for batch in dataset.select_columns(["labels"]).with_format("numpy").iter(batch_size=1000):
+        for labels in batch["labels"]:
+            kept = int(np.count_nonzero(np.asarray(labels) != -100))
+            tokens, answer, empty = tokens + len(labels), answer + kept, empty + (kept == 0)
+    missing = expected - len(dataset) + empty
+    if missing and cfg.excess_length_strategy not in ("drop", "truncate"):
+        raise RecipeError(
+            f"{cfg.axolotl_config_path}: {missing} of {expected} {split} rows would not train (no answer, or longer "
+            f"than sequence_len {cfg.sequence_len}); mend the rows or set excess_length_strategy: drop"
+        )
+    left_out = f", {missing} left out as excess_length_strategy says" if missing else ""
+    LOG.info(f"{split}: {len(dataset)} rows, {tokens} tokens, {answer} of them answers{left_out}")
+
+
+def _count_lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())

@@ -1,0 +1,1 @@
+"""The data: fetched, read, audited, corrected, prepared; the test sets."""

@@ -1,0 +1,577 @@
+"""Look through a task's train and test files for what would spoil a training or a score; change nothing.
+
+    python -m finlora.data.audit                  every task
+    python -m finlora.data.audit sentiment ner    these
+    python -m finlora.data.audit cfa --file questions.csv --context-column question --target-column answer
+
+Prints a table and, below it, each finding with what is done about it; data/README.md holds the evidence. The same goes
+to data/audit/<task>.json. A finding that begins with `!` needs attention: something that neither the task table nor
+data/corrections.yaml knows, such as another checksum, a label outside the task's set, or a row with nothing to learn.
+Exit code: 0 when nothing needs attention; 1 when something does, when no file is there, or for a wrong command.
+"""
+
+import argparse
+import json
+import re
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from ftfy.badness import is_bad
+from huggingface_hub import try_to_load_from_cache
+from tqdm import tqdm
+
+from finlora.core.errors import UserError, run
+from finlora.core.files import replacing
+from finlora.core.paths import ROOT
+from finlora.data.corrections import applies, corrected_target, load_corrections, standing
+from finlora.data.fetch import is_right, read_manifest
+from finlora.data.neardup import duplicate_groups
+from finlora.data.rows import LeftOut, Row, read_rows
+from finlora.data.tasks import load_tasks
+from finlora.data.tasks import task as find_task
+
+RAW = ROOT / "data" / "raw"
+OUT = ROOT / "data" / "audit"
+TINY = ROOT / ".cache" / "tiny"
+COUNTED = 10_000  # different answers of a file that are counted one by one
+FEW = 12  # different answers that the table shows
+SHOWN = 5  # lines that a finding names
+BATCH = 2**20  # characters that are tokenised at once
+CHAT = (
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>"
+)
+NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(\.\d+)?([eE][-+]?\d+)?%?")
+# What ftfy does not look for: UTF-8 shown as code page 850 ("J+ñtehuolto", "Lemmink+ñinen -¦ s"), UTF-8 shown as GBK
+# ("Boeing鈥檚"), and characters that are lost for good.
+GARBLED = re.compile(r"\+(?!£\d)[¡-ÿ]|-¦|鈥|\ufffd")
+AROUND = re.compile(r"[\x00-\x7f]{0,5}[^\x00-\x7f]+[\x00-\x7f]{0,5}")
+STANDINGS = ("other", "certain", "unsure")
+
+
+@dataclass
+class File:
+    """One file and what is gathered of its rows: each array has one entry a row, in file order."""
+
+    name: str
+    role: str  # "train", or the test set's name
+    path: Path
+    columns: tuple[str, str]
+    labels: list[str] | None
+    status: str = "read"
+    rows: int = 0
+    lines: array = field(default_factory=lambda: array("Q"))
+    contexts: array = field(default_factory=lambda: array("q"))  # hashes of the texts as they are
+    answers: array = field(default_factory=lambda: array("q"))
+    standings: array = field(default_factory=lambda: array("B"))  # places in STANDINGS, for files with corrections
+    tokens: array = field(default_factory=lambda: array("I"))
+    counts: Counter = field(default_factory=Counter)
+    corrected: Counter = field(default_factory=Counter)
+    certain: Counter = field(default_factory=Counter)  # published labels of the rows that are corrected
+    outside: dict[str, list[int]] = field(default_factory=dict)
+    left_out: list[LeftOut] = field(default_factory=list)
+    garbled: list[int] = field(default_factory=list)
+    numbers: int = 0
+    longest: tuple[int, int, int] = (0, 0, 0)  # bytes, words, line
+    findings: list[dict[str, Any]] = field(default_factory=list)
+
+    def find(self, text: str, done: str, lines: Iterable[int] = (), attention: bool = False) -> None:
+        """Add a finding: what it is, what is done about it, and the first lines that show it."""
+        first = [int(line) for _, line in zip(range(SHOWN), lines, strict=False)]
+        self.findings.append(
+            {"file": self.name, "attention": attention, "finding": text, "done": done, "first_lines": first}
+        )
+
+
+def audit(
+    task: str,
+    raw: Path = RAW,
+    *,
+    file: Path | None = None,
+    context_column: str = "context",
+    target_column: str = "target",
+    tokenizer: Path | None = None,
+    sequence_len: int | None = None,
+    count_tokens: bool = True,
+) -> dict[str, Any]:
+    """Read every file of a task once and return what is found, as it goes into <task>.json.
+
+    `raw` holds the files; `file`, with its column names, stands in for the train file. Tokens are counted with
+    `tokenizer` (a folder or a tokenizer.json), else with that of the base model of the recipe <task>_r8_dora where it
+    is on this machine, else with the tiny one; sequence_len is the recipe's unless given.
+    Raises UserError for an unknown task and for a tokenizer that is not there.
+    """
+    entry = find_task(task)
+    measure, encode = _measure(task, tokenizer, sequence_len) if count_tokens else ({}, None)
+    columns = (context_column, target_column) if file else ("context", "target")
+    files = [File(str(file or entry["train"]), "train", file or raw / entry["train"], columns, entry["labels"])]
+    for name, test in entry["tests"].items():
+        files.append(File(test["file"], name, raw / test["file"], ("context", "target"), test["labels"]))
+    for each in files:
+        if not each.path.exists():
+            each.status = "absent"
+    here = [each for each in files if each.status == "read"]
+    same, near = duplicate_groups(text for each in here for text in _contexts(each, encode))
+    groups, start = {}, 0
+    for each in here:
+        groups[each.role] = same[start : start + each.rows], near[start : start + each.rows]
+        start += each.rows
+    table = []
+    for each in files:
+        if each.status == "absent":
+            table.append({"file": each.name, "role": each.role, "status": each.status})
+            continue
+        published = each.role != "train" or file is None
+        same_here, near_here = groups[each.role]
+        conflicts = _conflicts(each, same_here)
+        table.append(_summary(each, same_here, near_here, len(conflicts), measure.get("sequence_len")))
+        test = entry["tests"].get(each.role)
+        # What a mixture's test sets show by themselves is said where their own tasks are audited.
+        if not (test and entry["mixture_of"]):
+            if published:
+                _compare(each, test["rows"] if test else entry["train_rows"], test)
+            _judge(each, table[-1]["repeats"], near_here, conflicts)
+            if test and test["metric"] in ("accuracy", "accuracy_f1"):
+                _judge_scoring(each)
+            if each.tokens:
+                _judge_length(each, table[-1]["tokens"], measure)
+        if test and "train" in groups:
+            table[-1]["in_train"] = _overlap(each, files[0], groups)
+    return {
+        "task": task,
+        "released": entry["released"],
+        "measure": measure,
+        "files": table,
+        "findings": [finding for each in files for finding in each.findings],
+    }
+
+
+def find_exchange(found: dict[str, int], documented: dict[str, int]) -> dict[str, str] | None:
+    """The renaming of labels that turns the counts found into the documented ones; {} when they are so already.
+
+    Labels whose counts agree keep their names. None when no renaming fits, or when equal counts allow several.
+    """
+    moved = [label for label in documented if found.get(label, 0) != documented[label]]
+    by_count = {documented[label]: label for label in moved}
+    if set(found) - set(documented) or len(by_count) < len(moved):
+        return None
+    if {found.get(label, 0) for label in moved} != by_count.keys():
+        return None
+    return {label: by_count[found[label]] for label in moved}
+
+
+def looks_garbled(text: str) -> bool:
+    """Whether a text holds characters that were decoded with the wrong code page, or that are lost (U+FFFD)."""
+    if text.isascii():
+        return False
+    # Only what stands around characters other than ASCII matters; looking at no more keeps long filings quick.
+    return bool(GARBLED.search(text)) or is_bad("\n".join(["", *AROUND.findall(text)]))
+
+
+def _measure(
+    task: str, tokenizer: Path | None, sequence_len: int | None
+) -> tuple[dict[str, Any], Callable[[list[Row]], list[int]] | None]:
+    """What tokens are counted with and the length they are held against, and the function that counts."""
+    recipe_path = ROOT / "recipes" / f"{task}_r8_dora.yaml"
+    recipe = yaml.safe_load(recipe_path.read_text(encoding="utf-8")) if recipe_path.exists() else {}
+    base = recipe.get("base_model")
+    places = [(tokenizer_of(base), f"{base}'s tokenizer", False), (TINY, "the tiny tokenizer", True)]
+    if tokenizer:
+        places = [(tokenizer, "the tokenizer given", False)]
+    length = sequence_len or recipe.get("sequence_len")
+    for place, name, stand_in in places:
+        path = place / "tokenizer.json" if place and place.is_dir() else place
+        if path and path.is_file():
+            return {"tokenizer": name, "stand_in": stand_in, "sequence_len": length}, _counter(path)
+    if tokenizer:
+        raise UserError(f"{tokenizer}: holds no tokenizer.json; name a model's folder or its tokenizer.json")
+    return {}, None
+
+
+def tokenizer_of(base: str | None) -> Path | None:
+    """The tokenizer of a base model, if it is a folder or has been downloaded before; nothing is fetched."""
+    if not base:
+        return None
+    if (ROOT / base).is_dir():
+        return ROOT / base
+    cached = try_to_load_from_cache(base, "tokenizer.json") if base.count("/") == 1 else None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _counter(path: Path) -> Callable[[list[Row]], list[int]]:
+    from tokenizers import Tokenizer  # takes a second to import, and is not needed without a tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{path}: is not a tokenizer ({error}); name a model's folder or its tokenizer.json") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+
+    def count(rows: list[Row]) -> list[int]:
+        # As the plain Llama-3 template has it, which trims both texts.
+        chats = [CHAT.format(row.context.strip(), row.target.strip()) for row in rows]
+        return [len(encoding.ids) for encoding in tokenizer.encode_batch_fast(chats, add_special_tokens=False)]
+
+    return count
+
+
+def _contexts(file: File, encode: Callable[[list[Row]], list[int]] | None) -> Iterator[str]:
+    """Yield the file's contexts while everything else about its rows is gathered; a broken file ends at its flaw."""
+    rows = read_rows(file.path, *file.columns, left_out=file.left_out)
+    ruled = applies(file.name, file.path)
+    batch, room = [], BATCH
+    try:
+        for row in tqdm(rows, desc=file.path.name, unit=" rows", disable=None, leave=False):
+            _note(file, row, ruled)
+            if encode:
+                batch.append(row)
+                room -= len(row.context)
+                if room < 0:
+                    file.tokens.extend(encode(batch))
+                    batch, room = [], BATCH
+            yield row.context
+    except UserError as error:
+        file.status = "broken"
+        file.find(f"cannot be read to its end: {error}", "mend it: nothing can be trained on it", attention=True)
+    if batch:
+        file.tokens.extend(encode(batch))
+
+
+def _note(file: File, row: Row, ruled: bool) -> None:
+    line, context, target = row
+    file.rows += 1
+    file.lines.append(line)
+    # Python's own hashes differ from run to run, which is all the same for telling rows of one run apart.
+    file.contexts.append(hash(context))
+    file.answers.append(hash(target))
+    if target in file.counts or len(file.counts) < COUNTED:
+        file.counts[target] += 1
+    if file.labels is not None and target not in file.labels:
+        file.outside.setdefault(target, []).append(line)
+    if target[-1].isdigit() or target[-1] == "%":
+        file.numbers += bool(NUMBER.fullmatch(target))
+    if looks_garbled(context) or looks_garbled(target):
+        file.garbled.append(line)
+    if 4 * (len(context) + len(target)) > file.longest[0]:
+        size = len(context.encode()) + len(target.encode())
+        if size > file.longest[0]:
+            file.longest = (size, len(context.split()) + len(target.split()), line)
+    if ruled:
+        kind = standing(file.name, row)
+        file.standings.append(STANDINGS.index(kind))
+        if kind == "certain":
+            file.certain[target] += 1
+        file.corrected[corrected_target(file.name, row)] += 1
+
+
+def _summary(
+    file: File, same: np.ndarray, near: np.ndarray, conflicts: int, sequence_len: int | None
+) -> dict[str, Any]:
+    """The file's entry in the table."""
+    different = len(np.unique(_numbers(file.answers)))
+    summary = {
+        "file": file.name,
+        "role": file.role,
+        "status": file.status,
+        "rows": file.rows,
+        "labels": dict(sorted(file.counts.items())) if file.labels is not None or different <= FEW else None,
+        "labels_corrected": dict(sorted(file.corrected.items())) or None,
+        "different_answers": different,
+        "answers_that_are_numbers": file.numbers,
+        # Rows that repeat an earlier one: letter for letter; in the same words, those included; nearly, all included.
+        "repeats": {
+            "exact": file.rows - len(np.unique(_numbers(file.contexts))),
+            "same_words": file.rows - len(np.unique(same)),
+            "near": file.rows - len(np.unique(near)),
+        },
+        "conflicts": conflicts,
+        "garbled": len(file.garbled),
+        "longest": dict(zip(("bytes", "words", "line"), file.longest, strict=True)),
+    }
+    if file.tokens:
+        tokens = _numbers(file.tokens)
+        summary["tokens"] = {
+            "longest": int(tokens.max()),
+            "line": file.lines[int(tokens.argmax())],
+            "median": int(np.median(tokens)),
+            "p99": int(np.quantile(tokens, 0.99)),
+            "all": int(tokens.sum()),
+            "too_long": int((tokens > sequence_len).sum()) if sequence_len else None,
+        }
+    return summary
+
+
+def _numbers(values: array) -> np.ndarray:
+    return np.frombuffer(values, values.typecode) if values else np.zeros(0, values.typecode)
+
+
+def _compare(file: File, rows: int | None, test: dict[str, Any] | None) -> None:
+    """Hold a published file against the manifest, the task table and the corrections."""
+    pinned = {entry["path"]: entry for entry in read_manifest()["files"]}.get(f"data/{file.name}")
+    if pinned and not is_right(file.path, pinned):
+        file.find("its checksum is not the manifest's", "fetch it again, or pass your own as FILE=", attention=True)
+    found = file.rows + len(file.left_out)
+    if rows and found != rows and file.status == "read":
+        file.find(f"it has {found:,} rows and not {rows:,} (data/tasks.yaml)", "fetch it again", attention=True)
+    if test and test["source_counts"]:
+        _compare_counts(file, test["source_counts"])
+    correction = load_corrections().get(file.name)
+    if correction and not file.standings:
+        text = "it is not the file that data/corrections.yaml knows"
+        file.find(text, "its labels are taken as they stand", attention=True)
+    elif correction and correction["rows"]:
+        _compare_rows(file, correction)
+
+
+def _compare_counts(file: File, documented: dict[str, int]) -> None:
+    exchange = find_exchange(file.counts, documented)
+    if exchange == {}:
+        return
+    both = f"the file has {_listed(file.counts)}, the source {_listed(documented)}"
+    if exchange is None:
+        file.find(f"label counts are not the source's: {both}", "find out why before you score on it", attention=True)
+        return
+    names = ", ".join(f"'{published}' stands for {right}" for published, right in exchange.items())
+    text = f"labels are exchanged: {both}; the counts fit when {names}"
+    if file.corrected == documented:
+        file.find(text, "corrected as rows are read (data/corrections.yaml); LABELS=published leaves them")
+    else:
+        file.find(text, "not corrected: add it to data/corrections.yaml", attention=True)
+
+
+def _compare_rows(file: File, correction: dict[str, Any]) -> None:
+    """Count the rows that a correction holds for, and look whether the file agrees with the reasons for it."""
+    standings, contexts = _numbers(file.standings), _numbers(file.contexts)
+    _, first, group, copies = np.unique(contexts, return_index=True, return_inverse=True, return_counts=True)
+    for kind, done in (
+        ("certain", "corrected as rows are read (data/corrections.yaml); LABELS=published leaves them"),
+        ("unsure", "kept as published: by its own text such a row may come from another data set"),
+    ):
+        rows = np.flatnonzero(standings == STANDINGS.index(kind))
+        texts = first[standings[first] == STANDINGS.index(kind)]
+        often = Counter(copies[group[texts]].tolist()).most_common(3)
+        shown = ", ".join(f"{count:,} stand {times} times" for times, count in often)
+        labels = f" ({_listed(file.certain)})" if kind == "certain" and len(rows) else ""
+        if len(rows):
+            text = f"{len(rows):,} rows have exchanged labels, {kind}{labels}; of their {len(texts):,} texts {shown}"
+            file.find(text, done, _numbers(file.lines)[rows])
+    expected = correction["rows"]["source_counts"]
+    corrected = Counter()
+    for label, count in file.certain.items():
+        corrected[correction["labels"].get(label, label)] += count
+    if file.certain and _distance(corrected, expected) >= _distance(file.certain, expected):
+        text = "the published labels of the rows to be corrected are nearer to the source's shares than the corrected"
+        file.find(text, "find out why; until then use LABELS=published", attention=True)
+    copied = (standings == STANDINGS.index("certain")) & (copies[group] >= correction["rows"]["not_copied"])
+    if copied.any():
+        text = f"{copied.sum():,} rows to be corrected stand {correction['rows']['not_copied']} times or more"
+        text += " and so come from another data set"
+        file.find(text, "find out why; until then use LABELS=published", _numbers(file.lines)[copied], attention=True)
+
+
+def _distance(one: dict[str, int], other: dict[str, int]) -> float:
+    """How far the shares of two label counts are apart: total variation, from 0 to 1."""
+    first, second = sum(one.values()), sum(other.values())
+    return sum(abs(one.get(key, 0) / first - other.get(key, 0) / second) for key in one.keys() | other.keys()) / 2
+
+
+def _judge(file: File, repeats: dict[str, int], near: np.ndarray, conflicts: np.ndarray) -> None:
+    """Add what the rows of one file show by themselves."""
+    for target, lines in list(file.outside.items())[:SHOWN]:
+        text = f"{target[:60]!r} is none of the task's labels ({_rows(len(lines))})"
+        file.find(text, "mend the rows, or the labels in data/tasks.yaml", lines, attention=True)
+    if len(file.outside) > SHOWN:
+        text = f"{len(file.outside) - SHOWN:,} more answers are none of the task's labels"
+        file.find(text, "as above", attention=True)
+    for reason in sorted({reason for _, reason in file.left_out}):
+        lines = [line for line, why in file.left_out if why == reason]
+        file.find(f"{_rows(len(lines))}: {reason}", "left out and counted by `make data`", lines, attention=True)
+    if repeats["near"]:
+        text = f"{_rows(repeats['near'])} nearly the same as an earlier one, {repeats['same_words']:,} of them in the "
+        text += f"same words, {repeats['exact']:,} letter for letter"
+        if file.role == "train":
+            done = "kept: FinLoRA repeats rows for balance; validation rows have no copy or near-duplicate in training"
+        else:
+            done = "kept: the published scores count them"
+        file.find(text, done, _numbers(file.lines)[_later(near)])
+    if len(conflicts):
+        text = f"{_rows(len(conflicts))} with the words of another one and a different answer"
+        file.find(text, "kept: which one is right is not certain", _numbers(file.lines)[conflicts])
+    if file.numbers and file.labels is None:
+        file.find(f"{file.numbers:,} answers are numbers", "read as text, digit for digit as the file has them")
+    if file.garbled:
+        text = f"{_rows(len(file.garbled))} with garbled characters (read with a wrong code page, or lost)"
+        file.find(text, "kept: the published scores were made with them", file.garbled)
+
+
+def _later(groups: np.ndarray) -> np.ndarray:
+    """The rows whose group has an earlier row."""
+    _, first = np.unique(groups, return_index=True)
+    return np.setdiff1d(np.arange(len(groups)), first)
+
+
+def _conflicts(file: File, same: np.ndarray) -> np.ndarray:
+    """The rows whose words another row of the file has with a different answer."""
+    _, text = np.unique(same, return_inverse=True)
+    _, answer = np.unique(_numbers(file.answers), return_inverse=True)
+    _, first = np.unique(text * (len(text) + 1) + answer, return_index=True)
+    answers_of_text = np.bincount(text[first], minlength=1)
+    return np.flatnonzero(answers_of_text[text] > 1)
+
+
+def _judge_scoring(file: File) -> None:
+    """FinLoRA's scorer takes the earliest answer of the file that stands in a prediction: a prefix ties with it."""
+    answers = {target.lower() for target in file.counts}
+    tied = 0
+    for target, count in file.counts.items():
+        lower = target.lower()
+        tied += count * any(lower[:end] in answers for end in range(1, len(lower)))
+    if tied:
+        text = f"{_rows(tied)} whose right answer begins with another one of the file, which FinLoRA's scorer may take"
+        file.find(text, "scored both as FinLoRA does, made deterministic, and strictly")
+
+
+def _judge_length(file: File, tokens: dict[str, Any], measure: dict[str, Any]) -> None:
+    if not tokens["too_long"]:
+        return
+    text = f"{_rows(tokens['too_long'])} of more than {measure['sequence_len']:,} tokens"
+    text += f" (the longest {tokens['longest']:,})"
+    if measure["stand_in"]:
+        text += ", counted with the tiny tokenizer, which needs more tokens than Llama's"
+    done = "training would stop: raise sequence_len, or let the recipe's excess_length_strategy leave rows out"
+    if file.role != "train":
+        done = "evaluation has to allow for it"
+    file.find(text, done, [tokens["line"]], attention=file.role == "train" and not measure["stand_in"])
+
+
+def _overlap(test: File, train: File, groups: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, int]:
+    """Count the test rows whose text also stands in the train file, in the same words and nearly."""
+    found = {}
+    for place, kind in enumerate(("same_words", "near")):
+        found[kind] = np.flatnonzero(np.isin(groups[test.role][place], groups["train"][place]))
+    if len(found["near"]):
+        text = f"{_rows(len(found['near']))} nearly the same as one of {train.name}, "
+        text += f"{len(found['same_words']):,} of them in the same words"
+        done = "kept in both, as published: a good score on them may be memory"
+        test.find(text, done, _numbers(test.lines)[found["near"]])
+    return {kind: len(rows) for kind, rows in found.items()}
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report of one task as plain text: its table, its labels, its findings."""
+    measure = report["measure"]
+    tokens = "tokens were not counted; --tokenizer names what to count them with"
+    if measure:
+        length = f", held against {measure['sequence_len']:,}" if measure["sequence_len"] else ""
+        more = ", more than by Llama's" if measure["stand_in"] else ""
+        tokens = f"tokens by {measure['tokenizer']}{more}{length}"
+    head = ["file", "rows", "answers", "= text", "= words", "near", "conflict", "in train", "garbled", "longest"]
+    lines = [head]
+    notes = []
+    for file in report["files"]:
+        name = Path(file["file"]).name
+        if file["status"] == "absent":
+            lines.append([name, "absent: " + _how_to_get(report)])
+            continue
+        longest = f"{file['longest']['words']:,} words"
+        if file.get("tokens"):
+            longest = f"{file['tokens']['longest']:,} tokens"
+        overlap = file.get("in_train")
+        lines.append(
+            [
+                name,
+                f"{file['rows']:,}",
+                f"{file['different_answers']:,}",
+                *(f"{file['repeats'][kind]:,}" for kind in ("exact", "same_words", "near")),
+                f"{file['conflicts']:,}",
+                f"{overlap['same_words']:,}/{overlap['near']:,}" if overlap else "-",
+                f"{file['garbled']:,}",
+                f"{longest}, {file['longest']['bytes']:,} bytes",
+            ]
+        )
+        if file["labels"]:
+            notes.append(f"  {name}: {_listed(file['labels'])}")
+        if file["labels_corrected"] and file["labels_corrected"] != file["labels"]:
+            notes.append(f"  {name}, corrected: {_listed(file['labels_corrected'])}")
+    widths = [max(len(line[column]) for line in lines if len(line) == len(head)) for column in range(1, len(head))]
+    first = max(len(line[0]) for line in lines)
+    text = [f"{report['task']} ({tokens})"]
+    for line in lines:
+        cells = line[1:]
+        if len(line) == len(head):
+            cells = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+        text.append("  " + "  ".join([line[0].ljust(first), *cells]))
+    text += notes
+    for finding in report["findings"]:
+        shown = f" [line {', '.join(map(str, finding['first_lines']))}]" if finding["first_lines"] else ""
+        mark = "!" if finding["attention"] else "-"
+        text.append(f"  {mark} {Path(finding['file']).name}: {finding['finding']}{shown}")
+        text.append(f"      {finding['done']}")
+    return "\n".join(text)
+
+
+def _how_to_get(report: dict[str, Any]) -> str:
+    if report["released"]:
+        return f"make data TASK={report['task']}"
+    return f"not released; bring your own: make data TASK={report['task']} FILE=your_rows.jsonl"
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" if count == 1 else f"{count:,} rows"
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{label} {count:,}" for label, count in sorted(counts.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m finlora.data.audit", description="Audit the data files of tasks.")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help="tasks of data/tasks.yaml; all of them without")
+    parser.add_argument("--raw", type=Path, default=RAW, help="where the fetched files lie (data/raw)")
+    parser.add_argument("--json", type=Path, default=OUT, metavar="FOLDER", help="where <task>.json goes (data/audit)")
+    parser.add_argument("--file", type=Path, help="your own train rows, in place of the task's train file")
+    parser.add_argument("--context-column", default="context", help="the key or column of the question in --file")
+    parser.add_argument("--target-column", default="target", help="the key or column of the answer in --file")
+    parser.add_argument("--tokenizer", type=Path, help="a folder with tokenizer.json to count tokens with")
+    parser.add_argument("--sequence-len", type=int, help="the length to hold rows against (the recipe's)")
+    parser.add_argument("--no-tokens", action="store_true", help="do not count tokens")
+    options = parser.parse_args()
+    tasks = options.tasks or list(load_tasks())
+    if options.file and len(tasks) != 1:
+        raise UserError("--file: name the one task that the rows are for")
+    if options.file and not options.file.exists():
+        raise UserError(f"{options.file}: is not there; check the path")
+    attention = found = 0
+    for name in tasks:
+        report = audit(
+            name,
+            options.raw,
+            file=options.file,
+            context_column=options.context_column,
+            target_column=options.target_column,
+            tokenizer=options.tokenizer,
+            sequence_len=options.sequence_len,
+            count_tokens=not options.no_tokens,
+        )
+        with replacing(options.json / f"{name}.json") as out:
+            json.dump(report, out, indent=1, ensure_ascii=False)
+            out.write("\n")
+        print(render(report), end="\n\n", flush=True)
+        attention += sum(finding["attention"] for finding in report["findings"])
+        found += sum(file["status"] != "absent" for file in report["files"])
+    if not found:
+        raise UserError(f"{options.raw}: holds no file of {', '.join(tasks)}; run `make data`")
+    print(f"{found} files, {attention} findings need attention" + (" (marked !)" if attention else ""))
+    sys.exit(bool(attention))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,84 @@
+"""FinLoRA's test sets: their names and groups, and their rows with published and corrected labels."""
+
+import difflib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finlora.core.errors import UserError
+from finlora.core.files import sha256
+from finlora.core.paths import ROOT
+from finlora.data.corrections import applies, corrected_target
+from finlora.data.fetch import is_right, read_manifest
+from finlora.data.rows import read_rows
+from finlora.data.tasks import load_tasks
+
+RAW = ROOT / "data" / "raw"
+SAMPLE = ROOT / "data" / "sample"
+TASK_FILES = ROOT / "eval" / "tasks"
+
+
+@cache
+def all_sets() -> dict[str, dict[str, Any]]:
+    """Every test set by name: its entry of data/tasks.yaml with `task` added, in the order of the table."""
+    tasks = {name: entry for name, entry in load_tasks().items() if not entry["mixture_of"]}
+    return {name: spec | {"task": task} for task, entry in tasks.items() for name, spec in entry["tests"].items()}
+
+
+def groups() -> dict[str, list[str]]:
+    """Names that stand for several sets: FinLoRA's four groups (tags of the task files), the tasks, and `all`."""
+    found: dict[str, list[str]] = {}
+    for name in all_sets():
+        text = (TASK_FILES / f"{name}.yaml").read_text(encoding="utf-8")
+        group = yaml.load(text, Loader=yaml.BaseLoader)["tag"][0]
+        found.setdefault(group, []).append(name)
+    tasks = {name: list(entry["tests"]) for name, entry in load_tasks().items()}
+    # The task `finer` has two sets and one of them its name: the name stands for both.
+    return found | {name: sets for name, sets in tasks.items() if sets != [name]} | {"all": list(all_sets())}
+
+
+def choose(names: list[str]) -> list[str]:
+    """The test sets that names of sets, tasks and groups stand for, each once. UserError names the nearest."""
+    known, several = all_sets(), groups()
+    chosen: dict[str, None] = {}
+    for name in names:
+        if name not in known and name not in several:
+            near = difflib.get_close_matches(name, [*known, *several], 3)
+            hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join([*several, *known])}"
+            raise UserError(f"TASKS={','.join(names)}: no test set or group {name!r}; {hint}")
+        chosen |= dict.fromkeys(several.get(name) or [name])
+    return list(chosen)
+
+
+def read_set(name: str, folder: Path = RAW) -> dict[str, Any]:
+    """A test set's rows and facts: rows [{row (line), context, target, corrected}], path, sha256, published_file.
+
+    Only a file with the checksum of FinLoRA's is corrected. Raises UserError for a file that is missing or malformed,
+    and for one in data/raw that is not the published one.
+    """
+    spec = all_sets()[name]
+    path = Path(folder) / spec["file"]
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    pinned = {entry["path"]: entry for entry in read_manifest()["files"]}.get(f"data/{spec['file']}")
+    if not path.is_file():
+        where = f"make data TASK={spec['task']}" if pinned else f"bring your own as {shown}"
+        raise UserError(f"{shown}: is missing; {where}, or leave {name} out with TASKS=")
+    published = pinned is not None and is_right(path, pinned)
+    if pinned and not published and Path(folder) == RAW:
+        raise UserError(
+            f"{shown}: is not FinLoRA's published file (its checksum differs); run `make data TASK={spec['task']}`, or "
+            "keep files of your own in another folder and name it with TESTS="
+        )
+    correcting = applies(spec["file"], path)
+    rows = [
+        {
+            "row": row.line,
+            "context": row.context,
+            "target": row.target,
+            "corrected": corrected_target(spec["file"], row) if correcting else row.target,
+        }
+        for row in read_rows(path)
+    ]
+    return {"rows": rows, "path": str(shown), "sha256": sha256(path), "published_file": published}

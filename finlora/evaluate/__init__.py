@@ -1,0 +1,1 @@
+"""Evaluation: asking, scoring, statistics, reports."""

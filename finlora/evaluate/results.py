@@ -1,0 +1,337 @@
+"""What evaluations left under results/, read for the report and for comparisons.
+
+A subject (a base model, or one with an adapter) is a folder with run.json; each of its data sets is a folder in it
+with answers.jsonl and, once it is finished, set.json. Scores are never stored: they are computed from the answers, so
+that a scorer that is mended mends every report. Prompts can be long; they stay on disk until one is shown.
+"""
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finlora.core.errors import UserError
+from finlora.core.paths import ROOT
+from finlora.data.test_sets import all_sets
+from finlora.evaluate import scorers
+
+RESULTS = ROOT / "results"
+FORGETTING = ("mmlu", "gsm8k")
+NUMBER = (int, float)
+
+# The type of each key that is read; one that ends in "?" may be missing or null.
+RUN = {
+    "model": str,
+    "adapter?": str,
+    "adapter_sha256?": str,
+    "bits?": int,
+    "method?": str,
+    "r?": int,
+    "alpha?": NUMBER,
+    "prompt?": str,
+    "template_sha256?": str,
+    "way?": str,
+    "backend?": str,
+    "tiny?": bool,
+    "training?": dict,
+    "versions?": dict,
+    "git?": dict,
+    "device?": str,
+    "started?": str,
+}
+SET = {
+    "set": str,
+    "metric": str,
+    "evaluated": int,
+    "rows?": int,
+    "file?": str,
+    "sha256?": str,
+    "published_file?": bool,
+    "labels?": list,
+    "max_new_tokens?": int,
+    "seconds?": NUMBER,
+    "prompt_tokens?": int,
+    "answer_tokens?": int,
+    "encoder?": str,
+    "labels_used?": str,
+    "limit?": int,
+}
+ROW = {
+    "row": int,
+    "prompt": str,
+    "target": str,
+    "corrected": str,
+    "answer": str,
+    "seen?": bool,
+    "prompt_tokens?": int,
+    "answer_tokens?": int,
+    "stopped?": bool,
+    "bertscore?": NUMBER,
+}
+FORGETTING_ROW = {"row": int, "id": str, "prompt": str, "target": str, "answer": str, "right": NUMBER}
+
+
+@dataclass(eq=False)
+class Answers:
+    """One data set that a subject answered: set.json (`about`), its entry in data/tasks.yaml, and the rows in order.
+
+    `rows` maps the file's line number (forgetting sets: the question's id) to the row without its prompt and context.
+    """
+
+    folder: Path
+    about: dict[str, Any]
+    spec: dict[str, Any]
+    rows: dict[int | str, dict[str, Any]]
+    _items: dict[tuple, dict[str, list]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.about["set"]
+
+    @property
+    def forgetting(self) -> bool:
+        return self.about["metric"] == "lm_eval"
+
+    @property
+    def bertscore(self) -> bool:
+        return self.about["metric"] == "bertscore_f1"
+
+    def labels(self) -> list[str]:
+        """The label versions that differ on these rows, the one that was asked for first."""
+        if self.forgetting or all(row["corrected"] == row["target"] for row in self.rows.values()):
+            return ["published"]
+        used = self.about["labels_used"]
+        return [used, "published" if used == "corrected" else "corrected"]
+
+    def targets(self, labels: str, lines: Collection[int]) -> list[str]:
+        """The right answers to these lines under "published" or "corrected" labels."""
+        key = "target" if self.forgetting or labels == "published" else "corrected"
+        return [self.rows[line][key] for line in lines]
+
+    def scorings(self) -> dict[str, Callable]:
+        """The scorings of this set by name, the primary one first; empty where the values were measured elsewhere."""
+        return {} if self.forgetting else scorers.scorings(self.name, self.spec)
+
+    def items(self, labels: str, scoring: str | None = None, lines: tuple | None = None) -> dict[str, list]:
+        """The items (finlora.evaluate.scorers) of these lines, or of all, under one version of the labels and one
+        scoring.
+
+        Items name rows by their place in `lines`. Without a scoring it is the primary one.
+        """
+        lines = tuple(self.rows) if lines is None else lines
+        ways = self.scorings()
+        scoring = scoring or next(iter(ways), None)
+        key = (labels, scoring, lines)
+        if key not in self._items:
+            rows = [self.rows[line] for line in lines]
+            if self.forgetting:
+                items = {
+                    "row": list(range(len(rows))),
+                    "target": [row["target"] for row in rows],
+                    "predicted": [row["answer"] for row in rows],
+                    "right": [float(row["right"]) for row in rows],
+                    "unparsed": [False] * len(rows),
+                }
+            elif self.bertscore:
+                items = scorers.bertscore_items([row["bertscore"] for row in rows])
+            else:
+                items = ways[scoring]([row["answer"] for row in rows], self.targets(labels, lines))
+            self._items[key] = items
+        return self._items[key]
+
+    def prompts(self, lines: Collection[int]) -> dict[int, str]:
+        """The full prompts of some lines, read from disk."""
+        wanted = set(lines)
+        found = {}
+        for row in _json_lines(self.folder / "answers.jsonl"):
+            if row["row"] in wanted:
+                found[row["row"]] = row["prompt"]
+        return found
+
+
+@dataclass(eq=False)
+class Subject:
+    """A model that was evaluated: the name of its folder, run.json (`run`), its finished sets in tasks.yaml's order."""
+
+    name: str
+    run: dict[str, Any]
+    sets: dict[str, Answers]
+
+
+class _Broken(Exception):
+    """A file that an evaluation left is not as it wrote it: one line that names the file and what to do."""
+
+
+def names(folder: Path = RESULTS) -> list[str]:
+    """The subjects under `folder`. Raises UserError where there is none."""
+    found = sorted(path.name for path in folder.iterdir() if _is_result(path)) if folder.is_dir() else []
+    if not found:
+        raise UserError(f"{show(folder)}: holds no results yet; evaluate first: make eval RECIPE=sentiment_r8_dora")
+    return found
+
+
+def read(folder: Path = RESULTS, only: Collection[str] = ()) -> tuple[dict[str, Subject], list[str]]:
+    """Every subject under `folder` by name (or only these), and one line for each thing that cannot be used.
+
+    Raises UserError where there is nothing at all.
+    """
+    folders = [folder / name for name in names(folder) if not only or name in only]
+    subjects, warnings = {}, []
+    for path in folders:
+        if (part := path / "answers.part.jsonl").exists():
+            warnings.append(f"{show(path)}: unfinished ({_count(part)} kept); the same make eval goes on from there")
+            if not (path / "run.json").exists():
+                continue
+        try:
+            run = _object(path / "run.json", RUN)
+        except _Broken as error:
+            warnings.append(str(error))
+            continue
+        sets = {}
+        for inside in sorted(path.iterdir(), key=lambda inside: (set_order(inside.name), inside.name)):
+            if _is_result(inside):
+                try:
+                    sets[inside.name] = _read_set(inside)
+                except _Broken as error:
+                    warnings.append(str(error))
+        subjects[path.name] = Subject(path.name, run, sets)
+    return subjects, warnings
+
+
+def base_of(subject: Subject, subjects: dict[str, Subject]) -> Subject | None:
+    """An adapter's base: the one with equal model, bits, backend and tiny; with the same prompt if there is one."""
+    if not subject.run["adapter"]:
+        return None
+    same = [
+        other
+        for other in subjects.values()
+        if not other.run["adapter"]
+        and all(other.run[key] == subject.run[key] for key in ("model", "bits", "backend", "tiny"))
+    ]
+    return min(same, key=lambda other: (other.run["prompt"] != subject.run["prompt"], other.name), default=None)
+
+
+def common(a: Answers, b: Answers) -> tuple:
+    """The lines that both answered, in file order."""
+    return tuple(line for line in a.rows if line in b.rows)
+
+
+def unlike(a: Answers, b: Answers) -> str | None:
+    """Why two subjects' answers to one set cannot be paired row by row; None where they can."""
+    if a.about["sha256"] != b.about["sha256"]:
+        return "another file (its SHA-256 differs)"
+    if (a.about["metric"], a.about["encoder"]) != (b.about["metric"], b.about["encoder"]):
+        return f"another measure ({_measure(a)} and {_measure(b)})"
+    lines = common(a, b)
+    if not lines:
+        return "other rows (none that both answered)"
+    for line in lines:
+        if any(a.rows[line].get(key) != b.rows[line].get(key) for key in ("target", "corrected")):
+            return f"other rows (row {line} has another target)"
+    return None
+
+
+def _measure(answers: Answers) -> str:
+    return answers.about["encoder"] or answers.about["metric"]
+
+
+def pair(a: Answers, b: Answers, labels: str) -> tuple[tuple, dict[str, list], dict[str, list]]:
+    """The lines that both answered and each one's items on them, scored with one set of labels."""
+    lines = common(a, b)
+    return lines, a.items(labels, None, lines), b.items(labels, None, lines)
+
+
+def keep(items: dict[str, list], places: Collection[int]) -> dict[str, list]:
+    """The items whose row is one of these places."""
+    places = set(places)
+    chosen = [i for i, row in enumerate(items["row"]) if row in places]
+    return {key: [values[i] for i in chosen] for key, values in items.items()}
+
+
+def set_order(name: str) -> int:
+    """Where a test set stands in data/tasks.yaml; the forgetting sets and unknown ones come after."""
+    return list(all_sets()).index(name) if name in all_sets() else len(all_sets())
+
+
+def _is_result(path: Path) -> bool:
+    # make eval FORCE=1 keeps earlier results in aside/.
+    return path.is_dir() and not path.name.startswith(".") and path.name != "aside"
+
+
+def _count(path: Path) -> str:
+    with open(path, "rb") as file:
+        return f"{sum(1 for _ in file):,} answers"
+
+
+def _read_set(folder: Path) -> Answers:
+    answers, done = folder / "answers.jsonl", folder / "set.json"
+    if not done.exists():
+        so_far = _count(answers) if answers.exists() else "no answers"
+        raise _Broken(f"{show(folder)}: unfinished ({so_far} so far); the same make eval goes on from there")
+    about = _object(done, SET)
+    if about["set"] != folder.name:
+        raise _Broken(f"{show(done)}: is of the set {about['set']!r} and lies in {folder.name}/; evaluate it again")
+    shape = FORGETTING_ROW if about["metric"] == "lm_eval" else ROW
+    name = "id" if about["metric"] == "lm_eval" else "row"
+    if name == "row" and about["labels_used"] not in ("corrected", "published"):
+        raise _Broken(f"{show(done)}: 'labels_used' is neither corrected nor published; evaluate again")
+    rows = {}
+    for line, row in enumerate(_json_lines(answers), 1):
+        _check(f"{show(answers)}:{line}", row, shape)
+        if row[name] in rows:
+            raise _Broken(f"{show(answers)}:{line}: {name} {row[name]} is there twice; {AGAIN}")
+        if about["metric"] == "bertscore_f1" and row["bertscore"] is None:
+            raise _Broken(f"{show(answers)}:{line}: has no bertscore; {AGAIN}")
+        rows[row[name]] = {key: value for key, value in row.items() if key not in ("prompt", "context")}
+    if len(rows) != about["evaluated"] or not rows:
+        raise _Broken(f"{show(answers)}: has {len(rows):,} answers and set.json says {about['evaluated']:,}; {AGAIN}")
+    return Answers(folder, about, all_sets().get(folder.name, about), rows)
+
+
+AGAIN = "remove its set.json and evaluate again"
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line, text in enumerate(file, 1):
+                try:
+                    yield json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    what = "is not JSON" if text.endswith("\n") else "is cut short"
+                    raise _Broken(f"{show(path)}:{line}: {what}; {AGAIN}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise _Broken(f"{show(path)}: cannot be read ({_why(error)}); {AGAIN}") from error
+
+
+def _object(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _Broken(f"{show(path)}: cannot be read ({_why(error)}); evaluate again") from error
+    _check(show(path), value, shape)
+    return value
+
+
+def _check(where: str, value: Any, shape: dict[str, Any]) -> None:
+    """Raise _Broken unless the object has these keys and types; keys that may be missing are set to None."""
+    if not isinstance(value, dict):
+        raise _Broken(f"{where}: is not an object; evaluate again")
+    for key, kind in shape.items():
+        key, optional = key.rstrip("?"), key.endswith("?")
+        if optional and value.setdefault(key, None) is None:
+            continue
+        if not isinstance(value.get(key), kind) or (kind in (int, NUMBER) and isinstance(value[key], bool)):
+            raise _Broken(f"{where}: {key!r} is {'wrong' if key in value else 'missing'}; evaluate again")
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "it is not there"
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())[:120]
+
+
+def show(path: Path) -> str:
+    """A path as short as it can be said: from the repository's root where it is inside."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -1,0 +1,274 @@
+"""Answers scored: by FinLoRA's rules with their ties decided, and strictly beside.
+
+A scorer turns the answers of a test set into items, a dictionary of equally long lists: row (index of the answer),
+target, predicted (the class for F1), right (0 to 1) and unparsed. An item is an answer, or one tag of it where a target
+is several comma-separated tags. summary() turns items into scores, finlora/evaluate/statistics.py resamples them. On
+every test set answers equal to the targets score 1.0 and answers that hold nothing of them 0; neither the order of
+labels nor PYTHONHASHSEED changes a score.
+"""
+
+import ast
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+from finlora.core.errors import UserError
+
+Items = dict[str, list]
+
+UNPARSED = "unparsed"
+# Besides the strict scorer these sets have one that takes a number within 1% of the target.
+NUMERIC = ("formula", "xbrl_extract_value", "xbrl_extract_formula_calculations")
+TWO_DECIMALS = 0.005 + 1e-9  # half a unit of the second decimal and a float's noise
+EXACT = 1e-9  # of the number's size: a float's noise
+
+SIGNS = str.maketrans({"−": "-", "–": "-", "×": "*", "÷": "/"})
+NUMBER = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?(?![0-9])"
+PLAIN = re.compile(rf"([-+]?)\s*[$€£]?\s*({NUMBER})\s*(%?)")
+TERM = re.compile(rf"[$€£]?\s*({NUMBER})\s*(%?)")
+DATE = re.compile(r"[0-9]{1,4}([-/])[0-9]{1,2}\1[0-9]{1,4}")
+LONGEST_CALCULATION = 500  # characters; what is longer could exhaust Python's parser
+OPERATIONS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
+
+
+def scorings(name: str, spec: dict[str, Any]) -> dict[str, Callable[[Sequence[str], Sequence[str]], Items]]:
+    """The ways to score the test set `name`, the primary one first; each takes the answers and the targets.
+
+    There is none for a bertscore_f1 set, whose scores finlora/evaluate/bertscore.py measures: see bertscore_items().
+    """
+    if spec["metric"] == "bertscore_f1":
+        return {}
+    ways = {"finlora": partial(finlora, spec), "strict": partial(strict, spec)}
+    if name == "nwgi":
+        ways["three classes"] = partial(_three_classes, spec)
+    if name in NUMERIC:
+        ways["within 1%"] = partial(strict, spec, share=0.01)
+    return ways
+
+
+def finlora_label(answer: str, labels: Iterable[str]) -> str:
+    """The label that stands earliest in the answer as a case-insensitive substring; without one the answer itself.
+
+    FinLoRA leaves a tie to the hash order of a set. Here the longest label wins ("150.0" over "15"), so an answer that
+    is a label is that label. Of labels that differ in case only, the first in sorted order is returned.
+    """
+    return _earliest(answer, _lowered(labels)) or answer
+
+
+def finlora(spec: dict[str, Any], answers: Sequence[str], targets: Sequence[str]) -> Items:
+    """FinLoRA's score: an answer is right when its earliest label (finlora_label) equals the target, case aside.
+
+    The labels are the targets given, whatever the table of tasks says; fewer rows have fewer labels and are easier.
+    Several tags are compared by their place: a missing one is empty, surplus ones are left out. For F1 a wrong answer
+    is a class of its own under its raw text, so it hardly ever counts against another class's precision.
+    """
+    rows = list(_rows(spec, answers, targets))
+    labels = _lowered(target for _, _, target in rows)
+    items = _no_items()
+    for row, answer, target in rows:
+        label = _earliest(answer, labels)
+        right = (label or answer).lower() == target.lower()
+        _add(items, row, target, target if right else answer, right, not label and not right)
+    return items
+
+
+def strict(spec: dict[str, Any], answers: Sequence[str], targets: Sequence[str], share: float = 0.0) -> Items:
+    """The strict score: the whole answer must be the target, not merely hold it.
+
+    Case, spaces, and quotes or punctuation around the answer do not count. Where the table of tasks lists labels, only
+    a label is an answer. Where the target is a number ("$1,234.50", "(5)" for -5, "2e6", "12.5%" as 12.5 or 0.125) it
+    is compared to two decimals in Financial Math, which asks for two, and exactly elsewhere; a calculation with numbers
+    ("(3 - 1) / 4") is compared by its value; `share` tolerates that part of the target's size (0.01: 1%). Anything else
+    is compared as text. Several tags are compared by their place as in finlora().
+    Predicted is "unparsed" for an answer that has no letter or digit, is no label, is no number or calculation where
+    the target is one, or is several words where the target is one.
+    """
+    rows = list(_rows(spec, answers, targets))
+    closed, tags = spec["labels"] is not None, spec["metric"] == "tag_accuracy_f1"
+    # A target that the table does not list is an answer all the same.
+    spellings = {_plain(text): text for text in sorted({*(spec["labels"] or ()), *(target for *_, target in rows)})}
+    items = _no_items()
+    for row, answer, target in rows:
+        given, wanted = _plain(answer), _plain(target)
+        target = spellings[wanted]
+        if given == wanted:
+            predicted = target
+        elif closed:
+            predicted = spellings.get(given) or spellings.get(given.strip("()[]{}"), UNPARSED)
+        elif not tags and (numbers := _number(target) or _calculation(target)):
+            found = _number(answer) or ([] if _number(target) else _calculation(answer))
+            slack = TWO_DECIMALS if spec["metric"] == "accuracy" else EXACT * abs(numbers[0])
+            if _near(found, numbers, slack, share):
+                predicted = target
+            else:
+                predicted = spellings.get(given, given) if found else UNPARSED
+        else:
+            prose = " " in given and " " not in wanted
+            predicted = spellings.get(given, UNPARSED if prose or not re.search(r"\w", given) else given)
+        _add(items, row, target, predicted, predicted == target, predicted == UNPARSED != target)
+    return items
+
+
+def bertscore_items(values: Sequence[float]) -> Items:
+    """Items of a bertscore_f1 set, one an answer: right is its BERTScore F1, and there are no classes."""
+    items = _no_items()
+    for row, value in enumerate(values):
+        _add(items, row, "", "", value, False)
+    return items
+
+
+def summary(items: Items) -> dict[str, float | int | None]:
+    """accuracy (the mean of right), weighted_f1, macro_f1 (each 0 to 1), and the counts unparsed and items.
+
+    Both F1 are over the classes that targets have; weighted_f1 is also what scikit-learn gives over all classes. They
+    are None where there are no classes (BERTScore). Raises UserError where there are no items.
+    """
+    if not items["right"]:
+        raise UserError("there are no answers to score; evaluate at least one row")
+    weighted = macro = None
+    if any(items["target"]):
+        target, predicted, classes = codes(items)
+        hits = np.bincount(target[target == predicted], minlength=classes)
+        support, claims = (np.bincount(each, minlength=classes + 1)[:classes] for each in (target, predicted))
+        weighted, macro = (float(score) for score in f1(support, claims, hits))
+    return {
+        "accuracy": math.fsum(items["right"]) / len(items["right"]),
+        "weighted_f1": weighted,
+        "macro_f1": macro,
+        "unparsed": sum(items["unparsed"]),
+        "items": len(items["right"]),
+    }
+
+
+def codes(items: Items) -> tuple[np.ndarray, np.ndarray, int]:
+    """Target and predicted class of each item as numbers, and how many classes the targets have.
+
+    Predictions outside the targets' classes have that count as their number: none of them can be a hit.
+    """
+    classes = {name: code for code, name in enumerate(sorted(set(items["target"])))}
+    target = np.array([classes[name] for name in items["target"]])
+    predicted = np.array([classes.get(name, len(classes)) for name in items["predicted"]])
+    return target, predicted, len(classes)
+
+
+def f1(support: np.ndarray, claims: np.ndarray, hits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted and macro F1 from each class's counts of targets, predictions and right predictions (last axis)."""
+    scores = 2 * hits / np.maximum(support + claims, 1)
+    there = support > 0
+    return (scores * support).sum(-1) / support.sum(-1), (scores * there).sum(-1) / there.sum(-1)
+
+
+def _three_classes(spec: dict[str, Any], answers: Sequence[str], targets: Sequence[str]) -> Items:
+    """NWGI as its text describes it: the seven labels without their strength ("mildly positive" is positive)."""
+    seven = spec["labels"] or sorted(set(targets))
+    three = {label.split()[-1] for label in seven}
+    items = strict(spec | {"labels": [*seven, *three]}, answers, targets)
+    for key in ("target", "predicted"):
+        items[key] = [label.split()[-1] for label in items[key]]
+    items["right"] = [float(one == other) for one, other in zip(items["target"], items["predicted"], strict=True)]
+    return items
+
+
+def _rows(spec: dict[str, Any], answers: Sequence[str], targets: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Yield (index of the answer, answer, target) of each item."""
+    for row, (answer, target) in enumerate(zip(answers, targets, strict=True)):
+        if spec["metric"] != "tag_accuracy_f1":
+            yield row, answer, target
+            continue
+        given = [tag.strip() for tag in answer.split(",")]
+        wanted = [tag.strip() for tag in target.split(",")]
+        given += [""] * (len(wanted) - len(given))
+        for answer_tag, target_tag in zip(given, wanted, strict=False):  # leaves out surplus answers
+            yield row, answer_tag, target_tag
+
+
+def _no_items() -> Items:
+    return {"row": [], "target": [], "predicted": [], "right": [], "unparsed": []}
+
+
+def _add(items: Items, row: int, target: str, predicted: str, right: float, unparsed: bool) -> None:
+    for key, value in zip(items, (row, target, predicted, float(right), unparsed), strict=True):
+        items[key].append(value)
+
+
+def _lowered(labels: Iterable[str]) -> dict[str, str]:
+    """Labels by their lower case; an empty label would be found in every answer."""
+    return {label.lower(): label for label in sorted(set(labels), reverse=True) if label}
+
+
+def _earliest(answer: str, lowered: dict[str, str]) -> str | None:
+    text = answer.lower()
+    places = [(text.find(label), -len(label), label) for label in lowered if label in text]
+    return lowered[min(places)[2]] if places else None
+
+
+def _plain(text: str) -> str:
+    """Text without what an answer may differ in: case, spaces, and quotes, emphasis or punctuation around it."""
+    text = re.sub(r"\s*([-+*/^()=])\s*", r"\1", " ".join(text.lower().split()))
+    # A full stop in front belongs to a number.
+    return text.lstrip(" \"'`“”‘’«»*").rstrip(" \"'`“”‘’«»*.,;:!?")
+
+
+def _number(text: str) -> list[float]:
+    """The number that a text is, [12.5] or for a percentage [12.5, 0.125]; nothing where it is something else."""
+    text = _plain(text).translate(SIGNS)
+    negative = text.startswith("(") and text.endswith(")")
+    match = PLAIN.fullmatch(text[1:-1] if negative else text)
+    if not match:
+        return []
+    value = float(match[2].replace(",", ""))
+    if negative or match[1] == "-":
+        value = -value
+    return ([value, value / 100] if match[3] else [value]) if math.isfinite(value) else []
+
+
+def _calculation(text: str) -> list[float]:
+    """The value of a calculation with + - * / ^ and brackets; nothing where the text is something else or a date.
+
+    Of "a = b = c" it is the first part that is one.
+    """
+    text = text.translate(SIGNS).replace("^", "**").strip(" \"'`")
+    if len(text) > LONGEST_CALCULATION or DATE.fullmatch(text):
+        return []
+    for part in text.split("="):
+        terms = TERM.sub(lambda match: f"({float(match[1].replace(',', ''))!r}{'/100' * bool(match[2])})", part)
+        if re.search(r"[^-+*/()\s]", TERM.sub("", part)):
+            continue
+        try:
+            value = _value(ast.parse(terms.strip(), mode="eval").body)
+        except (ArithmeticError, SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, float) and math.isfinite(value):
+            return [value]
+    return []
+
+
+def _value(node: ast.expr) -> float | complex:
+    """Raises TypeError for anything but numbers and OPERATIONS."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATIONS:
+        return OPERATIONS[type(node.op)](_value(node.operand))
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
+        return OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
+    raise TypeError(ast.dump(node))
+
+
+def _near(found: list[float], wanted: list[float], slack: float, share: float) -> bool:
+    if len(found) == len(wanted):  # two percentages are compared as such
+        found, wanted = found[:1], wanted[:1]
+    return any(abs(one - other) <= max(slack, share * abs(other)) for one, other in product(found, wanted))

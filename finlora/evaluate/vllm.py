@@ -1,0 +1,84 @@
+"""vLLM on merged weights, in an environment of its own: it pins another torch than axolotl, and refuses DoRA adapters.
+
+`make vllm` sets .venv-vllm up. The server is started on this machine for one evaluation and ended with it.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from finlora.core.errors import UserError
+from finlora.core.paths import ROOT
+
+VLLM = ROOT / ".venv-vllm" / "bin" / "vllm"
+START = 900  # seconds; loading 8B weights and capturing graphs takes about two minutes on an H200
+
+
+def merged(plan: dict[str, Any], subject: dict[str, Any], tokenizer) -> Path:
+    """A folder with the subject's weights in 16 bits and its tokenizer: made once, named by what is in it."""
+    from finlora.models import load as models
+
+    if not VLLM.is_file():
+        raise UserError(f"{VLLM.relative_to(ROOT)}: is not there; `make vllm` sets vLLM up, in its own environment")
+    key = f"{(subject['adapter_sha256'] or 'base')[:12]}-{subject['template_sha256'][:12]}-{subject['bits']}bit"
+    folder = ROOT / ".cache" / f"merged-{Path(subject['model']).name}-{key}"
+    if folder.is_dir():
+        return folder
+    model = models.load_base(plan["model"], plan["bits"])
+    if subject["adapter"]:
+        model = models.attach(model, plan["adapter"])
+    folder.parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merged-") as beside:
+        whole = Path(beside) / "model"
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        whole.rename(folder)
+    return folder
+
+
+@contextmanager
+def serving(weights: Path, name: str) -> Iterator[Any]:
+    """lm-eval's view of a vLLM server on `weights`; its log is beside the folder. UserError where it does not start."""
+    from finlora.evaluate.endpoint import Endpoint
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = weights.with_name(f"{weights.name}.log")
+    command = [VLLM, "serve", weights, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    with log.open("wb") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(server, url, log)
+        yield Endpoint(f"{url}/v1", name)
+    finally:
+        os.killpg(server.pid, signal.SIGTERM) if server.poll() is None else None
+        server.wait()
+
+
+def wait_until_ready(server: subprocess.Popen, url: str, log: Path) -> None:
+    deadline = time.monotonic() + START
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+            raise UserError(
+                f"vLLM ended with exit code {server.returncode} ({last[:200]}); see {log.relative_to(ROOT)}"
+            )
+        try:
+            if requests.get(f"{url}/health", timeout=5).ok:
+                return
+        except requests.RequestException:
+            time.sleep(0.5)
+    raise UserError(f"vLLM did not answer within {START} s; see {log.relative_to(ROOT)}")

@@ -1,0 +1,293 @@
+"""Publish a trained adapter, or its merged model, on the Hugging Face Hub with a model card (`make publish`).
+
+python -m finlora.export.publish --recipe sentiment_r8_dora --repo name/model [--merged] [--private] [--push]
+
+Without --push nothing leaves this machine: the card is written, and what would go is listed. Weights, configuration and
+tokenizer go, named one by one in FILES; checkpoints, logs and run.json do not. The token comes from HF_TOKEN alone.
+"""
+
+import argparse
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fastdora.plugin.safety import LOOKS_SECRET
+from finlora.core import html
+from finlora.core.errors import UserError, run
+from finlora.core.files import read_json, replacing
+from finlora.core.paths import ROOT, shown
+from finlora.data.corrections import load_corrections
+from finlora.data.tasks import load_tasks
+from finlora.evaluate import report, results
+from finlora.export.subject import check_weights, need_merged, subject
+
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+DEFECTS = ROOT / "data" / "README.md"
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+FILES = {
+    "adapter": ["adapter_config.json", "adapter_model.safetensors", *TOKENIZER],
+    "merged": [
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        *TOKENIZER,
+    ],
+}
+LLAMA = {
+    "name": "Llama 3.1 Community License",
+    "url": "https://www.llama.com/llama3_1/license/",
+    "notice": "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. "
+    "All Rights Reserved.",
+}
+# How data/README.md's table of defects calls the data sets.
+CALLED = {
+    "fpb": "FPB",
+    "fiqa": "FiQA",
+    "tfns": "TFNS",
+    "nwgi": "NWGI",
+    "xbrl_term": "xbrl_term",
+    "xbrl_extract_tags": "XBRL contexts",
+    "financebench": "FinanceBench",
+    "formula": "Financial Math",
+}
+
+
+def publish(
+    plan: dict[str, Any], repo: str, merged: bool = False, private: bool = False, push: bool = False
+) -> list[str]:
+    """Write the card, list what goes, and with `push` push it; return the names. Raises UserError in one line."""
+    check_repo(repo)
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if push and not token:
+        raise UserError(
+            "HF_TOKEN is not set; make a token that may write at huggingface.co/settings/tokens, and set it"
+        )
+    folder = need_merged(plan) if merged else plan["adapter"]
+    if merged:
+        check_weights(folder)
+    card = plan["folder"] / "publish" / "README.md"
+    llama = plan["run"]["base_model"].startswith("meta-llama/Llama-3.1")
+    content = model_card(plan, repo, folder if merged else None, llama)
+    with replacing(card) as file:
+        file.write(content)
+    going: dict[str, Path | bytes] = {"README.md": content.encode()}
+    if llama:
+        going["NOTICE.txt"] = f"{LLAMA['notice']}\n".encode()
+    patterns = FILES["merged" if merged else "adapter"]
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        going[path.name] = without_places(path) if path.name == "adapter_config.json" else path
+    for name, source in going.items():
+        check_text(name, source)
+    print(f"card      {shown(str(card))}")
+    if llama and not repo.split("/")[1].startswith("Llama"):
+        print(f"note      Llama's licence wants the model's name to begin with Llama: {repo.replace('/', '/Llama-')}")
+    if llama:
+        print(
+            "note      it also wants a copy of itself beside the weights, which is not at hand here: add it on the Hub"
+        )
+    if "\nNot evaluated" in content:
+        print(f"note      the card has no scores: run `make eval {plan['given']} BASE=1` first")
+    print(f"{'pushing' if push else 'would push'} to {repo}{' (private)' if private else ''}:")
+    for name, source in going.items():
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        print(f"  {name:<32}{size / 1e6:>12.3f} MB")
+    if push:
+        print(f"published {upload(repo, going, private, token, plan['name'])}")
+    else:
+        print("nothing was pushed; PUSH=1 pushes")
+    return list(going)
+
+
+def check_repo(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        if repo.count("/") != 1:
+            raise HFValidationError
+    except HFValidationError as error:
+        raise UserError(
+            f"REPO={repo}: is not <user or organisation>/<model>; letters, digits, '-', '_' and '.', at most 96 in all"
+        ) from error
+
+
+def without_places(path: Path) -> bytes:
+    """adapter_config.json with a base that is a folder of this machine under its name alone."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if (ROOT / str(config["base_model_name_or_path"])).is_dir():
+        config["base_model_name_or_path"] = Path(config["base_model_name_or_path"]).resolve().name
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def check_text(name: str, source: Path | bytes) -> None:
+    """UserError where a text that would go holds what looks like a secret, or a path of this machine."""
+    if name.endswith(".safetensors"):
+        return
+    text = (source if isinstance(source, bytes) else source.read_bytes()).decode("utf-8", "replace")
+    token = os.environ.get("HF_TOKEN", "").strip()
+    if LOOKS_SECRET.search(text) or (token and token in text):
+        raise UserError(f"{name}: holds what looks like a secret; remove it before it is published")
+    for place in (str(ROOT), f"{Path.home()}/"):
+        if place in text and place != "//":  # HOME=/, as in a container whose user has no account
+            raise UserError(f"{name}: holds a path of this machine ({place}); remove it before it is published")
+
+
+def upload(repo: str, going: dict[str, Path | bytes], private: bool, token: str, name: str) -> str:
+    """One commit with everything; the model's address. Files that are there already are not sent again."""
+    import httpx
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+    operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=source) for path, source in going.items()]
+    try:
+        url = api.create_repo(repo, private=private or None, exist_ok=True)
+        api.create_commit(repo, operations, commit_message=f"{name}: weights, tokenizer and card")
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"REPO={repo}: {reason(error).replace(token, '***')}") from error
+    return str(url)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong with the Hub and what to do, in one line."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    while not isinstance(error, HfHubHTTPError) and error.__cause__:
+        error = error.__cause__
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; unset it to push"
+    if not isinstance(error, HfHubHTTPError):
+        return (
+            f"the Hub cannot be reached or broke off ({' '.join(str(error).split())[:120]}); run the same command again"
+        )
+    status = error.response.status_code
+    said = " ".join((error.server_message or "").split())[:120]
+    said = f"{status}{f', {said}' if said else ''}"
+    if status == 401:
+        return f"the Hub does not accept HF_TOKEN ({said}); make one that may write at huggingface.co/settings/tokens"
+    if status in (403, 404):
+        return f"HF_TOKEN may not write there ({said}); name a repository of yours, or a token with write access"
+    if status == 429 or status >= 500:
+        return f"the Hub answers {said}; wait a little and run the same command again"
+    return f"the Hub refuses ({said})"
+
+
+def model_card(plan: dict[str, Any], repo: str, merged: Path | None, llama: bool) -> str:
+    """The card: how to load it, prompt, data with its defects, scores, recipe, versions, licences."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    record, recipe = plan["record"], plan["run"]
+    task = next((part for part in Path(recipe["datasets"][0]["path"]).parts if part in load_tasks()), "sentiment")
+    entry = load_tasks()[task]
+    parts = entry["mixture_of"] or [task]
+    tests = entry["tests"]
+    base = recipe["base_model"] if not (ROOT / recipe["base_model"]).is_dir() else Path(plan["model"]).name
+    sources = [load_tasks()[part]["source"] for part in parts] + [test["source"] for test in tests.values()]
+    hub = "https://huggingface.co/datasets/"
+    rows = prepared(record)
+    names = sorted({source.removeprefix(hub) for source in sources if source.startswith(hub)}) or None
+    data = ModelCardData(
+        language="en",
+        license="llama3.1" if llama else "other",
+        license_name=None if llama else "that-of-the-base-model",
+        library_name="transformers" if merged else "peft",
+        pipeline_tag="text-generation",
+        base_model=None if base == Path(plan["model"]).name else base,
+        datasets=names if record["data_from"] == "raw" and not (rows and rows["settings"]["file"]) else None,
+        tags=["finance", "finlora", "axolotl", plan["facts"]["method"]],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        repo=repo,
+        name=repo.split("/")[1],
+        plan=plan,
+        base=base,
+        merged=read_json(merged / "merge.json") if merged else None,
+        llama=LLAMA if llama else None,
+        recipe_text=(plan["adapter"] / "recipe.yaml").read_text(encoding="utf-8").replace(f"{ROOT}/", "").strip(),
+        method=report.METHODS[plan["facts"]["method"]],
+        record=record,
+        entry=entry,
+        task=task,
+        trained_on={part: load_tasks()[part] for part in parts},
+        tests=tests,
+        prepared=rows,
+        defects=defects(tests),
+        corrections={file: load_corrections()[file] for file in files_of(parts, tests) if file in load_corrections()},
+        # A sweep keeps its points' evaluations beside them.
+        subjects=scores(plan["facts"]["sha256"], results.RESULTS, plan["folder"].parent / "results"),
+        percent=html.percent,
+        signed=html.signed,
+        metrics=record["metrics"],
+    )
+    return card.content.strip() + "\n"
+
+
+def files_of(parts: list[str], tests: dict[str, Any]) -> list[str]:
+    return [load_tasks()[part]["train"] for part in parts] + [test["file"] for test in tests.values()]
+
+
+def prepared(record: dict[str, Any]) -> dict[str, Any] | None:
+    """prepared.json of the rows that were trained on; None where they have been prepared anew since, or elsewhere."""
+    for name, digest in record["data"].items():
+        found = read_json((ROOT / name).parent / "prepared.json")
+        if found and found.get("outputs", {}).get(Path(name).name) == digest:
+            return found
+    return None
+
+
+def defects(tests: dict[str, Any]) -> list[tuple[str, str]]:
+    """(defect, what is done about it) from data/README.md's table: those of all data, and of these test sets."""
+    text = DEFECTS.read_text(encoding="utf-8")
+    ours = {CALLED[name] for name in tests if name in CALLED}
+    found = []
+    for line in text.splitlines():
+        cells = re.split(r"(?<!\\)\|", line)
+        if len(cells) == 6 and cells[1].strip().isdigit():
+            defect, done = cells[2].strip(), cells[4].strip()
+            named = {name for name in CALLED.values() if name in defect}
+            if not named or named & ours:
+                found.append((defect, re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", done)))
+    return found
+
+
+def scores(sha256: str, *folders: Path) -> list[dict[str, Any]]:
+    """For each evaluation of this very adapter: its name, how it was run, a row for each test set, and its notes."""
+    found = {}
+    for folder in folders:
+        with suppress(UserError):  # nothing is evaluated there
+            found |= results.read(folder)[0]
+    shown_ = []
+    for one in found.values():
+        if one.run["adapter_sha256"] == sha256 and one.sets:
+            base = results.base_of(one, found)
+            others = base.sets if base else {}
+            answers = [answer for answer in one.sets.values() if not answer.forgetting]
+            rows = [row for answer in answers for row in report.lines(answer, others.get(answer.name))]
+            shown_.append({"facts": report.facts(one.run), "rows": rows, "notes": report.notes(one, base)})
+    return shown_
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--recipe", help="a trained recipe, by its name or FinLoRA's")
+    parser.add_argument("--tiny", action="store_true", help="the adapter of a TINY=1 run")
+    parser.add_argument("--repo", default="", help="<user or organisation>/<model> on the Hub")
+    parser.add_argument("--merged", action="store_true", help="the merged model instead of the adapter")
+    parser.add_argument("--private", action="store_true", help="where the repository is new: visible to you alone")
+    parser.add_argument("--push", action="store_true", help="push; without it nothing leaves this machine")
+    given = parser.parse_args()
+    if not given.recipe:
+        raise UserError("give RECIPE=<trained recipe> and REPO=<user or organisation>/<model>")
+    plan = subject(given.recipe, None, None, None, given.tiny)
+    publish(plan, given.repo, given.merged, given.private, given.push)
+
+
+if __name__ == "__main__":
+    run(main)

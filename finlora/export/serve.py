@@ -1,0 +1,140 @@
+"""Serve a merged model behind an OpenAI-compatible endpoint (`make serve`), on this machine alone unless HOST= says so.
+
+python -m finlora.export.serve --recipe sentiment_r8_dora [--tiny] [--port 8000] [--host 0.0.0.0] [-- vLLM's own
+    options]
+
+With a GPU it is vLLM, in its own environment; without one `transformers serve`, one request at a time, to try the way.
+Prompts are made with the chat template saved beside the weights, answers are greedy unless a request says otherwise.
+"""
+
+import argparse
+import errno
+import os
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from finlora.core.errors import UserError, run
+from finlora.core.machine import gpus
+from finlora.core.paths import shown
+from finlora.evaluate.vllm import VLLM
+from finlora.export.subject import add_subject, need_merged, of, without_the_hub
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(plan: dict[str, Any], host: str, port: int, backend: str | None, args: list[str]) -> None:
+    """Serve until Ctrl-C; vLLM takes this process's place. Raises UserError before anything is loaded."""
+    folder = need_merged(plan)
+    backend = backend or ("vllm" if gpus() else "transformers")
+    if backend == "vllm" and not VLLM.is_file():
+        raise UserError(f"{shown(str(VLLM))}: is not there; run `make vllm`, or add BACKEND=transformers")
+    if backend == "transformers" and args:
+        raise UserError(f"ARGS={' '.join(args)}: are vLLM's; leave them out with BACKEND=transformers")
+    check_port(host, port)
+    if host not in LOCAL:
+        key = "VLLM_API_KEY= asks for a key" if backend == "vllm" else f"BACKEND={backend} has no key"
+        print(f"warning: whoever reaches {host}:{port} can use the model; {key}", file=sys.stderr)
+    print(f"serving   {plan['name']} ({backend}) on http://{host}:{port}/v1; Ctrl-C ends it", flush=True)
+    if backend == "vllm":
+        on_vllm(folder, plan["name"], host, port, args)
+    else:
+        on_transformers(folder, plan["name"], host, port)
+
+
+def check_port(host: str, port: int) -> None:
+    """UserError where the port cannot be had: in use, reserved, or on a host that is not this machine's."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # as servers do: one that has ended blocks nobody
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:  # a host with an empty part is no text that a name server could be asked
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise UserError(
+                f"PORT={port}: is in use on {host}; end what is there, or name another with PORT="
+            ) from error
+        raise UserError(
+            f"HOST={host} PORT={port}: cannot be bound ({getattr(error, 'strerror', error)}); name others"
+        ) from error
+
+
+def on_vllm(folder: Path, name: str, host: str, port: int, args: list[str]) -> None:
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    options = {
+        "host": host,
+        "port": port,
+        "served-model-name": name,
+        "override-generation-config": '{"temperature": 0}',
+    }
+    command = [
+        str(VLLM),
+        "serve",
+        str(folder),
+        *(text for key, value in options.items() for text in (f"--{key}", str(value))),
+    ]
+    sys.stdout.flush()
+    os.execve(VLLM, [*command, *args], environment)
+
+
+def on_transformers(folder: Path, name: str, host: str, port: int) -> None:
+    import torch
+    from safetensors import SafetensorError
+
+    without_the_hub()
+    from transformers.cli.serve import Serve
+
+    about = {"id": name, "object": "model", "created": int(folder.stat().st_mtime), "owned_by": "local"}
+
+    class Alone(Serve):
+        def start_server(self) -> None:
+            # transformers lists the hub's cache, where this model is not, and fails where there is no cache.
+            self._model_manager.get_gen_models = lambda: [about]
+            super().start_server()
+
+    dtype, before = "auto" if torch.cuda.is_available() else "float32", Path.cwd()
+    with tempfile.TemporaryDirectory() as here:
+        # It is asked for by the path that it was given: here the model's name is one.
+        (Path(here) / name).symlink_to(folder.resolve())
+        os.chdir(here)
+        server = None
+        try:
+            # In a thread: in this one uvicorn would raise Ctrl-C again inside its event loop, and print tracebacks.
+            server = Alone(name, host=host, port=port, dtype=dtype, log_level="error", non_blocking=True)
+            while server._thread.is_alive():  # .join(), interrupted, would take the thread for ended
+                time.sleep(0.1)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{shown(str(folder))}: cannot be served ({reason}); merge again with FORCE=1") from error
+        finally:
+            if server:
+                server.kill_server()
+            os.chdir(before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_subject(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    parser.add_argument("--port", type=port_number, default=8000)
+    parser.add_argument("--backend", choices=("vllm", "transformers"), help="default: vllm with a GPU")
+    parser.epilog = "What follows -- goes to vLLM: -- --max-model-len 8192"
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    given = parser.parse_args(sys.argv[1:cut])
+    serve(of(given), given.host, given.port, given.backend, sys.argv[cut + 1 :])
+
+
+def port_number(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 65535")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run(main)

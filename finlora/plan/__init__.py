@@ -1,0 +1,1 @@
+"""What a run will take, and the pictures of what was measured."""

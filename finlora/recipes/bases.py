@@ -1,0 +1,82 @@
+"""Base models: their sizes, their layers, and their files from the Hub."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finlora.core.errors import UserError
+from finlora.core.paths import ROOT
+
+
+def shape(base_model: str) -> dict[str, Any] | None:
+    """The sizes in a base model's config: a local folder's config.json, else finlora/recipes/base_models.yaml, else
+    None.
+
+    Raises UserError where the folder's does not have a Llama's.
+    """
+    config = ROOT / base_model / "config.json"
+    if config.is_file():
+        try:
+            sizes = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            sizes = None
+        needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        if not isinstance(sizes, dict) or not all(isinstance(sizes.get(key), int) for key in needed):
+            raise UserError(f"{config}: has not {', '.join(needed)}; take a model of Llama's kind")
+        return sizes
+    return yaml.safe_load(Path(__file__).with_name("base_models.yaml").read_text(encoding="utf-8")).get(base_model)
+
+
+def linear_layers(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each linear layer of one Llama block."""
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    return {
+        "q_proj": (hidden, hidden),
+        "k_proj": (hidden, kv),
+        "v_proj": (hidden, kv),
+        "o_proj": (hidden, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
+    }
+
+
+def trainable_parameters(recipe: dict[str, Any], shape: dict[str, Any]) -> int:
+    """r (in + out) for each adapted matrix, and with DoRA one magnitude for each of its outputs (arXiv 2402.09353)."""
+    layers = linear_layers(shape)
+    block = 0
+    for target in recipe["lora_target_modules"]:
+        inputs, outputs = layers[target]
+        block += recipe["lora_r"] * (inputs + outputs) + (outputs if recipe.get("peft_use_dora") else 0)
+    return block * shape["num_hidden_layers"]
+
+
+BASE_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+
+
+def fetch_base(path: Path, recipe: dict[str, Any], called: str = "key 'base_model'") -> None:
+    """Bring a base model of the hub into the cache: weights as safetensors and text, no code and no pickle.
+
+    What follows runs without the hub, so that neither transformers nor bitsandbytes fetches anything of its own.
+    called: what names it, in an error's line.
+    """
+    if (ROOT / recipe["base_model"]).is_dir():
+        return
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    name = recipe["base_model"]
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name, revision=recipe.get("revision_of_model"), allow_patterns=BASE_FILES, ignore_patterns=["*/*"]
+        )
+    except GatedRepoError as error:
+        raise UserError(f"{name} is gated: accept its licence on its page and set HF_TOKEN") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, HFValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: {called}: {name} cannot be fetched ({reason})") from error
+    if not any(Path(folder).glob("*.safetensors")):
+        raise UserError(f"{path}: {called}: {name} has no safetensors; choose a model that has")

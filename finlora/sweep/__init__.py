@@ -1,0 +1,1 @@
+"""A recipe at many points."""
