@@ -65,11 +65,11 @@ def generate(raw: Path, rows: int, seed: int = 0) -> int:
     return train.stat().st_size
 
 
-def measure(module: str, *arguments: object) -> tuple[float, float, int]:
-    """Run `python -m module`; return its seconds, its largest resident memory in MiB and its exit code."""
+def measure(command: str, *arguments: object) -> tuple[float, float, int]:
+    """Run `finlora command`; return its seconds, its largest resident memory in MiB and its exit code."""
     started = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "finlora", command, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL
     )
     _, status, usage = os.wait4(process.pid, 0)
     return time.monotonic() - started, usage.ru_maxrss / 1024, os.waitstatus_to_exitcode(status)
@@ -85,14 +85,14 @@ def main() -> None:
         size = generate(folder / "raw", given.rows)
         print(f"{given.rows} rows, {size / 2**20:.0f} MiB, {os.cpu_count()} cores")
         commands = {
-            "finlora.data.prepare": (TASK, "--raw", folder / "raw", "--out", folder / "prepared"),
-            "finlora.data.audit": (TASK, "--raw", folder / "raw", "--json", folder / "audit", "--no-tokens"),
+            "prepare": (TASK, "--raw", folder / "raw", "--out", folder / "prepared"),
+            "audit": (TASK, "--raw", folder / "raw", "--json", folder / "audit", "--no-tokens"),
         }
         total = 0.0
-        for module, arguments in commands.items():
-            seconds, memory, code = measure(module, *arguments)
+        for command, arguments in commands.items():
+            seconds, memory, code = measure(command, *arguments)
             total += seconds
-            print(f"{module:<14}{seconds:7.1f} s {memory:7.0f} MiB at most, exit code {code}", flush=True)
+            print(f"{command:<14}{seconds:7.1f} s {memory:7.0f} MiB at most, exit code {code}", flush=True)
         print(f"{'together':<14}{total:7.1f} s")
 
 

@@ -92,7 +92,8 @@ def ours(model: str, adapter: Path, tests: str, sets: str, *options: str) -> dic
     with tempfile.TemporaryDirectory() as results:
         started = time.perf_counter()
         command = [
-            "finlora.evaluate.runner",
+            "finlora",
+            "eval",
             "--model",
             model,
             "--adapter",

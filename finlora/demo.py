@@ -1,15 +1,14 @@
 """The whole path on two CPU cores: base model, DoRA through axolotl, merge, and a table on held-out rows (`make demo`).
 
-python -m finlora.demo [--data rows.jsonl]
+finlora demo [--data rows.jsonl]
 """
 
-import argparse
 import json
 import time
 from collections import Counter
 from pathlib import Path
 
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 from finlora.data import prepare, rows
 from finlora.export.merge import merge
@@ -97,13 +96,8 @@ def right_answers(model, tokenizer, held_out: list[tuple[str, str]]) -> float:
     return right / len(held_out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data", type=Path, help='rows of your own: {"context": ..., "target": ...} in each line')
-    scores = demo(parser.parse_args().data)
+def run(data: Path | None = None) -> None:
+    """The demo; UserError where what it trained is no better than what it began with."""
+    scores = demo(data)
     if scores["adapter"] <= max(scores["base"], scores["usual"]):
         raise UserError("the adapter is no better than the base model or the usual answer on these rows")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -14,6 +14,7 @@ from failures import failed, refuses, says
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from finlora import cli
 from finlora.data import audit as data_audit
 from finlora.data import corrections
 from finlora.data.audit import CHAT, audit, find_exchange, looks_garbled, render
@@ -59,7 +60,7 @@ def entry(report: dict, role: str) -> dict:
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "finlora.data.audit", *map(str, arguments)],
+        [sys.executable, "-m", "finlora", "audit", *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -374,7 +375,7 @@ def run_main(monkeypatch):
     def run(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["audit", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            data_audit.main()
+            cli.call(sys.argv)
         assert ended.value.code in (0, False)
 
     return run

@@ -11,8 +11,8 @@ from finlora.core.paths import ROOT
 @pytest.mark.parametrize("option", ["--wdith", "one"])
 def test_a_mistyped_option_is_one_line(option):
     done = subprocess.run(
-        [sys.executable, "-m", "finlora.plan.pictures", option], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "finlora", "pictures", option], cwd=ROOT, capture_output=True, text=True
     )
     (line,) = done.stderr.splitlines()
-    assert (done.returncode, done.stdout) == (1, "")
-    assert line.startswith("error: ") and f" {option};" in line and "--help" in line
+    assert (done.returncode, done.stdout) == (2, "")
+    assert line.startswith("error: ") and option in line and "--help" in line

@@ -186,8 +186,8 @@ def test_broken_results_of_others_do_not_matter(everything, capsys):
 
 
 def test_the_command_line(whole, command):
-    done = command("finlora.evaluate.compare", A, B, "--results", str(whole))
+    done = command("finlora", "compare", A, B, "--results", str(whole))
     first = done.stdout.splitlines()[0]
     assert done.returncode == 0 and re.match(rf"A +{A}: .*8-bit.* DoRA r 8, alpha 16", first), done
-    refused = command("finlora.evaluate.compare", A, "nobody", "--results", str(whole))
+    refused = command("finlora", "compare", A, "nobody", "--results", str(whole))
     assert failed(refused, "'nobody'") and refused.stdout == ""

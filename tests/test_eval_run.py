@@ -15,6 +15,7 @@ from functools import partial
 import pytest
 import torch
 import yaml
+from asking import request
 from failures import failed, refuses, says
 from test_bertscore import make_encoder
 from test_endpoint import server  # noqa: F401 (a fixture)
@@ -62,7 +63,7 @@ def evaluate(tmp_path, monkeypatch, tiny_base, adapters, tests_folder):  # noqa:
     def call(*argv, model=tiny_base, adapter="dora", tests=tests_folder, tasks="fpb", prompt="raw"):
         given = ["--model", str(model), "--tests", str(tests), "--tasks", tasks, "--prompt", prompt, *argv]
         given += ["--adapter", str(adapters.get(adapter, adapter))] if adapter else []
-        return runner.evaluate(runner.parse(given))
+        return runner.evaluate(request(given))
 
     return call
 
@@ -391,7 +392,7 @@ def test_mistakes_are_found_before_anything_is_loaded(tiny_base, adapters, tmp_p
 
     def mistaken(*argv, say=(), **place):
         with refuses(*say, **place):
-            runner.evaluate(runner.parse([*argv, "--results", str(tmp_path / "results")]))
+            runner.evaluate(request([*argv, "--results", str(tmp_path / "results")]))
 
     model = ("--model", str(tiny_base))
     fpb = (*model, "--tasks", "fpb")
@@ -414,9 +415,9 @@ def test_mistakes_are_found_before_anything_is_loaded(tiny_base, adapters, tmp_p
 
 def test_mistakes_are_one_line(command, house):
     """Through the command itself."""
-    failed(command("finlora.evaluate.runner", "--limit", "0"), "--limit", "'0'", "above 0")
+    failed(command("finlora", "eval", "--limit", "0"), "--limit", "'0'", "above 0")
     recipe, folder = ("--recipe", "sentiment_r8_dora"), house / "outputs" / "sentiment_r8_dora"
     train = "make train RECIPE=sentiment_r8_dora"
-    failed(command("finlora.evaluate.runner", *recipe), "not trained", train, file="outputs/sentiment_r8_dora")
+    failed(command("finlora", "eval", *recipe), "not trained", train, file="outputs/sentiment_r8_dora")
     (folder / "checkpoint-5").mkdir(parents=True)
-    failed(command("finlora.evaluate.runner", *recipe), "unfinished", train, file="outputs/sentiment_r8_dora")
+    failed(command("finlora", "eval", *recipe), "unfinished", train, file="outputs/sentiment_r8_dora")

@@ -1,6 +1,5 @@
 """Fetching against a real HTTP server on this machine that serves ranges, stalls, cuts, lies and refuses."""
 
-import argparse
 import contextlib
 import fcntl
 import gzip
@@ -28,7 +27,8 @@ from failures import failed, refuses, says
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finlora.core.errors import UserError, run
+from finlora import cli
+from finlora.core.errors import UserError
 from finlora.data import fetch as fetching
 from finlora.data.fetch import checksum, fetch, is_right, read_manifest, sources
 from finlora.data.tasks import load_tasks
@@ -166,7 +166,7 @@ def partial_of(raw, path=NAME):
 
 def command(*options, **environment):
     env = {key: value for key, value in os.environ.items() if key.upper() not in PROXIES and key != "FINLORA_MIRROR"}
-    started = [sys.executable, "-m", "finlora.data.fetch", *map(str, options)]
+    started = [sys.executable, "-m", "finlora", "fetch", *map(str, options)]
     return {"args": started, "cwd": ROOT, "env": env | {"PYTHONPATH": str(ROOT)} | environment}
 
 
@@ -620,7 +620,7 @@ def test_no_permission(tmp_path):
         options = command("--manifest", pin(tmp_path, entry_of(NAME, BODY)), "--raw", "raw", FINLORA_MIRROR=server.url)
         # Root may write anywhere: it becomes nobody once all is read that nobody may not read.
         drop = """if True:
-            import os, sys, finlora.data.fetch, finlora.core.errors
+            import os, sys, finlora.data.fetch, finlora.cli
             os.chdir(sys.argv.pop(1))
             read = finlora.data.fetch.read_manifest
             def read_and_drop(path):
@@ -629,7 +629,7 @@ def test_no_permission(tmp_path):
                     os.seteuid(65534)
                 return found
             finlora.data.fetch.read_manifest = read_and_drop
-            finlora.core.errors.run(finlora.data.fetch.main)
+            finlora.cli.main()
         """
         options["args"] = [sys.executable, "-c", drop, str(tmp_path), *options["args"][3:]]
         failed(finished(options), "Permission denied", "again", file="raw/train")
@@ -712,14 +712,11 @@ def test_tasks_that_cannot_be_fetched(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value"), [("--jobs", "0"), ("--jobs", "1.5"), ("--timeout", "nan"), ("--timeout", "-1")]
 )
-def test_a_wrong_number(monkeypatch, option, value):
-    monkeypatch.setattr(sys, "argv", ["fetch", option, value])
-    monkeypatch.setattr(
-        argparse.ArgumentParser, "error", argparse.ArgumentParser.error
-    )  # of which run makes a UserError
+def test_a_wrong_number(capsys, option, value):
     with pytest.raises(SystemExit) as ended:
-        run(fetching.main)
-    says(str(ended.value), f"'{value}'", "--help", file=f"error: argument {option}")
+        cli.main(["fetch", option, value])
+    assert ended.value.code == 2
+    says(capsys.readouterr().err.strip(), "error: ", option, value, "--help")
 
 
 def test_a_mistake_of_the_command(tmp_path):
@@ -858,12 +855,12 @@ def test_interrupted_at_any_byte_it_ends_with_the_right_file(server, body, lfs, 
 
 # Forks a fetch for each line that it reads and kills it at the next: imported once, so that every kill meets work.
 NURSERY = """
-import os, signal, sys, finlora.data.fetch, finlora.core.errors
+import os, signal, sys, finlora.data.fetch, finlora.cli
 for _ in sys.stdin:
     child = os.fork()
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        finlora.core.errors.run(finlora.data.fetch.main)
+        finlora.cli.main()
         os._exit(0)
     sys.stdin.readline()
     os.kill(child, signal.SIGKILL)

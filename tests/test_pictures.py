@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finlora import cli
 from finlora.core.errors import UserError
 from finlora.plan import pictures
 
@@ -90,7 +91,7 @@ def test_results_that_are_not_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pictures, "SCORES", tmp_path / "scores.json")
     assert pictures.draw() == {}
     monkeypatch.setattr(sys, "argv", ["pictures"])
-    pictures.main()
+    cli.call(sys.argv)
     speed, scores = capsys.readouterr().out.splitlines()
     assert re.search("speed.json .*python -m bench.train_throughput", speed)
     assert re.search("scores.json .*python -m bench.dora_study", scores)

@@ -10,6 +10,7 @@ from failures import failed, refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finlora import cli
 from finlora.core import machine
 from finlora.plan import estimate as plan
 from finlora.recipes import bases, memory
@@ -89,7 +90,7 @@ def test_what_it_says(monkeypatch, capsys):
     monkeypatch.setattr(machine, "gpus", lambda: [])
     argv = ["plan", "sentiment_llama_3_1_8b_8bits_r8_dora", "--gpu", "a100-80g", "--gpus", "4", "--price", "2.50"]
     monkeypatch.setattr(sys, "argv", argv)
-    plan.main()
+    cli.call(sys.argv)
     said = capsys.readouterr().out
     for line in (
         r"sentiment_r8_dora .*\b4\b.* a100-80g .*NVIDIA A100-SXM4-80GB, 80 GiB.*",
@@ -341,7 +342,7 @@ def test_a_bad_price(text):
 
 
 def test_a_mistake_is_one_line(command):
-    done = command("finlora.plan.estimate", "sentment_r8_dora", "--gpus", "4")
+    done = command("finlora", "plan", "sentment_r8_dora", "--gpus", "4")
     assert done.returncode == 1 and not done.stdout and len(done.stderr.splitlines()) == 1
     failed(done, "sentiment_r8_dora", file="RECIPE=sentment_r8_dora")
 
@@ -350,7 +351,7 @@ def test_a_mistake_is_one_line(command):
 def test_a_bad_number_of_gpus(text, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plan", "ner_r8_dora", "--gpus", text])
     with refuses("1 to 4096", file=f"GPUS={text}"):
-        plan.main()
+        cli.call(sys.argv)
 
 
 def test_the_gpu_that_is_here_is_the_default(monkeypatch):

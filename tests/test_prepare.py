@@ -63,7 +63,7 @@ def published(tmp_path: Path, rows: list[tuple[str, object]], task: str = "xbrl_
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "finlora.data.prepare", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "finlora", "prepare", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )
 
 
@@ -101,7 +101,7 @@ def test_same_bytes_in_another_process(tmp_path):
     for number, hash_seed in enumerate(["0", "1"]):
         out = tmp_path / str(number)
         done = subprocess.run(
-            [sys.executable, "-m", "finlora.data.prepare", "general_multi", "--raw", SAMPLE, "--out", out],
+            [sys.executable, "-m", "finlora", "prepare", "general_multi", "--raw", SAMPLE, "--out", out],
             cwd=ROOT,
             env=os.environ | {"PYTHONHASHSEED": hash_seed},
             capture_output=True,
@@ -521,7 +521,7 @@ def test_full_disk_leaves_the_old_files(tmp_path):
     prepare("xbrl_term", raw, out)
     before = {path: path.read_bytes() for path in out.iterdir()}
     done = subprocess.run(
-        [sys.executable, "-m", "finlora.data.prepare", "xbrl_term", "--raw", raw, "--out", out, "--seed", "1"],
+        [sys.executable, "-m", "finlora", "prepare", "xbrl_term", "--raw", raw, "--out", out, "--seed", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -553,13 +553,13 @@ def test_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
 
 # Forks the command for each line that it reads and kills it at the next: imported once, so that every kill meets work.
 NURSERY = """
-import os, signal, sys, finlora.data.prepare, finlora.core.errors
+import os, signal, sys, finlora.data.prepare, finlora.cli
 print("ready", flush=True)
 for _ in sys.stdin:
     child = os.fork()
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        finlora.core.errors.run(finlora.data.prepare.main)
+        finlora.cli.main()
         os._exit(0)
     sys.stdin.readline()
     os.kill(child, signal.SIGKILL)

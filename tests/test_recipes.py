@@ -265,20 +265,20 @@ def test_any_name_is_found_or_refused_in_one_line(name):
 
 
 def test_list_and_filter(command):
-    shown = command("finlora.recipes.load").stdout.splitlines()
+    shown = command("finlora", "recipes").stdout.splitlines()
     assert len(shown) == len(ALL) + 1
-    filtered = command("finlora.recipes.load", "--task", "sentiment").stdout.splitlines()
+    filtered = command("finlora", "recipes", "--task", "sentiment").stdout.splitlines()
     assert len(filtered) == 8 and all("sentiment" in line for line in filtered[1:])
     assert any(line.split() == "sentiment_r8_dora sentiment 8 8 16 dora 4,915,200".split() for line in filtered)
-    typo = command("finlora.recipes.load", "--task", "sentimnt")
+    typo = command("finlora", "recipes", "--task", "sentimnt")
     failed(typo, "no such task", "did you mean sentiment", file="TASK=sentimnt")
 
 
 def test_check_command_names_what_drifted(command, house):
-    assert command("finlora.recipes.load", "--check").returncode == 0
+    assert command("finlora", "check").returncode == 0
     path = house / "recipes" / "headline_r8_lora.yaml"
     path.write_text(path.read_text(encoding="utf-8").replace("warmup_steps: 10", "warmup_steps: 11"), encoding="utf-8")
-    done = command("finlora.recipes.load", "--check")
+    done = command("finlora", "check")
     failed(done, "is 11", "is 10", file="recipes/headline_r8_lora.yaml", key="warmup_steps")
 
 

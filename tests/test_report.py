@@ -224,7 +224,7 @@ def test_the_same_results_give_the_same_bytes(everything):
     report(everything)
     before = [(everything / name).read_bytes() for name in ("index.html", "README.md")]
     again = subprocess.run(
-        [sys.executable, "-m", "finlora.evaluate.report", "--results", str(everything)],
+        [sys.executable, "-m", "finlora", "report", "--results", str(everything)],
         cwd=ROOT,
         capture_output=True,
         text=True,

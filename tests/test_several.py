@@ -206,7 +206,7 @@ def test_a_node_rank_that_is_none_is_refused(rank):
 @pytest.mark.skipif(bool(machine.gpus()), reason="this machine has a GPU")
 @pytest.mark.parametrize("options", [("--gpus", "2"), ("--zero", "2"), ("--nodes", "2", "--master", "node0")])
 def test_several_processes_need_a_gpu_each(command, options):
-    done = command("finlora.train.run", "sentiment_r8_dora", "--tiny", *options)
+    done = command("finlora", "train", "sentiment_r8_dora", "--tiny", *options)
     failed(done, "processes", "GPU each", "0 ", file=f"GPUS={2 if '--gpus' in options else 1}")
 
 

@@ -307,17 +307,17 @@ def test_only_what_is_new_is_run(ranks, tmp_path, monkeypatch):
         found = [" ".join(command) for command in sweep.jobs_of(point, tmp_path, **given)]
         return [text.replace(str(point["path"]), "P").replace(str(tmp_path), "F") for text in found]
 
-    ask = "finlora.evaluate.runner --recipe P --results F/results --limit 9"
+    ask = "eval --recipe P --results F/results --limit 9"
     assert commands() == commands(ask=None) == []
-    assert commands(force=True) == ["finlora.train.run P --force -- --max-steps 9", f"{ask} --force"]
+    assert commands(force=True) == ["train P --force -- --max-steps 9", f"{ask} --force"]
     done = False
     assert commands() == [ask] and commands(ask=None) == []
     run = run | {"adapter": {"sha256": "of another training"}}
     assert commands() == [f"{ask} --force"]  # those answers are another adapter's: set aside
     run = None
-    assert commands(track="wandb") == ["finlora.train.run P --track wandb -- --max-steps 9", f"{ask} --force"]
+    assert commands(track="wandb") == ["train P --track wandb -- --max-steps 9", f"{ask} --force"]
     point = ranks[1]
-    assert commands() == ["finlora.train.run P -- --max-steps 9", ask]
+    assert commands() == ["train P -- --max-steps 9", ask]
 
 
 @given(
@@ -574,9 +574,8 @@ class Forked:
                     os.dup2(file.fileno(), stream)
             print("CUDA_VISIBLE_DEVICES", gpu, flush=True)
             importlib.import_module("finlora.train.run").axolotl = axolotl  # the house's
-            module = importlib.import_module(argv[0])
-            sys.argv = list(argv)
-            module.run(module.main)
+            cli = importlib.import_module("finlora.cli")
+            cli.main(list(argv))
 
         self.pid, self.code = start([], main=main)[0], None
 
@@ -597,7 +596,7 @@ def axolotl(command, config, args, local, lock) -> None:
 
 
 def swept(house: Path, *argv: str) -> tuple[int, object]:
-    """Fork `python -m finlora.sweep.run ARGV...` in the copy of the house; its pid and output, for forked.finish."""
+    """Fork `finlora sweep ARGV...` in the copy of the house; its pid and output, for forked.finish."""
     from forked import start
 
     def main() -> None:
@@ -608,8 +607,7 @@ def swept(house: Path, *argv: str) -> tuple[int, object]:
         sweeping = importlib.import_module("finlora.sweep.run")
         assert sweeping.ROOT == house
         sweeping.start = Forked
-        sys.argv = ["finlora.sweep.run", *argv]
-        sweeping.run(sweeping.main)
+        importlib.import_module("finlora.cli").main(["sweep", *argv])
 
     return start([], main=main)
 
@@ -621,7 +619,7 @@ def test_a_sweep_at_work_keeps_the_recipes_that_it_still_has_to_train(house, com
     folder.mkdir(parents=True)
     with folder.with_name(f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        done = command("finlora.sweep.run", "sentiment_bf16_r8_dora", "rank", *options)
+        done = command("finlora", "sweep", "sentiment_bf16_r8_dora", "rank", *options)
     failed(done, "another command", "wait", file=folder.relative_to(house))
     assert not list(folder.iterdir())
 

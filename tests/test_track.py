@@ -165,7 +165,8 @@ def test_keys_and_places_come_from_the_environment(nothing_set, tmp_path):
 
 def test_make_train_says_what_is_missing(command, tmp_path):
     done: subprocess.CompletedProcess = command(
-        "finlora.train.run",
+        "finlora",
+        "train",
         "ner_r8_dora",
         "--tiny",
         "--track",

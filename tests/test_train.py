@@ -39,21 +39,21 @@ def raw(house: Path, text: bytes | str, task_file: str = "finlora_sentiment_trai
 
 
 def test_unknown_recipe(command):
-    done = command("finlora.train.run", "sentment_r8_dora")
+    done = command("finlora", "train", "sentment_r8_dora")
     line = failure(done)
     assert "RECIPE=sentment_r8_dora" in line and "sentiment_r8_dora" in line.partition("sentment_r8_dora")[2]
 
 
 @pytest.mark.parametrize("args", [["--lora-r", "16"], ["--lora-r=16"], ["--no-load-in-8bit"], ["--output-dir", "x"]])
 def test_args_cannot_change_what_the_name_says(command, args):
-    line = failure(command("finlora.train.run", "sentiment_r8_dora", "--tiny", "--", *args))
+    line = failure(command("finlora", "train", "sentiment_r8_dora", "--tiny", "--", *args))
     assert f"ARGS={' '.join(args)}: " in line and "sentiment_r8_dora.yaml" in line and "copy" in line
 
 
 def test_a_recipe_that_must_be_mended_stops_before_the_gpu_is_looked_for(command, house):
     path = house / "recipes" / "ner_r8_dora.yaml"
     path.write_text(path.read_text(encoding="utf-8") + "lora_dropuot: 0.1\n", encoding="utf-8")
-    line = failure(command("finlora.train.run", "ner_r8_dora"))
+    line = failure(command("finlora", "train", "ner_r8_dora"))
     assert str(path) in line and "'lora_dropuot'" in line and "'lora_dropout'" in line
 
 
@@ -64,14 +64,14 @@ def test_a_target_that_is_no_layer_is_named_before_a_folder_is_made(command, hou
     assert "  - k_proj\n" in text
     changed = yaml.safe_load(text.replace("  - k_proj\n", f"  - {target}\n")) | {"base_model": base}
     (house / "ner_r8_dora.yaml").write_text(yaml.safe_dump(changed), encoding="utf-8")
-    line = failure(command("finlora.train.run", "ner_r8_dora.yaml", "--tiny"))
+    line = failure(command("finlora", "train", "ner_r8_dora.yaml", "--tiny"))
     assert "ner_r8_dora.yaml" in line and "'lora_target_modules'" in line and target in line and "q_proj" in line
     assert not (house / "outputs").exists()
 
 
 @pytest.mark.skipif(bool(machine.gpus()), reason="this machine has a GPU")
 def test_without_a_gpu_one_line_names_the_demo_and_tiny(command):
-    line = failure(command("finlora.train.run", "sentiment_r8_dora"))
+    line = failure(command("finlora", "train", "sentiment_r8_dora"))
     assert re.search(r"sentiment_r8_dora\b.* \d+ GiB\b", line), line
     assert "make demo" in line and "make train RECIPE=sentiment_r8_dora TINY=1" in line
 
@@ -180,14 +180,14 @@ def test_bad_chat_rows_of_ones_own_are_named(case, tmp_path):
 
 def test_no_write_permission(command, house):
     (house / "outputs").write_text("in the way", encoding="utf-8")
-    line = failure(command("finlora.train.run", "sentiment_r8_dora", "--tiny"))
+    line = failure(command("finlora", "train", "sentiment_r8_dora", "--tiny"))
     assert re.search(r"outputs/tiny/sentiment_r8_dora: .*\(.+\).* permissions", line)
 
 
 def start(house: Path, *args: str) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": str(house)}
     return subprocess.Popen(
-        [sys.executable, "-m", "finlora.train.run", *args],
+        [sys.executable, "-m", "finlora", "train", *args],
         cwd=house,
         env=env,
         stdout=subprocess.PIPE,
@@ -213,7 +213,7 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
     wait_for(lambda: (out / "stepping").exists() or first.poll() is not None, 600)
     assert first.poll() is None, first.stderr.read()[-3000:]
 
-    second = command("finlora.train.run", *long)
+    second = command("finlora", "train", *long)
     assert re.search("outputs/tiny/sentiment_bf16_r8_dora: another command .* wait", failure(second))
 
     wait_for(lambda: any(out.glob("checkpoint-*/trainer_state.json")), 300)
@@ -226,10 +226,10 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
     steps = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
     assert 1 <= steps < 60 and (out / f"checkpoint-{steps}" / "optimizer.pt").exists()
 
-    changed = command("finlora.train.run", *long, "--learning-rate", "0.01")
+    changed = command("finlora", "train", *long, "--learning-rate", "0.01")
     assert re.search("unfinished run .*other options", failure(changed))
 
-    done = command("finlora.train.run", *long)
+    done = command("finlora", "train", *long)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"going on from checkpoint-{steps}" in done.stdout
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
@@ -242,17 +242,17 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
     assert "<|start_header_id|>" in template
     assert yaml.safe_load((out / "recipe.yaml").read_text(encoding="utf-8"))["lora_r"] == 8
 
-    again = command("finlora.train.run", *long)
+    again = command("finlora", "train", *long)
     assert again.returncode == 0 and "already trained" in again.stdout and "FORCE=1" in again.stdout
 
     path = house / "recipes" / "sentiment_bf16_r8_dora.yaml"
     path.write_text(path.read_text(encoding="utf-8").replace("0.0001", "0.0002"), encoding="utf-8")
-    other = command("finlora.train.run", *long)
+    other = command("finlora", "train", *long)
     line = failure(other)
     assert "outputs/tiny/sentiment_bf16_r8_dora: " in line and " finished run" in line and "FORCE=1" in line
     assert "learning_rate: 0.0001 -> 0.0002" in line
     adapter = (out / "adapter_model.safetensors").read_bytes()
-    forced = command("finlora.train.run", "sentiment_bf16_r8_dora", "--tiny", "--force")
+    forced = command("finlora", "train", "sentiment_bf16_r8_dora", "--tiny", "--force")
     assert forced.returncode == 0, forced.stderr[-3000:]
     aside = next(path for path in out.parent.glob("sentiment_bf16_r8_dora.*") if path.is_dir())
     assert (aside / "adapter_model.safetensors").read_bytes() == adapter
@@ -263,7 +263,7 @@ def test_a_folder_with_other_files_is_left_alone(command, house):
     out = house / "outputs" / "tiny" / "ner_r8_lora"
     out.mkdir(parents=True)
     (out / "thesis.tex").write_text("precious", encoding="utf-8")
-    line = failure(command("finlora.train.run", "ner_r8_lora", "--tiny"))
+    line = failure(command("finlora", "train", "ner_r8_lora", "--tiny"))
     assert re.search("outputs/tiny/ner_r8_lora: .*files.* FORCE=1 ", line)
     assert (out / "thesis.tex").read_text(encoding="utf-8") == "precious"
 

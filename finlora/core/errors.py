@@ -1,11 +1,9 @@
 """A user's mistakes in one line, and how a command ends."""
 
-import argparse
 import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
 
 class UserError(Exception):
@@ -15,7 +13,6 @@ class UserError(Exception):
 def run(main: Callable[[], None]) -> None:
     """Run a command's main function; a UserError becomes `error: ...` on stderr and exit code 1, Ctrl-C 130."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    argparse.ArgumentParser.error = _refuse  # it would print every option of the command and leave the line last
     try:
         main()
     except UserError as error:
@@ -25,7 +22,3 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _refuse(_: argparse.ArgumentParser, message: str) -> NoReturn:
-    raise UserError(f"{message}; --help lists the options")

@@ -1,8 +1,8 @@
 """Look through a task's train and test files for what would spoil a training or a score; change nothing.
 
-    python -m finlora.data.audit                  every task
-    python -m finlora.data.audit sentiment ner    these
-    python -m finlora.data.audit cfa --file questions.csv --context-column question --target-column answer
+    finlora audit                  every task
+    finlora audit sentiment ner    these
+    finlora audit cfa --file questions.csv --context-column question --target-column answer
 
 Prints a table and, below it, each finding with what is done about it; data/README.md holds the evidence. The same goes
 to data/audit/<task>.json. A finding that begins with `!` needs attention: something that neither the task table nor
@@ -10,13 +10,11 @@ data/corrections.yaml knows, such as another checksum, a label outside the task'
 Exit code: 0 when nothing needs attention; 1 when something does, when no file is there, or for a wrong command.
 """
 
-import argparse
 import json
 import re
-import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from ftfy.badness import is_bad
 from huggingface_hub import try_to_load_from_cache
 from tqdm import tqdm
 
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.files import replacing
 from finlora.core.paths import ROOT
 from finlora.data.corrections import applies, corrected_target, load_corrections, standing
@@ -532,46 +530,28 @@ def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{label} {count:,}" for label, count in sorted(counts.items()))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m finlora.data.audit", description="Audit the data files of tasks.")
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help="tasks of data/tasks.yaml; all of them without")
-    parser.add_argument("--raw", type=Path, default=RAW, help="where the fetched files lie (data/raw)")
-    parser.add_argument("--json", type=Path, default=OUT, metavar="FOLDER", help="where <task>.json goes (data/audit)")
-    parser.add_argument("--file", type=Path, help="your own train rows, in place of the task's train file")
-    parser.add_argument("--context-column", default="context", help="the key or column of the question in --file")
-    parser.add_argument("--target-column", default="target", help="the key or column of the answer in --file")
-    parser.add_argument("--tokenizer", type=Path, help="a folder with tokenizer.json to count tokens with")
-    parser.add_argument("--sequence-len", type=int, help="the length to hold rows against (the recipe's)")
-    parser.add_argument("--no-tokens", action="store_true", help="do not count tokens")
-    options = parser.parse_args()
-    tasks = options.tasks or list(load_tasks())
-    if options.file and len(tasks) != 1:
+def run(tasks: Sequence[str], raw: Path, json_folder: Path, *, file: Path | None = None, **options: Any) -> int:
+    """Print the audit of tasks and keep it in a folder; return how many findings need attention."""
+    tasks = tasks or list(load_tasks())
+    if file and len(tasks) != 1:
         raise UserError("--file: name the one task that the rows are for")
-    if options.file and not options.file.exists():
-        raise UserError(f"{options.file}: is not there; check the path")
+    if file and not file.exists():
+        raise UserError(f"{file}: is not there; check the path")
     attention = found = 0
     for name in tasks:
         report = audit(
             name,
-            options.raw,
-            file=options.file,
-            context_column=options.context_column,
-            target_column=options.target_column,
-            tokenizer=options.tokenizer,
-            sequence_len=options.sequence_len,
-            count_tokens=not options.no_tokens,
+            raw,
+            file=file,
+            **options,
         )
-        with replacing(options.json / f"{name}.json") as out:
+        with replacing(json_folder / f"{name}.json") as out:
             json.dump(report, out, indent=1, ensure_ascii=False)
             out.write("\n")
         print(render(report), end="\n\n", flush=True)
         attention += sum(finding["attention"] for finding in report["findings"])
         found += sum(file["status"] != "absent" for file in report["files"])
     if not found:
-        raise UserError(f"{options.raw}: holds no file of {', '.join(tasks)}; run `make data`")
+        raise UserError(f"{raw}: holds no file of {', '.join(tasks)}; run `make data`")
     print(f"{found} files, {attention} findings need attention" + (" (marked !)" if attention else ""))
-    sys.exit(bool(attention))
-
-
-if __name__ == "__main__":
-    run(main)
+    return attention

@@ -1,6 +1,6 @@
 """Fetch FinLoRA's files at the pinned commit into data/raw, each verified before it is renamed into place.
 
-    python -m finlora.data.fetch [TASK ...]        without a task: every file of data/manifest.json
+    finlora fetch [TASK ...]        without a task: every file of data/manifest.json
 
 FINLORA_MIRROR=<directory, file:// or http(s):// URL> takes them from a copy that has FinLoRA's layout.
 
@@ -8,7 +8,6 @@ The client is requests with urllib3's Retry: axolotl installs both, they honour 
 carries the back-off and Retry-After. pooch does not resume, and huggingface_hub knows only its own hub.
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -39,7 +38,7 @@ from urllib3.exceptions import (
 )
 from urllib3.util import Retry
 
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 from finlora.data.tasks import load_tasks, task
 
@@ -490,32 +489,11 @@ def _complain(outcomes: list[tuple[dict[str, Any], str | UserError | None]], mir
     raise UserError(lines[0])
 
 
-def main() -> None:
-    """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m finlora.data.fetch", description=__doc__.split("\n")[0])
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help="a task of data/tasks.yaml (default: every file)")
-    parser.add_argument("--jobs", type=_positive(int), default=4, help="files at a time (default %(default)s)")
-    parser.add_argument("--timeout", type=_positive(float), default=30, help="seconds of silence (default %(default)s)")
-    parser.add_argument("--retries", type=int, default=5, help="failures in a row for a file (default %(default)s)")
-    parser.add_argument("--backoff", type=float, default=1, help="seconds of the first wait (default %(default)s)")
-    parser.add_argument("--manifest", type=Path, default=MANIFEST, help="the pinned files (default data/manifest.json)")
-    parser.add_argument("--raw", type=Path, default=RAW, help="where they go (default data/raw)")
-    options = parser.parse_args()
-    fetch(mirror=os.environ.get("FINLORA_MIRROR"), **vars(options))
+def run(
+    tasks: Sequence[str], raw: Path, manifest: Path, jobs: int, timeout: float, retries: int, backoff: float
+) -> None:
+    """Fetch, and name the tasks that nobody publishes."""
+    fetch(tasks, raw, manifest, os.environ.get("FINLORA_MIRROR"), jobs, timeout, retries, backoff)
     for name, entry in load_tasks().items():
-        if not options.tasks and not entry["released"]:
+        if not tasks and not entry["released"]:
             print(f"{name}: not released by FinLoRA; make data FILE=my.jsonl TASK={name} takes your own")
-
-
-def _positive(kind: type) -> Callable[[str], Any]:
-    def number(text: str) -> Any:
-        value = kind(text)
-        if not value > 0:
-            raise ValueError(text)
-        return value
-
-    return number
-
-
-if __name__ == "__main__":
-    run(main)

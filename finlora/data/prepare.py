@@ -1,7 +1,7 @@
 """Prepare a task's train file for axolotl: chat messages, split into train.jsonl and validation.jsonl.
 
-    python -m finlora.data.prepare sentiment
-    python -m finlora.data.prepare cfa --file questions.csv --context-column question --target-column answer
+    finlora prepare sentiment
+    finlora prepare cfa --file questions.csv --context-column question --target-column answer
 
 The same sources and options give the same bytes. Exact duplicates stay in: FinLoRA repeats rows to balance data sets
 (each FiQA row stands 21 times in the sentiment file), so leaving them out would change what is trained. All copies
@@ -9,7 +9,6 @@ and near-duplicates of a row are on the same side of the split. prepared.json re
 written last: without it, or where a checksum differs, nothing counts as prepared.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -18,13 +17,13 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
 
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.files import replacing
 from finlora.core.paths import ROOT
 from finlora.data.corrections import TABLE as CORRECTIONS
@@ -386,20 +385,8 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m finlora.data.prepare", description=__doc__.split("\n\n")[0])
-    parser.add_argument("tasks", nargs="*", metavar="TASK", help="of data/tasks.yaml (default: all that are released)")
-    parser.add_argument("--raw", type=Path, help="folder of the fetched files (default data/raw)")
-    parser.add_argument("--out", type=Path, help="folder to write to (default data/prepared/TASK)")
-    parser.add_argument("--file", type=Path, help="your own rows instead: .jsonl, .csv (or .gz of them) or .parquet")
-    parser.add_argument("--context-column", default="context", help="key or column of the question in --file")
-    parser.add_argument("--target-column", default="target", help="key or column of the answer in --file")
-    parser.add_argument("--any-label", action="store_true", help="take answers of --file outside the task's labels")
-    parser.add_argument("--seed", type=int, default=42, help="of the validation split (default 42)")
-    parser.add_argument("--validation", type=float, default=0.02, help="share of rows held out (default 0.02)")
-    parser.add_argument("--labels", choices=LABELS, default="corrected", help="of FinLoRA's files (default corrected)")
-    given = vars(parser.parse_args())
-    tasks, raw, out = given.pop("tasks"), given.pop("raw"), given.pop("out")
+def run(tasks: Sequence[str], raw: Path | None, out: Path | None, **given: Any) -> None:
+    """Prepare tasks that are not prepared yet, and say what is there. given: the options of `prepare`."""
     if (given["file"] or out) and len(tasks) != 1:
         raise UserError("--file and --out: name the one task that they are for (TASK=...)")
     for task in tasks or [name for name, entry in load_tasks().items() if entry["released"]]:
@@ -437,7 +424,3 @@ def _summary(record: dict[str, Any], out: Path) -> str:
         lines.append(f"  repeated to balance the tasks: {rows['repeated']} rows")
     lines.append(f"  {rows['train']} train and {rows['validation']} validation rows -> {out}")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    run(main)

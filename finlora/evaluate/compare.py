@@ -1,19 +1,18 @@
 """Two subjects on the same rows: is the difference more than chance? (`make compare A=... B=...`)
 
-python -m finlora.evaluate.compare A B [--results DIR]
+finlora compare A B [--results DIR]
 
 Per set that both answered: both scores, the paired difference B - A with its 95% bootstrap interval, and the exact
 McNemar test where each row is right or wrong (a permutation test elsewhere: BERTScore, tags).
 """
 
-import argparse
 import difflib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.html import p_value, percent, signed
 from finlora.evaluate.report import PROMPTS, facts
 from finlora.evaluate.results import RESULTS, Answers, Subject, names, pair, read, show, unlike
@@ -174,16 +173,3 @@ def sentence(entry: dict[str, Any]) -> str:
 
 def span(entry: dict[str, Any]) -> str:
     return f"[{signed(entry['low'])}, {signed(entry['high'])}]"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("a", metavar="A", help="a subject: a folder of results/")
-    parser.add_argument("b", metavar="B")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that evaluations write to")
-    wanted = parser.parse_args()
-    compare(wanted.a, wanted.b, wanted.results.resolve())
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,11 +1,10 @@
 """The report on everything under results/: index.html, self-contained, and README.md (`make report`).
 
-python -m finlora.evaluate.report [--results DIR]
+finlora report [--results DIR]
 
 Scores are percent: right answers under FinLoRA's rules, or BERTScore F1 x 100. The same results give the same bytes.
 """
 
-import argparse
 import math
 import re
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.files import replacing
 from finlora.core.html import axis, number, p_value, percent, signed
 from finlora.data.corrections import load_corrections
@@ -618,14 +617,9 @@ def cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that evaluations write to")
-    folder = parser.parse_args().results.resolve()
+def run(folder: Path) -> None:
+    """Write the report, and say where it is."""
+    folder = folder.resolve()
     shown = report(folder)
     sets = {row["set"] for subject in shown["subjects"] for row in subject["rows"] + subject["forgetting"]}
     print(f"{len(shown['subjects'])} models, {len(sets)} data sets: {show(folder / 'index.html')} and README.md")
-
-
-if __name__ == "__main__":
-    run(main)

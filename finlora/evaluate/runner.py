@@ -1,15 +1,14 @@
 """Evaluate a trained adapter, a base model, or anything behind an endpoint, on FinLoRA's test sets (`make eval`).
 
-python -m finlora.evaluate.runner --recipe sentiment_r8_dora [--base] [--limit 200] [--tasks fpb,tfns] [--labels
+finlora eval --recipe sentiment_r8_dora [--base] [--limit 200] [--tasks fpb,tfns] [--labels
     published]
-python -m finlora.evaluate.runner --model <hub id or folder> [--adapter <hub id or folder>] [--bits 8] --tasks general
-python -m finlora.evaluate.runner --endpoint http://localhost:8000/v1 --model <name served> --tasks general
+finlora eval --model <hub id or folder> [--adapter <hub id or folder>] [--bits 8] --tasks general
+finlora eval --endpoint http://localhost:8000/v1 --model <name served> --tasks general
 
 lm-evaluation-harness asks and we keep every answer in results/<subject>/<set>/; `make report` scores them. Interrupted,
 the same command goes on: answers are written as they come, and finished sets are not asked again.
 """
 
-import argparse
 import datetime
 import json
 import re
@@ -17,10 +16,11 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.files import read_json, replacing
 from finlora.core.machine import gpus
 from finlora.core.paths import existing, shown, slug
@@ -39,7 +39,36 @@ IDENTITY = ("model", "adapter_sha256", "bits", "prompt", "template_sha256", "way
 DISK_NEEDED = 64 * 2**20
 
 
-def evaluate(wanted: argparse.Namespace) -> list[Path]:
+@dataclass
+class Request:
+    """What to evaluate, and how. Without a recipe, a model or an adapter there is nothing to evaluate."""
+
+    recipe: str | None = None  # a trained one, by its name or FinLoRA's
+    model: str | None = None  # base model: hub id or folder; with an endpoint the name that is served
+    adapter: str | None = None  # PEFT adapter: hub id or folder
+    base: bool = False  # evaluate the base model too
+    bits: int | None = None  # 16, 8 or 4: of the base's weights; None for the recipe's, or 16
+    tasks: str | None = None  # test sets, tasks or groups, comma-separated; None for the recipe's
+    limit: int | None = None  # the first rows of each set only
+    labels: str = "corrected"  # or published
+    prompt: str = "saved"  # beside the adapter; or finlora_inst, raw
+    tests: str | None = None  # folder with test files of one's own
+    tiny: bool = False  # the adapter of a TINY=1 run
+    name: str | None = None  # of the results
+    force: bool = False  # set earlier answers aside and ask anew
+    keep_quantised: bool = False  # leave 8- and 4-bit weights as they are
+    batch_tokens: int | None = None  # prompt tokens at a time; None for what memory allows
+    backend: str = "transformers"  # or vllm
+    endpoint: str | None = None  # base URL of an OpenAI-compatible server
+    encoder: str | None = None  # BERTScore's: hub id or folder
+    layer: int | None = None  # of the encoder
+    results: Path = field(default_factory=lambda: RESULTS)  # the folder that answers are kept in
+
+    def __post_init__(self) -> None:
+        self.results = self.results.resolve()
+
+
+def evaluate(wanted: Request) -> list[Path]:
     """Evaluate as asked and return the folders of the subjects, the base first. Raises UserError."""
     plan = resolve(wanted)
     for name in plan["sets"]:
@@ -51,7 +80,7 @@ def evaluate(wanted: argparse.Namespace) -> list[Path]:
     return (on_endpoint if wanted.endpoint else on_weights)(plan, wanted)
 
 
-def resolve(wanted: argparse.Namespace) -> dict[str, Any]:
+def resolve(wanted: Request) -> dict[str, Any]:
     """What is to be evaluated: recipe, model, adapter, bits, sets, folder of the test files. Loads nothing."""
     plan: dict[str, Any] = {"recipe": None, "adapter": None, "training": None, "tiny": False, "trained_on": None}
     if wanted.recipe and (wanted.model or wanted.adapter or wanted.endpoint):
@@ -100,7 +129,7 @@ def resolve(wanted: argparse.Namespace) -> dict[str, Any]:
     return plan
 
 
-def on_weights(plan: dict[str, Any], wanted: argparse.Namespace) -> list[Path]:
+def on_weights(plan: dict[str, Any], wanted: Request) -> list[Path]:
     """Load the base, evaluate it where it is asked for, attach the adapter and evaluate that."""
     if plan["adapter"]:
         check_fits(plan["adapter"], plan["model"])
@@ -177,7 +206,7 @@ def on_vllm(plan, wanted, tokenizer, subjects, left) -> list[Path]:
     return [wanted.results / subject["subject"] for subject in subjects]
 
 
-def on_endpoint(plan: dict[str, Any], wanted: argparse.Namespace) -> list[Path]:
+def on_endpoint(plan: dict[str, Any], wanted: Request) -> list[Path]:
     """Evaluate a model that somebody serves; its prompt is the server's."""
     from finlora.evaluate.endpoint import Endpoint
 
@@ -193,7 +222,7 @@ def on_endpoint(plan: dict[str, Any], wanted: argparse.Namespace) -> list[Path]:
     return [wanted.results / subject["subject"]]
 
 
-def claim(subject: dict[str, Any], plan: dict[str, Any], wanted: argparse.Namespace) -> list[str]:
+def claim(subject: dict[str, Any], plan: dict[str, Any], wanted: Request) -> list[str]:
     """Make results/<subject> this evaluation's and return the sets that are still to be asked."""
     folder = wanted.results / subject["subject"]
     before = read_json(folder / "run.json")
@@ -226,7 +255,7 @@ def claim(subject: dict[str, Any], plan: dict[str, Any], wanted: argparse.Namesp
     return left
 
 
-def is_answered(folder: Path, name: str, plan: dict[str, Any], wanted: argparse.Namespace) -> bool:
+def is_answered(folder: Path, name: str, plan: dict[str, Any], wanted: Request) -> bool:
     about = read_json(folder / "set.json")
     if about is None:
         return False
@@ -311,7 +340,7 @@ def answers(lm, name: str, plan, wanted, trained_on: set[str] | None) -> tuple[d
     }, rows
 
 
-def add_bertscore(rows: list[dict[str, Any]], wanted: argparse.Namespace) -> dict[str, str]:
+def add_bertscore(rows: list[dict[str, Any]], wanted: Request) -> dict[str, str]:
     """Give each row its BERTScore F1 and return which encoder and layer measured it."""
     from finlora.evaluate.bertscore import bertscore
 
@@ -322,7 +351,7 @@ def add_bertscore(rows: list[dict[str, Any]], wanted: argparse.Namespace) -> dic
     return {"encoder": named}
 
 
-def encoder_named(wanted: argparse.Namespace) -> tuple[str, int, str]:
+def encoder_named(wanted: Request) -> tuple[str, int, str]:
     from finlora.evaluate.bertscore import ENCODER, LAYER
 
     encoder, layer = wanted.encoder or ENCODER, LAYER if wanted.layer is None else wanted.layer
@@ -365,52 +394,11 @@ def out_of_memory_named():
         ) from error
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--recipe", help="a trained recipe, by its name or FinLoRA's")
-    parser.add_argument("--model", help="base model: hub id or folder; with --endpoint the name that is served")
-    parser.add_argument("--adapter", help="PEFT adapter: hub id or folder")
-    parser.add_argument("--base", action="store_true", help="evaluate the base model too, in the same run")
-    parser.add_argument(
-        "--bits", type=int, choices=(16, 8, 4), help="of the base's weights (default: the recipe's, or 16)"
-    )
-    parser.add_argument("--tasks", help="test sets, tasks or groups, comma-separated (default: the recipe's)")
-    parser.add_argument("--limit", type=positive, help="the first rows of each set only")
-    parser.add_argument("--labels", choices=("corrected", "published"), default="corrected")
-    parser.add_argument("--prompt", default="saved", help="saved (beside the adapter), finlora_inst or raw")
-    parser.add_argument("--tests", help="folder with test files of your own (test/<file> as in data/tasks.yaml)")
-    parser.add_argument("--tiny", action="store_true", help="the adapter of a TINY=1 run")
-    parser.add_argument("--name", help="name of the results (default: the recipe's or the adapter's)")
-    parser.add_argument("--force", action="store_true", help="set earlier answers aside and ask anew")
-    parser.add_argument(
-        "--keep-quantised", action="store_true", help="do not widen 8- and 4-bit weights; slower, smaller"
-    )
-    parser.add_argument("--batch-tokens", type=positive, help="prompt tokens at a time (default: what memory allows)")
-    parser.add_argument("--backend", choices=("transformers", "vllm"), default="transformers")
-    parser.add_argument("--endpoint", help="base URL of an OpenAI-compatible server; its key in OPENAI_API_KEY")
-    parser.add_argument("--encoder", help="BERTScore's encoder: hub id or folder (default ProsusAI/finbert)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder that answers are kept in")
-    parser.add_argument("--layer", type=int, help="BERTScore's layer of it (default 10)")
-    given = parser.parse_args(argv)
-    given.results = given.results.resolve()
-    return given
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return int(text)
-
-
-def main() -> None:
-    wanted = parse()
+def run(wanted: Request) -> None:
+    """Evaluate, and say where the answers are."""
     try:
         folders = evaluate(wanted)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the answers that are there", file=sys.stderr)
         raise
     print("answers: " + ", ".join(shown(str(folder)) for folder in folders) + "\nnext     make report")
-
-
-if __name__ == "__main__":
-    run(main)

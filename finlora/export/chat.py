@@ -1,21 +1,19 @@
 """Talk to a trained adapter in the terminal, with the chat template that is saved beside it (`make chat`).
 
-python -m finlora.export.chat --recipe sentiment_r8_dora [--tiny] [--keep-quantised]
+finlora chat --recipe sentiment_r8_dora [--tiny] [--keep-quantised]
 
 The merged model where there is one, else the adapter merged in memory, or with --keep-quantised on quantised weights
 with DoRA's norms cached. `axolotl inference --chat` takes the template from the recipe instead of the adapter's folder,
 samples, penalises what is repeated, and refuses a pipe; `transformers chat` samples and wants a server.
 """
 
-import argparse
 import sys
 from contextlib import suppress
 from typing import Any
 
-from finlora.core.errors import UserError, run
 from finlora.core.paths import shown
 from finlora.export.merge import as_trained
-from finlora.export.subject import add_subject, fetch_model, merged_folder, of, without_the_hub
+from finlora.export.subject import fetch_model, merged_folder, without_the_hub
 
 
 def load(plan: dict[str, Any], prompt: str, keep_quantised: bool):
@@ -86,20 +84,8 @@ def chat(model, tokenizer, most: int) -> None:
         turns.append({"role": "assistant", "content": tokenizer.decode(out[0, length:], skip_special_tokens=True)})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_subject(parser)
-    parser.add_argument("--keep-quantised", action="store_true", help="leave 8- and 4-bit weights; slower, smaller")
-    parser.add_argument("--prompt", default="saved", help="chat template: saved, finlora_inst or raw")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    given = parser.parse_args()
-    if given.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {given.max_new_tokens}: is not a number above 0")
-    plan = of(given)
-    model, tokenizer, what = load(plan, given.prompt, given.keep_quantised)
+def run(plan: dict[str, Any], prompt: str, keep_quantised: bool, most: int) -> None:
+    """Load the model, say what it is, and chat."""
+    model, tokenizer, what = load(plan, prompt, keep_quantised)
     print(f"chatting with {plan['name']}: {what}", file=sys.stderr, flush=True)
-    chat(model, tokenizer, given.max_new_tokens)
-
-
-if __name__ == "__main__":
-    run(main)
+    chat(model, tokenizer, most)

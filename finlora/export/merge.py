@@ -1,7 +1,7 @@
 """Merge a trained adapter into its base: 16-bit safetensors with tokenizer and chat template (`make merge`).
 
-python -m finlora.export.merge --recipe sentiment_r8_dora [--tiny] [--into full] [--limit 100] [--force]
-python -m finlora.export.merge --adapter <folder or hub id> [--model <base>] [--bits 8]
+finlora merge --recipe sentiment_r8_dora [--tiny] [--into full] [--limit 100] [--force]
+finlora merge --adapter <folder or hub id> [--model <base>] [--bits 8]
 
 Loading, holding the adapter against the base and folding DoRA are evaluation's (finlora/models/load.py), so what is
 merged is what `make eval` scores. axolotl's merge-lora folds with PEFT's layers too, but cannot merge into 8-bit
@@ -12,7 +12,6 @@ An adapter of 8 or 4 bits learned to correct rounded weights. It can be merged i
 into the weights that it saw ("dequantised"): both are held against the model as trained, the closer one is taken.
 """
 
-import argparse
 import gc
 import json
 import math
@@ -21,13 +20,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
 from finlora.core.machine import GIB, gpus
 from finlora.core.paths import ROOT, shown
 from finlora.core.provenance import git_state, versions
 from finlora.data.test_sets import RAW, SAMPLE, all_sets
-from finlora.export.subject import add_subject, check_base, check_weights, fetch_model, merged_folder, of
+from finlora.export.subject import check_base, check_weights, fetch_model, merged_folder
 from finlora.models.load import check_fits, load_config, load_tokenizer, template_sha256
 from finlora.train.runs import folder_lock
 
@@ -296,14 +295,13 @@ def ask(model, tokenizer, rows: list[list[int]], plan: dict[str, Any], limit: in
     sets = [name for name in plan["sets"] if (folder / all_sets()[name]["file"]).is_file()]
     if not limit or not sets:
         return found
-    from finlora.evaluate import harness
-    from finlora.evaluate.runner import answers
+    from finlora.evaluate import harness, runner
     from finlora.evaluate.scorers import scorings, summary
 
     lm = harness.harness(model, tokenizer)
     for name in sets:
-        wanted = argparse.Namespace(labels="corrected", limit=limit)
-        _, given = answers(lm, name, {"folder": folder}, wanted, None)
+        wanted = runner.Request(labels="corrected", limit=limit)
+        _, given = runner.answers(lm, name, {"folder": folder}, wanted, None)
         found["answers"][name] = [row["answer"] for row in given]
         if ways := scorings(name, all_sets()[name]):
             score = next(iter(ways.values()))(found["answers"][name], [row["corrected"] for row in given])
@@ -362,22 +360,3 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_subject(parser)
-    parser.add_argument("--into", choices=("full", "dequantised"), help="what to merge into (default: the closer one)")
-    parser.add_argument("--limit", type=int, default=100, help="rows of each test set to ask both, 0 for none")
-    parser.add_argument("--prompt", default="saved", help="chat template: saved, finlora_inst or raw")
-    parser.add_argument("--force", action="store_true", help="merge again; replace what is there")
-    given = parser.parse_args()
-    if given.limit < 0:
-        raise UserError(f"LIMIT={given.limit}: give a number of rows, 0 for none")
-    plan = of(given)
-    merge(plan, given.into, given.limit, given.prompt, given.force)
-    print(f"next      make serve {plan['given']}, or make chat {plan['given']}")
-
-
-if __name__ == "__main__":
-    run(main)

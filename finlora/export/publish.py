@@ -1,12 +1,11 @@
 """Publish a trained adapter, or its merged model, on the Hugging Face Hub with a model card (`make publish`).
 
-python -m finlora.export.publish --recipe sentiment_r8_dora --repo name/model [--merged] [--private] [--push]
+finlora publish --recipe sentiment_r8_dora --repo name/model [--merged] [--private] [--push]
 
 Without --push nothing leaves this machine: the card is written, and what would go is listed. Weights, configuration and
 tokenizer go, named one by one in FILES; checkpoints, logs and run.json do not. The token comes from HF_TOKEN alone.
 """
 
-import argparse
 import json
 import os
 import re
@@ -16,13 +15,13 @@ from typing import Any
 
 from fastdora.plugin.safety import LOOKS_SECRET
 from finlora.core import html
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.files import read_json, replacing
 from finlora.core.paths import ROOT, shown
 from finlora.data.corrections import load_corrections
 from finlora.data.tasks import load_tasks
 from finlora.evaluate import report, results
-from finlora.export.subject import check_weights, need_merged, subject
+from finlora.export.subject import check_weights, need_merged
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 DEFECTS = ROOT / "data" / "README.md"
@@ -272,22 +271,3 @@ def scores(sha256: str, *folders: Path) -> list[dict[str, Any]]:
             rows = [row for answer in answers for row in report.lines(answer, others.get(answer.name))]
             shown_.append({"facts": report.facts(one.run), "rows": rows, "notes": report.notes(one, base)})
     return shown_
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--recipe", help="a trained recipe, by its name or FinLoRA's")
-    parser.add_argument("--tiny", action="store_true", help="the adapter of a TINY=1 run")
-    parser.add_argument("--repo", default="", help="<user or organisation>/<model> on the Hub")
-    parser.add_argument("--merged", action="store_true", help="the merged model instead of the adapter")
-    parser.add_argument("--private", action="store_true", help="where the repository is new: visible to you alone")
-    parser.add_argument("--push", action="store_true", help="push; without it nothing leaves this machine")
-    given = parser.parse_args()
-    if not given.recipe:
-        raise UserError("give RECIPE=<trained recipe> and REPO=<user or organisation>/<model>")
-    plan = subject(given.recipe, None, None, None, given.tiny)
-    publish(plan, given.repo, given.merged, given.private, given.push)
-
-
-if __name__ == "__main__":
-    run(main)

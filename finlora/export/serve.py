@@ -1,13 +1,12 @@
 """Serve a merged model behind an OpenAI-compatible endpoint (`make serve`), on this machine alone unless HOST= says so.
 
-python -m finlora.export.serve --recipe sentiment_r8_dora [--tiny] [--port 8000] [--host 0.0.0.0] [-- vLLM's own
+finlora serve --recipe sentiment_r8_dora [--tiny] [--port 8000] [--host 0.0.0.0] [-- vLLM's own
     options]
 
 With a GPU it is vLLM, in its own environment; without one `transformers serve`, one request at a time, to try the way.
 Prompts are made with the chat template saved beside the weights, answers are greedy unless a request says otherwise.
 """
 
-import argparse
 import errno
 import os
 import socket
@@ -17,11 +16,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.machine import gpus
 from finlora.core.paths import shown
 from finlora.evaluate.vllm import VLLM
-from finlora.export.subject import add_subject, need_merged, of, without_the_hub
+from finlora.export.subject import need_merged, without_the_hub
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -116,25 +115,3 @@ def on_transformers(folder: Path, name: str, host: str, port: int) -> None:
             if server:
                 server.kill_server()
             os.chdir(before)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_subject(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    parser.add_argument("--port", type=port_number, default=8000)
-    parser.add_argument("--backend", choices=("vllm", "transformers"), help="default: vllm with a GPU")
-    parser.epilog = "What follows -- goes to vLLM: -- --max-model-len 8192"
-    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    given = parser.parse_args(sys.argv[1:cut])
-    serve(of(given), given.host, given.port, given.backend, sys.argv[cut + 1 :])
-
-
-def port_number(text: str) -> int:
-    if not text.isdigit() or not 0 < int(text) < 65536:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 65535")
-    return int(text)
-
-
-if __name__ == "__main__":
-    run(main)

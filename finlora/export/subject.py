@@ -1,6 +1,5 @@
 """A trained adapter by its recipe, folder or hub id, and where its merged model lies."""
 
-import argparse
 import logging
 from pathlib import Path
 from typing import Any
@@ -101,16 +100,3 @@ def without_the_hub() -> None:
     constants.HF_HUB_OFFLINE = True
     # It warns of its cast to float16 in each layer of each step.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-
-
-def add_subject(parser: argparse.ArgumentParser) -> None:
-    """The options that name a trained adapter, for every command that takes one."""
-    parser.add_argument("--recipe", help="a trained recipe, by its name or FinLoRA's")
-    parser.add_argument("--adapter", help="PEFT adapter: folder or hub id")
-    parser.add_argument("--model", help="its base: hub id or folder (default: the one that the adapter names)")
-    parser.add_argument("--bits", type=int, choices=(16, 8, 4), help="that ADAPTER= was trained on (default 16)")
-    parser.add_argument("--tiny", action="store_true", help="the adapter of a TINY=1 run")
-
-
-def of(given: argparse.Namespace) -> dict[str, Any]:
-    return subject(given.recipe, given.adapter, given.model, given.bits, given.tiny)

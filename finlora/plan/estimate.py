@@ -1,6 +1,6 @@
 """What a run will take, before it begins: parameters, memory, samples, tokens, steps, time and cost (`make plan`).
 
-    python -m finlora.plan.estimate sentiment_r8_dora [--gpu a100-80g] [--gpus 4] [--price 2.50]
+    finlora plan sentiment_r8_dora [--gpu a100-80g] [--gpus 4] [--price 2.50]
 
 Parameters are counted on the model itself, built without memory. Memory is finlora/recipes/memory.py's estimate. Time
 is work over rates: products, attention and memory traffic, each over the GPU's own rate (finlora/plan/gpus.yaml), and
@@ -8,7 +8,6 @@ the launches of each layer, times four factors that are fitted to the records fi
 whenever this runs.
 """
 
-import argparse
 import bisect
 import difflib
 import json
@@ -22,7 +21,7 @@ import numpy as np
 
 from fastdora.plugin.keys import RecipeError, read_recipe
 from finlora.core import machine
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 from finlora.data.audit import tokenizer_of
 from finlora.data.tasks import load_tasks
@@ -472,19 +471,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("recipe", help="a name from `make recipes`, FinLoRA's name for a run, or a YAML file")
-    parser.add_argument(
-        "--gpu", help="a GPU of finlora/plan/gpus.yaml; without it the one that is here, or the measured one"
-    )
-    parser.add_argument("--gpus", default="1", help="how many of them")
-    parser.add_argument("--price", help="of one GPU for an hour, in any currency")
-    given = parser.parse_args()
-    if not given.gpus.isdecimal() or not 0 < int(given.gpus) <= 4096:
-        raise UserError(f"GPUS={given.gpus}: give a number from 1 to 4096")
-    path = recipe_names.find(given.recipe)
-    print(show(make_plan(path, recipes.load(path), given.gpu, int(given.gpus), price(given.price))))
+def run(recipe: str, gpu: str | None, gpus: str, price_text: str | None) -> None:
+    """Print the plan of a recipe."""
+    if not gpus.isdecimal() or not 0 < int(gpus) <= 4096:
+        raise UserError(f"GPUS={gpus}: give a number from 1 to 4096")
+    path = recipe_names.find(recipe)
+    print(show(make_plan(path, recipes.load(path), gpu, int(gpus), price(price_text))))
 
 
 def price(text: str | None) -> float | None:
@@ -495,7 +487,3 @@ def price(text: str | None) -> float | None:
     if value is not None and not 0 <= value < math.inf:
         raise UserError(f"PRICE={text}: give a number, as in PRICE=2.50, the price of one GPU for an hour")
     return value
-
-
-if __name__ == "__main__":
-    run(main)

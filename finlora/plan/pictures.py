@@ -4,7 +4,6 @@ Plain SVG: the same results give the same bytes, and nothing has to be installed
 pages, which GitHub does not tell a picture apart.
 """
 
-import argparse
 import json
 import math
 import os
@@ -12,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.files import replacing
 from finlora.core.paths import ROOT
 
@@ -128,8 +127,8 @@ def draw() -> dict[Path, str]:
     return drawn
 
 
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__.split("\n\n")[0]).parse_args()
+def run() -> None:
+    """Draw what is recorded, and say what is not."""
     for path, text in draw().items():
         with replacing(path) as file:
             file.write(text)
@@ -137,7 +136,3 @@ def main() -> None:
     for what, source, maker in (("speed", SPEED, "bench.train_throughput"), ("scores", SCORES, "bench.dora_study")):
         if not source.is_file():
             print(f"no {what}: {os.path.relpath(source, ROOT)} is not there; python -m {maker} makes it")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,6 +1,5 @@
 """Load a recipe that can be trusted, list the recipes, check them all (`make recipes`, `make check`)."""
 
-import argparse
 import difflib
 import hashlib
 import json
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdora.plugin.keys import RecipeError, check_keys, read_recipe
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.files import replacing
 from finlora.core.paths import ROOT
 from finlora.recipes.bases import linear_layers, shape, trainable_parameters
@@ -126,25 +125,24 @@ def axolotl_schema(plugins: Any) -> dict[str, Any]:
     return schema
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="List the recipes, or check them all.")
-    parser.add_argument("--task", help="only the recipes of this task")
-    parser.add_argument("--check", action="store_true", help="check every recipe's keys, types, name and factorisation")
-    args = parser.parse_args()
-    if args.check:
-        recipes = {path.stem: load(path) for path in sorted(RECIPES.glob("*.yaml"))}
-        problems = list(factorise(recipes))
-        if problems:
-            raise UserError("\nerror: ".join(problems))
-        print(f"{len(recipes)} recipes: every key is known to axolotl and decided by one part of the name")
-        return
+def check() -> None:
+    """Check every recipe's keys, types, name and factorisation."""
+    recipes = {path.stem: load(path) for path in sorted(RECIPES.glob("*.yaml"))}
+    problems = list(factorise(recipes))
+    if problems:
+        raise UserError("\nerror: ".join(problems))
+    print(f"{len(recipes)} recipes: every key is known to axolotl and decided by one part of the name")
+
+
+def show(task: str | None) -> None:
+    """Print the recipes, all of them or a task's."""
     tasks = sorted({parse_name(name)["task"] for name in names()})
-    if args.task and args.task not in tasks:
-        near = difflib.get_close_matches(args.task, tasks, 3)
+    if task and task not in tasks:
+        near = difflib.get_close_matches(task, tasks, 3)
         raise UserError(
-            f"TASK={args.task}: no such task; {'did you mean ' + near[0] if near else 'one of ' + ', '.join(tasks)}"
+            f"TASK={task}: no such task; {'did you mean ' + near[0] if near else 'one of ' + ', '.join(tasks)}"
         )
-    shown = [name for name in names() if not args.task or parse_name(name)["task"] == args.task]
+    shown = [name for name in names() if not task or parse_name(name)["task"] == task]
     print(f"{'recipe':<34}{'task':<17}{'bits':>4}{'rank':>6}{'alpha':>7}  {'method':<8}{'trainable parameters':>20}")
     for name in shown:
         parts, recipe = parse_name(name), load(RECIPES / f"{name}.yaml")
@@ -154,7 +152,3 @@ def main() -> None:
             f"{name:<34}{parts['task']:<17}{parts['bits']:>4}{parts['r']:>6}{parts['alpha']:>7}  "
             f"{parts['method']:<8}{count:>20}"
         )
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,13 +1,12 @@
 """Sweep a recipe: a run for each point of a sweep file, then one table and one plot (`make sweep`).
 
-python -m finlora.sweep.run sentiment_r8_dora rank [--gpus 4] [--eval] [--point 3] [--list] [-- axolotl's own options]
+finlora sweep sentiment_r8_dora rank [--gpus 4] [--eval] [--point 3] [--list] [-- axolotl's own options]
 
 A sweep file is axolotl's: `key: [values]` in every combination, and under `_` a list of keys that change together. What
 axolotl does with it (`axolotl train --sweep`) shuffles the points into numbered folders, keeps no map, collects nothing
 and hides failures; here each point is a whole recipe in outputs/sweeps/<recipe>.<sweep>/ that `make train` trains.
 """
 
-import argparse
 import difflib
 import hashlib
 import itertools
@@ -27,7 +26,7 @@ import yaml
 from fastdora.plugin import safety
 from fastdora.plugin.keys import RecipeError, check_keys, read_recipe
 from finlora.core import files, machine
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.files import replacing
 from finlora.core.paths import ROOT
 from finlora.data.tasks import load_tasks
@@ -62,8 +61,8 @@ def sweep(
     """Train the points that are not trained yet, write table.md and index.html, and return what they show.
 
     small: on the tiny base model. force: train (and ask) anew. gpus: points at a time, each on a GPU of its own. point:
-    only this one, counted from 1 (an array job runs one a task). ask: evaluate too, with these options of
-    finlora.evaluate.runner. track, args: as in finlora.train.run. A point that fails leaves the others alone; at the
+    only this one, counted from 1 (an array job runs one a task). ask: evaluate too, with these options of `finlora
+    eval`. track, args: as in finlora.train.run. A point that fails leaves the others alone; at the
     end UserError has its line.
     """
     args = args or []
@@ -246,19 +245,20 @@ def jobs_of(
     track: str | None,
     args: list[str],
 ) -> list[list[str]]:
-    """The commands that a point still needs, as arguments of `python -m`: train, evaluate, one of them or none."""
+    """The commands that a point still needs, as arguments of `finlora`: train, evaluate, one of them or none."""
     tiny, anew = ["--tiny"] if small else [], ["--force"] if force else []
     logging = ["--track", track] if track else []
     commands = []
     run_json = None if force else train.finished_run(point["path"], small, args)
     if not run_json:
-        commands.append(["finlora.train.run", str(point["path"]), *tiny, *anew, *logging, "--", *args])
+        commands.append(["train", str(point["path"]), *tiny, *anew, *logging, "--", *args])
     if ask is not None:
         options = ["--recipe", str(point["path"]), "--results", str(folder / "results"), *ask, *tiny]
         before = files.read_json(folder / "results" / sweep_report.subject(point["name"], small) / "run.json")
         stale = before and (not run_json or before.get("adapter_sha256") != run_json["adapter"]["sha256"])
-        if not run_json or stale or not answered(runner.parse(options)):
-            commands.append(["finlora.evaluate.runner", *options, *(["--force"] if stale else anew)])
+        asked = request(ask, recipe=str(point["path"]), results=folder / "results", tiny=small)
+        if not run_json or stale or not answered(asked):
+            commands.append(["eval", *options, *(["--force"] if stale else anew)])
     return commands
 
 
@@ -278,13 +278,21 @@ def claim(folder: Path, recipe: Path, file: Path) -> None:
 
 def check_asked(ask: list[str], small: bool) -> None:
     """UserError before anything is trained where a test set is not known or not there."""
-    wanted = runner.parse(ask)
+    wanted = request(ask)
     for name in forgetting.choose(re.split(r"[,\s]+", wanted.tasks or "sentiment"), choose):
         if not small and name not in forgetting.TASKS:
             read_set(name)
 
 
-def answered(wanted: argparse.Namespace) -> bool:
+def request(ask: list[str], **others: Any) -> runner.Request:
+    """What these options of `finlora eval` ask for: --tasks, --limit and --labels, each with its value."""
+    fields: dict[str, Any] = {name.removeprefix("--"): value for name, value in zip(ask[::2], ask[1::2], strict=True)}
+    if "limit" in fields:
+        fields["limit"] = int(fields["limit"])
+    return runner.Request(**fields, **others)
+
+
+def answered(wanted: runner.Request) -> bool:
     asked = runner.resolve(wanted)
     folder = wanted.results / asked["subject"]
     return all(runner.is_answered(folder / name, name, asked, wanted) for name in asked["sets"])
@@ -353,16 +361,13 @@ def work(todo: list[tuple[dict[str, Any], list[list[str]]]], free: list[str | No
 
 
 def start(argv: list[str], gpu: str | None, log: Path, lock: IO | None) -> subprocess.Popen:
-    """`python -m argv...` with its output in the log. Ctrl-C reaches it from `work` alone; the lock goes with it."""
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "PYTHONUNBUFFERED": "1",
-    }
+    """`finlora argv...` with its output in the log. Ctrl-C reaches it from `work` alone; the lock goes with it."""
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
     if gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpu
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", *argv],
+            [sys.executable, "-m", "finlora", *argv],
             cwd=ROOT,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -413,43 +418,13 @@ def reason(log: Path) -> str | None:
     return None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("recipe", help="a name from `make recipes`, FinLoRA's name for a run, or a YAML file")
-    parser.add_argument("sweep", help="a name from recipes/sweeps, or a YAML file")
-    parser.add_argument("--tiny", action="store_true", help="each point two steps on a tiny model, on any machine")
-    parser.add_argument("--force", action="store_true", help="train and evaluate every point anew")
-    parser.add_argument("--gpus", type=train.count, default=1, help="points at a time, each on a GPU of its own")
-    parser.add_argument("--point", type=train.count, help="only this point, from 1: a task of an array job")
-    parser.add_argument("--list", action="store_true", help="show the points and run nothing")
-    parser.add_argument("--eval", action="store_true", help="evaluate each trained point")
-    parser.add_argument("--tasks", help="with --eval: test sets, tasks or groups (default: the recipe's)")
-    parser.add_argument("--limit", help="with --eval: the first rows of each set only")
-    parser.add_argument("--labels", help="with --eval: corrected or published")
-    parser.add_argument("--track", help="as in finlora.train.run")
-    parser.epilog = "What follows -- goes to axolotl: -- --max-steps 100"
-    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    given = parser.parse_args(sys.argv[1:cut])
-    recipe, file = recipe_names.find(given.recipe).absolute(), find(given.sweep)
-    if given.list:
-        for point in plan(recipe, file):
-            print(f"{point['number']:>3}  {point['name']:<44}  {said(point['changes'])}")
-        return
+def show_points(recipe: Path, file: Path) -> None:
+    for point in plan(recipe, file):
+        print(f"{point['number']:>3}  {point['name']:<44}  {said(point['changes'])}")
+
+
+def options(recipe: Path, tasks: str | None, limit: int | None, labels: str | None) -> list[str]:
+    """Options of `finlora eval` for each point; the test sets are the recipe's task's where none are named."""
     task = (recipe_names.parse_name(recipe.stem) or {}).get("task")
-    asked = {"--tasks": given.tasks or (task if task in load_tasks() else None)}
-    asked |= {"--limit": given.limit, "--labels": given.labels}
-    sweep(
-        recipe,
-        file,
-        small=given.tiny,
-        force=given.force,
-        gpus=given.gpus,
-        point=given.point,
-        ask=[part for option, value in asked.items() if value for part in (option, value)] if given.eval else None,
-        track=given.track,
-        args=sys.argv[cut + 1 :],
-    )
-
-
-if __name__ == "__main__":
-    run(main)
+    asked = {"--tasks": tasks or (task if task in load_tasks() else None), "--limit": limit, "--labels": labels}
+    return [part for option, value in asked.items() if value for part in (option, str(value))]

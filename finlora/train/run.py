@@ -1,9 +1,8 @@
 """Train a recipe: check everything that can be checked first, then `axolotl preprocess`, then `axolotl train`.
 
-python -m finlora.train.run sentiment_r8_dora [--tiny] [--force] [--gpus 4 --zero 2] [-- axolotl's own options]
+finlora train sentiment_r8_dora [--tiny] [--force] [--gpus 4 --zero 2] [-- axolotl's own options]
 """
 
-import argparse
 import datetime
 import json
 import os
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.files import read_json, replacing
 from finlora.core.paths import ROOT
 from finlora.core.provenance import device_name, git_state, versions
@@ -203,7 +202,6 @@ def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> N
     """
     env = os.environ | {
         "AXOLOTL_DO_NOT_TRACK": os.environ.get("AXOLOTL_DO_NOT_TRACK", "1"),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a recipe's paths are this repository's
@@ -269,47 +267,3 @@ def next_command(path: Path, small: bool) -> str:
         return f"make train RECIPE={path.stem} on a GPU, or make demo"
     recipe = path.stem if path.resolve().parent == recipe_names.RECIPES else path
     return f"make eval RECIPE={recipe} BASE=1, or make merge RECIPE={recipe}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("recipe", help="a name from `make recipes`, FinLoRA's name for a run, or a YAML file")
-    parser.add_argument("--tiny", action="store_true", help="two steps on a tiny model, on any machine")
-    parser.add_argument("--force", action="store_true", help="set aside what the output folder holds")
-    parser.add_argument("--gpus", type=count, default=1, help="processes on this machine, one a GPU")
-    parser.add_argument("--nodes", type=count, default=1, help="machines; run the same command on each")
-    parser.add_argument("--node-rank", type=int, default=0, help="which of them this is, from 0")
-    parser.add_argument("--master", help="HOST or HOST:PORT of machine 0")
-    parser.add_argument("--zero", type=int, help="DeepSpeed's ZeRO stage: 1, 2 or 3")
-    parser.add_argument("--offload", action="store_true", help="with --zero 2, 3 or --fsdp 2: use the CPU's memory too")
-    parser.add_argument("--fsdp", type=int, help="2: share the model out with torch's FSDP2")
-    parser.add_argument("--ray", action="store_true", help="on a Ray cluster: --gpus times --nodes workers")
-    parser.add_argument("--track", help="log to wandb or mlflow besides TensorBoard, or to none")
-    parser.epilog = "What follows -- goes to axolotl: -- --learning-rate 0.0002"
-    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    given = parser.parse_args(sys.argv[1:cut])
-    train(
-        recipe_names.find(given.recipe),
-        small=given.tiny,
-        force=given.force,
-        args=sys.argv[cut + 1 :],
-        gpus=given.gpus,
-        nodes=given.nodes,
-        rank=given.node_rank,
-        master=given.master,
-        zero=given.zero,
-        offload=given.offload,
-        fsdp=given.fsdp,
-        ray=given.ray,
-        tracker=given.track,
-    )
-
-
-def count(text: str) -> int:
-    if not text.isdigit() or not 0 < int(text) <= 4096:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 4096")
-    return int(text)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -4,7 +4,6 @@ It stands in for the 8B base wherever a recipe is tried without a GPU. Same arch
 template as Llama-3.1-Instruct, so that every line of a recipe but its sizes is exercised.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from finlora.core.errors import UserError, run
+from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 
 CACHE = ROOT / ".cache"
@@ -139,11 +138,10 @@ def _train_model(tokenizer, texts: list[str]):
 
 
 def main() -> None:
-    argparse.ArgumentParser(description="Build the tiny base model from data/sample and print its folder.").parse_args()
     folder = build(sample_texts())
     link(folder)
     print(folder)
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -1,0 +1,5 @@
+"""`python -m finlora`, the same as the command `finlora`."""
+
+from finlora.cli import main
+
+main()

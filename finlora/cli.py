@@ -1,0 +1,514 @@
+"""The command `finlora`: every option of every subcommand, declared once.
+
+`make TARGET` calls these with its variables turned into options. The functions that do the work take plain arguments.
+What a command needs is imported within it: `finlora --help` then starts at once, without torch and axolotl.
+"""
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from finlora.core.errors import UserError, run
+
+app = typer.Typer(
+    help="FinLoRA's fine-tuning runs as axolotl recipes.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+# What follows -- is another program's: axolotl's options, or vLLM's.
+PASSING_ON = ("train", "sweep", "serve")
+AXOLOTL = "What follows -- goes to axolotl: -- --learning-rate 0.0002"
+
+
+class Number(click.ParamType):
+    """A number above 0, up to `largest` where there is one."""
+
+    name = "number"
+
+    def __init__(self, kind: type = int, largest: int | None = None):
+        self.kind, self.largest = kind, largest
+
+    def convert(self, value: str | float, parameter: click.Parameter | None, context: click.Context | None) -> float:
+        try:
+            number = self.kind(value)
+        except ValueError:
+            number = 0
+        if not 0 < number <= (self.largest or float("inf")):  # nor a NaN
+            range = f"from 1 to {self.largest}" if self.largest else "above 0"
+            self.fail(f"'{value}' is not a number {range}", parameter, context)
+        return number
+
+
+class Labels(str, Enum):
+    corrected = "corrected"
+    published = "published"
+
+
+class Into(str, Enum):
+    full = "full"
+    dequantised = "dequantised"
+
+
+class Backend(str, Enum):
+    transformers = "transformers"
+    vllm = "vllm"
+
+
+# Options that several commands have.
+RecipeName = Annotated[str, typer.Argument(help="a name from `make recipes`, FinLoRA's name for a run, or a YAML file")]
+Trained = Annotated[str | None, typer.Option("--recipe", help="a trained recipe, by its name or FinLoRA's")]
+Adapter = Annotated[str | None, typer.Option(help="PEFT adapter: folder or hub id")]
+Base = Annotated[str | None, typer.Option("--model", help="its base: hub id or folder (default: the adapter's own)")]
+Bits = Annotated[
+    int | None,
+    typer.Option(click_type=click.Choice([16, 8, 4]), help="of the base's weights (default: the recipe's, or 16)"),
+]
+Tiny = Annotated[bool, typer.Option("--tiny", help="a tiny model, on any machine: the run of TINY=1")]
+Force = Annotated[bool, typer.Option("--force", help="set aside what is there and begin anew")]
+Track = Annotated[str | None, typer.Option(help="log to wandb or mlflow besides TensorBoard, or to none")]
+TestSets = Annotated[str | None, typer.Option("--tasks", help="test sets, tasks or groups (default: the recipe's)")]
+Limit = Annotated[int | None, typer.Option(click_type=Number(), help="the first rows of each set only")]
+LabelsUsed = Annotated[Labels, typer.Option(help="which labels count as right")]
+Prompt = Annotated[str, typer.Option(help="chat template: saved (beside the adapter), finlora_inst or raw")]
+KeepQuantised = Annotated[
+    bool, typer.Option("--keep-quantised", help="do not dequantize 8- and 4-bit weights; slower, smaller")
+]
+Results = Annotated[Path | None, typer.Option(help="the folder that evaluations write to (default results)")]
+Tasks = Annotated[list[str] | None, typer.Argument(metavar="[TASK]...", help="of data/tasks.yaml (default: all)")]
+Raw = Annotated[Path | None, typer.Option(help="the folder of the fetched files (default data/raw)")]
+OwnRows = Annotated[Path | None, typer.Option("--file", help="rows of your own: .jsonl, .csv (or .gz) or .parquet")]
+ContextColumn = Annotated[str, typer.Option(help="the key or column of the question in --file")]
+TargetColumn = Annotated[str, typer.Option(help="the key or column of the answer in --file")]
+AnyLabel = Annotated[bool, typer.Option("--any-label", help="take answers of --file outside the task's labels")]
+Out = Annotated[Path | None, typer.Option(help="the folder to write to (default data/prepared/TASK)")]
+Seed = Annotated[int, typer.Option(help="of the validation split")]
+Validation = Annotated[float, typer.Option(help="the share of rows that are held out")]
+Jobs = Annotated[int, typer.Option(click_type=Number(), help="files at a time")]
+Timeout = Annotated[float, typer.Option(click_type=Number(float), help="seconds of silence")]
+Retries = Annotated[int, typer.Option(help="failures in a row for a file")]
+Backoff = Annotated[float, typer.Option(help="seconds of the first wait")]
+Manifest = Annotated[Path | None, typer.Option(help="the pinned files (default data/manifest.json)")]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command. A user's mistake is one line on stderr and exit code 1, or 2 where it is in the options."""
+    run(lambda: _answer(sys.argv[1:] if argv is None else argv))
+
+
+def _answer(argv: list[str]) -> None:
+    try:
+        call(argv)
+    except click.exceptions.Exit as done:  # --help, or a command's own exit code
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        # click would print the usage in several lines and leave the reason last.
+        message = " ".join(error.format_message().split()).rstrip(".")
+        print(f"error: {message}; --help lists the options", file=sys.stderr)
+        sys.exit(2)
+
+
+def call(argv: list[str]) -> None:
+    """Run a command in this process; mistakes are raised as UserError or as click's own errors."""
+    rest: list[str] = []
+    if argv and argv[0] in PASSING_ON and "--" in argv:
+        cut = argv.index("--")
+        argv, rest = argv[:cut], argv[cut + 1 :]
+    command = typer.main.get_command(app)
+    # Not app(): it answers Ctrl-C and mistakes itself.
+    with command.make_context("finlora", list(argv), obj=rest) as context:
+        command.invoke(context)
+
+
+@app.command(epilog=AXOLOTL)
+def train(
+    context: typer.Context,
+    recipe: RecipeName,
+    tiny: Tiny = False,
+    force: Force = False,
+    gpus: Annotated[
+        int, typer.Option(click_type=Number(largest=4096), help="processes on this machine, one a GPU")
+    ] = 1,
+    nodes: Annotated[
+        int, typer.Option(click_type=Number(largest=4096), help="machines; run the same command on each")
+    ] = 1,
+    node_rank: Annotated[int, typer.Option(help="which of them this is, from 0")] = 0,
+    master: Annotated[str | None, typer.Option(help="HOST or HOST:PORT of machine 0")] = None,
+    zero: Annotated[int | None, typer.Option(help="DeepSpeed's ZeRO stage: 1, 2 or 3")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="with --zero 2, 3 or --fsdp 2: use the CPU's memory too")
+    ] = False,
+    fsdp: Annotated[int | None, typer.Option(help="2: shard the model with torch's FSDP2")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="on a Ray cluster: --gpus times --nodes workers")] = False,
+    track: Track = None,
+) -> None:
+    """Train a recipe: check everything that can be checked first, then `axolotl preprocess` and `axolotl train`."""
+    from finlora.recipes import names
+    from finlora.train.run import train
+
+    train(
+        names.find(recipe),
+        small=tiny,
+        force=force,
+        args=context.obj,
+        gpus=gpus,
+        nodes=nodes,
+        rank=node_rank,
+        master=master,
+        zero=zero,
+        offload=offload,
+        fsdp=fsdp,
+        ray=ray,
+        tracker=track,
+    )
+
+
+@app.command(epilog=AXOLOTL)
+def sweep(
+    context: typer.Context,
+    recipe: RecipeName,
+    sweep: Annotated[str, typer.Argument(help="a name from recipes/sweeps, or a YAML file")],
+    tiny: Tiny = False,
+    force: Force = False,
+    gpus: Annotated[
+        int, typer.Option(click_type=Number(largest=4096), help="points at a time, each on a GPU of its own")
+    ] = 1,
+    point: Annotated[
+        int | None,
+        typer.Option(click_type=Number(largest=4096), help="only this point, from 1: a task of an array job"),
+    ] = None,
+    list: Annotated[bool, typer.Option("--list", help="show the points and run nothing")] = False,
+    eval: Annotated[bool, typer.Option("--eval", help="evaluate each trained point")] = False,
+    tasks: TestSets = None,
+    limit: Limit = None,
+    labels: Annotated[Labels | None, typer.Option(help="with --eval: which labels count as right")] = None,
+    track: Track = None,
+) -> None:
+    """Train a recipe at each point of a sweep file, then one table and one plot."""
+    from finlora.recipes import names
+    from finlora.sweep import run as sweeps
+
+    path, file = names.find(recipe).absolute(), sweeps.find(sweep)
+    if list:
+        sweeps.show_points(path, file)
+        return
+    ask = sweeps.options(path, tasks, limit, labels and labels.value) if eval else None
+    sweeps.sweep(path, file, small=tiny, force=force, gpus=gpus, point=point, ask=ask, track=track, args=context.obj)
+
+
+@app.command("eval")
+def evaluate(
+    recipe: Trained = None,
+    model: Annotated[
+        str | None, typer.Option(help="base model: hub id or folder; with --endpoint the name that is served")
+    ] = None,
+    adapter: Adapter = None,
+    base: Annotated[bool, typer.Option("--base", help="evaluate the base model too, in the same run")] = False,
+    bits: Bits = None,
+    tasks: TestSets = None,
+    limit: Limit = None,
+    labels: LabelsUsed = Labels.corrected,
+    prompt: Prompt = "saved",
+    tests: Annotated[
+        str | None, typer.Option(help="folder with test files of your own (test/<file> as in data/tasks.yaml)")
+    ] = None,
+    tiny: Tiny = False,
+    name: Annotated[
+        str | None, typer.Option(help="name of the results (default: the recipe's or the adapter's)")
+    ] = None,
+    force: Force = False,
+    keep_quantised: KeepQuantised = False,
+    batch_tokens: Annotated[
+        int | None, typer.Option(click_type=Number(), help="prompt tokens at a time (default: what memory allows)")
+    ] = None,
+    backend: Backend = Backend.transformers,
+    endpoint: Annotated[
+        str | None, typer.Option(help="base URL of an OpenAI-compatible server; its key in OPENAI_API_KEY")
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="BERTScore's encoder: hub id or folder (default ProsusAI/finbert)")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="BERTScore's layer of it (default 10)")] = None,
+    results: Results = None,
+) -> None:
+    """Evaluate a trained adapter, a base model, or anything behind an endpoint, on FinLoRA's test sets."""
+    from finlora.evaluate import runner
+
+    runner.run(
+        runner.Request(
+            recipe=recipe,
+            model=model,
+            adapter=adapter,
+            base=base,
+            bits=bits,
+            tasks=tasks,
+            limit=limit,
+            labels=labels.value,
+            prompt=prompt,
+            tests=tests,
+            tiny=tiny,
+            name=name,
+            force=force,
+            keep_quantised=keep_quantised,
+            batch_tokens=batch_tokens,
+            backend=backend.value,
+            endpoint=endpoint,
+            encoder=encoder,
+            layer=layer,
+            results=results or runner.RESULTS,
+        )
+    )
+
+
+@app.command()
+def report(results: Results = None) -> None:
+    """Write results/index.html and results/README.md from all evaluations."""
+    from finlora.evaluate import report
+
+    report.run(results or report.RESULTS)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="a subject: a folder of results/")],
+    b: Annotated[str, typer.Argument(metavar="B", help="another")],
+    results: Results = None,
+) -> None:
+    """Are A and B distinguishable? Paired, on the same rows."""
+    from finlora.evaluate import compare
+
+    compare.compare(a, b, (results or compare.RESULTS).resolve())
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    gpu: Annotated[
+        str | None, typer.Option(help="a GPU of finlora/plan/gpus.yaml; without it the one that is here")
+    ] = None,
+    gpus: Annotated[str, typer.Option(help="how many of them")] = "1",
+    price: Annotated[str | None, typer.Option(help="of one GPU for an hour, in any currency")] = None,
+) -> None:
+    """What a run will take, before it begins: parameters, memory, time, cost."""
+    from finlora.plan import estimate
+
+    estimate.run(recipe, gpu, gpus, price)
+
+
+@app.command()
+def merge(
+    recipe: Trained = None,
+    adapter: Adapter = None,
+    model: Base = None,
+    bits: Bits = None,
+    tiny: Tiny = False,
+    into: Annotated[Into | None, typer.Option(help="what to merge into (default: the closer one)")] = None,
+    limit: Annotated[int, typer.Option(help="rows of each test set to ask both, 0 for none")] = 100,
+    prompt: Prompt = "saved",
+    force: Force = False,
+) -> None:
+    """Merge a trained adapter into its base and verify it: 16-bit safetensors with tokenizer and chat template."""
+    from finlora.export.merge import merge
+    from finlora.export.subject import subject
+
+    if limit < 0:
+        raise UserError(f"LIMIT={limit}: give a number of rows, 0 for none")
+    found = subject(recipe, adapter, model, bits, tiny)
+    merge(found, into and into.value, limit, prompt, force)
+    print(f"next      make serve {found['given']}, or make chat {found['given']}")
+
+
+@app.command(epilog="What follows -- goes to vLLM: -- --max-model-len 8192")
+def serve(
+    context: typer.Context,
+    recipe: Trained = None,
+    adapter: Adapter = None,
+    model: Base = None,
+    bits: Bits = None,
+    tiny: Tiny = False,
+    port: Annotated[int, typer.Option(click_type=Number(largest=65535))] = 8000,
+    host: Annotated[str, typer.Option(help="address to listen on (default: this machine alone)")] = "127.0.0.1",
+    backend: Annotated[Backend | None, typer.Option(help="default: vllm with a GPU")] = None,
+) -> None:
+    """Serve a merged model behind an OpenAI-compatible endpoint."""
+    from finlora.export.serve import serve
+    from finlora.export.subject import subject
+
+    serve(subject(recipe, adapter, model, bits, tiny), host, port, backend and backend.value, context.obj)
+
+
+@app.command()
+def chat(
+    recipe: Trained = None,
+    adapter: Adapter = None,
+    model: Base = None,
+    bits: Bits = None,
+    tiny: Tiny = False,
+    keep_quantised: KeepQuantised = False,
+    prompt: Prompt = "saved",
+    max_new_tokens: Annotated[int, typer.Option(click_type=Number(), help="the most tokens of an answer")] = 256,
+) -> None:
+    """Talk to a trained adapter in the terminal, with the chat template that is saved beside it."""
+    from finlora.export import chat
+    from finlora.export.subject import subject
+
+    chat.run(subject(recipe, adapter, model, bits, tiny), prompt, keep_quantised, max_new_tokens)
+
+
+@app.command()
+def publish(
+    recipe: Trained = None,
+    tiny: Tiny = False,
+    repo: Annotated[str, typer.Option(help="<user or organisation>/<model> on the Hub")] = "",
+    merged: Annotated[bool, typer.Option("--merged", help="the merged model instead of the adapter")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="where the repository is new: visible to you alone")
+    ] = False,
+    push: Annotated[bool, typer.Option("--push", help="push; without it nothing leaves this machine")] = False,
+) -> None:
+    """Write a trained recipe's model card and list what would go to the Hub."""
+    from finlora.export.publish import publish
+    from finlora.export.subject import subject
+
+    if not recipe:
+        raise UserError("give RECIPE=<trained recipe> and REPO=<user or organisation>/<model>")
+    publish(subject(recipe, None, None, None, tiny), repo, merged, private, push)
+
+
+@app.command()
+def recipes(
+    task: Annotated[str | None, typer.Option(help="only the recipes of this task")] = None,
+) -> None:
+    """List the recipes."""
+    from finlora.recipes import load
+
+    load.show(task)
+
+
+@app.command()
+def check() -> None:
+    """Check every recipe: keys, types, names, factorisation."""
+    from finlora.recipes import load
+
+    load.check()
+
+
+@app.command()
+def data(
+    tasks: Tasks = None,
+    raw: Raw = None,
+    out: Out = None,
+    file: OwnRows = None,
+    context_column: ContextColumn = "context",
+    target_column: TargetColumn = "target",
+    any_label: AnyLabel = False,
+    seed: Seed = 42,
+    validation: Validation = 0.02,
+    labels: LabelsUsed = Labels.corrected,
+) -> None:
+    """Fetch and prepare tasks; with --file prepare rows of your own."""
+    if not file:
+        fetch(tasks, raw=raw)
+    prepare(tasks, raw, out, file, context_column, target_column, any_label, seed, validation, labels)
+
+
+@app.command()
+def fetch(
+    tasks: Tasks = None,
+    jobs: Jobs = 4,
+    timeout: Timeout = 30,
+    retries: Retries = 5,
+    backoff: Backoff = 1,
+    manifest: Manifest = None,
+    raw: Raw = None,
+) -> None:
+    """Fetch FinLoRA's files at the pinned commit, each verified; FINLORA_MIRROR takes them from a copy."""
+    from finlora.data import fetch
+
+    fetch.run(tasks or [], raw or fetch.RAW, manifest or fetch.MANIFEST, jobs, timeout, retries, backoff)
+
+
+@app.command()
+def prepare(
+    tasks: Tasks = None,
+    raw: Raw = None,
+    out: Out = None,
+    file: OwnRows = None,
+    context_column: ContextColumn = "context",
+    target_column: TargetColumn = "target",
+    any_label: AnyLabel = False,
+    seed: Seed = 42,
+    validation: Validation = 0.02,
+    labels: LabelsUsed = Labels.corrected,
+) -> None:
+    """Prepare fetched files, or rows of your own, for training."""
+    from finlora.data import prepare
+
+    prepare.run(
+        tasks or [],
+        raw,
+        out,
+        file=file,
+        context_column=context_column,
+        target_column=target_column,
+        any_label=any_label,
+        seed=seed,
+        validation=validation,
+        labels=labels.value,
+    )
+
+
+@app.command()
+def audit(
+    tasks: Tasks = None,
+    raw: Raw = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="where <task>.json goes (default data/audit)")
+    ] = None,
+    file: OwnRows = None,
+    context_column: ContextColumn = "context",
+    target_column: TargetColumn = "target",
+    tokenizer: Annotated[Path | None, typer.Option(help="a folder with tokenizer.json to count tokens with")] = None,
+    sequence_len: Annotated[int | None, typer.Option(help="the length to hold rows against (the recipe's)")] = None,
+    no_tokens: Annotated[bool, typer.Option("--no-tokens", help="do not count tokens")] = False,
+) -> None:
+    """What is in the fetched files: labels, duplicates, leaks, lengths. Exit code 1 where something needs attention."""
+    from finlora.data import audit
+
+    attention = audit.run(
+        tasks or [],
+        raw or audit.RAW,
+        json or audit.OUT,
+        file=file,
+        context_column=context_column,
+        target_column=target_column,
+        tokenizer=tokenizer,
+        sequence_len=sequence_len,
+        count_tokens=not no_tokens,
+    )
+    sys.exit(bool(attention))
+
+
+@app.command()
+def pictures() -> None:
+    """Draw docs/speed.svg and docs/scores.svg from the recorded results."""
+    from finlora.plan import pictures
+
+    pictures.run()
+
+
+@app.command()
+def demo(
+    data: Annotated[
+        Path | None, typer.Option(help='rows of your own: {"context": ..., "target": ...} in each line')
+    ] = None,
+) -> None:
+    """The whole path on two CPU cores: base model, DoRA through axolotl, merge, and a table on held-out rows."""
+    from finlora import demo
+
+    demo.run(data)
