@@ -84,8 +84,8 @@ setup: $(READY) ## make .venv (TORCH=2.11.0, 2.12.1 or 2.13.0); every target doe
 vllm: ## set vLLM up in .venv-vllm, its own environment (a GPU machine; 10 GB), for make eval BACKEND=vllm
 	@PYTHON="$(PYTHON)" scripts/setup_vllm.sh .venv-vllm
 
-lint: $(READY) ## ruff: format in place, then check
-	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+lint: $(READY) ## ruff: format in place, then check; imports run one way
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/lint-imports
 
 constraints: ## pin every package again for TORCH= (needs uv)
 	@scripts/constraints.sh "$(TORCH)"
