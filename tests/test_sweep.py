@@ -218,7 +218,15 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path):
         sweep.plan(recipe_names.find("sentiment_r8_lora"), magnitude)
 
 
-def test_options_that_the_points_differ_by_and_points_that_are_not_there(tmp_path):
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A folder in the checkout's place, so that a sweep's points and locks stay out of the real outputs."""
+    for module in (sweep, runs, recipe_names):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_options_that_the_points_differ_by_and_points_that_are_not_there(tmp_path, checkout):
     (tmp_path / "mine.yaml").write_text("learning_rate: [0.1, 0.2]", encoding="utf-8")
     for args, key in ((["--learning-rate", "0.3"], "learning_rate"), (["--lora-r=4"], "lora_r")):
         with refuses("change", str(tmp_path / "mine.yaml"), key=key, file=f"ARGS={' '.join(args)}"):
@@ -249,20 +257,21 @@ def test_gpus_are_shared_out_and_missed(monkeypatch):
         sweep.slots(1, point, small=False)
 
 
-def test_without_a_gpu_the_table_of_what_is_trained_is_written_all_the_same(ranks, tmp_path, monkeypatch):
-    """As on a login node, after an array of which one task failed."""
-    done = {point["path"]: point["run"] for point in ranks[:3]}
-    (tmp_path / "sentiment_r16_dora.log").write_text("error: out of memory\n", encoding="utf-8")
+def test_without_a_gpu_the_table_of_what_is_trained_is_written_all_the_same(ranks, checkout, monkeypatch):
+    """As on a login node, after an array of which one task failed. A sweep that was refused lets go of its folder."""
+    done = {point["name"]: point["run"] for point in ranks[:3]}
+    folder = checkout / "outputs" / "sweeps" / "sentiment_r8_dora.mine"
+    folder.mkdir(parents=True)
+    (folder / "sentiment_r16_dora.log").write_text("error: out of memory\n", encoding="utf-8")
     monkeypatch.setattr(machine, "gpus", list)
-    monkeypatch.setattr(runs, "output_folder", lambda recipe, small: tmp_path / Path(recipe["output_dir"]).name)
-    monkeypatch.setattr(train, "finished_run", lambda path, *options: done.get(path))
-    monkeypatch.setattr(sweep, "write", lambda *point: None)
-    with refuses("GPU", "none|no ", "TINY=1", file="GPUS=1"):
-        sweep.sweep(RECIPE, tmp_path / "mine.yaml")
-    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(train, "finished_run", lambda path, *options: done.get(path.stem))
+    with pytest.raises(UserError) as refused:  # its traceback stays alive until the test ends
+        sweep.sweep(RECIPE, checkout / "mine.yaml")
+    says(str(refused.value), "GPU", "none|no ", "TINY=1", file="GPUS=1")
+    table = (folder / "table.md").read_text(encoding="utf-8")
     assert re.search(r"^\| 1 \| sentiment_r2_dora \|", table, re.M) and "out of memory |" in table
-    done[ranks[3]["path"]] = ranks[3]["run"]
-    shown = sweep.sweep(RECIPE, tmp_path / "mine.yaml")
+    done[ranks[3]["name"]] = ranks[3]["run"]
+    shown = sweep.sweep(RECIPE, checkout / "mine.yaml")
     assert all(row["finished"] and not row["note"] for row in shown["rows"])
 
 

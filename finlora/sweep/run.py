@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,34 +77,35 @@ def sweep(
         check_asked(ask, small)
     tracking.check(track)
     folder = runs.output_folder(points[0]["recipe"], small).parent
-    # Before a file is written, and with TINY=1 too: the recipes that another sweep still has to train are there.
-    lock = runs.folder_lock(points[0]["path"].parent) if point is None else None  # an array's tasks share the folder
-    claim(folder, recipe, file)
-    for entry in points:
-        entry["out"] = runs.output_folder(entry["recipe"], small)
-        write(entry, recipe)
-    chosen = points if point is None else [points[point - 1]]
-    jobs = [jobs_of(entry, folder, small=small, force=force, ask=ask, track=track, args=args) for entry in chosen]
-    todo = [(entry, commands) for entry, commands in zip(chosen, jobs, strict=True) if commands]
-    print(f"{show(file)} on {recipe.stem}: {len(points)} points, {len(todo)} to run", flush=True)
-    failed, blocked = {}, None
-    try:
-        free = slots(gpus, points[0], small) if todo else []
-    except UserError as error:
-        blocked = error  # what is trained is shown all the same: an array's table may be made where no GPU is
-    if todo and not blocked:
-        failed = work(todo, free, lock)
-    for entry in points:
-        entry["run"] = train.finished_run(entry["path"], small, args)
-        entry["failed"] = failed.get(entry["name"]) or (None if entry["run"] else reason(log_of(entry)))
-    shown = {}
-    if any(entry["run"] for entry in points):
-        shown = sweep_report.report(recipe, file, points, folder)
-    if blocked:
-        raise blocked
-    if failed:
-        raise UserError("\nerror: ".join(f"{name}: {text}" for name, text in failed.items()))
-    return shown
+    # Taken before a file is written, and with TINY=1 too: the recipes that another sweep still has to train lie there.
+    # The tasks of an array (POINT=) share the folder.
+    with runs.folder_lock(points[0]["path"].parent) if point is None else nullcontext() as lock:
+        claim(folder, recipe, file)
+        for entry in points:
+            entry["out"] = runs.output_folder(entry["recipe"], small)
+            write(entry, recipe)
+        chosen = points if point is None else [points[point - 1]]
+        jobs = [jobs_of(entry, folder, small=small, force=force, ask=ask, track=track, args=args) for entry in chosen]
+        todo = [(entry, commands) for entry, commands in zip(chosen, jobs, strict=True) if commands]
+        print(f"{show(file)} on {recipe.stem}: {len(points)} points, {len(todo)} to run", flush=True)
+        failed, blocked = {}, None
+        try:
+            free = slots(gpus, points[0], small) if todo else []
+        except UserError as error:
+            blocked = error  # what is trained is shown all the same: an array's table may be made where no GPU is
+        if todo and not blocked:
+            failed = work(todo, free, lock)
+        for entry in points:
+            entry["run"] = train.finished_run(entry["path"], small, args)
+            entry["failed"] = failed.get(entry["name"]) or (None if entry["run"] else reason(log_of(entry)))
+        shown = {}
+        if any(entry["run"] for entry in points):
+            shown = sweep_report.report(recipe, file, points, folder)
+        if blocked:
+            raise blocked
+        if failed:
+            raise UserError("\nerror: ".join(f"{name}: {text}" for name, text in failed.items()))
+        return shown
 
 
 def find(name: str) -> Path:
