@@ -15,6 +15,7 @@ from finlora.core.paths import ROOT
 
 DEEPSPEED = ROOT / "recipes" / "deepspeed"
 STAGES = (1, 2, 3)
+MIN_PACK = 128  # tokens: shorter packs would hold no row of any task, and leave a GPU idle
 
 
 def spread(path: Path, recipe: dict[str, Any], gpus: int, nodes: int) -> tuple[dict[str, Any], str | None]:
@@ -34,10 +35,11 @@ def spread(path: Path, recipe: dict[str, Any], gpus: int, nodes: int) -> tuple[d
         micro = math.gcd(micro, each)
     elif recipe.get("sample_packing"):
         micro, each = 1, -(-batch // processes)
-        length = batch * length // (each * processes)
-        if length < 128:
+        step_tokens = batch * length
+        length = step_tokens // (each * processes)
+        if length < MIN_PACK:
             raise UserError(
-                f"GPUS={gpus}{f' NODES={nodes}' if nodes > 1 else ''}: {path.stem} trains {batch * length:,} tokens a "
+                f"GPUS={gpus}{f' NODES={nodes}' if nodes > 1 else ''}: {path.stem} trains {step_tokens:,} tokens a "
                 f"step, too few for {processes} processes; use fewer"
             )
     else:

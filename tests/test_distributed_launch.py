@@ -68,7 +68,7 @@ REFUSED = {
     "too few tokens": (
         {"sequence_len": 512},
         (8, 1),
-        ["tokens", "8 processes", "fewer"],
+        ["512 tokens a step", "8 processes", "fewer"],
     ),
     "rows that do not divide": (
         {"sample_packing": False, "micro_batch_size": 6, "gradient_accumulation_steps": 1},
