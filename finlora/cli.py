@@ -89,7 +89,6 @@ AnyLabel = Annotated[bool, typer.Option("--any-label", help="take answers of --f
 Out = Annotated[Path | None, typer.Option(help="the folder to write to (default data/prepared/TASK)")]
 Seed = Annotated[int, typer.Option(help="of the validation split")]
 Validation = Annotated[float, typer.Option(help="the share of rows that are held out")]
-Jobs = Annotated[int, typer.Option(click_type=Number(), help="files at a time")]
 Timeout = Annotated[float, typer.Option(click_type=Number(float), help="seconds of silence")]
 Retries = Annotated[int, typer.Option(help="failures in a row for a file")]
 Backoff = Annotated[float, typer.Option(help="seconds of the first wait")]
@@ -420,7 +419,6 @@ def data(
 @app.command()
 def fetch(
     tasks: Tasks = None,
-    jobs: Jobs = 4,
     timeout: Timeout = 30,
     retries: Retries = 5,
     backoff: Backoff = 1,
@@ -430,7 +428,7 @@ def fetch(
     """Fetch FinLoRA's files at the pinned commit, each verified; FINLORA_MIRROR takes them from a copy."""
     from finlora.data import fetch
 
-    fetch.run(tasks or [], raw or fetch.RAW, manifest or fetch.MANIFEST, jobs, timeout, retries, backoff)
+    fetch.run(tasks or [], raw or fetch.RAW, manifest or fetch.MANIFEST, timeout, retries, backoff)
 
 
 @app.command()

@@ -48,8 +48,6 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server, act = self.server, self.server.script.pop(0) if self.server.script else {}
         server.log.append((self.path, self.headers.get("Range")))
-        if server.together:
-            server.together.wait(5)
         body = act.get("body", server.files.get(self.path.removeprefix(act.get("root", ""))))
         if body is None:
             act = {"status": 404}
@@ -124,7 +122,7 @@ def serving(files=(), handler=Handler, script=(), piece=1 << 16, pause=0):
             [*script],
             [],
         )
-        server.piece, server.pause, server.sent, server.together = piece, pause, 0, None
+        server.piece, server.pause, server.sent = piece, pause, 0
         server.released = threading.Event()
         server.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
@@ -437,16 +435,6 @@ def test_a_mirror_below_a_path_with_a_token(tmp_path):
         assert server.log == [(f"/some/where/{NAME}?token=x", None)]
 
 
-def test_several_come_at_a_time(tmp_path):
-    files = {f"data/train/{number}.jsonl": body_of(1000, number) for number in range(8)}
-    with serving(files) as server:
-        server.together = threading.Barrier(4)  # breaks unless four requests are there at once
-        manifest = pin(tmp_path, *(entry_of(path, body) for path, body in files.items()))
-        fetch(raw=tmp_path, manifest=manifest, mirror=server.url, jobs=4, **QUICK)
-        assert not server.together.broken
-    assert all((tmp_path / path.removeprefix("data/")).read_bytes() == body for path, body in files.items())
-
-
 # Misdeeds that end in one line
 
 
@@ -506,7 +494,7 @@ GIVEN_UP = {
 
 
 def test_an_answer_without_an_end_is_left(tmp_path):
-    server = refuse(tmp_path, [{"body": bytes(50_000_000), "no_length": True}])
+    server = refuse(tmp_path, [{"body": bytes(50_000_000), "no_length": True}], timeout=5)
     assert server.sent < 25_000_000
     says(server.text, *OTHER, file=AT)
     assert not server.kept.exists()
@@ -600,7 +588,7 @@ def test_a_limit_on_the_size_of_a_file(tmp_path):
     body, other = body_of(1 << 20), "data/train/b.jsonl"
     manifest = pin(tmp_path, entry_of(NAME, body), entry_of(other, BODY))
     with serving({NAME: body, other: BODY}) as server:
-        options = command("--manifest", manifest, "--raw", tmp_path / "raw", "--jobs", 1, FINLORA_MIRROR=server.url)
+        options = command("--manifest", manifest, "--raw", tmp_path / "raw", FINLORA_MIRROR=server.url)
         limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (100_000, 100_000))
         part = partial_of(tmp_path / "raw")
         failed(finished(options, preexec_fn=limit), "File too large", "again", file=part)
@@ -709,9 +697,7 @@ def test_tasks_that_cannot_be_fetched(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("--jobs", "0"), ("--jobs", "1.5"), ("--timeout", "nan"), ("--timeout", "-1")]
-)
+@pytest.mark.parametrize(("option", "value"), [("--retries", "1.5"), ("--timeout", "nan"), ("--timeout", "-1")])
 def test_a_wrong_number(capsys, option, value):
     with pytest.raises(SystemExit) as ended:
         cli.main(["fetch", option, value])
@@ -880,7 +866,7 @@ def test_killed_at_any_moment_no_file_in_place_is_partial(tmp_path, kills):
     killed = complete = midway = 0
     with serving(files, piece=10_000, pause=0.002) as server:
         manifest = pin(tmp_path, *entries.values())
-        options = command("--manifest", manifest, "--raw", raw, "--jobs", 3, FINLORA_MIRROR=server.url)
+        options = command("--manifest", manifest, "--raw", raw, FINLORA_MIRROR=server.url)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
         nursery = options | {"args": [sys.executable, "-uc", NURSERY, *options["args"][3:]]}
         with subprocess.Popen(**nursery, **pipes) as running:

@@ -35,7 +35,7 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
     except OSError as error:
         if error.filename not in (None, beside, str(path)):
             raise  # another file's error, from inside the block
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or mend the folder") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space in its folder") from error
     finally:
         if os.path.exists(beside):
             os.unlink(beside)
@@ -48,14 +48,20 @@ def _umask() -> int:
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
+    """The file's SHA-256 in hexadecimal digits; OSError where it cannot be read."""
+    return add_content(hashlib.sha256(), path).hexdigest()
+
+
+def add_content(digest: Any, path: Path) -> Any:
+    """The digest after the file's bytes, a mebibyte at a time. hashlib.file_digest needs Python 3.11."""
+    with Path(path).open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()
+    return digest
 
 
 def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

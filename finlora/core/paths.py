@@ -5,6 +5,9 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+RAW = ROOT / "data" / "raw"  # FinLoRA's files as fetched
+PREPARED = ROOT / "data" / "prepared"  # a folder of train.jsonl and validation.jsonl for each task
+SAMPLE = ROOT / "data" / "sample"  # a few rows of each task, committed: what demo and tests run on
 
 
 def slug(name: str) -> str:
