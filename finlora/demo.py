@@ -68,7 +68,7 @@ def evaluate(base: Path, adapter: Path, held_out: list[tuple[str, str]]) -> dict
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(adapter, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
     folders = {"base": base, "adapter": merge(subject(RECIPE.stem, None, None, None, tiny=False), limit=0)}
     return {
         name: right_answers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, held_out)
@@ -77,7 +77,7 @@ def evaluate(base: Path, adapter: Path, held_out: list[tuple[str, str]]) -> dict
 
 
 def right_answers(model, tokenizer, held_out: list[tuple[str, str]]) -> float:
-    import torch
+    from finlora.models.generate import generate
 
     right = 0
     for start in range(0, len(held_out), BATCH):
@@ -88,11 +88,9 @@ def right_answers(model, tokenizer, held_out: list[tuple[str, str]]) -> float:
             )
             for prompt, _ in batch
         ]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        with torch.inference_mode():
-            answers = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
-        texts = tokenizer.batch_decode(answers[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(text.strip() == target.strip() for text, (_, target) in zip(texts, batch, strict=True))
+        ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        answers = generate(model, tokenizer, ids, MAX_NEW_TOKENS)
+        right += sum(answer.text.strip() == target.strip() for answer, (_, target) in zip(answers, batch, strict=True))
     return right / len(held_out)
 
 

@@ -286,7 +286,7 @@ def ask(tiny_base, adapters):
     def call(texts, batch_tokens=300, tokenizer=tokenizer, **options):
         options = {"max_gen_toks": 6, "do_sample": False} | options
         requests = [Instance("generate_until", {}, (text, options), i) for i, text in enumerate(texts)]
-        lm = harness.harness(model, tokenizer, batch_tokens)
+        lm = harness.BatchedHFLM(model, tokenizer, batch_tokens)
         return lm.generate_until(requests, disable_tqdm=True), lm
 
     call.model, call.tokenizer = model, tokenizer
@@ -299,13 +299,13 @@ TEXTS = ["<|begin_of_text|>" + "profit rose and " * n + "the share" for n in (1,
 @pytest.fixture
 def batches(monkeypatch):
     """The lengths of the prompts of every batch."""
-    found, answer = [], harness._answers
+    found, answer = [], harness.generate
 
-    def record(model, tokenizer, ids, options):
+    def record(model, tokenizer, ids, *options):
         found.append([len(row) for row in ids])
-        return answer(model, tokenizer, ids, options)
+        return answer(model, tokenizer, ids, *options)
 
-    monkeypatch.setattr(harness, "_answers", record)
+    monkeypatch.setattr(harness, "generate", record)
     return found
 
 
@@ -347,17 +347,33 @@ def test_stop_words_cut_an_answer(ask):
 
 
 def test_batches_shrink_where_memory_does_not_suffice(ask, batches, monkeypatch):
-    expected, fits = ask(TEXTS)[0], harness._answers
+    expected, fits = ask(TEXTS)[0], harness.generate
 
-    def answer(model, tokenizer, ids, options):
+    def answer(model, tokenizer, ids, *options):
         if len(ids) > 3:
             raise torch.OutOfMemoryError
-        return fits(model, tokenizer, ids, options)
+        return fits(model, tokenizer, ids, *options)
 
-    monkeypatch.setattr(harness, "_answers", answer)
+    monkeypatch.setattr(harness, "generate", answer)
     batches.clear()
     assert ask(TEXTS, batch_tokens=3000)[0] == expected
     assert max(map(len, batches)) in (2, 3)
+
+
+def test_likelihoods_in_batches_are_those_of_one_request_at_a_time(ask, monkeypatch):
+    """Of long and short contexts, each with several continuations; batches hold what the budget takes."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    pairs = [(text, end) for text in TEXTS for end in (" A", " B", " rose again")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    alone = HFLM(pretrained=ask.model, tokenizer=ask.tokenizer, batch_size=1).loglikelihood(requests, disable_tqdm=True)
+    sizes, call = [], HFLM._model_call
+    monkeypatch.setattr(HFLM, "_model_call", lambda lm, ids, **more: sizes.append(ids.shape) or call(lm, ids, **more))
+    together = harness.BatchedHFLM(ask.model, ask.tokenizer, 300).loglikelihood(requests, disable_tqdm=True)
+    assert [right for _, right in together] == [right for _, right in alone]
+    assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], rel=1e-4)
+    assert any(rows > 1 for rows, _ in sizes) and all(rows == 1 or rows * width <= 300 for rows, width in sizes)
 
 
 def test_a_prompt_that_the_model_cannot_take_is_named_not_cut(ask):

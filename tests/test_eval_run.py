@@ -280,7 +280,7 @@ def test_memory_that_does_not_suffice(evaluate, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(evaluate_harness, "_answers", fail)
+    monkeypatch.setattr(evaluate_harness, "generate", fail)
     with refuses("memory", "BATCH_TOKENS=", "BITS=4 KEEP_QUANTISED=1"):
         evaluate()
 
@@ -353,14 +353,14 @@ def test_forgetting_knows_what_is_right(evaluate, copies, monkeypatch):
     def prefer(error, requests, **_):
         return [(0.0 if (request.args[1].strip() == "A") == (not error) else -9.0, False) for request in requests]
 
-    harness = evaluate_harness.harness
+    harness = evaluate_harness.BatchedHFLM
 
     def stand_in(*given):
         lm = harness(*given)
         lm.generate_until, lm.loglikelihood = partial(solve, error), partial(prefer, error)
         return lm
 
-    monkeypatch.setattr(evaluate_harness, "harness", stand_in)
+    monkeypatch.setattr(evaluate_harness, "BatchedHFLM", stand_in)
     for error in (0, 1):
         folder = evaluate("--name", f"e{error}", tasks="forgetting", tests=copies)[0]
         for name in forgetting.TASKS:

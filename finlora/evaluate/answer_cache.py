@@ -1,69 +1,101 @@
-"""Answers that are there already are not asked for again."""
+"""Answers of an interrupted evaluation, kept in a file, so that they are not asked for again.
+
+lm-eval's own cache (CachingLM) pickles into SQLite and writes from a thread whose errors nobody sees. Here an answer is
+a line of JSON, [key, answer, token counts], and a full disk stops the run with all that was answered until then.
+"""
 
 import json
-from contextlib import contextmanager, suppress
+import threading
 from pathlib import Path
 from typing import Any
+
+from lm_eval.api.model import LM, CacheHook, hash_args
 
 from finlora.core.errors import UserError
 from finlora.core.paths import shown
 
 
-@contextmanager
-def remembering(lm, path: Path):
-    """Within the block lm answers from `path` what it has answered before, and appends every new answer to it.
+class AnswerFile(CacheHook):
+    """The file, read on opening; lm-eval calls `add_partial` with every new answer as it comes, from any thread."""
 
-    lm-eval's own cache pickles, and writes from a thread whose errors nobody sees; this one is JSON, a line an answer,
-    and a full disk stops the run with all that was answered until then.
-    """
-    import threading
-
-    from lm_eval.api.model import hash_args
-
-    known, lock, asked = {}, threading.Lock(), {}
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                key, answer, tokens = json.loads(line)
-                known[key] = tuple(answer) if isinstance(answer, list) else answer, tokens
-            except ValueError:
-                continue  # the line that a killed run was writing
-        print(f"going on after {len(known)} answers", flush=True)
-    file = path.open("a", encoding="utf-8")
-    file.write("\n" if known else "")
-
-    class Hook:
-        def add_partial(self, kind: str, request: Any, answer: Any) -> None:
-            with lock:
-                line = [hash_args(kind, request), answer, lm.tokens.get(request[0])]
+    def __init__(self, path: Path, tokens: dict[str, Any]):
+        super().__init__(None)
+        self.path, self.tokens, self.lock = path, tokens, threading.Lock()
+        self.answers: dict[str, tuple[Any, Any]] = {}  # by key: the answer, and the model's token counts for it
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    file.flush()
-                except OSError as error:
-                    raise UserError(
-                        f"{shown(str(path))}: cannot be written ({error.strerror}); free some space and run the "
-                        "same command again: it goes on from there"
-                    ) from error
+                    key, answer, counts = json.loads(line)
+                    self.answers[key] = tuple(answer) if isinstance(answer, list) else answer, counts
+                except ValueError:
+                    continue  # the line that a killed run was writing
+            print(f"resuming after {len(self.answers)} answers", flush=True)
+        self.file = path.open("a", encoding="utf-8")
+        self.file.write("\n" if self.answers else "")  # ends a line that was cut
 
-    def answering(kind: str):
-        def respond(requests: list, **options: Any) -> list:
-            keys = [hash_args(kind, request.args) for request in requests]
-            left = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
-            if left:
-                for key, answer in zip(left, asked[kind](list(left.values()), **options), strict=True):
-                    known[key] = answer, lm.tokens.get(left[key].args[0])
-            for key, request in zip(keys, requests, strict=True):
-                lm.tokens[request.args[0]] = known[key][1]
-            return [known[key][0] for key in keys]
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        line = json.dumps([hash_args(kind, request), answer, self.tokens.get(request[0])], ensure_ascii=False)
+        with self.lock:
+            try:
+                self.file.write(line + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise UserError(
+                    f"{shown(str(self.path))}: cannot be written ({error.strerror}); free some space and run the "
+                    "same command again: it resumes from there"
+                ) from error
 
-        return respond
+    def close(self) -> None:
+        try:
+            self.file.close()
+        except OSError:  # a full disk, which add_partial reported
+            pass
 
-    lm.set_cache_hook(Hook())
-    for kind in "generate_until", "loglikelihood":
-        asked[kind] = getattr(lm, kind)
-        setattr(lm, kind, answering(kind))
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # of a disk that is full: said already
-            file.close()
+
+class CachedLM(LM):
+    """`lm` for lm-eval, with its answers kept in the file `path`; a context manager that closes the file.
+
+    `tokens` is lm's: it maps a prompt to the token counts of prompt and answer and whether the answer ended.
+    """
+
+    def __init__(self, lm: LM, path: Path):
+        super().__init__()
+        self.lm, self.tokens = lm, lm.tokens
+        self.file = AnswerFile(path, lm.tokens)
+        lm.set_cache_hook(self.file)
+
+    def __enter__(self) -> "CachedLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def generate_until(self, requests: list) -> list[str]:
+        return self._answer("generate_until", self.lm.generate_until, requests)
+
+    def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
+        return self._answer("loglikelihood", self.lm.loglikelihood, requests)
+
+    def loglikelihood_rolling(self, requests: list) -> list[float]:
+        return self.lm.loglikelihood_rolling(requests)
+
+    def _answer(self, kind: str, ask, requests: list) -> list:
+        keys = [hash_args(kind, request.args) for request in requests]
+        answers = self.file.answers
+        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in answers}
+        if new:
+            for (key, request), answer in zip(new.items(), ask(list(new.values())), strict=True):
+                answers[key] = answer, self.tokens.get(request.args[0])
+        for key, request in zip(keys, requests, strict=True):
+            self.tokens[request.args[0]] = answers[key][1]
+        return [answers[key][0] for key in keys]
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.lm.tokenizer_name
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.lm.chat_template(chat_template)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.lm.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)

@@ -28,7 +28,6 @@ from finlora.core.provenance import git_state, versions
 from finlora.data.neardup import normalise
 from finlora.data.test_sets import RAW, SAMPLE, TASK_FILES, all_sets, choose, read_set
 from finlora.evaluate import forgetting
-from finlora.evaluate.answer_cache import remembering
 from finlora.evaluate.results import RESULTS
 from finlora.evaluate.scorers import bertscore_items, scorings, summary
 from finlora.models.load import adapter_facts, check_fits, prompts, resolve_adapter, template_sha256
@@ -189,7 +188,7 @@ def on_weights(plan: dict[str, Any], wanted: Request) -> list[Path]:
             model = models.load_base(plan["model"], plan["bits"], wanted.keep_quantised)
         if subject["adapter"]:
             model = models.attach(model, plan["adapter"])
-        lm = harness.harness(model, tokenizer, wanted.batch_tokens)
+        lm = harness.BatchedHFLM(model, tokenizer, wanted.batch_tokens)
         ask(lm, subject, left[subject["subject"]], plan, wanted)
     return [wanted.results / subject["subject"] for subject in subjects]
 
@@ -278,8 +277,10 @@ def is_answered(folder: Path, name: str, plan: dict[str, Any], wanted: Request) 
 
 def ask(lm, subject: dict[str, Any], sets: list[str], plan, wanted) -> None:
     """Put a subject's test sets to the model, one after the other, and keep every answer."""
+    from finlora.evaluate.answer_cache import CachedLM
+
     folder = wanted.results / subject["subject"]
-    with remembering(lm, folder / "answers.part.jsonl"), out_of_memory_named():
+    with CachedLM(lm, folder / "answers.part.jsonl") as lm, out_of_memory_named():
         for number, name in enumerate(sets, 1):
             print(f"[{number}/{len(sets)}] {subject['subject']}: {name}", flush=True)
             started = time.perf_counter()

@@ -39,8 +39,8 @@ def chat(model, tokenizer, most: int) -> None:
     """Answer lines from the terminal or a pipe, greedily and as they come, until Ctrl-D, Ctrl-C or the end."""
     from transformers import TextStreamer
 
-    configured = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
+    from finlora.models.generate import end_tokens
+
     terminal = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
@@ -73,7 +73,7 @@ def chat(model, tokenizer, most: int) -> None:
                 do_sample=False,
                 temperature=None,
                 top_p=None,
-                eos_token_id=sorted(ends),
+                eos_token_id=end_tokens(model, tokenizer),
                 pad_token_id=tokenizer.pad_token_id,
                 streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             )

@@ -263,12 +263,14 @@ def save(merged, tokenizer, folder: Path) -> None:
     import torch
     from transformers import GenerationConfig
 
+    from finlora.models.generate import end_tokens
+
     for tensor in merged.parameters():
         tensor.data = tensor.data.to(torch.bfloat16)
-    configured = merged.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     merged.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end_tokens(merged, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
     )
     merged.save_pretrained(folder, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
@@ -298,7 +300,7 @@ def ask(model, tokenizer, rows: list[list[int]], plan: dict[str, Any], limit: in
     from finlora.evaluate import harness, runner
     from finlora.evaluate.scorers import scorings, summary
 
-    lm = harness.harness(model, tokenizer)
+    lm = harness.BatchedHFLM(model, tokenizer)
     for name in sets:
         wanted = runner.Request(labels="corrected", limit=limit)
         _, given = runner.answers(lm, name, {"folder": folder}, wanted, None)

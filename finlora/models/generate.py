@@ -1,0 +1,74 @@
+"""Greedy answers to a batch of prompts, and the tokens that end an answer."""
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from lm_eval.models.utils_hf import stop_sequences_criteria
+from transformers import DynamicCache
+
+
+class Answer(NamedTuple):
+    """`tokens` counts the end token too; `ended` is False where max_new_tokens cut the answer."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """The token ids that end an answer: the tokenizer's end of sequence, and what the model's configuration lists.
+
+    Both are needed: Llama 3's generation_config.json also lists <|eot_id|>, which its chat template writes, and a
+    tokenizer that is saved beside an adapter may have an end token that the base's configuration does not list.
+    """
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, *configured} - {None})
+
+
+def generate(
+    model, tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str] = ()
+) -> list[Answer]:
+    """One greedy answer for each prompt, given as token ids; texts are cut before the first of the `stop` strings.
+
+    The beginning that all prompts share, mostly an instruction, is computed once. Padding goes between it and the rest.
+    """
+    width = max(map(len, prompts))
+    # At least one token of each prompt is left over: generate needs an input.
+    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    gaps = [width - len(prompt) for prompt in prompts]
+    ids = [
+        [*prompt[:shared], *[tokenizer.pad_token_id] * gap, *prompt[shared:]]
+        for prompt, gap in zip(prompts, gaps, strict=True)
+    ]
+    mask = [[1] * shared + [0] * gap + [1] * (width - shared - gap) for gap in gaps]
+    inputs = {
+        "input_ids": torch.tensor(ids, device=model.device),
+        "attention_mask": torch.tensor(mask, device=model.device),
+    }
+    ends = end_tokens(model, tokenizer)
+    with torch.no_grad():
+        if shared:
+            cache = DynamicCache(config=model.config)
+            model(inputs["input_ids"][:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_repeat_interleave(len(prompts))
+            inputs["past_key_values"] = cache
+        out = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=stop_sequences_criteria(tokenizer, stop, width, len(prompts)) if stop else None,
+        )
+    return [_answer(tokenizer, row, ends, stop) for row in out[:, width:].tolist()]
+
+
+def _answer(tokenizer, ids: list[int], ends: list[int], stop: Sequence[str]) -> Answer:
+    """One row of generate's output: what follows its first end token is padding."""
+    length = next((position + 1 for position, token in enumerate(ids) if token in ends), len(ids))
+    text = tokenizer.decode(ids[:length], skip_special_tokens=True)
+    stops = [position for position in map(text.find, stop) if position >= 0]
+    return Answer(text[: min(stops, default=None)], length, ids[length - 1] in ends or bool(stops))
