@@ -24,7 +24,9 @@ def versions() -> dict[str, str]:
 def git_state() -> dict[str, Any]:
     def git(*args: str) -> str | None:
         try:
-            return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            # `git status` writes the index anew; killed there (a full disk), it would leave .git/index.lock behind.
+            command = ["git", "--no-optional-locks", *args]
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None
 
