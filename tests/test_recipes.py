@@ -3,6 +3,7 @@
 import copy
 import csv
 import random
+import re
 
 import pytest
 import yaml
@@ -80,8 +81,32 @@ def test_dora_recipes_keep_axolotls_stale_norm_kernels_off():
             assert recipe[key] is False, (name, key)
 
 
+COMMENTS = {
+    name: factorise.comments((recipe_names.RECIPES / f"{name}.yaml").read_text(encoding="utf-8")) for name in ALL
+}
+
+
 def test_factorisation():
     assert list(factorise.factorise(ALL)) == []
+    assert list(factorise.factorise(COMMENTS, "comment on key")) == []
+
+
+def test_every_heading_and_comment_belongs_to_a_key():
+    """And none is lost: as many comments are held as a recipe has below its first two lines."""
+    for name, of_key in COMMENTS.items():
+        text = (recipe_names.RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+        assert of_key.keys() == ALL[name].keys(), name
+        comments = [line for line in text.partition("\n\n")[2].splitlines() if "#" in line]
+        assert sum(bool(line) for comment in of_key.values() for line in comment.split("\n")) == len(comments) > 30, (
+            name
+        )
+
+
+@given(st.sampled_from(sorted(ALL)), st.sampled_from(["lora_dropout", "adapter", "datasets", "fastdora_layers"]))
+def test_a_comment_that_drifts_in_one_recipe_is_named(name, key):
+    drifted = COMMENTS | {name: COMMENTS[name] | {key: "another comment"}}
+    lines = list(factorise.factorise(drifted, "comment on key"))
+    assert any(line.startswith(f"recipes/{name}.yaml: comment on key '{key}' is \"another comment\"") for line in lines)
 
 
 @given(st.sampled_from(sorted(set(ALL) - {"demo_r8_dora"})), st.randoms(use_true_random=False))
@@ -115,15 +140,15 @@ def test_a_key_added_to_one_recipe_is_named():
     says(*factorise.factorise(drifted), "is 0.8", "is null", file="recipes/ner_r8_lora.yaml", key="adam_beta1")
 
 
-TARGETS = "lora_target_modules:\n  - q_proj\n  - k_proj\n  - v_proj"
+TARGETS = re.compile(r"lora_target_modules:.*\n  - q_proj\n  - k_proj\n  - v_proj")
 
 
 def added(text: str):
     return lambda recipe: recipe + text
 
 
-def swapped(old: str, new: str):
-    return lambda recipe: recipe.replace(old, new, 1)
+def swapped(old: str | re.Pattern, new: str):
+    return lambda recipe: re.sub(old if isinstance(old, re.Pattern) else re.escape(old), new, recipe, count=1)
 
 
 # What is done to a recipe, the key that is named, and words of the fault and its remedy.
@@ -143,9 +168,11 @@ MUTATIONS = {
         "peft_use_dora",
         ["is False", "name says True", "change"],
     ),
-    "no adapter": (swapped("adapter: lora\n", ""), "adapter", ["is None", "name says lora", "change"]),
+    "no adapter": (swapped(re.compile("\nadapter: lora .*"), ""), "adapter", ["is None", "name says lora", "change"]),
     "4-bit without qlora": (
-        swapped("load_in_8bit: true\nload_in_4bit: false", "load_in_8bit: false\nload_in_4bit: true"),
+        swapped(
+            re.compile("load_in_8bit: true (.*)\nload_in_4bit: false"), r"load_in_8bit: false \1\nload_in_4bit: true"
+        ),
         "load_in_8bit",
         ["is False", "name says True", "change"],
     ),

@@ -142,11 +142,11 @@ def test_make_train_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch
     (out / "checkpoint-4" / "optimizer.pt").write_bytes(b"sta")
     assert train_runs.claim_folder(Path("a.yaml"), out, IDENTITY, force=False) is None
     said = capsys.readouterr()
-    says(said.out, "going on from checkpoint-2", file="out")
+    says(said.out, "resuming from checkpoint-2", file="out")
     says(said.err, "checkpoint-4 is broken", "optimizer.pt has 3 of 5", "set aside as broken-checkpoint-4")
     changed = IDENTITY | {"data": {"train.jsonl": "2"}}
     with refuses("unfinished", "other data", "train.jsonl changed", "FORCE=1"):
         train_runs.claim_folder(Path("a.yaml"), out, changed, force=False)
     (out / "checkpoint-2" / checkpoints.SEAL).unlink()
     assert train_runs.claim_folder(Path("a.yaml"), out, IDENTITY, force=False) is None
-    says(capsys.readouterr().out, "no whole checkpoint", "anew", file="out")
+    says(capsys.readouterr().out, "no complete checkpoint", "first step", file="out")

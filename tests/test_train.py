@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from failures import refuses
 
 from finlora.core import machine
 from finlora.core.errors import UserError
 from finlora.recipes import bases, memory
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
-from finlora.train import preflight
+from finlora.train import preflight, runs
 
 ROW = '{"context": "Instruction: Say it.\\nInput: sales rose\\nAnswer: ", "target": "positive"}\n'
 
@@ -231,7 +232,7 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
 
     done = command("finlora", "train", *long)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"going on from checkpoint-{steps}" in done.stdout
+    assert f"resuming from checkpoint-{steps}" in done.stdout
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert record["metrics"]["steps"] == 60 and record["metrics"]["steps_this_run"] == 60 - steps
     assert set(record) >= {"recipe", "args", "adapter", "data", "metrics", "versions", "git", "device"}
@@ -266,6 +267,30 @@ def test_a_folder_with_other_files_is_left_alone(command, house):
     line = failure(command("finlora", "train", "ner_r8_lora", "--tiny"))
     assert re.search("outputs/tiny/ner_r8_lora: .*files.* FORCE=1 ", line)
     assert (out / "thesis.tex").read_text(encoding="utf-8") == "precious"
+
+
+def identity(text: str, **others) -> dict:
+    return {"recipe": text, "args": [], "data": {"data/own.jsonl": "0" * 64}} | others
+
+
+def test_a_run_is_told_by_keys_and_values_not_by_comments(tmp_path, monkeypatch):
+    """A finished and an unfinished run of a recipe that has since been commented and reordered are still its runs."""
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    out, path = tmp_path / "outputs" / "own", tmp_path / "own.yaml"
+    out.mkdir(parents=True)
+    old, new = identity("lora_r: 8\nseed: 42\n"), identity("# Model\nseed: 42\nlora_r: 8  # the rank\n")
+    assert runs.claim_folder(path, out, old, force=False) is None
+    assert runs.claim_folder(path, out, new, force=False) is None and not list(out.parent.glob("own.*"))
+    (out / "run.json").write_text('{"recipe": "own"}', encoding="utf-8")
+    assert runs.claim_folder(path, out, new, force=False) == {"recipe": "own"}
+    for changed, words in (
+        (identity("lora_r: 8\nseed: 43\n"), ["seed: 42 -> 43"]),
+        (identity(new["recipe"], args=["--max-steps", "3"]), ["other options", "--max-steps 3"]),
+        (identity(new["recipe"], data={"data/own.jsonl": "1" * 64}), ["other data", "data/own.jsonl"]),
+        (identity(new["recipe"], data={}), ["other data", "data/own.jsonl"]),
+    ):
+        with refuses("finished run", *words, "FORCE=1", file="outputs/own"):
+            runs.claim_folder(path, out, changed, force=False)
 
 
 ADAPTER_FAULTS = {

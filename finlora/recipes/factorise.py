@@ -1,20 +1,22 @@
-"""What holds across all recipes: each key is decided by one part of the name."""
+"""What holds across all recipes: each key, and the comment on it, is decided by one part of the name."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from finlora.recipes.names import DECIDED_BY, parse_name
 
-# The demo recipe adapts a model of four million parameters, so its sizes and rates are its own.
+# The demo recipe adapts a model of four million parameters, so its sizes and learning rate are its own.
 DEMO_OWN = ["base_model", "learning_rate", "logging_steps", "evals_per_epoch", "saves_per_epoch"]
 
 
-def factorise(recipes: dict[str, dict[str, Any]]) -> Iterator[str]:
+def factorise(recipes: dict[str, dict[str, Any]], what: str = "key") -> Iterator[str]:
     """One line for each key of a recipe that is not decided by its own part of the name.
 
-    `recipes` maps names to contents. What most recipes with the same part have is taken as right.
+    recipes: contents by name, or comments by name with what="comment on key". The value that most recipes with the
+    same part of the name have counts as the right one.
     """
     part_of = {key: part for part, keys in DECIDED_BY.items() for key in keys}
     every_key = {key for recipe in recipes.values() for key in recipe}
@@ -33,7 +35,26 @@ def factorise(recipes: dict[str, dict[str, Any]]) -> Iterator[str]:
             where = f"recipes with {part} {value}" if value is not None else "recipes"
             for name, text in texts.items():
                 if text != usual:
-                    yield f"recipes/{name}.yaml: key '{key}' is {text}, in the other {where} it is {usual}"
+                    yield f"recipes/{name}.yaml: {what} '{key}' is {text}, in the other {where} it is {usual}"
+
+
+def comments(text: str) -> dict[str, str]:
+    """The comment on each top-level key of a recipe: the lines above it (a heading) and what follows on its own line.
+
+    The lines before the first blank one are about the whole file (its batch and memory), and no key's.
+    """
+    of_key, above = {}, []
+    for line in text.partition("\n\n")[2].splitlines():
+        key = re.match(r"(\w+):", line)
+        if line.startswith("#"):
+            above.append(line)
+        elif key:
+            of_key[key[1]] = "\n".join([*above, line.partition(" #")[2]])
+            above = []
+        elif " #" in line:
+            last = list(of_key)[-1]
+            of_key[last] += "\n" + line.partition(" #")[2]
+    return of_key
 
 
 def _text(value: Any, name: str) -> str:

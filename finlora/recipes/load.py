@@ -12,7 +12,7 @@ from finlora.core.errors import UserError
 from finlora.core.files import replacing
 from finlora.core.paths import ROOT
 from finlora.recipes.bases import linear_layers, shape, trainable_parameters
-from finlora.recipes.factorise import factorise
+from finlora.recipes.factorise import comments, factorise
 from finlora.recipes.names import DECIDED_BY, RECIPES, check_name, names, parse_name
 
 ABOVE_ZERO = (
@@ -128,10 +128,16 @@ def axolotl_schema(plugins: Any) -> dict[str, Any]:
 def check() -> None:
     """Check every recipe's keys, types, name and factorisation."""
     recipes = {path.stem: load(path) for path in sorted(RECIPES.glob("*.yaml"))}
-    problems = list(factorise(recipes))
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(RECIPES.glob("*.yaml"))}
+    problems = [
+        *factorise(recipes),
+        *factorise({name: comments(text) for name, text in texts.items()}, "comment on key"),
+    ]
     if problems:
         raise UserError("\nerror: ".join(problems))
-    print(f"{len(recipes)} recipes: every key is known to axolotl and decided by one part of the name")
+    print(
+        f"{len(recipes)} recipes: every key is known to axolotl, and decided with its comment by one part of the name"
+    )
 
 
 def show(task: str | None) -> None:

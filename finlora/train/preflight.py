@@ -9,7 +9,7 @@ from finlora.core import machine
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
 from finlora.core.machine import GIB
-from finlora.core.paths import ROOT
+from finlora.core.paths import PREPARED, RAW, ROOT
 from finlora.data import rows
 from finlora.recipes import bases
 from finlora.recipes.memory import memory_estimate, on_cpu, what_fits
@@ -85,8 +85,8 @@ def check_places(path: Path, recipe: dict[str, Any]) -> None:
         places = (
             ROOT,
             ROOT / "data",
-            ROOT / "data" / "raw",
-            ROOT / "data" / "prepared",
+            RAW,
+            PREPARED,
         )  # each may be a link or a mount
         if not any((ROOT / name).resolve().is_relative_to(place.resolve()) for place in places):
             raise UserError(f"{path}: key '{key}': {name} leads out of the repository; copy it to data/")

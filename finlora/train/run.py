@@ -137,7 +137,8 @@ def finished_run(path: Path, small: bool, args: list[str]) -> dict[str, Any] | N
     run_recipe = for_tiny(recipe) if small else recipe
     prepare_data(path, run_recipe, small)
     out = ROOT / run_recipe["output_dir"]
-    same = read_json(out / "started.json") == identify(path, recipe, run_recipe, args)
+    before = read_json(out / "started.json")
+    same = before and not runs.difference(before, identify(path, recipe, run_recipe, args))
     return read_json(out / "run.json") if same else None
 
 
@@ -192,7 +193,7 @@ def prepare_data(path: Path, recipe: dict[str, Any], small: bool) -> str:
 
 
 def task_parts(task: str) -> list[str]:
-    return load_tasks()[task]["mixture_of"] or [task]
+    return load_tasks()[task].mixture_of or [task]
 
 
 def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> None:

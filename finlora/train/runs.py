@@ -54,11 +54,12 @@ def base_model(recipe: dict[str, Any]) -> str:
 def claim_folder(path: Path, out: Path, identity: dict[str, Any], force: bool) -> dict[str, Any] | None:
     """Make the output folder this run's, or return run.json of an equal finished run. UserError before work is lost.
 
-    Broken checkpoints are named and set aside; the run goes on from the last whole one.
+    Broken checkpoints are named and set aside; the run resumes from the last complete one.
     """
     mark, done = out / "started.json", out / "run.json"
     before = read_json(mark)
-    if before == identity:
+    changed = difference(before, identity) if before else None
+    if before and not changed:
         if done.is_file():
             if not force:
                 return read_json(done)
@@ -67,17 +68,16 @@ def claim_folder(path: Path, out: Path, identity: dict[str, Any], force: bool) -
             for line in broken:
                 print(f"warning: {line}", file=sys.stderr)
             if last:
-                print(f"{out.relative_to(ROOT)}: going on from {last.name}")
+                print(f"{out.relative_to(ROOT)}: resuming from {last.name}")
                 return None
             if broken:
-                print(f"{out.relative_to(ROOT)}: no whole checkpoint is left; beginning anew")
+                print(f"{out.relative_to(ROOT)}: no complete checkpoint is left; training from the first step")
     # Files that begin with a dot are this command's own, left where it was killed.
     foreign = before is None and any(not path.name.startswith(".") for path in out.iterdir())
     precious = done.is_file() or any(out.glob("checkpoint-*")) or foreign
     if precious and not force:
-        what = difference(before, identity) if before else "files that this command did not write"
         state = "a finished run" if done.is_file() else "an unfinished run"
-        state = f"{state} with {what}" if before else what
+        state = f"{state} with {changed}" if before else "files that this command did not write"
         raise UserError(f"{out.relative_to(ROOT)}: holds {state}; FORCE=1 sets it aside and trains {path.stem} anew")
     if precious:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -92,18 +92,22 @@ def claim_folder(path: Path, out: Path, identity: dict[str, Any], force: bool) -
     return None
 
 
-def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What two runs' identities differ by, in a few words: recipe keys, data files or axolotl's options."""
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What two runs' identities differ by, in a few words: recipe keys, data files or axolotl's options.
+
+    None where they are the same run: comments, and the order of keys, train nothing.
+    """
     old, new = yaml.safe_load(before["recipe"]) or {}, yaml.safe_load(now["recipe"]) or {}
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if keys:
         return "another recipe (" + ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys[:3]) + ")"
-    files = [name for name in now["data"] if before["data"].get(name) != now["data"][name]]
+    names = sorted(before["data"].keys() | now["data"].keys())
+    files = [name for name in names if before["data"].get(name) != now["data"].get(name)]
     if files:
         return f"other data ({', '.join(files)} changed)"
     if before["args"] != now["args"]:
         return f"other options ({shlex.join(before['args']) or 'none'} -> {shlex.join(now['args']) or 'none'})"
-    return "the same recipe in other words"
+    return None
 
 
 def folder_lock(out: Path, rank: int = 0):

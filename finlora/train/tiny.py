@@ -13,10 +13,9 @@ import tempfile
 from pathlib import Path
 
 from finlora.core.errors import UserError
-from finlora.core.paths import ROOT
+from finlora.core.paths import ROOT, SAMPLE
 
 CACHE = ROOT / ".cache"
-SAMPLE = ROOT / "data" / "sample"
 SPECIAL = [
     "<|begin_of_text|>",
     "<|end_of_text|>",
