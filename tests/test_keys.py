@@ -40,11 +40,18 @@ def test_a_recipe_is_read_as_utf8_yaml(recipe):
         ("d:\n- {p: 1}\n- q: 1\n  q: 2\n", 4, ["key 'q'", "twice", "keep one"]),
         ("a: 1\n? [b]\n: 2\n", 2, ["key is a list", "write a name"]),
         ("a: 1\n? {b: 1}\n: 2\n", 2, ["key is a list", "write a name"]),
-        ("a: 1\nb: [1\n", 3, ["not valid YAML", "expected", "mend that line"]),
-        ("a: 1\nb: !!python/name:os.system\n", 2, ["not valid YAML", "constructor", "mend that line"]),
-        ("a: 2026-13-45\n", None, ["not valid YAML", "month", "mend"]),
-        ("", None, ["holds no keys", "mapping"]),
-        ("- a: 1\n", None, ["holds no keys", "mapping"]),
+        ("a: 1\nb: [1\n", 3, ["not valid YAML", "expected", "fix that line"]),
+        ("a: 1\nb: !!python/name:os.system\n", 2, ["not valid YAML", "constructor", "fix that line"]),
+        ("a: 2026-13-45\n", 1, ["not valid YAML", "month", "fix that line"]),
+        ("a: 1\nb: !!timestamp x\n", 2, ["not valid YAML", "timestamp", "fix that line"]),
+        ("a: 1\nb: [1, !!int x]\n", 2, ["not valid YAML", "int", "'x'", "fix that line"]),
+        ("b: {c: !!bool x}\n", 1, ["not valid YAML", "bool", "'x'", "fix that line"]),
+        ("b: !!int ''\n", 1, ["not valid YAML", "int", "fix that line"]),
+        ("b: !!map [1]\n", 1, ["not valid YAML", "map", "fix that line"]),
+        ('a: 1\nb: "\a"\n', 2, ["not valid YAML", "control character 0x07", "remove"]),
+        ('"a\\nb": 1\n"a\\nb": 2\n', 2, ["key 'a\\nb'", "twice", "keep one"]),
+        ("", None, ["is empty", "mapping"]),
+        ("- a: 1\n", None, ["is not a mapping", "mapping of axolotl's keys"]),
         (b"a: 1 # \xfc\n", None, ["not UTF-8", "byte 7", "save it as UTF-8"]),
     ],
 )
@@ -168,7 +175,7 @@ def test_a_plugin_may_lie_in_a_package_of_packages(tmp_path, monkeypatch):
 @pytest.mark.xdist_group("axolotl")
 @pytest.mark.parametrize("plugin", ["no_such_module.A", "test_keys.Missing", "Missing", "test_keys.NO_CLASS"])
 def test_a_plugin_that_cannot_be_imported_is_named(plugin):
-    with refuses(plugin, "cannot be imported", "mend", "remove", error=RecipeError, key="plugins"):
+    with refuses(plugin, "cannot be imported", "fix", "remove", error=RecipeError, key="plugins"):
         input_schema((plugin,))
 
 

@@ -219,13 +219,13 @@ MUTATIONS = {
         "plugins",
         ["add fastdora.FastDoraPlugin"],
     ),
-    "not YAML": (added("lora_r: [8\n"), None, [2, "not valid YAML", "mend that line"]),
-    "a list": (lambda recipe: "- lora_r: 8\n", None, ["holds no keys", "mapping"]),
-    "empty": (lambda recipe: "", None, ["holds no keys", "mapping"]),
+    "not YAML": (added("lora_r: [8\n"), None, [2, "not valid YAML", "fix that line"]),
+    "a list": (lambda recipe: "- lora_r: 8\n", None, ["is not a mapping", "axolotl"]),
+    "empty": (lambda recipe: "", None, ["is empty", "mapping"]),
     "a tag that runs code": (
         added("hub_model_id: !!python/object/apply:os.system [ls]\n"),
         None,
-        [1, "not valid YAML", "os.system", "mend that line"],
+        [1, "not valid YAML", "os.system", "fix that line"],
     ),
 }
 

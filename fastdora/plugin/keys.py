@@ -16,7 +16,15 @@ class RecipeError(Exception):
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, with duplicate keys refused: YAML forbids them, PyYAML lets the last one win."""
+    """PyYAML's safe loader, with duplicate keys refused: YAML forbids them, PyYAML keeps the last one."""
+
+    def construct_object(self, node, deep=False):
+        # PyYAML 6.0 raises whatever its conversion meets for a bad `2026-13-45`, `!!int x` or `!!timestamp x`.
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.MarkedYAMLError(problem=f"not a {kind}: {error}", problem_mark=node.start_mark) from error
 
 
 def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
@@ -25,7 +33,7 @@ def _mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict:
         if not isinstance(key, yaml.ScalarNode):
             raise RecipeError(f"line {key.start_mark.line + 1}: a key is a list or a mapping; write a name")
         if key.value in seen:
-            raise RecipeError(f"line {key.start_mark.line + 1}: key '{key.value}' stands twice; keep one")
+            raise RecipeError(f"line {key.start_mark.line + 1}: key {key.value!r} occurs twice; keep one")
         seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
@@ -45,19 +53,21 @@ def read_recipe(path: Path) -> dict[str, Any]:
         recipe = yaml.load(text, _StrictLoader)  # noqa: S506 (a SafeLoader)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: of a date that is none
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise RecipeError(
-            f"{path}: {line}not valid YAML ({getattr(error, 'problem', error)}); mend that line"
-        ) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        character = f"the control character {error.character:#04x}"
+        raise RecipeError(f"{path}: line {line}: not valid YAML ({character} is not allowed); remove it") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1
+        raise RecipeError(f"{path}: line {line}: not valid YAML ({error.problem}); fix that line") from error
     if not isinstance(recipe, dict):
-        raise RecipeError(f"{path}: holds no keys; a recipe is a mapping of axolotl's keys")
+        what = "is empty" if recipe is None else "is not a mapping"
+        raise RecipeError(f"{path}: {what}; a recipe is a mapping of axolotl's keys")
     return recipe
 
 
 class _JsonSchema(GenerateJsonSchema):
-    """Pydantic's generator fails on axolotl's enums of torch dtypes; recipes name their members as strings."""
+    """Pydantic 2's generator fails on axolotl's enums of torch dtypes; recipes name their members as strings."""
 
     ignored_warning_kinds = {"skipped-choice", "non-serializable-default"}
 
@@ -81,7 +91,7 @@ def input_schema(plugins: tuple[str, ...]) -> dict[str, Any]:
             module, _, name = plugin.rpartition(".")
             arguments = getattr(importlib.import_module(module), name)().get_input_args()
         except (ImportError, AttributeError, ValueError, TypeError) as error:
-            raise RecipeError(f"key 'plugins': {plugin} cannot be imported ({error}); mend or remove it") from error
+            raise RecipeError(f"key 'plugins': {plugin} cannot be imported ({error}); fix or remove it") from error
         if arguments:
             module, _, name = arguments.rpartition(".")
             models.append(getattr(importlib.import_module(module), name))
@@ -92,7 +102,7 @@ def input_schema(plugins: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _names() -> dict[str, list[str]]:
-    """What keys may be that axolotl's schema calls strings: it would find out after the base model is loaded."""
+    """The values of keys that are any string in axolotl's schema: it refuses others only after the base is loaded."""
     from axolotl.utils.schemas.enums import CustomSupportedOptimizers
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
@@ -123,70 +133,72 @@ def strict_schema(model: type) -> dict[str, Any]:
 
 def check_keys(recipe: dict[str, Any], source: str, schema: dict[str, Any]) -> None:
     """Raise RecipeError for the first key (nested ones too) or value type that the strict schema does not allow."""
+    # Imported here: it takes a third of a second, which a command that only reads a recipe does not need.
     from jsonschema import Draft202012Validator
 
     errors = list(Draft202012Validator(schema).iter_errors(recipe))
-    if not errors:
-        return
-    error = _deepest(_clearest(errors))
+    if errors:
+        raise RecipeError(f"{source}: {_sentence(_clearest(errors))}")
+
+
+def _sentence(error) -> str:
     where = ".".join(map(str, error.absolute_path))
+    inside = f"{where}." if where else ""
     if error.validator == "additionalProperties":
-        unknown = str(_unknown_keys(error)[0])  # YAML has numbers as keys too
+        unknown = str(_unknown_keys(error)[0])  # keys may be numbers in YAML
         near = difflib.get_close_matches(unknown, list(error.schema["properties"]), 1)
-        hint = f"did you mean '{near[0]}'?" if near else "remove it"
-        raise RecipeError(f"{source}: unknown key '{where + '.' if where else ''}{unknown}'; {hint}")
+        remedy = f"did you mean '{near[0]}'?" if near else "remove it"
+        return f"unknown key {inside + unknown!r}; {remedy}"
     if error.validator in ("anyOf", "oneOf") and all(inner.validator == "type" for inner in error.context):
         allowed = " or ".join(sorted({inner.validator_value for inner in error.context} - {"null"}))
-        raise RecipeError(f"{source}: key '{where}' is {error.instance!r}; it must be {allowed}")
+        return f"key '{where}' is {error.instance!r}; it must be {allowed}"
     if error.validator == "enum":
         values = [value for value in error.validator_value if value is not None]
         if near := difflib.get_close_matches(str(error.instance), map(str, values), 1):
-            raise RecipeError(f"{source}: key '{where}' is {error.instance!r}; did you mean '{near[0]}'?")
-        raise RecipeError(f"{source}: key '{where}': {error.instance!r} is not one of {values}")
+            return f"key '{where}' is {error.instance!r}; did you mean '{near[0]}'?"
+        return f"key '{where}': {error.instance!r} is not one of {values}"
     if error.validator == "required":
         missing = next(key for key in error.validator_value if key not in error.instance)
-        raise RecipeError(f"{source}: key '{where + '.' if where else ''}{missing}' is missing; add it")
-    where = f"key '{where}': " if where else ""
-    raise RecipeError(f"{source}: {where}{error.message[:200]}")
+        return f"key '{inside}{missing}' is missing; add it"
+    return (f"key '{where}': " if where else "") + error.message[:200]
 
 
 def _clearest(errors: list):
-    return min(errors, key=lambda error: (error.validator != "additionalProperties", _weight(error)))
+    """The error to show, an unknown key first; of alternatives (anyOf) one of the branch that is nearest to the value.
+
+    jsonschema's best_match compares single errors; a branch is as near as all its errors together.
+    """
+    error = min(errors, key=lambda error: (error.validator != "additionalProperties", _changes(error)))
+    branches = sorted(_branches(error), key=_distance)
+    if not branches or (len(branches) > 1 and _distance(branches[0]) == _distance(branches[1])):
+        return error
+    if len(branches[0]) > 1 and not _is_nested(branches[0]):  # several remedies: show the alternatives
+        return error
+    return _clearest(branches[0])
+
+
+def _branches(error) -> list[list]:
+    """The errors of each alternative of an anyOf; none for another error."""
+    numbers = dict.fromkeys(inner.relative_schema_path[0] for inner in error.context)
+    return [[inner for inner in error.context if inner.relative_schema_path[0] == number] for number in numbers]
+
+
+def _distance(branch: list) -> tuple[bool, int, bool]:
+    """How far a value is from an alternative: of another type, the changes it needs, whether they are at its top."""
+    other_type = any(error.validator == "type" and not error.relative_path for error in branch)
+    return other_type, sum(map(_changes, branch)), not _is_nested(branch)
+
+
+def _changes(error) -> int:
+    """How many changes satisfy an error: each unknown key is one."""
+    if error.validator == "additionalProperties":
+        return len(_unknown_keys(error))
+    return min((sum(map(_changes, branch)) for branch in _branches(error)), default=1)
+
+
+def _is_nested(branch: list) -> bool:
+    return any(error.context or error.relative_path for error in branch)
 
 
 def _unknown_keys(error) -> list[str]:
     return [key for key in error.instance if key not in error.schema["properties"]]
-
-
-def _weight(error) -> int:
-    """How far a value is from what an error's schema wants: unknown keys count one each."""
-    if error.validator == "additionalProperties":
-        return len(_unknown_keys(error))
-    return min((sum(map(_weight, branch)) for branch in _branches(error)), default=1)
-
-
-def _branches(error) -> list[list]:
-    branches: dict[int, list] = {}
-    for inner in error.context:
-        branches.setdefault(inner.relative_schema_path[0], []).append(inner)
-    return list(branches.values())
-
-
-def _deepest(error):
-    """Of alternatives (anyOf) follow the one that fits best, as long as one fits better than all others."""
-    while branches := _branches(error):
-        of_its_type = [branch for branch in branches if not any(_is_of_another_type(inner) for inner in branch)]
-        branches = of_its_type or branches
-        branches.sort(key=lambda branch: sum(map(_weight, branch)))
-        weights = [sum(map(_weight, branch)) for branch in branches[:2]]
-        if len(branches[0]) > 1 or weights[0] == weights[-1] and len(branches) > 1:
-            nested = [branch for branch in branches if any(inner.context or inner.relative_path for inner in branch)]
-            if not nested:
-                return error
-            branches = nested
-        error = _clearest(branches[0])
-    return error
-
-
-def _is_of_another_type(error) -> bool:
-    return error.validator == "type" and not error.relative_path
