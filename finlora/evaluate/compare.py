@@ -71,7 +71,7 @@ def refuse_unlike(name: str, one: Subject, other: Subject) -> None:
     a, b = one.sets[name], other.sets[name]
     if reason := unlike(a, b):
         raise UserError(f"{name}: {one.name} and {other.name} answered {reason}; evaluate one of them again")
-    used = [answers.about["labels_used"] for answers in (a, b)]
+    used = [answers.about.labels_used for answers in (a, b)]
     # Where nothing is corrected both versions are the same labels.
     if used[0] != used[1] and len(a.labels()) + len(b.labels()) > 2:
         raise UserError(
@@ -82,12 +82,12 @@ def refuse_unlike(name: str, one: Subject, other: Subject) -> None:
 
 def differing(one: Subject, other: Subject, sets: list[str]) -> Iterator[str]:
     """What else than the adapter differs between the two, one line each."""
-    if one.run["model"] != other.run["model"]:
-        yield f"the models differ: {one.run['model']} and {other.run['model']}"
-    prompts = [PROMPTS.get(subject.run["prompt"], str(subject.run["prompt"])) for subject in (one, other)]
+    if one.run.model != other.run.model:
+        yield f"the models differ: {one.run.model} and {other.run.model}"
+    prompts = [PROMPTS.get(subject.run.prompt, str(subject.run.prompt)) for subject in (one, other)]
     if prompts[0] != prompts[1]:
         yield f"the prompts differ: {prompts[0]} (A), {prompts[1]} (B)"
-    elif one.run["template_sha256"] != other.run["template_sha256"]:
+    elif one.run.template_sha256 != other.run.template_sha256:
         yield "the chat templates differ"
     for name in sets:
         a, b = one.sets[name], other.sets[name]

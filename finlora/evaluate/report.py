@@ -22,7 +22,7 @@ from finlora.core.files import replacing
 from finlora.core.html import axis, number, p_value, percent, signed
 from finlora.data.corrections import load_corrections
 from finlora.evaluate.published import BESIDE, published, published_average
-from finlora.evaluate.results import RESULTS, Answers, Subject, base_of, keep, pair, read, set_order, show, unlike
+from finlora.evaluate.results import RESULTS, Answers, Run, Subject, base_of, keep, pair, read, set_order, show, unlike
 from finlora.evaluate.scorers import summary
 from finlora.evaluate.statistics import interval, paired
 
@@ -75,8 +75,8 @@ def report(folder: Path = RESULTS) -> dict[str, Any]:
 
 def gather(subjects: dict[str, Subject], warnings: list[str]) -> dict[str, Any]:
     """Everything that the report shows, as plain values: the template and the tables only lay it out."""
-    adapters = [subject for subject in subjects.values() if subject.run["adapter"]]
-    bases = [subject for subject in subjects.values() if not subject.run["adapter"]]
+    adapters = [subject for subject in subjects.values() if subject.run.adapter]
+    bases = [subject for subject in subjects.values() if not subject.run.adapter]
     about = [describe(subject, base_of(subject, subjects)) for subject in [*adapters, *bases]]
     for index, entry in enumerate(about, 1):
         entry["id"] = f"s{index}"
@@ -100,46 +100,46 @@ def describe(subject: Subject, base: Subject | None) -> dict[str, Any]:
     return {
         "name": subject.name,
         "run": run,
-        "is_base": not run["adapter"],
+        "is_base": not run.adapter,
         "base": base.name if base else None,
         "facts": facts(run),
         "more_facts": more_facts(run),
-        "prompt": PROMPTS.get(run["prompt"], run["prompt"] or "not recorded"),
+        "prompt": PROMPTS.get(run.prompt, run.prompt or "not recorded"),
         "notes": notes(subject, base),
         "rows": rows,
         "averages": averages(rows),
         "forgetting": [forgotten(answers, others.get(answers.name)) for answers in forgetting],
         "format": [formatting(answers) for answers in tests],
         "details": [details(answers) for answers in tests],
-        "curve": curve(run["training"] or {}),
+        "curve": curve(run.training or {}),
     }
 
 
-def facts(run: dict[str, Any]) -> str:
-    parts = [run["model"].rstrip("/").split("/")[-1]]
-    parts += [f"{run['bits']}-bit"] if run["bits"] else []
-    method = METHODS.get(run["method"], run["method"] or ("adapter" if run["adapter"] else "base model"))
-    parts += [method + (f" r {run['r']}, alpha {run['alpha']}" if run["r"] else "")]
-    return " · ".join(parts + [part for part in (run["way"], run["backend"]) if part])
+def facts(run: Run) -> str:
+    parts = [run.model.rstrip("/").split("/")[-1]]
+    parts += [f"{run.bits}-bit"] if run.bits else []
+    method = METHODS.get(run.method, run.method or ("adapter" if run.adapter else "base model"))
+    parts += [method + (f" r {run.r}, alpha {run.alpha}" if run.r else "")]
+    return " · ".join(parts + [part for part in (run.way, run.backend) if part])
 
 
-def more_facts(run: dict[str, Any]) -> list[tuple[str, str]]:
-    training, git = run["training"] or {}, run["git"] or {}
+def more_facts(run: Run) -> list[tuple[str, str]]:
+    training, git = run.training or {}, run.git or {}
     measured = training.get("metrics")
     training = training | (measured if isinstance(measured, dict) else {})
     pairs = [
-        ("recipe", run.get("recipe")),
-        ("model", run["model"]),
-        ("adapter", run["adapter"]),
-        ("adapter SHA-256", run["adapter_sha256"]),
-        ("prompt", run["prompt"]),
-        ("template SHA-256", run["template_sha256"]),
-        ("way", run["way"]),
-        ("backend", run["backend"]),
-        ("device", run["device"]),
-        ("started", run["started"]),
+        ("recipe", run.recipe),
+        ("model", run.model),
+        ("adapter", run.adapter),
+        ("adapter SHA-256", run.adapter_sha256),
+        ("prompt", run.prompt),
+        ("template SHA-256", run.template_sha256),
+        ("way", run.way),
+        ("backend", run.backend),
+        ("device", run.device),
+        ("started", run.started),
         ("git", f"{git['commit']}{', with changes' if git.get('changed') else ''}" if git.get("commit") else None),
-        ("versions", ", ".join(f"{name} {version}" for name, version in sorted((run["versions"] or {}).items()))),
+        ("versions", ", ".join(f"{name} {version}" for name, version in sorted((run.versions or {}).items()))),
         (
             "training",
             ", ".join(
@@ -158,21 +158,21 @@ NUMBERS = (int, float)
 def notes(subject: Subject, base: Subject | None) -> list[str]:
     """What a reader must know before trusting this subject's numbers, one sentence each."""
     run, said = subject.run, []
-    if run["tiny"]:
+    if run.tiny:
         said.append("A tiny stand-in model, made to try the way: its scores say nothing about the recipe.")
     tests = [answers for answers in subject.sets.values() if not answers.forgetting]
-    other = [answers.name for answers in tests if answers.about["published_file"] is False]
+    other = [answers.name for answers in tests if answers.about.published_file is False]
     if other:
         said.append(f"Not FinLoRA's published files (own or synthetic rows), so not comparable: {', '.join(other)}.")
     cut = [
-        f"{answers.name} {len(answers.rows):,} of {answers.about['rows']:,}"
+        f"{answers.name} {len(answers.rows):,} of {answers.about.rows:,}"
         for answers in tests
-        if answers.about["rows"] and len(answers.rows) < answers.about["rows"]
+        if answers.about.rows and len(answers.rows) < answers.about.rows
     ]
     cut += [
-        f"{answers.name} {answers.about['limit']:,} a task"
+        f"{answers.name} {answers.about.limit:,} a task"
         for answers in subject.sets.values()
-        if answers.forgetting and answers.about["limit"]
+        if answers.forgetting and answers.about.limit
     ]
     if cut:
         said.append(f"LIMIT: only some rows were answered ({', '.join(cut)}).")
@@ -180,16 +180,16 @@ def notes(subject: Subject, base: Subject | None) -> list[str]:
     seen = [f"{name} {count:,}" for name, count in seen.items() if count]
     if seen:
         said.append(f"Some rows were trained on ({', '.join(seen)}); the scores without them stand below.")
-    if run["adapter"] and any(row["seen"] is None for answers in tests for row in answers.rows.values()):
+    if run.adapter and any(row["seen"] is None for answers in tests for row in answers.rows.values()):
         said.append("Whether rows were trained on is not known: the adapter's training data is not at hand.")
-    if (run["git"] or {}).get("changed"):
+    if (run.git or {}).get("changed"):
         said.append("The repository had changes that were not committed.")
-    if run["adapter"] and not base:
+    if run.adapter and not base:
         said.append("No base to compare with: evaluate it too, with BASE=1.")
     if base:
-        if base.run["prompt"] != run["prompt"]:
+        if base.run.prompt != run.prompt:
             said.append(
-                f"{base.name} was asked with another prompt ({PROMPTS.get(base.run['prompt'], base.run['prompt'])}): "
+                f"{base.name} was asked with another prompt ({PROMPTS.get(base.run.prompt, base.run.prompt)}): "
                 "the differences are those of model and prompt together."
             )
         alone = [name for name in subject.sets if name not in base.sets]
@@ -231,15 +231,15 @@ def measure(answers: Answers, base: Answers | None, labels: str, only: tuple = (
             difference = paired(chosen(of_base, rows), chosen(of_this, rows))
     return {
         "set": answers.name,
-        "kind": {"bertscore_f1": "BERTScore F1", "tag_accuracy_f1": "each tag"}.get(answers.about["metric"], ""),
+        "kind": {"bertscore_f1": "BERTScore F1", "tag_accuracy_f1": "each tag"}.get(answers.about.metric, ""),
         "labels": labels,
         "only": "not seen in training" if only else "",
         "versions": len(answers.labels()),
         "rows": len(only or everything),
-        "of": answers.about["rows"] or len(everything),
+        "of": answers.about.rows or len(everything),
         "score": scored(primary, ways[0] if ways else None),
         "f1": not answers.bertscore,
-        "other_file": answers.about["published_file"] is False,
+        "other_file": answers.about.published_file is False,
         "strict": scored(strict, "strict") if strict and strict["right"] != primary["right"] else None,
         "unparsed": summary(chosen(strict, everything))["unparsed"] if strict else None,
         "difference": difference,
@@ -302,19 +302,19 @@ def formatting(answers: Answers) -> dict[str, Any]:
     """How reliably the answers have the form that was asked for, and what they took."""
     rows, about = answers.rows.values(), answers.about
     strict = summary(answers.items(answers.labels()[0], "strict")) if "strict" in answers.scorings() else None
-    seconds = about["seconds"]
+    seconds = about.seconds
     return {
         "set": answers.name,
         "rows": len(rows),
         "unparsed": strict["unparsed"] if strict else None,
         "items": strict["items"] if strict else len(rows),
         "cut": sum(row["stopped"] is False for row in rows),
-        "max_new_tokens": about["max_new_tokens"],
+        "max_new_tokens": about.max_new_tokens,
         "empty": sum(not row["answer"].strip() for row in rows),
         "seconds": seconds,
         "speed": len(rows) / seconds if seconds else None,
-        "prompt_tokens": about["prompt_tokens"],
-        "answer_tokens": about["answer_tokens"],
+        "prompt_tokens": about.prompt_tokens,
+        "answer_tokens": about.answer_tokens,
     }
 
 
@@ -322,9 +322,9 @@ def details(answers: Answers) -> dict[str, Any]:
     versions = answers.labels()
     return {
         "set": answers.name,
-        "file": answers.about["file"],
-        "sha256": answers.about["sha256"],
-        "encoder": answers.about["encoder"],
+        "file": answers.about.file,
+        "sha256": answers.about.sha256,
+        "encoder": answers.about.encoder,
         "scorings": [
             {"labels": labels, "name": name, "score": whole(answers, labels, name)}
             for name in answers.scorings()

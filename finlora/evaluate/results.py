@@ -7,9 +7,9 @@ that a scorer that is mended mends every report. Prompts can be long; they stay 
 
 import json
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar, get_args, get_type_hints
 
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
@@ -18,58 +18,81 @@ from finlora.evaluate import scorers
 
 RESULTS = ROOT / "results"
 FORGETTING = ("mmlu", "gsm8k")
-NUMBER = (int, float)
+Record = TypeVar("Record")
 
-# The type of each key that is read; one that ends in "?" may be missing or null.
-RUN = {
-    "model": str,
-    "adapter?": str,
-    "adapter_sha256?": str,
-    "bits?": int,
-    "method?": str,
-    "r?": int,
-    "alpha?": NUMBER,
-    "prompt?": str,
-    "template_sha256?": str,
-    "way?": str,
-    "backend?": str,
-    "tiny?": bool,
-    "training?": dict,
-    "versions?": dict,
-    "git?": dict,
-    "device?": str,
-    "started?": str,
-}
-SET = {
-    "set": str,
-    "metric": str,
-    "evaluated": int,
-    "rows?": int,
-    "file?": str,
-    "sha256?": str,
-    "published_file?": bool,
-    "labels?": list,
-    "max_new_tokens?": int,
-    "seconds?": NUMBER,
-    "prompt_tokens?": int,
-    "answer_tokens?": int,
-    "encoder?": str,
-    "labels_used?": str,
-    "limit?": int,
-}
-ROW = {
-    "row": int,
-    "prompt": str,
-    "target": str,
-    "corrected": str,
-    "answer": str,
-    "seen?": bool,
-    "prompt_tokens?": int,
-    "answer_tokens?": int,
-    "stopped?": bool,
-    "bertscore?": NUMBER,
-}
-FORGETTING_ROW = {"row": int, "id": str, "prompt": str, "target": str, "answer": str, "right": NUMBER}
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """run.json: which model was evaluated, and how. A key that earlier versions did not write is None."""
+
+    subject: str | None = None  # the folder's name when it was written
+    recipe: str | None = None
+    model: str
+    adapter: str | None = None
+    adapter_sha256: str | None = None
+    bits: int | None = None
+    method: str | None = None  # base, lora, dora or rslora
+    r: int | None = None
+    alpha: int | float | None = None
+    prompt: str | None = None  # saved, the name of a template in recipes/prompts, or endpoint
+    template_sha256: str | None = None
+    way: str | None = None  # plain, quantised, merged, cached norms or endpoint
+    backend: str | None = None  # transformers, vllm, or an endpoint's URL
+    tiny: bool | None = None
+    training: dict | None = None  # metrics, args, seconds, data_from and log of a recipe's training
+    versions: dict | None = None
+    git: dict | None = None
+    device: str | None = None
+    started: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetResult:
+    """set.json: one test set as a model answered it. Most is None for MMLU and GSM8K, whose metric is lm_eval."""
+
+    set: str
+    task: str | None = None
+    file: str | None = None
+    sha256: str | None = None  # of the file
+    published_file: bool | None = None
+    rows: int | None = None  # of the file
+    evaluated: int
+    labels: list | None = None
+    metric: str
+    max_new_tokens: int | None = None
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None
+    encoder: str | None = None  # that measured BERTScore, and its layer
+    labels_used: str | None = None  # corrected or published
+    shots: int | None = None
+    seconds: int | float | None = None
+    limit: int | None = None
+
+
+class Row(TypedDict):
+    """A line of answers.jsonl. In memory it is without its prompt and context."""
+
+    row: int  # the line of the test file
+    prompt: str
+    target: str
+    corrected: str
+    answer: str
+    seen: bool | None  # whether its context was trained on; None where that is not known
+    prompt_tokens: int | None
+    answer_tokens: int | None
+    stopped: bool | None  # False where the answer was cut
+    bertscore: int | float | None
+
+
+class ForgettingRow(TypedDict):
+    """A line of answers.jsonl of MMLU or GSM8K."""
+
+    row: int
+    id: str  # of the question: task and number
+    prompt: str
+    target: str
+    answer: str
+    right: int | float
 
 
 @dataclass(eq=False)
@@ -87,21 +110,21 @@ class Answers:
 
     @property
     def name(self) -> str:
-        return self.about["set"]
+        return self.about.set
 
     @property
     def forgetting(self) -> bool:
-        return self.about["metric"] == "lm_eval"
+        return self.about.metric == "lm_eval"
 
     @property
     def bertscore(self) -> bool:
-        return self.about["metric"] == "bertscore_f1"
+        return self.about.metric == "bertscore_f1"
 
     def labels(self) -> list[str]:
         """The label versions that differ on these rows, the one that was asked for first."""
         if self.forgetting or all(row["corrected"] == row["target"] for row in self.rows.values()):
             return ["published"]
-        used = self.about["labels_used"]
+        used = self.about.labels_used
         return [used, "published" if used == "corrected" else "corrected"]
 
     def targets(self, labels: str, lines: Collection[int]) -> list[str]:
@@ -155,7 +178,7 @@ class Subject:
     """A model that was evaluated: the name of its folder, run.json (`run`), its finished sets in tasks.yaml's order."""
 
     name: str
-    run: dict[str, Any]
+    run: Run
     sets: dict[str, Answers]
 
 
@@ -184,7 +207,7 @@ def read(folder: Path = RESULTS, only: Collection[str] = ()) -> tuple[dict[str, 
             if not (path / "run.json").exists():
                 continue
         try:
-            run = _object(path / "run.json", RUN)
+            run = _record(Run, path / "run.json")
         except _Broken as error:
             warnings.append(str(error))
             continue
@@ -201,15 +224,15 @@ def read(folder: Path = RESULTS, only: Collection[str] = ()) -> tuple[dict[str, 
 
 def base_of(subject: Subject, subjects: dict[str, Subject]) -> Subject | None:
     """An adapter's base: the one with equal model, bits, backend and tiny; with the same prompt if there is one."""
-    if not subject.run["adapter"]:
+    if not subject.run.adapter:
         return None
     same = [
         other
         for other in subjects.values()
-        if not other.run["adapter"]
-        and all(other.run[key] == subject.run[key] for key in ("model", "bits", "backend", "tiny"))
+        if not other.run.adapter
+        and all(getattr(other.run, key) == getattr(subject.run, key) for key in ("model", "bits", "backend", "tiny"))
     ]
-    return min(same, key=lambda other: (other.run["prompt"] != subject.run["prompt"], other.name), default=None)
+    return min(same, key=lambda other: (other.run.prompt != subject.run.prompt, other.name), default=None)
 
 
 def common(a: Answers, b: Answers) -> tuple:
@@ -219,9 +242,9 @@ def common(a: Answers, b: Answers) -> tuple:
 
 def unlike(a: Answers, b: Answers) -> str | None:
     """Why two subjects' answers to one set cannot be paired row by row; None where they can."""
-    if a.about["sha256"] != b.about["sha256"]:
+    if a.about.sha256 != b.about.sha256:
         return "another file (its SHA-256 differs)"
-    if (a.about["metric"], a.about["encoder"]) != (b.about["metric"], b.about["encoder"]):
+    if (a.about.metric, a.about.encoder) != (b.about.metric, b.about.encoder):
         return f"another measure ({_measure(a)} and {_measure(b)})"
     lines = common(a, b)
     if not lines:
@@ -233,7 +256,7 @@ def unlike(a: Answers, b: Answers) -> str | None:
 
 
 def _measure(answers: Answers) -> str:
-    return answers.about["encoder"] or answers.about["metric"]
+    return answers.about.encoder or answers.about.metric
 
 
 def pair(a: Answers, b: Answers, labels: str) -> tuple[tuple, dict[str, list], dict[str, list]]:
@@ -269,24 +292,24 @@ def _read_set(folder: Path) -> Answers:
     if not done.exists():
         so_far = _count(answers) if answers.exists() else "no answers"
         raise _Broken(f"{show(folder)}: unfinished ({so_far} so far); the same make eval goes on from there")
-    about = _object(done, SET)
-    if about["set"] != folder.name:
-        raise _Broken(f"{show(done)}: is of the set {about['set']!r} and lies in {folder.name}/; evaluate it again")
-    shape = FORGETTING_ROW if about["metric"] == "lm_eval" else ROW
-    name = "id" if about["metric"] == "lm_eval" else "row"
-    if name == "row" and about["labels_used"] not in ("corrected", "published"):
+    about = _record(SetResult, done)
+    if about.set != folder.name:
+        raise _Broken(f"{show(done)}: is of the set {about.set!r} and lies in {folder.name}/; evaluate it again")
+    types = get_type_hints(ForgettingRow if about.metric == "lm_eval" else Row)
+    name = "id" if about.metric == "lm_eval" else "row"
+    if name == "row" and about.labels_used not in ("corrected", "published"):
         raise _Broken(f"{show(done)}: 'labels_used' is neither corrected nor published; evaluate again")
     rows = {}
     for line, row in enumerate(_json_lines(answers), 1):
-        _check(f"{show(answers)}:{line}", row, shape)
+        _check(f"{show(answers)}:{line}", row, types)
         if row[name] in rows:
             raise _Broken(f"{show(answers)}:{line}: {name} {row[name]} is there twice; {AGAIN}")
-        if about["metric"] == "bertscore_f1" and row["bertscore"] is None:
+        if about.metric == "bertscore_f1" and row["bertscore"] is None:
             raise _Broken(f"{show(answers)}:{line}: has no bertscore; {AGAIN}")
         rows[row[name]] = {key: value for key, value in row.items() if key not in ("prompt", "context")}
-    if len(rows) != about["evaluated"] or not rows:
-        raise _Broken(f"{show(answers)}: has {len(rows):,} answers and set.json says {about['evaluated']:,}; {AGAIN}")
-    return Answers(folder, about, all_sets().get(folder.name, about), rows)
+    if len(rows) != about.evaluated or not rows:
+        raise _Broken(f"{show(answers)}: has {len(rows):,} answers and set.json says {about.evaluated:,}; {AGAIN}")
+    return Answers(folder, about, all_sets().get(folder.name, asdict(about)), rows)
 
 
 AGAIN = "remove its set.json and evaluate again"
@@ -305,24 +328,26 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
         raise _Broken(f"{show(path)}: cannot be read ({_why(error)}); {AGAIN}") from error
 
 
-def _object(path: Path, shape: dict[str, Any]) -> dict[str, Any]:
+def _record(kind: type[Record], path: Path) -> Record:
+    """The dataclass `kind` from a JSON file; keys that it does not have are left out."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise _Broken(f"{show(path)}: cannot be read ({_why(error)}); evaluate again") from error
-    _check(show(path), value, shape)
-    return value
+    types = {field.name: field.type for field in fields(kind)}
+    _check(show(path), value, types)
+    return kind(**{key: value[key] for key in types})
 
 
-def _check(where: str, value: Any, shape: dict[str, Any]) -> None:
-    """Raise _Broken unless the object has these keys and types; keys that may be missing are set to None."""
+def _check(where: str, value: Any, types: dict[str, Any]) -> None:
+    """Raise _Broken unless the object has these keys and types; keys that may be None are set to it where missing."""
     if not isinstance(value, dict):
         raise _Broken(f"{where}: is not an object; evaluate again")
-    for key, kind in shape.items():
-        key, optional = key.rstrip("?"), key.endswith("?")
-        if optional and value.setdefault(key, None) is None:
-            continue
-        if not isinstance(value.get(key), kind) or (kind in (int, NUMBER) and isinstance(value[key], bool)):
+    for key, kind in types.items():
+        if key not in value and isinstance(None, kind):
+            value[key] = None
+        is_bool = isinstance(value.get(key), bool)  # which Python takes for an int
+        if not isinstance(value.get(key), kind) or (is_bool and bool not in (kind, *get_args(kind))):
             raise _Broken(f"{where}: {key!r} is {'wrong' if key in value else 'missing'}; evaluate again")
 
 

@@ -264,7 +264,7 @@ def scores(sha256: str, *folders: Path) -> list[dict[str, Any]]:
             found |= results.read(folder)[0]
     shown_ = []
     for one in found.values():
-        if one.run["adapter_sha256"] == sha256 and one.sets:
+        if one.run.adapter_sha256 == sha256 and one.sets:
             base = results.base_of(one, found)
             others = base.sets if base else {}
             answers = [answer for answer in one.sets.values() if not answer.forgetting]

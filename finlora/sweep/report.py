@@ -147,7 +147,7 @@ def add_scores(rows: list[dict[str, Any]], points: list[dict[str, Any]], folder:
     found: list[tuple[dict[str, Any], Any]] = []
     for row, point, name in zip(rows, points, names, strict=True):
         if point["run"] and name in subjects and subjects[name].sets:
-            if subjects[name].run["adapter_sha256"] == point["run"]["adapter"]["sha256"]:
+            if subjects[name].run.adapter_sha256 == point["run"]["adapter"]["sha256"]:
                 found.append((row, subjects[name]))
             else:
                 warnings.append(f"{point['name']}: was evaluated with another adapter; EVAL=1 asks again")
