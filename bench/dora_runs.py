@@ -27,7 +27,7 @@ from transformers import (
 
 import fastdora
 from fastdora import quantized
-from fastdora.packing import ANSWERS, answer_places
+from fastdora.packing import ANSWERS, label_positions
 from finlora.evaluate.scorers import finlora, strict
 
 LABELS = ("negative", "neutral", "positive")
@@ -123,7 +123,7 @@ def pretrain(study: dict[str, Any], kit: Path, out: Path, device: torch.device) 
 def _teach(model: nn.Module, study: dict[str, Any], rate: float, kit: Kit, device: torch.device) -> list[float]:
     """Train all weights on the first train rows, which no run sees again; the losses."""
     lessons = study["lessons"]
-    hook = fastdora.read_places(model)
+    hook = fastdora.read_label_positions(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0, fused=True)
     prompts, answers = (part[: lessons["rows"]] for part in encoded(kit, "train", "llama3"))
     training = study["training"] | {"epochs": lessons["epochs"]}
@@ -170,7 +170,7 @@ def build(settings: dict[str, Any], targets: list[str], base: Path, device: torc
             if "lora_magnitude_vector" in name and settings["magnitude"] == 0:
                 parameter.requires_grad_(False)
         fastdora.accelerate(model, fp8)
-    fastdora.read_places(model)
+    fastdora.read_label_positions(model)
     return model
 
 
@@ -256,7 +256,7 @@ def collate(prompts: list[list[int]], answers: list[list[int]], pad: int) -> dic
         end = len(prompt) + len(answer)
         ids[i, :end] = torch.tensor(prompt + answer)
         labels[i, len(prompt) : end] = ids[i, len(prompt) : end]
-    return {"input_ids": ids, "labels": labels, ANSWERS: answer_places(labels)}
+    return {"input_ids": ids, "labels": labels, ANSWERS: label_positions(labels)}
 
 
 def collate_prompts(prompts: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,9 +30,9 @@ T, K, N = 5120, 4096, 4096
 SEED = (2**30 + 1, 4242)
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """||found - expected|| / ||expected||."""
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """||result - expected|| / ||expected||."""
+    return ((result.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 def kernel_rows(rank: int) -> dict[str, dict[str, float]]:
@@ -41,7 +41,7 @@ def kernel_rows(rank: int) -> dict[str, dict[str, float]]:
     make = dict(device="cuda", dtype=torch.bfloat16)
     x, dy, base = torch.randn(T, K, **make), torch.randn(T, N, **make), torch.randn(T, N, **make)
     a, b, t = torch.randn(rank, K, **make), torch.randn(N, rank, **make), torch.randn(T, rank, **make)
-    gain = torch.rand(N, device="cuda") + 0.5
+    mag_scale = torch.rand(N, device="cuda") + 0.5
     weight = torch.randint(-127, 128, (N, K), dtype=torch.int8, device="cuda")
     scales = torch.rand(N, device="cuda") + 0.1
     X, DY, BASE, A, B, D = (y.double() for y in (x, dy, base, a, b, t))
@@ -50,9 +50,9 @@ def kernel_rows(rank: int) -> dict[str, dict[str, float]]:
     rows = {}
 
     def note(name, gb, call, *expected):
-        found = call()
-        found = found if isinstance(found, tuple) else (found,)
-        error = max(relative(f, e) for f, e in zip(found, expected, strict=True))
+        results = call()
+        results = results if isinstance(results, tuple) else (results,)
+        error = max(relative(r, e) for r, e in zip(results, expected, strict=True))
         ms = do_bench(call, warmup=5, rep=40, return_mode="median")
         rows[f"{name} r{rank}"] = {"error": error, "ms": round(ms, 4), "gb": gb, "gb_s": round(gb / ms * 1e3)}
 
@@ -60,15 +60,15 @@ def kernel_rows(rank: int) -> dict[str, dict[str, float]]:
     note("low_rank", big, lambda: kernels.low_rank(x, a, 1.0, 0.0, SEED), X @ A.t())
     note("low_rank dropout", big, lambda: kernels.low_rank(x, a, 1.0, 0.05, SEED), dropped @ A.t())
     note("low_rank transposed", big, lambda: kernels.low_rank(dy, b.t(), 0.5, 0.0, SEED), 0.5 * DY @ B)
-    note("combine", 2 * big, lambda: kernels.combine(base, t, b, 0.5, gain, None), z * gain)
+    note("epilogue", 2 * big, lambda: kernels.epilogue(base, t, b, 0.5, mag_scale, None), z * mag_scale)
     norm = torch.rand(N, device="cuda") + 1
     note(
-        "combine_backward",
+        "epilogue_backward",
         3 * big,
-        lambda: kernels.combine_backward(dy, base, t, b, 0.5, gain, norm),
-        DY * gain,
+        lambda: kernels.epilogue_backward(dy, base, t, b, 0.5, mag_scale, norm),
+        DY * mag_scale,
         (DY * z).sum(0) / norm.double(),
-        0.5 * (DY * gain).t() @ D,
+        0.5 * (DY * mag_scale).t() @ D,
     )
     kept = kernels.keep_mask(SEED, (T, K), 0.05, x.device)
     dx = dy.clone()
@@ -82,31 +82,37 @@ def kernel_rows(rank: int) -> dict[str, dict[str, float]]:
         "gb_s": round(3 * big / ms * 1e3),
     }
     exact = weight.double() * (scales.double() / 127).unsqueeze(1)
-    note("widen_int8", N * K * 3 / 1e9, lambda: kernels.widen_int8(weight, scales, torch.bfloat16), exact)
+    note("dequantize_int8", N * K * 3 / 1e9, lambda: kernels.dequantize_int8(weight, scales, torch.bfloat16), exact)
     packed, state = bnb.functional.quantize_4bit(exact.bfloat16(), quant_type="nf4", compress_statistics=True)
     expected = bnb.functional.dequantize_4bit(packed, state)
-    note("widen_4bit", N * K * 2.5 / 1e9, lambda: kernels.widen_4bit(packed, state, torch.bfloat16), expected)
+    note("dequantize_4bit", N * K * 2.5 / 1e9, lambda: kernels.dequantize_4bit(packed, state, torch.bfloat16), expected)
     if rank <= kernels.LARGEST_RANK:
         a32, b32 = torch.randn(rank, K, device="cuda") / 64, torch.randn(N, rank, device="cuda")
         for kind, w, factors in (("int8", weight, scales), ("bf16", exact.bfloat16(), None)):
             whole = exact if factors is not None else w.double()
             square = (whole * whole).sum(1).float()
             expected = (whole + 0.5 * b32.double() @ a32.double()).norm(dim=1)
-            layer = kernels.Adapted(w, factors, a32, b32, gain, 0.5, square)
-            note(f"row_norms {kind}", w.nbytes / 1e9, lambda: kernels.row_norms([layer])[0], expected, gain / expected)  # noqa: B023
+            layer = kernels.NormInputs(w, factors, a32, b32, mag_scale, 0.5, square)
+            note(
+                f"row_norms {kind}",
+                w.nbytes / 1e9,
+                lambda: kernels.row_norms([layer])[0],  # noqa: B023
+                expected,
+                mag_scale / expected,
+            )
             ms = do_bench(lambda: kernels.row_norms([layer] * 32), warmup=5, rep=40, return_mode="median")  # noqa: B023
             rows[f"row_norms {kind} of 32 layers r{rank}"] = {
                 "ms": round(ms, 4),
                 "gb_s": round(32 * w.nbytes / ms / 1e6),
             }
     if torch.cuda.get_device_capability() >= (8, 9):
-        q, s = kernels.quantise_rows(x, scales)
+        q, s = kernels.quantize_rows(x, scales)
         worst = (
             (q.double() * s.double() - X * scales.double()).abs().amax(1) / (X * scales.double()).abs().amax(1)
         ).max()
-        ms = do_bench(lambda: kernels.quantise_rows(x), warmup=5, rep=40, return_mode="median")
+        ms = do_bench(lambda: kernels.quantize_rows(x), warmup=5, rep=40, return_mode="median")
         gb = T * K * 3 / 1e9
-        rows[f"quantise_rows r{rank}"] = {
+        rows[f"quantize_rows r{rank}"] = {
             "error": worst.item() / 40,
             "ms": round(ms, 4),
             "gb": gb,
@@ -126,15 +132,15 @@ def kernel_rows(rank: int) -> dict[str, dict[str, float]]:
     return rows
 
 
-def product_rows() -> dict[str, dict[str, float]]:
-    """TFLOP/s of the products of one Llama-3.1-8B layer, in bf16 and in fp8."""
+def matmul_rows() -> dict[str, dict[str, float]]:
+    """TFLOP/s of the matmuls of one Llama-3.1-8B layer, in bf16 and in fp8."""
     rows = {}
     for n, k in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)):
         x, w = (torch.randn(rows_, k, device="cuda", dtype=torch.bfloat16) for rows_ in (T, n))
         ms = do_bench(lambda: F.linear(x, w), warmup=10, rep=60, return_mode="median")  # noqa: B023
         rows[f"bf16 {T}x{k}x{n}"] = {"tflop_s": round(2 * T * n * k / ms / 1e9)}
         if torch.cuda.get_device_capability() >= (8, 9):
-            (xq, xs), (wq, ws) = kernels.quantise_rows(x), kernels.quantise_rows(w)
+            (xq, xs), (wq, ws) = kernels.quantize_rows(x), kernels.quantize_rows(w)
             ws = ws.view(1, -1)
             call = lambda: torch._scaled_mm(xq, wq.t(), xs, ws, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731, B023
             error = relative(call(), x.double() @ w.double().t())
@@ -155,10 +161,10 @@ def attention_row() -> dict[str, float]:
     out, _ = attention.varlen_attention(None, *inputs, None, position_ids=positions)
     weights = torch.randn_like(out)
     (out * weights).sum().backward()
-    wanted, _ = attention.varlen_attention(None, *exact, None, position_ids=positions)
-    (wanted * weights.double()).sum().backward()
-    errors.append(relative(out, wanted))
-    errors += [relative(found.grad, expected.grad) for found, expected in zip(inputs, exact, strict=True)]
+    expected, _ = attention.varlen_attention(None, *exact, None, position_ids=positions)
+    (expected * weights.double()).sum().backward()
+    errors.append(relative(out, expected))
+    errors += [relative(ours.grad, theirs.grad) for ours, theirs in zip(inputs, exact, strict=True)]
     return {"error": max(errors)}
 
 
@@ -184,7 +190,7 @@ def layer_rows() -> dict[str, dict[str, float]]:
         exact = get_peft_model(nn.Sequential(nn.Linear(1024, 768)).cuda().double(), config)
         exact.load_state_dict({k: v.double() for k, v in theirs.state_dict().items() if "lora" in k}, strict=False)
         plain, base = (model.base_model.model[0].base_layer for model in (exact, theirs))
-        plain.weight.data, plain.bias.data = quantized.widen(base, torch.float64), base.bias.data.double()
+        plain.weight.data, plain.bias.data = quantized.dequantize(base, torch.float64), base.bias.data.double()
         exact.double()
         ours = copy.deepcopy(theirs)
         x, weights = (torch.randn(300, 2 * width, device="cuda").bfloat16() for width in (1024, 768))
@@ -192,13 +198,13 @@ def layer_rows() -> dict[str, dict[str, float]]:
             expected = gradients(exact, of(x).double(), of(weights).double())
             for fp8 in (False, True)[: 1 + (bits == 8 and quantized.has_fp8())]:
                 dora.accelerate(ours, fp8)
-                assert not any(found.any() for found in gradients(ours, of(x)[:0], of(weights)[:0]))
-                found = gradients(ours, of(x), of(weights))
-                errors = [relative(f, e) for f, e in zip(found, expected, strict=True)]
+                assert not any(empty.any() for empty in gradients(ours, of(x)[:0], of(weights)[:0]))
+                results = gradients(ours, of(x), of(weights))
+                errors = [relative(r, e) for r, e in zip(results, expected, strict=True)]
                 row = rows[f"layer {bits} bits{' fp8' * fp8}{name}"] = {"fp8_error" if fp8 else "error": max(errors)}
             if bits == 16:
-                found = gradients(theirs, of(x), of(weights))
-                pefts = [relative(f, e) for f, e in zip(found, expected, strict=True)]
+                results = gradients(theirs, of(x), of(weights))
+                pefts = [relative(r, e) for r, e in zip(results, expected, strict=True)]
                 row["against_peft"] = max(own / other for own, other in zip(errors, pefts, strict=True))
     return rows
 
@@ -215,8 +221,8 @@ def gradients(model: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> list[
 def graph_rows() -> dict[str, dict[str, float]]:
     """Two decoder layers of 8B widths with DoRA and dropout, trained by CUDA graphs and without.
 
-    error: of the adapter after 12 steps of SGD, against its way from the start; `again`: of a second run without
-    graphs, since the attention's backward pass adds up in no fixed order.
+    error: difference of the adapters after 12 steps of SGD, relative to how far they have moved; `again`: that of a
+    second run without graphs, since the attention's backward pass adds up in no fixed order.
     """
     rows = {}
     for bits in (16, 8):
@@ -224,7 +230,7 @@ def graph_rows() -> dict[str, dict[str, float]]:
             trained_adapter(bits, by_graphs) for by_graphs in (False, False, True)
         )
         moved = plain - start
-        error, again = (((found - plain).norm() / moved.norm()).item() for found in (graphed, again))
+        error, again = (((other - plain).norm() / moved.norm()).item() for other in (graphed, again))
         rows[f"graphs {bits} bits"] = {"error": error, "again": again}
     return rows
 
@@ -250,8 +256,8 @@ def trained_adapter(bits: int, by_graphs: bool) -> tuple[torch.Tensor, torch.Ten
     model = get_peft_model(base, peft)
     dora.accelerate(model)
     attention.install(model.get_base_model())
-    packing.read_places(model, answers=True)
-    found = graphs.install(model) if by_graphs else None
+    packing.read_label_positions(model, answers=True)
+    installed = graphs.install(model) if by_graphs else None
     own = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
     flat = torch.nn.utils.parameters_to_vector
     start = flat(own).detach().double()
@@ -264,25 +270,25 @@ def trained_adapter(bits: int, by_graphs: bool) -> tuple[torch.Tensor, torch.Ten
         labels = ids.clone()
         labels[:, positions[0] % 40 > 0] = -100
         edges, longest = attention.boundaries(positions)
-        given = dict(input_ids=ids, position_ids=positions, labels=labels, fastdora_edges=edges)
-        given = {name: value.cuda() for name, value in given.items()}
-        model(**given, fastdora_longest=longest).loss.backward()
+        batch = dict(input_ids=ids, position_ids=positions, labels=labels, fastdora_edges=edges)
+        batch = {name: value.cuda() for name, value in batch.items()}
+        model(**batch, fastdora_longest=longest).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert found is None or found.turn == 12 - graphs.WARM_UP
+    assert installed is None or installed.replays == 12 - graphs.WARM_UP
     return start, flat(own).detach().double()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "gpu_check.json")
-    given = parser.parse_args()
+    options = parser.parse_args()
     rows = {"varlen_attention": attention_row()}
     for rank in (8, 64, 256):
         rows |= kernel_rows(rank)
-    rows |= product_rows() | layer_rows() | graph_rows()
+    rows |= matmul_rows() | layer_rows() | graph_rows()
     record = {"what": "python -m bench.gpu_check", "device": gpus()[0][0], "versions": versions(), "git": git_state()}
-    given.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+    options.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
     for name, row in rows.items():
         print(f"{name:32}", row)
     wrong = [name for name, row in rows.items() if not row.get("error", 0) < max(1e-2, 2 * row.get("again", 0))]

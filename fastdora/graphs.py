@@ -1,11 +1,12 @@
 """The decoder's forward and backward pass as two CUDA graphs: a step then costs the CPU two launches.
 
-A step of one short pack is some 3,000 small launches, which take a CPU about as long as they take the GPU; with fp8
-products they take it longer. A graph holds the kernels for one shape of batch at fixed addresses, so what changes from
-batch to batch is read from memory: tokens, positions, the samples' boundaries, dropout's seeds, and DoRA's norms, which
-are taken before a replay where a step has made them stale. Boundaries and the longest sample have room to spare (an
-empty sample costs nothing); a batch that needs more has the graphs recorded anew. A batch of another shape, evaluation,
-recomputation, and whatever else is not a plain training pass goes the ordinary way, through the same kernels.
+A step of one short pack has some 3,000 small launches, which take a CPU about as long as the GPU takes to run them;
+with fp8 matmuls it takes longer. A graph holds the kernels for one batch shape at fixed addresses, so whatever changes
+from batch to batch is read from memory: tokens, positions, sample boundaries, dropout seeds, and DoRA's norms, which
+are updated before a replay where a step has made them stale. The buffers have room for more and longer samples than
+the recorded batch has (an empty sample costs nothing); a batch that needs more room has the graphs recorded anew.
+Batches of another shape, evaluation, gradient checkpointing and all else that is no plain training pass run without
+graphs, through the same kernels.
 """
 
 import functools
@@ -18,15 +19,16 @@ from torch import nn
 
 from fastdora import attention, dora, kernels, quantized
 
-WARM_UP = 2  # ordinary passes before the first recording, in which kernels are compiled
-SPARE = 1.25  # room for more samples than the batch has that is recorded
-# What a causal model hands to its decoder in training. The last ones are for the loss, and change nothing in it.
+WARM_UP = 2  # passes without graphs before the first recording: Triton compiles its kernels in them
+SPARE = 1.25  # room for a quarter more samples than the recorded batch has, so that few batches record anew
+# The arguments that a causal model of transformers passes to its decoder in training: those that are tensors of the
+# batch, and those that do not change the decoder's result (the last two belong to the loss).
 READ = {"input_ids", "position_ids"}
 IGNORED = {"use_cache", "return_dict", "shift_labels", "num_items_in_batch"}
 
 
 class Recording(NamedTuple):
-    """Two graphs and what they read and write: `out` and `d_out` (B, S, H); `flat`, all parameters' gradients."""
+    """Two graphs and their memory: `out` and `d_out` (B, S, H); `flat`, all parameters' gradients in one tensor."""
 
     forward: Any  # torch.cuda.CUDAGraph
     backward: Any
@@ -38,125 +40,129 @@ class Recording(NamedTuple):
 def record(run, parameters: list[torch.Tensor]) -> Recording:
     """Record `run()`, which returns the decoder's output, and the gradients of `parameters`."""
     gc.collect()
-    torch.cuda.empty_cache()  # of the activations of ordinary passes
+    torch.cuda.empty_cache()  # the graphs' memory pool cannot reuse what passes without graphs have cached
     pool = torch.cuda.graph_pool_handle()
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(forward, pool=pool):
         out = run()
     d_out = torch.zeros_like(out)
     with torch.cuda.graph(backward, pool=pool):
-        found = torch.autograd.grad(out, parameters, d_out)
-        flat = torch.cat([gradient.reshape(-1) for gradient in found])
+        gradients = torch.autograd.grad(out, parameters, d_out)
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     return Recording(forward, backward, out.detach(), d_out, flat)
 
 
 class _Replay(torch.autograd.Function):
+    """The decoder's output and its parameters' gradients, each by one graph's replay."""
+
     @staticmethod
     def forward(ctx, graphs, *parameters):
-        ctx.graphs, ctx.recording, ctx.turn = graphs, graphs.recording, graphs.turn
+        ctx.graphs, ctx.recording, ctx.replays = graphs, graphs.recording, graphs.replays
         graphs.recording.forward.replay()
         return graphs.recording.out.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
-        if ctx.turn != ctx.graphs.turn:
+        if ctx.replays != ctx.graphs.replays:
             raise RuntimeError("two forward passes before a backward pass: set fastdora_graphs: false")
         recording, parameters = ctx.recording, ctx.graphs.parameters
         recording.d_out.copy_(d_out)
         recording.backward.replay()
-        # A copy: autograd may keep what it is given as `.grad`, and the next replay would write over that.
+        # A copy: autograd may keep these tensors as `.grad`, and the next replay overwrites `flat`.
         parts = recording.flat.clone().split([parameter.numel() for parameter in parameters])
         return None, *(part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True))
 
 
 class Graphs:
-    """The `forward` of a decoder (transformers' model below the head), in place of its own."""
+    """Replaces the `forward` of a decoder (transformers' model below the head)."""
 
     def __init__(self, decoder: nn.Module):
         functools.update_wrapper(self, decoder.forward)
         self.decoder, self.plain = decoder, decoder.forward
         self.layers = [module for module in decoder.modules() if isinstance(module, dora.Fast)]
         kinds = bnb.nn.Linear8bitLt | bnb.nn.Linear4bit
-        self.quantised = [module for module in decoder.modules() if isinstance(module, kinds)]
+        self.quantized = [module for module in decoder.modules() if isinstance(module, kinds)]
         self.recording: Recording | None = None
-        self.identity: tuple = ()
-        self.passes = self.turn = self.recorded = 0
-        self.samples = self.longest = 0  # room for them in a batch
+        self.fixed: tuple = ()  # _fixed_state of the recording
+        self.passes = self.replays = self.recorded = 0
+        self.samples = self.longest = 0  # the batches that the buffers have room for
 
     def __call__(self, *args, **kwargs):
-        given = {name for name, value in kwargs.items() if value is not None} - IGNORED
-        if args or given != READ or not self._is_training():
+        arguments = {name for name, value in kwargs.items() if value is not None} - IGNORED
+        if args or arguments != READ or not self._is_training():
             return self.plain(*args, **kwargs)
         self.passes += 1
         ids, positions = kwargs["input_ids"], kwargs["position_ids"]
         if self.passes <= WARM_UP or (self.recording is not None and ids.shape != self.ids.shape):
             return self.plain(*args, **kwargs)
-        edges, longest = attention.recall(positions, ids.shape[0])
-        norms, identity = self._norms(), self._identity()
-        self.turn += 1
-        if identity != self.identity or len(edges) - 1 > self.samples or longest > self.longest:
-            self._make_room(ids, positions, edges, longest, norms)
-            self._fill(ids, positions, edges, norms)
-            self.recording, self.identity = record(self._run, self.parameters), identity
+        edges, longest = attention.cached_boundaries(positions, ids.shape[0])
+        norms, fixed = self._norms(), self._fixed_state()
+        self.replays += 1
+        if fixed != self.fixed or len(edges) - 1 > self.samples or longest > self.longest:
+            self._allocate(ids, positions, edges, longest, norms)
+            self._copy_inputs(ids, positions, edges, norms)
+            self.recording, self.fixed = record(self._run, self.parameters), fixed
             self.recorded += 1
         else:
-            self._fill(ids, positions, edges, norms)
-        return self.kind(last_hidden_state=_Replay.apply(self, *self.parameters))
+            self._copy_inputs(ids, positions, edges, norms)
+        return self.output_class(last_hidden_state=_Replay.apply(self, *self.parameters))
 
     def _is_training(self) -> bool:
-        recomputes = getattr(self.decoder, "is_gradient_checkpointing", False)
-        return torch.is_grad_enabled() and self.decoder.training and not recomputes
+        checkpointing = getattr(self.decoder, "is_gradient_checkpointing", False)
+        return torch.is_grad_enabled() and self.decoder.training and not checkpointing
 
-    def _identity(self) -> tuple:
-        """What a recording holds fast: the adapters at work, their numbers, and where all weights lie."""
-        found = [(*layer.active_adapters, layer.merged, layer.disable_adapters) for layer in self.layers]
-        found += [(layer.scaling[name], layer.dropout_of(name)) for layer, name in self._active()]
-        kinds = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        found += [tensor.data_ptr() for layer in self.quantised for tensor in quantized.beside_weight(layer)]
-        return *found, kinds, *((p.data_ptr(), p.requires_grad) for p in self.decoder.parameters())
+    def _fixed_state(self) -> tuple:
+        """What a recording has built in: the active adapters, their scaling and dropout, and all weights' addresses."""
+        adapters = [(*layer.active_adapters, layer.merged, layer.disable_adapters) for layer in self.layers]
+        numbers = [(layer.scaling[name], layer.dropout_probability(name)) for layer, name in self._active()]
+        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        scales = [tensor.data_ptr() for layer in self.quantized for tensor in quantized.quantization_tensors(layer)]
+        weights = [(weight.data_ptr(), weight.requires_grad) for weight in self.decoder.parameters()]
+        return *adapters, *numbers, *scales, autocast, *weights
 
     def _active(self) -> list[tuple[nn.Module, str]]:
         return [(layer, name) for layer in self.layers for name in layer.active_adapters if name in layer.lora_A]
 
     def _norms(self) -> list[torch.Tensor]:
-        known = [layer.known(name) for layer, name in self._active() if layer.use_dora[name]]
-        return [tensor for found in known for tensor in (found.norm, found.gain)]
+        cached = [layer.cached_norm(name) for layer, name in self._active() if layer.use_dora[name]]
+        return [tensor for each in cached for tensor in (each.norm, each.mag_scale)]
 
-    def _make_room(self, ids, positions, edges, longest, norms) -> None:
-        self.recording = None  # first, since it may hold most of the memory
+    def _allocate(self, ids, positions, edges, longest, norms) -> None:
+        self.recording = None  # freed first: it may hold most of the memory
+        # Rounded up, to a multiple of 32 and a power of two, so that slightly larger batches need no recording.
         self.samples = max(self.samples, int((len(edges) - 1) * SPARE) // 32 * 32 + 32)
         self.longest = max(self.longest, 256, 1 << (longest - 1).bit_length())
         self.ids, self.positions = torch.empty_like(ids), torch.empty_like(positions)
         self.edges = edges.new_empty(self.samples + 1)
         self.norms = self.latest = norms
         self.parameters = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
-        drops = sum(layer.dropout_of(name) > 0 for layer, name in self._active())
+        drops = sum(layer.dropout_probability(name) > 0 for layer, name in self._active())
         self.seeds = kernels.Seeds(drops, ids.device)
 
-    def _fill(self, ids, positions, edges, norms) -> None:
+    def _copy_inputs(self, ids, positions, edges, norms) -> None:
         self.ids.copy_(ids)
         self.positions.copy_(positions)
         self.edges[: len(edges)].copy_(edges)
-        self.edges[len(edges) :].fill_(ids.numel())
+        self.edges[len(edges) :].fill_(ids.numel())  # empty samples
         if any(new is not old for new, old in zip(norms, self.latest, strict=True)):
             torch._foreach_copy_(self.norms, norms)
             self.latest = norms
         self.seeds.draw()
 
     def _run(self) -> torch.Tensor:
-        attention.remember(self.positions, self.edges, self.longest)
-        kind = self.ids.device.type
-        on = torch.is_autocast_enabled(kind)
-        # Without its cache: casts made in a recording are no use outside it.
-        with self.seeds, torch.autocast(kind, torch.get_autocast_dtype(kind), on, cache_enabled=False):
-            found = self.plain(input_ids=self.ids, position_ids=self.positions, use_cache=False)
-        self.kind = type(found)
-        return found.last_hidden_state
+        attention.cache_boundaries(self.positions, self.edges, self.longest)
+        device = self.ids.device.type
+        enabled = torch.is_autocast_enabled(device)
+        # Without autocast's cache of casts: those made in a recording have no values outside it.
+        with self.seeds, torch.autocast(device, torch.get_autocast_dtype(device), enabled, cache_enabled=False):
+            output = self.plain(input_ids=self.ids, position_ids=self.positions, use_cache=False)
+        self.output_class = type(output)
+        return output.last_hidden_state
 
 
 def install(model: nn.Module) -> Graphs:
-    """Let the decoder of a causal PEFT model, after `fastdora.accelerate`, train by CUDA graphs."""
+    """Train the decoder of a causal PEFT model by CUDA graphs; call it after `fastdora.accelerate`."""
     decoder = model.get_base_model().get_decoder()
     decoder.forward = graphs = Graphs(decoder)
     return graphs

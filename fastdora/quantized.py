@@ -1,9 +1,9 @@
-"""Products with frozen weights of 16, 8 or 4 bits: the weight is widened to the activations' dtype, then multiplied.
+"""Matmuls with frozen 16-, 8- and 4-bit weights: the weight is dequantized to the activations' dtype, then multiplied.
 
-No activation is quantised and no outlier column is taken apart, forward or backward; the exception is fp8 products,
-where asked for. A widened weight lives for one product. Widening int8 is a Triton kernel at the memory's rate and takes
-14 of 286 ms of a step with 5,120 tokens (H100): a kernel that widens inside the product would have to run at 93% of the
-library's product to win, and was not tried.
+Unlike in LLM.int8() no activation is quantized and no outlier column is kept apart, forward or backward (fp8 matmuls,
+where enabled, do quantize activations). A dequantized weight lives for one matmul. Dequantizing int8 runs at the memory
+bandwidth and takes 14 of the 286 ms of a step with 5,120 tokens (H100): a kernel that dequantizes inside the matmul
+would have to reach 93% of the library matmul's throughput to win, and was not tried.
 """
 
 import functools
@@ -24,9 +24,9 @@ def int8_scales(layer: nn.Module) -> torch.Tensor:
 
 
 def quantisation(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How the recipes quantise a base of 8 bits (LLM.int8's rows) or 4 (NF4, double quantisation); None for 16.
+    """How the recipes quantize a base: 8 bits by rows (LLM.int8()), 4 bits as NF4 with double quantization; 16: None.
 
-    dtype: of 4-bit products.
+    dtype: the compute dtype of 4-bit layers.
     """
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -41,7 +41,7 @@ def quantisation(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
 
 
 def has_fp8(device: torch.device | None = None) -> bool:
-    """Whether a GPU (the current one without `device`) multiplies in e4m3: from Ada on."""
+    """Whether a GPU (the current one without `device`) multiplies in e4m3: from Ada (compute capability 8.9) on."""
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
@@ -49,53 +49,53 @@ def is_int8(layer: nn.Module) -> bool:
     return isinstance(layer.weight, bnb.nn.Int8Params) and layer.weight.dtype == torch.int8
 
 
-def beside_weight(layer: nn.Module) -> list[torch.Tensor]:
-    """The tensors that products with a quantised weight read beside it; none for 16 bits."""
+def quantization_tensors(layer: nn.Module) -> list[torch.Tensor]:
+    """The scales and code books that a matmul reads beside a quantized weight; none for 16 bits."""
     if is_int8(layer):
-        return [_fp8_scales(layer) if getattr(layer, "fp8_product", False) else int8_scales(layer)]
+        return [_fp8_scales(layer) if getattr(layer, "fp8_matmul", False) else int8_scales(layer)]
     if isinstance(layer.weight, bnb.nn.Params4bit):
         state = layer.weight.quant_state
-        second = [state.state2.code, state.state2.absmax, state.offset] if state.nested else []
-        return [state.code, state.absmax, *second]
+        nested = [state.state2.code, state.state2.absmax, state.offset] if state.nested else []
+        return [state.code, state.absmax, *nested]
     return []
 
 
-def widen(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """The weight (N, K) of an nn.Linear, Linear8bitLt or Linear4bit in `dtype`; the weight itself where it has it."""
+def dequantize(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (N, K) of an nn.Linear, Linear8bitLt or Linear4bit in `dtype`; not copied where it has it."""
     weight = layer.weight
     if is_int8(layer):
-        return kernels.widen_int8(weight.data, int8_scales(layer), dtype)
+        return kernels.dequantize_int8(weight.data, int8_scales(layer), dtype)
     if isinstance(weight, bnb.nn.Params4bit):
         state, packed = weight.quant_state, weight.data.view(torch.uint8)
-        if kernels.fused(packed):
-            return kernels.widen_4bit(packed, state, dtype)
+        if kernels.use_triton(packed):
+            return kernels.dequantize_4bit(packed, state, dtype)
         return bnb.functional.dequantize_4bit(weight.data, state).to(dtype)
     return weight.detach().to(dtype)
 
 
-def forward_product(x: torch.Tensor, layer: nn.Module, fp8: bool = False) -> torch.Tensor:
-    """x W^T; x (T, K) -> (T, N) in x's dtype. fp8: int8 layers in e4m3 with a scale a row of x and of W."""
+def base_matmul(x: torch.Tensor, layer: nn.Module, fp8: bool = False) -> torch.Tensor:
+    """x W^T; x (T, K) -> (T, N) in x's dtype. fp8: int8 layers in e4m3, with one scale per row of x and of W."""
     if fp8 and is_int8(layer) and x.numel():
         scales = _fp8_scales(layer).view(1, -1)
-        return _scaled_product(*kernels.quantise_rows(x), kernels.int8_to_fp8(layer.weight.data), scales, x.dtype)
-    return F.linear(x, widen(layer, x.dtype))
+        return _scaled_matmul(*kernels.quantize_rows(x), kernels.int8_to_fp8(layer.weight.data), scales, x.dtype)
+    return F.linear(x, dequantize(layer, x.dtype))
 
 
-def backward_product(dy: torch.Tensor, layer: nn.Module, fp8: bool = False) -> torch.Tensor:
-    """dy W; dy (T, N) -> (T, K) in dy's dtype. fp8: the rows' scales go into dy before it is quantised."""
+def base_matmul_backward(dy: torch.Tensor, layer: nn.Module, fp8: bool = False) -> torch.Tensor:
+    """dy W; dy (T, N) -> (T, K) in dy's dtype. fp8: W's row scales are multiplied into dy before it is quantized."""
     if fp8 and is_int8(layer) and dy.numel():
         weight = kernels.int8_to_fp8(layer.weight.data, transpose=True)
-        q, scale = kernels.quantise_rows(dy, _fp8_scales(layer))
-        return _scaled_product(q, scale, weight, _ones(weight.shape[0], dy.device), dy.dtype)
-    return dy @ widen(layer, dy.dtype)
+        q, scale = kernels.quantize_rows(dy, _fp8_scales(layer))
+        return _scaled_matmul(q, scale, weight, _ones(weight.shape[0], dy.device), dy.dtype)
+    return dy @ dequantize(layer, dy.dtype)
 
 
 def _fp8_scales(layer: nn.Module) -> torch.Tensor:
-    # Kept with the weight and the scales that they are of: merging replaces both.
-    kept, scales = getattr(layer, "fp8_scales", None), int8_scales(layer)
-    if kept is None or kept[0] is not layer.weight or kept[1] is not scales:
-        layer.fp8_scales = kept = (layer.weight, scales, scales.float() / 127)
-    return kept[2]
+    # Cached with the weight and the scales that they belong to: merging replaces both.
+    cached, scales = getattr(layer, "fp8_scales", None), int8_scales(layer)
+    if cached is None or cached[0] is not layer.weight or cached[1] is not scales:
+        layer.fp8_scales = cached = (layer.weight, scales, scales.float() / 127)
+    return cached[2]
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def _ones(count: int, device: torch.device) -> torch.Tensor:
     return torch.ones(1, count, device=device)
 
 
-def _scaled_product(
+def _scaled_matmul(
     x: torch.Tensor, x_scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """(x * x_scale) (w^T * w_scale); x (T, K) and w (N, K) in e4m3, scales (T, 1) and (1, N) -> (T, N)."""
@@ -112,27 +112,29 @@ def _scaled_product(
     return ((x.float() @ w.float().t()) * x_scale * w_scale).to(dtype)
 
 
-class _FrozenProduct(torch.autograd.Function):
+class _FrozenMatmul(torch.autograd.Function):
+    """y = x W^T and dx = dy W; W has no gradient and is dequantized anew in the backward pass, not saved."""
+
     @staticmethod
     def forward(ctx, x, layer, fp8):
         ctx.layer, ctx.fp8 = layer, fp8
-        return forward_product(x, layer, fp8)
+        return base_matmul(x, layer, fp8)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return backward_product(dy.contiguous(), ctx.layer, ctx.fp8), None, None
+        return base_matmul_backward(dy.contiguous(), ctx.layer, ctx.fp8), None, None
 
 
 def frozen_forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The forward of a quantised layer without an adapter: x W^T + bias; x (..., K) -> (..., N)."""
     x = in_compute_dtype(x)
-    y = _FrozenProduct.apply(x.reshape(-1, x.shape[-1]), layer, getattr(layer, "fp8_product", False))
+    y = _FrozenMatmul.apply(x.reshape(-1, x.shape[-1]), layer, getattr(layer, "fp8_matmul", False))
     y = y.view(*x.shape[:-1], y.shape[-1])
     return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
 
 def in_compute_dtype(x: torch.Tensor) -> torch.Tensor:
     """x in autocast's dtype where autocast is on."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

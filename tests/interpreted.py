@@ -23,7 +23,7 @@ def both(function, *args):
     """What `function` returns on the torch path and in the interpreter, on copies of the same inputs."""
     results = []
     for on in (False, True):
-        kernels.fused = lambda x, on=on: on
+        kernels.use_triton = lambda x, on=on: on
         copies = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
         found = function(*copies)
         results.append([*(found if isinstance(found, tuple) else (found,)), *copies])
@@ -48,12 +48,12 @@ def main() -> None:
         x, dy = torch.randn(tokens, inputs).half(), torch.randn(tokens, outputs).half()
         a, b = torch.randn(rank, inputs).half(), torch.randn(outputs, rank).half()
         t, base = torch.randn(tokens, rank).half(), torch.randn(tokens, outputs).half()
-        gain, bias = torch.rand(outputs) + 0.5, torch.randn(outputs)
+        mag_scale, bias = torch.rand(outputs) + 0.5, torch.randn(outputs)
         seed = (2**30 + 1, 12345)
         shape = f"{tokens}x{inputs}x{outputs} r{rank}"
         rows[f"low_rank {shape}"] = difference(kernels.low_rank, x, a, 0.5, 0.0, seed)
         rows[f"low_rank dropout {shape}"] = difference(kernels.low_rank, x, a, 1.0, 0.3, seed)
-        kernels.fused = lambda _: True
+        kernels.use_triton = lambda _: True
         low = [kernels.low_rank(x, a, 1.0, 0.3, given) for given in (seed, torch.tensor(seed))]
         into = [x.clone(), x.clone()]
         high = [
@@ -66,22 +66,24 @@ def main() -> None:
         )
         rows[f"low_rank_backward {shape}"] = difference(kernels.low_rank_backward, t, x, a, x.clone(), 0.3, seed)
         rows[f"low_rank_backward no dx {shape}"] = difference(kernels.low_rank_backward, t, x, a, None, 0.0, seed)
-        rows[f"combine {shape}"] = difference(lambda *c: kernels.combine(*c).clone(), base, t, b, 0.5, gain, bias)
+        rows[f"epilogue {shape}"] = difference(
+            lambda *c: kernels.epilogue(*c).clone(), base, t, b, 0.5, mag_scale, bias
+        )
         norm = torch.rand(outputs) + 1
-        rows[f"combine_backward {shape}"] = difference(kernels.combine_backward, dy, base, t, b, 0.5, gain, norm)
-        rows[f"combine_backward lora {shape}"] = difference(kernels.combine_backward, dy, None, t, b, 0.5, None, None)
+        rows[f"epilogue_backward {shape}"] = difference(kernels.epilogue_backward, dy, base, t, b, 0.5, mag_scale, norm)
+        rows[f"epilogue_backward lora {shape}"] = difference(kernels.epilogue_backward, dy, None, t, b, 0.5, None, None)
         weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
         scales = torch.rand(outputs) + 0.1
-        rows[f"widen_int8 {shape}"] = difference(kernels.widen_int8, weight, scales, torch.float16)
+        rows[f"dequantize_int8 {shape}"] = difference(kernels.dequantize_int8, weight, scales, torch.float16)
         for name, kind, nested in (("nf4", "nf4", True), ("fp4", "fp4", False)):
             quantised, state = bnb.functional.quantize_4bit(
                 torch.randn(outputs + 1, 192), quant_type=kind, compress_statistics=nested
             )
             expected = bnb.functional.dequantize_4bit(quantised, state)
-            found = kernels.widen_4bit(quantised, state, torch.float32)
-            rows[f"widen_4bit {name} {shape}"] = ((found - expected).abs().max() / expected.abs().max()).item()
+            found = kernels.dequantize_4bit(quantised, state, torch.float32)
+            rows[f"dequantize_4bit {name} {shape}"] = ((found - expected).abs().max() / expected.abs().max()).item()
         a32, b32 = torch.randn(rank, inputs), torch.randn(outputs, rank)
-        kernels.fused = lambda _: True
+        kernels.use_triton = lambda _: True
         for name, make, factor in (("int8", weight, scales), ("fp16", torch.randn(outputs, inputs).half(), None)):
             layers, exact = [], []
             for count in (outputs, outputs // 2, 1):  # layers of several sizes in one launch
@@ -93,7 +95,7 @@ def main() -> None:
                 whole = w.double() if f is None else w.double() * (f.double() / 127).unsqueeze(1)
                 s = 0.5 / count
                 square = (whole * whole).sum(1).float()
-                layers.append(kernels.Adapted(w, f, a32, up, gain[:count].contiguous(), s, square))
+                layers.append(kernels.NormInputs(w, f, a32, up, mag_scale[:count].contiguous(), s, square))
                 exact.append((whole + s * up.double() @ a32.double()).norm(dim=1))
             for number, (found, expected) in enumerate(zip(kernels.row_norms(layers), exact, strict=True)):
                 norm, gained = found
@@ -111,29 +113,33 @@ def main() -> None:
 
 
 def rows_without_direction() -> dict[str, float]:
-    """A weight whose rows 0 and 1 are zero and taken away by the adapter: gain 0, and a norm of 2^-10 of the base's."""
-    kernels.fused = lambda _: True
+    """A weight whose rows 0 and 1 are zero and cancelled by the adapter: mag_scale 0, norm 2^-10 of the base's."""
+    kernels.use_triton = lambda _: True
     weight = torch.randn(32, 64).half()
     weight[0] = 0
     a, b, m = torch.zeros(1, 64), torch.zeros(32, 1), torch.ones(32)
     a[0], b[1] = weight[1].float(), -1.0
     square = (weight.float() ** 2).sum(1)
-    ((norm, gain),) = kernels.row_norms([kernels.Adapted(weight, None, a, b, m, 1.0, square)])
+    ((norm, mag_scale),) = kernels.row_norms([kernels.NormInputs(weight, None, a, b, m, 1.0, square)])
     expected = square.sqrt()
     expected[1] *= 2**-10
-    wrong = ((norm - expected)[1:] / expected[1:]).abs().max(), gain[0].abs(), (gain * norm - 1)[1:].abs().max()
+    wrong = (
+        ((norm - expected)[1:] / expected[1:]).abs().max(),
+        mag_scale[0].abs(),
+        (mag_scale * norm - 1)[1:].abs().max(),
+    )
     return {"row_norms without a direction": max(float(one) for one in wrong)}
 
 
 def past_the_end_of_4_bits() -> dict[str, float]:
     """Two values a byte: of an odd number of values the last byte's second half lies past the weight."""
-    kernels.fused = lambda _: True
+    kernels.use_triton = lambda _: True
     weight = torch.randn(33, 17)
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
     room, empty = torch.full((weight.numel() + 1,), 7.5), torch.empty
     torch.empty = lambda *_, **__: room[:-1].view(33, 17)
     try:
-        found = kernels.widen_4bit(packed.view(torch.uint8), state, torch.float32)
+        found = kernels.dequantize_4bit(packed.view(torch.uint8), state, torch.float32)
     finally:
         torch.empty = empty
     expected = bnb.functional.dequantize_4bit(packed, state).view(33, 17)
@@ -147,7 +153,7 @@ def strided(x: torch.Tensor) -> torch.Tensor:
 
 def what_is_not_contiguous() -> dict[str, float]:
     """Inputs, gradients, adapters and weights with strides of their own, through layers with and without an adapter."""
-    kernels.fused = lambda x: x.dtype in kernels.NARROW
+    kernels.use_triton = lambda x: x.dtype in kernels.TRITON_DTYPES
     rows = {}
     for bits in (16, 8):
         torch.manual_seed(3)
@@ -195,7 +201,7 @@ def whole_layers() -> dict[str, float]:
     """Three DoRA layers with dropout through fastdora.accelerate: outputs and gradients on both paths, after a step."""
     found = {}
     for on in (False, True):
-        kernels.fused = lambda x, on=on: on and x.dtype in kernels.NARROW
+        kernels.use_triton = lambda x, on=on: on and x.dtype in kernels.TRITON_DTYPES
         torch.manual_seed(1)
         net = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 32), nn.Linear(32, 32)).half()
         config = LoraConfig(r=4, use_dora=True, lora_dropout=0.2, target_modules=["0", "1", "2"])
@@ -210,14 +216,14 @@ def whole_layers() -> dict[str, float]:
             y.float().square().mean().backward()
             optimizer.step()
         found[on] = [y.detach(), x.grad, *(p.detach() for p in trained)]
-    together = {module.known("default").norm.untyped_storage().data_ptr() for module in dora_layers(model)}
+    together = {module.cached_norm("default").norm.untyped_storage().data_ptr() for module in dora_layers(model)}
     assert on and len(together) == 1, "the norms of the three layers were not taken together"
     pairs = zip(*found.values(), strict=True)
     return {"layers": max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)}
 
 
 def answers_with_liger() -> dict[str, float]:
-    """Liger's fused head and loss on answer positions only, against all positions: loss and gradients."""
+    """Liger's use_triton head and loss on answer positions only, against all positions: loss and gradients."""
     apply_liger_kernel_to_llama(
         rope=False, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=False, swiglu=False
     )
@@ -232,7 +238,7 @@ def answers_with_liger() -> dict[str, float]:
     found = []
     for only in (False, True):
         model.zero_grad()
-        hook = packing.read_places(model, answers=only)
+        hook = packing.read_label_positions(model, answers=only)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         hook.remove()

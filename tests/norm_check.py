@@ -24,9 +24,9 @@ class NormCheck(BasePlugin):
 
         @torch.no_grad()
         def compare(module, args, output):
-            used = module._known["default"].norm.double()
+            used = module._norm_cache["default"].norm.double()
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            weight = quantized.widen(module.base_layer, torch.float64)
+            weight = quantized.dequantize(module.base_layer, torch.float64)
             exact = (weight + module.scaling["default"] * b.double() @ a.double()).norm(dim=1)
             worst = ((used - exact) / exact).abs().max().item()
             assert worst < TOLERANCE, f"a norm in use is off by {worst}"

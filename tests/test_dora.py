@@ -92,7 +92,7 @@ def norms_condition(model: nn.Module) -> float:
     if module is None or not module.use_dora[module.active_adapters[0]]:
         return 1.0
     name = module.active_adapters[0]
-    base = quantized.widen(module.base_layer, torch.float64).detach()
+    base = quantized.dequantize(module.base_layer, torch.float64).detach()
     adapter = (
         module.scaling[name] * (module.lora_B[name].weight.double() @ module.lora_A[name].weight.double()).detach()
     )
@@ -127,7 +127,7 @@ def beyond_rounding(model: nn.Module, reference: nn.Module, x: torch.Tensor) -> 
 
 def explicit_norm(module, name="default") -> torch.Tensor:
     """||W0 + s B A|| per row in float64, built in full."""
-    base = quantized.widen(module.base_layer, torch.float64)
+    base = quantized.dequantize(module.base_layer, torch.float64)
     a, b = module.lora_A[name].weight.double(), module.lora_B[name].weight.double()
     return (base + module.scaling[name] * b @ a).norm(dim=1)
 
@@ -251,7 +251,7 @@ def test_quantised_bases_are_their_widened_weight(bits, method, r, alpha, scale,
     model = adapted(quantised(net, bits), spread=0.1 * scale, **how)
     module = layer(model)
     plain = Net(64, 48, bias)
-    plain.one.weight.data = quantized.widen(module.base_layer, torch.float32)
+    plain.one.weight.data = quantized.dequantize(module.base_layer, torch.float32)
     if bias:
         plain.one.bias.data = module.base_layer.bias.data
     exact = adapted(plain, **how)
@@ -267,7 +267,7 @@ def test_a_frozen_quantised_layer_multiplies_its_widened_weight(bits, bias, shap
     dora.accelerate(net)
     x, weights = drawn(shape, 64, strided), drawn(shape, 48, strided)
     exact = Net(64, 48, bias)
-    exact.one.weight.data = quantized.widen(net.one, torch.float32)
+    exact.one.weight.data = quantized.dequantize(net.one, torch.float32)
     if bias:
         exact.one.bias.data = net.one.bias.data
     exact.requires_grad_(False)
@@ -296,7 +296,10 @@ def test_a_zero_row_stays_finite(bits, magnitude):
     def explicit(model, x):
         module, x = layer(model), x.double()
         a, b = (getattr(module, f"lora_{part}")["default"].weight.double() for part in "AB")
-        z = x @ quantized.widen(module.base_layer, torch.float64).t() + module.scaling["default"] * (x @ a.t()) @ b.t()
+        z = (
+            x @ quantized.dequantize(module.base_layer, torch.float64).t()
+            + module.scaling["default"] * (x @ a.t()) @ b.t()
+        )
         m = module.lora_magnitude_vector["default"].weight.double()
         y = m[others] / explicit_norm(module)[others] * z[:, others] + module.base_layer.bias[others].double()
         return {"y": y.detach()}
@@ -362,10 +365,13 @@ def test_the_norm_in_use_is_the_norm_of_this_moment(name, bits):
     first = last = None
     for _ in range(20):
         ((model(x) - target) ** 2).mean().backward()
-        used = layer(model).known("default")
+        used = layer(model).cached_norm("default")
         exact = explicit_norm(layer(model))
-        gain = layer(model).lora_magnitude_vector["default"].weight / exact
-        for value, wanted in ((used.norm, exact), (used.gain, gain)):  # from float64, of weights rounded at most once
+        mag_scale = layer(model).lora_magnitude_vector["default"].weight / exact
+        for value, wanted in (
+            (used.norm, exact),
+            (used.mag_scale, mag_scale),
+        ):  # from float64, of weights rounded at most once
             assert ((value - wanted).abs() / wanted).max() < FACTOR * torch.finfo(torch.float32).eps
         first, last = used.norm if first is None else first, used.norm
         optimizer.step()
@@ -424,8 +430,8 @@ def test_norms_are_computed_once_a_step(monkeypatch):
     model = fast(adapted(Net(16, 16, False)))
     model.train()
     calls = []
-    original = dora.norm_and_gain
-    monkeypatch.setattr(dora, "norm_and_gain", lambda *args: calls.append(1) or original(*args))
+    original = dora.norm_and_scale
+    monkeypatch.setattr(dora, "norm_and_scale", lambda *args: calls.append(1) or original(*args))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01, fused=True)
     for _ in range(3):
         for _ in range(4):
@@ -524,7 +530,7 @@ def test_merging_equals_the_unmerged_layer(bits):
     module = layer(model)
     m = module.lora_magnitude_vector["default"].weight.detach().double()
     a, b = (getattr(module, f"lora_{part}")["default"].weight.detach().double() for part in "AB")
-    weight = quantized.widen(module.base_layer, torch.float64) + module.scaling["default"] * b @ a
+    weight = quantized.dequantize(module.base_layer, torch.float64) + module.scaling["default"] * b @ a
     weight *= (m / weight.norm(dim=1)).unsqueeze(1)
     model.merge_adapter()
     if bits == 16:
@@ -535,7 +541,7 @@ def test_merging_equals_the_unmerged_layer(bits):
         return
     rounded = Net(64, 48, False)
     rounded.one.weight.data = weight.float()
-    rounded = quantized.widen(quantised(rounded, bits).one, torch.float64)
+    rounded = quantized.dequantize(quantised(rounded, bits).one, torch.float64)
     loss = (x.double() @ (rounded - weight).t()).norm()
     assert 0 < (model(x).double() - unmerged).norm() < 1.5 * loss < 0.3 * unmerged.norm()
 
@@ -557,7 +563,7 @@ def test_adapters_are_plain_peft_files(bits, tmp_path):
         assert (plain(x) - exact).norm() / exact.norm() < FACTOR * lost
     else:
         assert not beyond_rounding(fast(plain), plain, x)
-    assert type(layer(plain)) in dora.FAST
+    assert type(layer(plain)) in dora.FAST_CLASSES
     plain.save_pretrained(tmp_path / "theirs")
     back = fast(PeftModel.from_pretrained(quantised(copy.deepcopy(base), bits), tmp_path / "theirs")).eval()
     assert torch.equal(back(x), exact)
@@ -585,10 +591,10 @@ def test_dropout_touches_the_low_rank_path_only(p, seed, shape):
 
     def explicit(model, x):
         given, module = inputs(model, x), layer(model)
-        gain = given["m"] / explicit_norm(module).detach()
+        mag_scale = given["m"] / explicit_norm(module).detach()
         low = ((x * mask / (1 - p)) @ given["A"].t()) @ given["B"].t()
         z = x @ module.base_layer.weight.t() + module.scaling["default"] * low
-        return gradients(gain * z + module.base_layer.bias, given)
+        return gradients(mag_scale * z + module.base_layer.bias, given)
 
     expected = explicit(model, x)
     moved = lambda seed: explicit(nudged_model(model, seed), nudged(x.detach(), seed).requires_grad_())  # noqa: E731
@@ -759,7 +765,7 @@ def test_fp8_products_without_weights_that_take_them_are_refused(monkeypatch):
     monkeypatch.delitem(layer(model).base_layer._parameters, "weight")
     with pytest.raises(dora.Unsupported, match="NVIDIA A100.*leave fp8 out"):
         dora.accelerate(model, fp8=True)
-    assert type(layer(model)) in dora.FAST  # and nothing is changed
+    assert type(layer(model)) in dora.FAST_CLASSES  # and nothing is changed
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -771,7 +777,7 @@ def test_norms_first_taken_in_inference_mode_serve_training(training):
     found = model(x)
     found.sum().backward()
     assert torch.equal(first, found) and layer(model).lora_B["default"].weight.grad.any()
-    assert not layer(model).known("default").norm.requires_grad
+    assert not layer(model).cached_norm("default").norm.requires_grad
 
 
 def test_a_library_that_it_does_not_know_is_named(monkeypatch):
@@ -783,8 +789,8 @@ def test_a_library_that_it_does_not_know_is_named(monkeypatch):
 def test_the_line_says_which_path_each_kind_takes():
     model = adapted(quantised(Net(64, 48, True), 8))
     model.other = quantised(Net(64, 64, True), 4)
-    assert dora.accelerate(model) == "1 4-bit frozen, 1 8-bit DoRA layers; 16-bit products"
-    assert dora.accelerate(model, fp8=True) == "1 4-bit frozen, 1 8-bit DoRA layers; fp8 products"
+    assert dora.accelerate(model) == "1 4-bit frozen, 1 8-bit DoRA layers; 16-bit matmuls"
+    assert dora.accelerate(model, fp8=True) == "1 4-bit frozen, 1 8-bit DoRA layers; fp8 matmuls"
 
 
 @pytest.mark.parametrize("how", [dict(), dict(dora=False, r=64, alpha=4), dict(rslora=True, r=1, alpha=128)])
@@ -822,6 +828,18 @@ def test_the_triton_kernels_compute_the_same_formulas():
         assert error < (single if "norms" in name or "lora" in name or "Liger" in name else half), name
 
 
+def test_the_tuner_writes_the_tile_table_as_it_is():
+    """bench/tune_kernels.py --write changes the lines of the tiles that it measured, and no other."""
+    pytest.importorskip("triton")
+    from bench import tune_kernels
+
+    assert tune_kernels.table(kernels.TILES) == kernels.TILES_FILE.read_text(encoding="utf-8")
+    for name in tune_kernels.GRID:
+        tiles = tune_kernels.candidates(name)
+        assert tiles[0] == kernels.TILES[name][tune_kernels.RANK] and len(tiles) > 10
+        assert all(each.keys() == tiles[0].keys() for each in tiles)
+
+
 F, INT, P, H = "fp32", "i32", "*fp32", "*bf16"
 DROPOUT = dict(
     tokens=INT,
@@ -843,7 +861,19 @@ def kernel_signatures(block_r: int, read: bool):
     for name in tiles:
         tiles[name].pop("SPLITS", None)
     combined = dict(
-        dy=H, base=H, t=H, b=H, gain=P, norm=P, dz=H, parts=P, tokens=INT, outputs=INT, rank=INT, share=INT, size=INT
+        dy=H,
+        base=H,
+        t=H,
+        b=H,
+        mag_scale=P,
+        norm=P,
+        dz=H,
+        parts=P,
+        tokens=INT,
+        outputs=INT,
+        rank=INT,
+        share=INT,
+        size=INT,
     )
     yield "_low_rank", dict(x=H, a=H, t=H, **DROPOUT), dict(DROPOUT=True, READ=read, **tiles["low_rank"])
     yield (
@@ -852,20 +882,20 @@ def kernel_signatures(block_r: int, read: bool):
         dict(DROPOUT=True, READ=read, INTO_X=True, **tiles["low_rank_backward"]),
     )
     yield (
-        "_combine",
-        dict(base=H, t=H, b=H, gain=P, bias=H, y=H, tokens=INT, outputs=INT, rank=INT, s=F),
-        dict(GAIN=True, BIAS=True, **tiles["combine"]),
+        "_epilogue",
+        dict(base=H, t=H, b=H, mag_scale=P, bias=H, y=H, tokens=INT, outputs=INT, rank=INT, s=F),
+        dict(DORA=True, BIAS=True, **tiles["epilogue"]),
     )
-    yield "_combine_backward", dict(s=F, **combined), dict(GAIN=True, **tiles["combine_backward"])
+    yield "_epilogue_backward", dict(s=F, **combined), dict(DORA=True, **tiles["epilogue_backward"])
     if block_r > 64:
         return
-    table = dict(table="*i64", factors=P, grams=P, norms=P, gains=P, rank=INT)
+    table = dict(table="*i64", factors=P, grams=P, norms=P, mag_scales=P, rank=INT)
     yield "_grams", dict(table="*i64", grams=P, rank=INT), dict(BLOCK_K=2048 // block_r, BLOCK_R=block_r)
     for kind in ("int8", "bfloat16"):
         yield "_row_norms", table, dict(KIND=kind, BLOCK_N=32, BLOCK_K=128, BLOCK_R=block_r, SCALES=kind == "int8")
     nested = dict(packed="*u8", code=P, scales="*u8", code2=P, scales2=P, offset=P, out=H, count=INT)
-    yield "_widen_4bit", nested, dict(NESTED=True, SIZE=64, SIZE2=256, BLOCK=1024)
-    yield "_widen_int8", dict(weight="*i8", scales=P, out=H, columns=INT), dict(BLOCK=4096)
+    yield "_dequantize_4bit", nested, dict(NESTED=True, SIZE=64, SIZE2=256, BLOCK=1024)
+    yield "_dequantize_int8", dict(weight="*i8", scales=P, out=H, columns=INT), dict(BLOCK=4096)
 
 
 @pytest.mark.parametrize("block_r", [16, 64, 256])
@@ -880,7 +910,7 @@ def test_the_triton_kernels_compile_for_cards_that_are_not_here(capability, bloc
     if capability == 90 and block_r == 16:  # e4m3 begins with sm_89
         cases.append(
             (
-                "_quantise_rows",
+                "_quantize_rows",
                 dict(x=H, factors=P, q="*fp8e4nv", scales=P, columns=INT),
                 dict(BLOCK=16384, FACTORS=True),
             )

@@ -54,7 +54,7 @@ def made(with_dora=True, dropout=0.1, bits=16, fp8=False):
     )
     fastdora.accelerate(model, fp8)
     attention.install(model.get_base_model())
-    packing.read_places(model, answers=True)
+    packing.read_label_positions(model, answers=True)
     return model.train()
 
 
@@ -107,7 +107,7 @@ def test_graphs_train_as_the_ordinary_way_does(monkeypatch, with_dora, dropout):
     model = made(with_dora, dropout)
     found = graphs.install(model)
     graph_losses, graph_adapter = trained(model, BATCHES)
-    assert found.recorded == 1 and found.turn == len(BATCHES) - graphs.WARM_UP
+    assert found.recorded == 1 and found.replays == len(BATCHES) - graphs.WARM_UP
     assert graph_losses == losses
     assert all(torch.equal(a, b) for a, b in zip(adapter, graph_adapter, strict=True))
 

@@ -129,7 +129,7 @@ def test_fp8_products_train_and_the_log_says_so(axolotl, recipe):
     """On a CPU the same formulas without the matrix unit."""
     code, output = train(axolotl, recipe(fastdora_fp8=True))
     assert code == 0, output[-3000:]
-    assert "fastdora: 12 8-bit DoRA, 16 8-bit frozen layers; fp8 products" in output
+    assert "fastdora: 12 8-bit DoRA, 16 8-bit frozen layers; fp8 matmuls" in output
     assert "fastdora: off without a GPU: liger_rope, liger_rms_norm, liger_glu_activation" in output
 
 
@@ -200,7 +200,7 @@ def test_axolotls_loader_accepts_every_recipe():
 
     gpu = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
     for name in recipe_names.names():
-        cfg = DictDefault(recipes.load(recipe_names.RECIPES / f"{name}.yaml"))
+        cfg = DictDefault(recipes.load(recipe_names.RECIPES / f"{name}.yaml").keys)
         cfg.axolotl_config_path = str(recipe_names.RECIPES / f"{name}.yaml")
         prepare_plugins(cfg)
         valid = validate_config(cfg, capabilities=gpu, env_capabilities={"torch_version": "2.13.0"})
@@ -227,7 +227,7 @@ def test_trainable_parameters_are_what_peft_makes():
 
     shape = bases.shape("meta-llama/Llama-3.1-8B-Instruct")
     for name in ("sentiment_r8_dora", "sentiment_r8_lora", "ner_4bit_r4_lora"):
-        recipe = recipes.load(recipe_names.RECIPES / f"{name}.yaml")
+        recipe = recipes.load(recipe_names.RECIPES / f"{name}.yaml").keys
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(**shape))
         config = LoraConfig(

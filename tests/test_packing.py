@@ -156,7 +156,7 @@ def test_the_loss_on_answers_only_is_the_loss(model, items, collated):
             batch = {"input_ids": ids, "labels": labels}
             if only and collated:
                 batch = packing.Collator(lambda batch: batch, packed=False, answers=True)(batch)
-            hook = packing.read_places(model, answers=only and not collated)
+            hook = packing.read_label_positions(model, answers=only and not collated)
             out = model(**batch, **extra)
             hook.remove()
             sizes.append(out.logits.shape[1])
@@ -192,7 +192,7 @@ def test_the_model_reads_the_packs_the_collator_saw(model, monkeypatch):
     collator = packing.Collator(dict, packed=True, answers=False)
     batch = collator(input_ids=torch.randint(0, 97, (1, 9)), position_ids=packed([4, 5]))
     expected = model(input_ids=batch["input_ids"], position_ids=packed([4, 5])).logits
-    hook = packing.read_places(model)
+    hook = packing.read_label_positions(model)
     monkeypatch.setattr(attention, "boundaries", lambda *_: pytest.fail("looked for again"))
     found = model(**batch).logits
     hook.remove()
