@@ -14,11 +14,11 @@ import made
 import pytest
 from failures import refuses, says
 
-from finlora.core.html import axis, number, percent, signed
+from finlora.core.html import number, percent, signed, ticks, visible
 from finlora.data.tasks import load_tasks
 from finlora.evaluate import results
 from finlora.evaluate.published import BESIDE, PUBLISHED, published, published_average
-from finlora.evaluate.report import curve, report, visible
+from finlora.evaluate.report import curve, report
 from finlora.evaluate.scorers import finlora, summary
 from finlora.evaluate.statistics import interval, paired
 
@@ -192,8 +192,8 @@ def test_a_confusion_matrix_counts_every_row_once(reported):
     entry = reported[1]["subjects"][0]
     (fpb,) = next(one for one in entry["details"] if one["set"] == "fpb")["matrices"]
     assert fpb["columns"] == [*made.THREE, "unparsed"]
-    assert sum(cell["count"] for row in fpb["rows"] for cell in row["cells"]) == 240
-    right = sum(cell["count"] for row in fpb["rows"] for cell in row["cells"] if cell["right"])
+    assert sum(sum(row["counts"]) for row in fpb["rows"]) == 240
+    right = sum(row["right"] for row in fpb["rows"])
     assert right == round(rows_of(reported[1], "sentiment_r8_dora", "fpb")[0]["strict"]["accuracy"] * 240)
 
 
@@ -520,7 +520,7 @@ def test_numbers():
 
 @pytest.mark.parametrize(("low", "high"), [(0.2, 9.15), (1.0, 1.0), (0.0, 0.0), (0.21, 0.22), (-3, 1e6)])
 def test_an_axis_holds_its_values(low, high):
-    marks = axis(low, high)
+    marks = ticks(low, high)
     assert marks[0] <= low and marks[-1] >= high and 2 <= len(marks) <= 7
 
 
@@ -542,10 +542,15 @@ def test_no_curve_without_two_logged_steps(log):
 
 def test_a_curve_lies_in_its_box():
     found = curve({"log": made.training_log()})
-    assert found["final_eval_loss"] == pytest.approx(made.training_log()[-1]["eval_loss"])
-    assert (found["first"], found["last"], len(found["eval_loss"])) == (0, 400, 5)
-    for x, y in found["loss"] + found["eval_loss"]:
-        assert 0 <= float(x) <= 1000 and 0 <= float(y) <= 200
+    loss, validation = found.panels[0].series
+    assert validation.points[-1].value == pytest.approx(made.training_log()[-1]["eval_loss"])
+    assert (found.axis.low, found.axis.high, len(validation.points)) == (0, 400, 5)
+    drawn = found.svg()
+    width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', drawn).groups())
+    lines = re.findall(r'class="course" d="M([^"]+)"', drawn)
+    assert [line.count("L") + 1 for line in lines] == [len(loss.points), len(validation.points)]
+    for x, y in (point.split() for line in lines for point in line.split("L")):
+        assert 0 <= float(x) <= width and 0 <= float(y) <= height
 
 
 # A real browser

@@ -135,7 +135,7 @@ BAD = {
     "empty pair": ("_: [{}]", "_", ["entry 1", "keys with their values"]),
     "no list": ("lora_r: 4", "lora_r", ["4", "list"]),
     "text, which axolotl takes for letters": ("lr_scheduler: linear", "lr_scheduler", ["linear", "list"]),
-    "nothing": ("", None, ["no keys"]),
+    "nothing": ("", None, ["no keys|empty"]),
     "twice": ("lora_r: [4]\nlora_r: [8]", "lora_r", ["twice|duplicate", "keep one|remove one"]),
     "in a pair too": ("lora_r: [4]\n_: [{lora_r: 8}]", "lora_r", ["keep one|remove one"]),
     "equal points": ("lora_r: [4, 8, 4]", None, ["points 1 and 3", "lora_r: 4", "remove one|keep one"]),
@@ -374,6 +374,7 @@ def stand_in(tmp_path, monkeypatch):
     """A function that makes a point of its name and how its processes end, and one that reads what they noted."""
     (tmp_path / "stand_in.py").write_text(STAND_IN, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sweep, "FINLORA", (sys.executable, "-m"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def point(name: str, *processes: tuple) -> tuple[dict, list[list[str]]]:
@@ -464,7 +465,7 @@ def test_the_best_point_is_named_only_where_it_is_distinguishable(ranks, tmp_pat
     shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
     verdict = r"Best: sentiment_r8_dora, \d\d\.\d\d, .*\b500 .*fpb, tfns.* 95% .*\b2 .*sentiment_r16_dora\."
     assert re.fullmatch(verdict, shown["verdict"])
-    heads, *lines = shown["table"]
+    heads, *lines = shown["table"].texts()
     assert heads == (
         ["", "point", "rank", "score", "vs best", "fpb", "tfns", "validation loss", "trainable parameters"]
         + ["seconds", "samples/s", "peak GiB"]
@@ -476,11 +477,11 @@ def test_the_best_point_is_named_only_where_it_is_distinguishable(ranks, tmp_pat
     assert expected.items() <= by_rank["8"].items()
     assert by_rank["8"]["trainable parameters"] == "4,915,200"
     assert (tmp_path / "table.md").read_text(encoding="utf-8") in capsys.readouterr().out
-    (score, time_, memory) = shown["plot"]["panels"]
-    assert [len(panel["marks"]) for panel in (score, time_, memory)] == [3, 4, 4]
-    assert all(mark["low"] > mark["y"] > mark["high"] for mark in score["marks"])  # pixels count from above
-    steps = [b["x"] - a["x"] for a, b in zip(time_["marks"], time_["marks"][1:], strict=False)]
-    assert max(steps) - min(steps) < 0.2 and shown["plot"]["axis"] == "rank, log scale"
+    (score, time_, memory) = [panel.series[0].points for panel in shown["plot"].panels]
+    assert [len(points) for points in (score, time_, memory)] == [3, 4, 4]
+    assert all(point.low < point.value < point.high for point in score)
+    places = [shown["plot"].axis.at(point.x) for point in time_]
+    assert places == pytest.approx([0, 1 / 3, 2 / 3, 1]) and shown["plot"].title == "rank, log scale"
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert page.count("<circle") == 11 and shown["verdict"] in page and "<script" not in page
 
@@ -488,7 +489,7 @@ def test_the_best_point_is_named_only_where_it_is_distinguishable(ranks, tmp_pat
 def test_no_point_is_named_best_by_luck_or_by_a_loss(ranks, tmp_path):
     shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
     assert not shown["verdict"].startswith("Best") and "0.212 (sentiment_r2_dora)" in shown["verdict"]
-    assert [panel["title"] for panel in shown["plot"]["panels"]] == [
+    assert [panel.title for panel in shown["plot"].panels] == [
         "validation loss",
         "training, s",
         "peak memory, GiB",
@@ -506,7 +507,7 @@ def test_what_failed_is_unfinished_or_went_on_stands_in_the_table(ranks, tmp_pat
     ranks[0] |= {"run": None, "failed": "out of memory | on NVIDIA T4"}
     ranks[1] |= {"run": None}
     ranks[2] = trained(ranks[2], steps_this_run=100, seconds=50.0)
-    heads, *lines = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)["table"]
+    heads, *lines = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)["table"].texts()
     assert re.search(r"fail.*out of memory \| on NVIDIA T4$", lines[0][-1]) and re.search("finished", lines[1][-1])
     assert re.search("interrupt|resum", lines[2][-1]) and lines[2][heads.index("seconds")] == "200.0"
     assert "out of memory \\| on" in (tmp_path / "table.md").read_text(encoding="utf-8")
@@ -552,9 +553,12 @@ AXES = {
 def test_the_axis_is_what_varies_first(text, tmp_path):
     done = [trained(point) for point in points(tmp_path, text)]
     plot = sweep_report.report(RECIPE, tmp_path / "mine.yaml", done, tmp_path)["plot"]
-    assert (plot["axis"], [label["text"] for label in plot["labels"]], plot["series"]) == AXES[text]
-    marks = [mark for panel in plot["panels"] for mark in panel["marks"]]
-    assert all(plot["left"] <= mark["x"] <= plot["right"] and 0 <= mark["y"] <= plot["height"] for mark in marks)
+    names = [name for name in plot.names if name]
+    assert (plot.title, [text for _, text in plot.axis.labels], names) == AXES[text]
+    drawn = plot.svg()
+    width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', drawn).groups())
+    circles = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="(\S+)" cy="(\S+)"', drawn)]
+    assert len(circles) == 3 * len(done) and all(0 <= x <= width and 0 <= y <= height for x, y in circles)
 
 
 def test_the_slurm_file_runs_one_point_a_task(tmp_path):

@@ -6,7 +6,6 @@ Scores are percent: right answers under FinLoRA's rules, or BERTScore F1 x 100. 
 """
 
 import math
-import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -14,20 +13,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
+from finlora.core import html
 from finlora.core.errors import UserError
 from finlora.core.files import replacing
-from finlora.core.html import axis, number, p_value, percent, signed
+from finlora.core.html import Axis, Cell, Panel, Plot, Point, Row, Series, Table, number, p_value, percent, signed
 from finlora.data.corrections import load_corrections
 from finlora.evaluate.published import BESIDE, published, published_average
 from finlora.evaluate.results import RESULTS, Answers, Run, Subject, base_of, keep, pair, read, set_order, show, unlike
 from finlora.evaluate.scorers import summary
 from finlora.evaluate.statistics import interval, paired
-
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
-
 
 LETTERS = {"base": "B", "LoRA": "L", "QLoRA": "Q", "DoRA": "D", "rsLoRA": "R"}
 PROMPTS = {
@@ -38,9 +34,6 @@ PROMPTS = {
 }
 METHODS = {"base": "base model", "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}
 MOST_LABELS, CONFUSIONS, EXAMPLES, LOWEST = 12, 6, 2, 6
-HEAD, TAIL = 2000, 1000  # characters that are shown of a long text
-# What a browser would hide or act on: control, zero-width and direction characters, lone surrogates.
-HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\xa0\xad\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
 
 def report(folder: Path = RESULTS) -> dict[str, Any]:
@@ -55,16 +48,7 @@ def report(folder: Path = RESULTS) -> dict[str, Any]:
     if not subjects:
         raise UserError(f"{show(folder)}: no evaluation is finished; run make eval RECIPE=sentiment_r8_dora to its end")
     shown = gather(subjects, warnings)
-    environment = jinja2.Environment(
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"percent": percent, "signed": signed, "number": number, "p": p_value}
-    environment.filters |= {"visible": visible, "breakable": breakable}
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(shown)
+    page = html.render("evaluate/report.html.jinja", shown)
     tables = readme(shown)
     with replacing(folder / "index.html") as file:
         file.write(page)
@@ -85,9 +69,7 @@ def gather(subjects: dict[str, Subject], warnings: list[str]) -> dict[str, Any]:
         "subjects": about,
         "chart": chart([*about[len(adapters) :], *about[: len(adapters)]]),
         "exchanged": exchanged(subjects),
-        "beside": BESIDE,
         "letters": LETTERS,
-        "many": MOST_LABELS,
     }
 
 
@@ -97,7 +79,7 @@ def describe(subject: Subject, base: Subject | None) -> dict[str, Any]:
     forgetting = [answers for answers in subject.sets.values() if answers.forgetting]
     others = base.sets if base else {}
     rows = [line for answers in tests for line in lines(answers, others.get(answers.name))]
-    return {
+    shown = {
         "name": subject.name,
         "run": run,
         "is_base": not run.adapter,
@@ -113,6 +95,7 @@ def describe(subject: Subject, base: Subject | None) -> dict[str, Any]:
         "details": [details(answers) for answers in tests],
         "curve": curve(run.training or {}),
     }
+    return shown | {"tables": list(tables(shown))}
 
 
 def facts(run: Run) -> str:
@@ -319,17 +302,13 @@ def formatting(answers: Answers) -> dict[str, Any]:
 
 
 def details(answers: Answers) -> dict[str, Any]:
-    versions = answers.labels()
+    versions, about = answers.labels(), answers.about
+    source = [about.file, about.sha256 and f"SHA-256 {about.sha256[:12]}"]
+    source += [about.encoder and f"encoder {about.encoder}"]
     return {
         "set": answers.name,
-        "file": answers.about.file,
-        "sha256": answers.about.sha256,
-        "encoder": answers.about.encoder,
-        "scorings": [
-            {"labels": labels, "name": name, "score": whole(answers, labels, name)}
-            for name in answers.scorings()
-            for labels in versions
-        ],
+        "source": " · ".join(filter(None, source)),
+        "scorings": scorings(answers),
         "matrices": [matrix for labels in versions if (matrix := confusion_matrix(answers, labels))],
         "labels": versions[0] if len(versions) > 1 else "",
         "errors": lowest(answers) if answers.bertscore else confusions(answers, versions[0]),
@@ -337,6 +316,19 @@ def details(answers: Answers) -> dict[str, Any]:
         if answers.bertscore
         else sum(right < 1 for right in answers.items(versions[0], "strict")["right"]),
     }
+
+
+def scorings(answers: Answers) -> Table:
+    """The score of every scoring, under every version of the labels."""
+    body = []
+    for name in answers.scorings():
+        for labels in answers.labels():
+            found = whole(answers, labels, name)
+            figures = [percent(found["weighted_f1"]), percent(found["macro_f1"])]
+            figures += [number(found["unparsed"]), number(found["items"])]
+            body.append([Cell(name, f"{labels} labels"), score_cell(found), *figures])
+    heads = ["scoring", "score", "weighted F1", "macro F1", "unparsed", "answers"]
+    return Table(heads, body, f"Every scoring of {answers.name}")
 
 
 def confusion_matrix(answers: Answers, labels: str) -> dict[str, Any] | None:
@@ -347,15 +339,20 @@ def confusion_matrix(answers: Answers, labels: str) -> dict[str, Any] | None:
     items = answers.items(labels, "strict")
     counts = Counter(zip(items["target"], items["predicted"], strict=True))
     columns = [*known, *sorted({p for _, p in counts} - {*known, "unparsed"}), "unparsed"]
-    rows = []
+    rows, body = [], []
     for target in [*known, *sorted({t for t, _ in counts} - set(known))]:
-        total = sum(counts[target, column] for column in columns)
+        row = [counts[target, column] for column in columns]
+        rows.append({"target": target, "counts": row, "right": counts[target, target]})
         cells = [
-            {"count": (n := counts[target, c]), "share": n / total if total else 0, "right": c == target}
-            for c in columns
+            Cell(number(count), kind="share right" if column == target else "share", share=count / max(sum(row), 1))
+            for column, count in zip(columns, row, strict=True)
         ]
-        rows.append({"target": target, "total": total, "cells": cells})
-    return {"labels": labels if len(answers.labels()) > 1 else "", "columns": columns, "rows": rows}
+        body.append([target, *cells, number(sum(row))])
+    of = f"{labels} labels" if len(answers.labels()) > 1 else ""
+    caption = Markup("<b>{}</b>: ").format(of) if of else Markup("")
+    caption += "right answers by row, strict answers by column"
+    label = f"Confusion matrix of {answers.name}{', ' * bool(of)}{of}"
+    return {"columns": columns, "rows": rows, "table": Table(["right", *columns, "rows"], body, label, caption)}
 
 
 def confusions(answers: Answers, labels: str) -> list[dict[str, Any]]:
@@ -412,97 +409,76 @@ def example(answers: Answers, line: int, prompt: str) -> dict[str, Any]:
     }
 
 
-def exchanged(subjects: dict[str, Subject]) -> list[dict[str, Any]]:
+def exchanged(subjects: dict[str, Subject]) -> list[dict[str, str]]:
     """The sets whose published labels are wrong for certain: what is wrong, by the counts, and why it is certain."""
     found = {}
     for subject in subjects.values():
         for name, answers in subject.sets.items():
-            entry = load_corrections().get(answers.spec.get("file"))
+            entry = load_corrections().get(answers.spec["file"])
             if name in found or entry is None or len(answers.labels()) == 1:
                 continue
             counts = answers.spec["source_counts"] or {}
             wrong = [
                 f"{counts[right]:,} {right} rows {label}" for label, right in entry["labels"].items() if right in counts
             ]
-            found[name] = {
-                "set": name,
-                "calls": " and ".join(wrong),
-                "count": sum(counts.get(label, 0) for label in entry["labels"]),
-                "rows": sum(counts.values()),
-                "evidence": entry["evidence"],
-            }
+            text = (
+                f"It calls {' and '.join(wrong)}: {sum(counts.get(label, 0) for label in entry['labels']):,} of its "
+                f"{sum(counts.values()):,} rows. {entry['evidence']} The table has both scores: corrected is what a "
+                "model can do, published is what FinLoRA's figures were measured with, and there a model that answers "
+                "rightly scores low, and one trained on the exchanged labels high."
+            )
+            found[name] = {"set": name, "title": f"{name}: labels are exchanged in FinLoRA's file.", "text": text}
     return [found[name] for name in sorted(found, key=set_order)]
 
 
 def chart(about: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per set: each subject's score and interval, and FinLoRA's figures, as percent of the axis from 0 to 100."""
+    """Per set a plot in percent: each subject's score and interval, and FinLoRA's figures."""
     sets: dict[str, dict[str, Any]] = {}
     for subject in about:
         for row in subject["rows"]:
             if row["only"]:
                 continue
-            entry = sets.setdefault(row["set"], {"set": row["set"], "kind": row["kind"], "lines": [], "published": []})
-            mark = {
-                key: row["score"][source] * 100 for key, source in (("x", "accuracy"), ("low", "low"), ("high", "high"))
-            }
-            name, versions = subject["name"], row["versions"]
-            label = f"{row['labels']} labels" if versions > 1 else ""
-            entry["lines"].append(
-                mark | {"name": name, "labels": label, "base": subject["is_base"], "id": subject["id"]}
-            )
+            entry = sets.setdefault(row["set"], {"set": row["set"], "kind": row["kind"], "lines": []})
+            found, labels = row["score"], f", {row['labels']} labels" if row["versions"] > 1 else ""
+            point = Point(found["accuracy"], found["low"], found["high"], title=bracket(found))
+            colour = "base" if subject["is_base"] else "c0"
+            line = Row(subject["name"] + labels, [point], percent(point.value), "", colour, f"#{subject['id']}")
+            entry["lines"].append((labels, line))
+    axis = Axis(0, 1, [(share / 100, str(share)) for share in (0, 25, 50, 75, 100)])
     for name, entry in sets.items():
-        entry["lines"].sort(key=lambda line: line["labels"])
+        rows = [line for _, line in sorted(entry["lines"], key=lambda pair: pair[0])]
         if name in published():
-            marks = [(published()[name][model][0], short) for short, model in BESIDE.items()]
-            entry["published"] = [
-                {"x": value, "name": short, "letter": LETTERS[short], "lane": place % 2}
-                for place, (value, short) in enumerate(sorted(marks))
+            figures = sorted((published()[name][model][0], short) for short, model in BESIDE.items())
+            points = [
+                Point(value / 100, title=f"{short} {value:.2f}", letter=LETTERS[short]) for value, short in figures
             ]
+            rows.append(Row("FinLoRA, published", points, colour="c5"))
+        body, height = html.rows_plot(rows, axis)
+        scores = [f"{row.name} {row.points[0].title}" for row in rows if row.shown]
+        scores += [point.title for row in rows if not row.shown for point in row.points]
+        entry["svg"] = html.svg(body, height, "; ".join(scores))
     return [sets[name] for name in sorted(sets, key=lambda name: (set_order(name), name))]
 
 
-def curve(training: dict[str, Any]) -> dict[str, Any] | None:
-    """The logged losses as two lines in a box of 1000 by 200, with the marks of its axes."""
+def curve(training: dict[str, Any]) -> Plot | None:
+    """The logged losses against the step; None where fewer than two steps are logged."""
     log = training.get("log")
-    points: dict[str, list[tuple[float, float]]] = {"loss": [], "eval_loss": []}
+    points: dict[str, list[Point]] = {"loss": [], "eval_loss": []}
     for entry in log if isinstance(log, list) else []:
-        for key in points:
-            pair = (entry.get("step"), entry.get(key)) if isinstance(entry, dict) else (None, None)
-            if all(isinstance(value, NUMBERS) and math.isfinite(value) for value in pair):
-                points[key].append(pair)
-    values = [value for pairs in points.values() for _, value in pairs]
-    steps = [step for pairs in points.values() for step, _ in pairs]
+        for key, found in points.items():
+            step, value = (entry.get("step"), entry.get(key)) if isinstance(entry, dict) else (None, None)
+            if all(isinstance(one, NUMBERS) and math.isfinite(one) for one in (step, value)):
+                found.append(Point(value, x=step, title=f"step {step}: {value:.4g}"))
+    steps = [point.x for found in points.values() for point in found]
     if len(set(steps)) < 2:
         return None
-    ticks = axis(min(values), max(values))
-    first, last, low, high = min(steps), max(steps), ticks[0], ticks[-1]
-
-    def place(pair: tuple[float, float]) -> tuple[str, str]:
-        return f"{(pair[0] - first) / (last - first) * 1000:.1f}", f"{(high - pair[1]) / (high - low) * 200:.1f}"
-
-    return {
-        "loss": [place(pair) for pair in points["loss"]],
-        "eval_loss": [place(pair) for pair in points["eval_loss"]],
-        "ticks": [{"text": f"{tick:g}", "y": (high - tick) / (high - low) * 100} for tick in ticks],
-        "first": first,
-        "last": last,
-        "final_loss": points["loss"][-1][1] if points["loss"] else None,
-        "final_eval_loss": points["eval_loss"][-1][1] if points["eval_loss"] else None,
-    }
-
-
-def visible(text: str, head: int = HEAD, tail: int = TAIL) -> str:
-    """A text of the model or the data in which nothing hides: line ends, tabs, outer blanks, control characters."""
-    if len(text) > head + tail + 100:
-        text = f"{text[:head]}\n… {len(text) - head - tail:,} characters left out …\n{text[-tail:]}"
-    text = HIDDEN.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
-    text = re.sub(r"^ +| +$", lambda match: "·" * len(match[0]), text, flags=re.M)
-    return text.replace("\t", "⇥\t").replace("\n", "↵\n")
-
-
-def breakable(name: str) -> Markup:
-    """A name that may break after an underscore, so that a long one leaves room on a narrow screen."""
-    return escape(name).replace("_", Markup("_<wbr>"))
+    series = [
+        Series(f"{name}, at the end {found[-1].value:.4g}", found, dots=name != "loss")
+        for name, found in (("loss", points["loss"]), ("validation loss", points["eval_loss"]))
+        if found
+    ]
+    first, last = min(steps), max(steps)
+    return Plot([Panel("loss", series)], Axis(first, last, [(first, str(first)), (last, str(last))]), "step")
 
 
 def readme(shown: dict[str, Any]) -> str:
@@ -516,105 +492,124 @@ def readme(shown: dict[str, Any]) -> str:
         "`index.html` has confusion matrices, the worst errors, training curves and all facts of each run.",
     ]
     if shown["warnings"]:
-        out += ["", "**Not in these tables:**", ""] + [f"- {cell(warning)}" for warning in shown["warnings"]]
+        out += ["", "**Not in these tables:**", ""] + [f"- {html.plain(warning)}" for warning in shown["warnings"]]
     for entry in shown["exchanged"]:
-        out += ["", exchange_sentence(entry)]
+        out += ["", f"**{entry['title']}** {entry['text']}"]
     for subject in shown["subjects"]:
-        out += ["", f"## {cell(subject['name'])}", "", f"{cell(subject['facts'])}. Prompt: {cell(subject['prompt'])}."]
+        name, facts_, prompt = (html.plain(subject[key]) for key in ("name", "facts", "prompt"))
+        out += ["", f"## {name}", "", f"{facts_}. Prompt: {prompt}."]
         if subject["notes"]:
-            out += [""] + [f"- **{cell(note)}**" for note in subject["notes"]]
-        if subject["rows"]:
-            out += [""] + score_table(subject)
-        if subject["forgetting"]:
-            out += [""] + forgetting_table(subject)
-        if subject["format"]:
-            out += [""] + format_table(subject)
+            out += [""] + [f"- **{html.plain(note)}**" for note in subject["notes"]]
+        for title, table in subject["tables"]:
+            out += ["", f"### {title}"] * bool(title) + ["", *html.markdown(table)]
     return "\n".join(out) + "\n"
 
 
-def exchange_sentence(entry: dict[str, Any]) -> str:
-    return (
-        f"**{entry['set']}: labels are exchanged in FinLoRA's file.** It calls {entry['calls']}: {entry['count']:,} of "
-        f"its {entry['rows']:,} rows. {entry['evidence']} Both scores stand side by side: *corrected* is what a model "
-        "can do, *published* is what FinLoRA's figures were measured with, and there a model that answers rightly "
-        "scores low, and one trained on the exchanged labels high."
-    )
+def tables(subject: dict[str, Any]) -> Iterator[tuple[str, Table]]:
+    """What a subject's section shows as tables, each with its heading."""
+    if subject["rows"]:
+        yield "", score_table(subject)
+    if subject["forgetting"]:
+        yield "Forgetting", forgetting_table(subject)
+    if subject["format"]:
+        yield "Format and time", format_table(subject)
 
 
-def score_table(subject: dict[str, Any]) -> list[str]:
-    heads = [
-        "data set",
-        "labels",
-        "rows",
-        "score",
-        "vs base",
-        "weighted F1",
-        "strict",
-        *(f"FinLoRA {n}" for n in BESIDE),
-    ]
-    body = []
+def score_table(subject: dict[str, Any]) -> Table:
+    heads = ["data set", "score", "vs base", "weighted F1", "strict", "unparsed", "rows"]
+    heads += [f"FinLoRA {name}" for name in BESIDE]
+    body, before = [], None
     for row in subject["rows"]:
-        marks = [row["kind"], "other file" if row["other_file"] else ""]
-        marks = ", ".join(mark for mark in marks if mark)
-        name = row["set"] + (f" ({marks})" if marks else "") + (f", {row['only']}" if row["only"] else "")
-        beside = [f"{row['published'][n][0]:.2f}" if row["published"] else "" for n in BESIDE]
-        strict = bracket(row["strict"]) if row["strict"] else "" if row["unparsed"] is None else "same"
-        count = f"{row['rows']:,}" + (f" of {row['of']:,}" if row["rows"] < row["of"] else "")
-        f1 = percent(row["score"]["weighted_f1"]) if row["f1"] else ""
-        body.append([name, row["labels"], count, bracket(row["score"]), difference_text(row), f1, strict, *beside])
+        strict = score_cell(row["strict"]) if row["strict"] else "–" if row["unparsed"] is None else "same"
+        f1 = percent(row["score"]["weighted_f1"]) if row["f1"] else "–"
+        beside = ["" for _ in BESIDE]
+        if row["published"]:
+            grey = "quiet" if row["other_file"] else ""
+            beside = [Cell(f"{score:.2f}", f"{f1:.3f}", grey) for score, f1 in row["published"].values()]
+        cells = [score_cell(row["score"]), difference_cell(row), f1, strict, number(row["unparsed"]), rows_cell(row)]
+        body.append([set_cell(row, again=row["set"] == before), *cells, *beside])
+        before = row["set"]
+    foot = []
     for entry in subject["averages"]:
-        name = "overall average (19 sets)" if entry["whole"] else f"average of {len(entry['sets'])} sets"
-        name += ", LIMIT" if entry["limited"] else ""
+        name = "FinLoRA's overall average" if entry["whole"] else "average"
+        small = f"{len(entry['sets'])} sets, {entry['labels']} labels" + (", LIMIT" if entry["limited"] else "")
         beside = [f"{entry['published'][n]:.2f}" if entry["published"] else "" for n in BESIDE]
-        body.append([f"**{name}**", entry["labels"], "", f"**{percent(entry['value'])}**", "", "", "", *beside])
-    return table(heads, body, left=2)
+        foot.append([Cell(name, small), percent(entry["value"]), *[""] * 5, *beside])
+    caption = "Scores"
+    if subject["base"]:
+        caption += f", and the paired difference from {subject['base']} on the rows that both answered"
+        caption += " (▲ better, ▼ worse, ≈ not distinguishable)"
+    caption += f". Prompt: {subject['prompt']}. FinLoRA's F1 in small"
+    caption += "; grey: not measured on this file." if any(row["other_file"] for row in subject["rows"]) else "."
+    return Table(heads, body, f"Scores of {subject['name']}", caption, foot=foot)
 
 
-def forgetting_table(subject: dict[str, Any]) -> list[str]:
-    heads = ["forgetting", "rows", "base", "score", "vs base"]
+def forgetting_table(subject: dict[str, Any]) -> Table:
     body = [
-        [r["set"], f"{r['rows']:,}", bracket(r["base"]) if r["base"] else "", bracket(r["score"]), difference_text(r)]
-        for r in subject["forgetting"]
+        [
+            row["set"],
+            rows_cell(row),
+            score_cell(row["base"]) if row["base"] else "–",
+            score_cell(row["score"]),
+            difference_cell(row),
+        ]
+        for row in subject["forgetting"]
     ]
-    return table(heads, body, left=1)
+    caption = "General tasks" + (f", and the paired difference from {subject['base']}" if subject["base"] else "")
+    heads = ["task", "rows", "base", "score", "vs base"]
+    return Table(heads, body, f"Forgetting, {subject['name']}", f"{caption}: what fine-tuning cost.")
 
 
-def format_table(subject: dict[str, Any]) -> list[str]:
-    heads = ["format and time", "unparsed", "cut", "empty", "seconds", "rows/s", "prompt tokens", "answer tokens"]
+def format_table(subject: dict[str, Any]) -> Table:
+    heads = ["data set", "unparsed", "cut", "empty", "seconds", "rows/s", "prompt tokens", "answer tokens"]
     body = []
     for row in subject["format"]:
-        unparsed = (
-            "" if row["unparsed"] is None else f"{row['unparsed']:,} ({percent(row['unparsed'] / row['items'], 1)}%)"
-        )
-        tokens = [number(row[key]) for key in ("prompt_tokens", "answer_tokens")]
-        times = [number(row["seconds"]), number(row["speed"])]
-        body.append([row["set"], unparsed, f"{row['cut']:,}", f"{row['empty']:,}", *times, *tokens])
-    return table(heads, body, left=1)
+        unparsed = Cell("–")
+        if row["unparsed"] is not None:
+            unparsed = Cell(number(row["unparsed"]), f"{percent(row['unparsed'] / row['items'], 1)}%")
+        limit = f", at {row['max_new_tokens']}" if row["max_new_tokens"] else ""
+        cut = Cell(number(row["cut"]), f"{percent(row['cut'] / row['rows'], 1)}%{limit}")
+        figures = ("empty", "seconds", "speed", "prompt_tokens", "answer_tokens")
+        body.append([row["set"], unparsed, cut, *(number(row[key]) for key in figures)])
+    caption = "Unparsed: no valid answer under strict scoring. Cut: the answer reached max_new_tokens."
+    return Table(heads, body, f"Format and time, {subject['name']}", caption)
+
+
+def set_cell(row: dict[str, Any], again: bool) -> Cell:
+    """The data set, and which of its rows and labels; with a link where its labels have two versions."""
+    labels, href = f"{row['labels']} labels", ""
+    if row["only"]:
+        small = row["only"] + (f", {labels}" if row["versions"] > 1 else "")
+    elif row["versions"] > 1:
+        small, href = labels, f"#exchanged-{row['set']}"
+    else:
+        small = row["kind"] or labels
+    return Cell(row["set"], small + (", other file" if row["other_file"] else ""), "more" if again else "", href=href)
+
+
+def rows_cell(row: dict[str, Any]) -> Cell:
+    return Cell(number(row["rows"]), f"of {row['of']:,}" if row["rows"] < row["of"] else "")
+
+
+def score_cell(score: dict[str, Any]) -> Cell:
+    return Cell(percent(score["accuracy"]), f"[{percent(score['low'], 1)}, {percent(score['high'], 1)}]")
 
 
 def bracket(score: dict[str, Any]) -> str:
-    return f"{percent(score['accuracy'])} [{percent(score['low'], 1)}, {percent(score['high'], 1)}]"
+    return str(score_cell(score))
 
 
-def difference_text(row: dict[str, Any]) -> str:
+def difference_cell(row: dict[str, Any]) -> Cell:
+    """The paired difference of a row with its interval; ▲ and ▼ where it is distinguishable, else ≈."""
     found = row["difference"]
     if not found:
-        return ""
-    text = f"{signed(found['difference'])} [{signed(found['low'], 1)}, {signed(found['high'], 1)}]"
-    return (
-        text
-        + ("" if found["distinguishable"] else " ≈")
-        + (f", {found['rows']:,} rows" if found["rows"] < row["rows"] else "")
-    )
-
-
-def table(heads: list[str], body: list[list[str]], left: int) -> list[str]:
-    rule = ["---" if column < left else "---:" for column in range(len(heads))]
-    return [f"| {' | '.join(row)} |" for row in [heads, rule, *[[cell(text) for text in row] for row in body]]]
-
-
-def cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
+        return Cell("–")
+    kind, sign = ("up", "▲") if found["difference"] > 0 else ("down", "▼")
+    kind, sign = (kind, sign) if found["distinguishable"] else ("even", "≈")
+    small = f"[{signed(found['low'], 1)}, {signed(found['high'], 1)}]"
+    small += f", {found['rows']:,} rows" if found["rows"] < row["rows"] else ""
+    title = f"p {p_value(found['p'])}; right in one only: base {found['only_a']}, this {found['only_b']} of "
+    return Cell(f"{signed(found['difference'])} {sign}", small, kind, title + f"{found['rows']} rows")
 
 
 def run(folder: Path) -> None:

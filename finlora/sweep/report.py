@@ -5,19 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from finlora.core import html
 from finlora.core.errors import UserError
 from finlora.core.files import replacing
-from finlora.core.html import number, percent
+from finlora.core.html import Axis, Cell, Panel, Plot, Point, Series, Table, number, percent
 from finlora.evaluate.compare import join, refuse_unlike
-from finlora.evaluate.report import bracket, cell, difference_text, score, table
+from finlora.evaluate.report import bracket, difference_cell, score, score_cell
 from finlora.evaluate.results import pair, read, show
 from finlora.evaluate.statistics import paired
 from finlora.recipes import bases
 
-TEMPLATE = Path(__file__).with_name("report.html.jinja")
 # Keys that are one thing to a reader; every other key stands for itself.
 COLUMNS = {
     "lora_r": "rank",
@@ -25,7 +22,6 @@ COLUMNS = {
     **dict.fromkeys(("load_in_8bit", "load_in_4bit", "adapter"), "bits"),
     **dict.fromkeys(("peft_use_dora", "peft_use_rslora"), "method"),
 }
-WIDTH, LEFT, RIGHT, COLOURS = 760, 70, 20, 6
 LEVEL = 0.95
 
 
@@ -54,12 +50,9 @@ def report(recipe: Path, sweep: Path, points: list[dict[str, Any]], folder: Path
         "tiny": any(point["run"]["tiny"] for point in points if point["run"]),
     }
     shown |= {"notes": list(notes(shown)), "table": lay_out(shown), "plot": plot(points, rows, columns, bool(sets))}
-    text = "\n".join([f"# {shown['title']}", "", shown["verdict"], "", *markdown(shown["table"])])
-    text += "".join(f"\n\n{cell(note)}" for note in shown["notes"]) + "\n"
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(shown)
+    text = "\n".join([f"# {shown['title']}", "", shown["verdict"], "", *html.markdown(shown["table"])])
+    text += "".join(f"\n\n{html.plain(note)}" for note in shown["notes"]) + "\n"
+    page = html.render("sweep/report.html.jinja", shown)
     for name, content in (("table.md", text), ("index.html", page)):
         with replacing(folder / name) as file:
             file.write(content)
@@ -232,143 +225,93 @@ def notes(shown: dict[str, Any]) -> Iterator[str]:
     yield from shown["warnings"]
 
 
-def lay_out(shown: dict[str, Any]) -> list[list[str]]:
-    """The table's lines as text, the heads first; columns in which nothing stands are left out."""
-    several = shown["sets"] if len(shown["sets"]) > 1 else []
-    heads = ["", "point", *shown["columns"], "score", "vs best", *several, "validation loss", "trainable parameters"]
+def lay_out(shown: dict[str, Any]) -> Table:
+    """A row for each point; columns in which every cell is empty are left out."""
+    by_set = shown["sets"] if len(shown["sets"]) > 1 else []
+    heads = ["", "point", *shown["columns"], "score", "vs best", *by_set, "validation loss", "trainable parameters"]
     heads += ["seconds", "samples/s", "peak GiB", "note"]
     body = []
     for row in shown["rows"]:
         line = [str(row["number"]), row["name"], *row["values"]]
-        line += [bracket(row["score"]) if row["score"] else "", difference(row)]
-        line += (
-            [percent(one["accuracy"]) for one in row["by_set"]] if several and row["by_set"] else [""] * len(several)
-        )
+        line += [score_cell(row["score"]) if row["score"] else "", versus_best(row)]
+        line += [percent(one["accuracy"]) for one in row["by_set"]] if by_set and row["by_set"] else [""] * len(by_set)
         line += ["" if row["loss"] is None else f"{row['loss']:.4g}"]
         figures = [row[key] for key in ("trainable", "seconds", "samples_per_second", "memory")]
-        body.append([*line, *("" if value is None else number(value) for value in figures), row["note"]])
-    kept = [place for place in range(len(heads)) if any(line[place] for line in body)]
-    return [[line[place] for place in kept] for line in [heads, *body]]
+        line += ["" if value is None else number(value) for value in figures]
+        body.append([*line, Cell(row["note"], kind="words")])
+    kept = [column for column in range(len(heads)) if any(str(line[column]) for line in body)]
+    heads, *body = [[line[column] for column in kept] for line in [heads, *body]]
+    return Table(heads, body, "All points", left=2)
 
 
-def difference(row: dict[str, Any]) -> str:
-    return (
-        difference_text({"difference": row["difference"], "rows": row["difference"]["rows"]})
-        if row["difference"]
-        else ""
-    )
+def versus_best(row: dict[str, Any]) -> Cell:
+    return difference_cell(row | {"rows": row["difference"]["rows"]}) if row["difference"] else Cell()
 
 
-def markdown(lines: list[list[str]]) -> list[str]:
-    return table(lines[0], lines[1:], left=2)
-
-
-def plot(
-    points: list[dict[str, Any]], rows: list[dict[str, Any]], columns: list[str], scored: bool
-) -> dict[str, Any] | None:
-    """Score (or validation loss), time and memory against what varies first, as places in an SVG of WIDTH pixels.
+def plot(points: list[dict[str, Any]], rows: list[dict[str, Any]], columns: list[str], scored: bool) -> Plot | None:
+    """Score (or validation loss), time and memory against what varies first. None where no point is finished.
 
     The axis is numeric where every value is a number (logarithmic from a span of four on), else one place a value. What
-    else varies makes series, unless it follows from the axis. None where no point is finished.
+    else varies makes series, unless it follows from the axis.
     """
     done = [(point, row) for point, row in zip(points, rows, strict=True) if row["finished"]]
     if not done:
         return None
-    axis = columns[0] if columns else "point"
-    places = {row["number"]: on_axis(axis, point["recipe"]) for point, row in done}
-    words = {row["number"]: in_words(axis, value_of(axis, point["recipe"])) if columns else "" for point, row in done}
-    numeric = columns and all(place is not None for place in places.values())
+    column = columns[0] if columns else "point"
+    x = {row["number"]: on_axis(column, point["recipe"]) for point, row in done}
+    words = {
+        row["number"]: in_words(column, value_of(column, point["recipe"])) if columns else "" for point, row in done
+    }
+    numeric = bool(columns) and all(value is not None for value in x.values())
     if numeric:
-        words = {key: f"{place:g}" for key, place in places.items()}
+        words = {key: f"{value:g}" for key, value in x.items()}
     else:
         order = list(dict.fromkeys(words.values()))
-        places = {key: float(order.index(text)) for key, text in words.items()}
-    low, high = min(places.values()), max(places.values())
-    logarithmic = numeric and low > 0 and high / low >= 4
-    scale = math.log if logarithmic else float
-    series = series_of(done, words, columns)
-    names = list(dict.fromkeys(series.values()))
-
-    def x(key: int) -> float:
-        along = (scale(places[key]) - scale(low)) / (scale(high) - scale(low)) if high > low else 0.5
-        return LEFT + 30 + along * (WIDTH - LEFT - RIGHT - 60)
-
-    panels, top = [], 30
+        x = {key: float(order.index(text)) for key, text in words.items()}
+    long = max(map(len, words.values())) > 16
+    labels = {x[key]: f"#{key}" if long else text for key, text in reversed(words.items())}
+    log = numeric and min(x.values()) > 0 and max(x.values()) / min(x.values()) >= 4
+    axis = Axis(min(x.values()), max(x.values()), sorted(labels.items()), log)
+    names = series_of(done, words, columns)
+    panels = []
     first = ("score, %", "score") if scored else ("validation loss", "loss")
     for title, key in [first, ("training, s", "seconds"), ("peak memory, GiB", "memory")]:
-        marks = []
-        for _, row in done:
-            place = names.index(series[row["number"]])
-            beside = (place - (len(names) - 1) / 2) * 7  # intervals of several series would cover each other
-            marks.append(mark(row, key) | {"x": x(row["number"]) + beside, "series": place % COLOURS})
-        marks = [entry for entry in marks if entry["y"] is not None]
-        if marks:
-            panels.append(panel(title, marks, top, 90 if panels else 190, lines=bool(numeric)))
-            top = panels[-1]["bottom"] + 52
+        series = [
+            Series(
+                name,
+                [
+                    mark(row, key, x[row["number"]])
+                    for _, row in done
+                    if row[key] is not None and names[row["number"]] == name
+                ],
+                line=numeric,
+            )
+            for name in dict.fromkeys(names.values())
+        ]
+        if any(one.points for one in series):
+            panels.append(Panel(title, series))
     if not panels:
         return None
-    labels: list[dict[str, Any]] = []
-    long = max(map(len, words.values())) > 16
-    for key in sorted(places, key=x):
-        text = f"#{key}" if long else words[key]
-        if not labels or x(key) - labels[-1]["x"] > 7 * max(len(text), len(labels[-1]["text"])):
-            labels.append({"x": round(x(key), 1), "text": text})
-    return {
-        "axis": axis + (" (numbers as in the table)" if long else "") + (", log scale" if logarithmic else ""),
-        "panels": panels,
-        "labels": labels,
-        "series": names if len(names) > 1 else [],
-        "width": WIDTH,
-        "height": top + 6,
-        "left": LEFT,
-        "right": WIDTH - RIGHT,
-    }
+    numbers = " (numbers as in the table)" * long
+    return Plot(panels, axis, column + numbers + ", log scale" * log)
 
 
 def series_of(done: list[tuple[dict, dict]], words: dict[int, str], columns: list[str]) -> dict[int, str]:
-    """The name of each point's series: what else than the axis varies and does not follow from it."""
-    free = []
+    """The name of each point's series: the columns besides the axis that do not follow from it, with their values."""
+    named = []
     for place, column in enumerate(columns[1:], 1):
         by_axis: dict[str, set[str]] = {}
         for _, row in done:
             by_axis.setdefault(words[row["number"]], set()).add(row["values"][place])
         if any(len(values) > 1 for values in by_axis.values()):
-            free.append((place, column))
-    return {row["number"]: ", ".join(f"{name} {row['values'][place]}" for place, name in free) for _, row in done}
+            named.append((place, column))
+    return {row["number"]: ", ".join(f"{name} {row['values'][place]}" for place, name in named) for _, row in done}
 
 
-def mark(row: dict[str, Any], key: str) -> dict[str, Any]:
-    """A point's value in a panel and the ends of its interval, which are the value itself where it has none."""
+def mark(row: dict[str, Any], key: str, x: float) -> Point:
+    """A row's value in a panel; a score in percent with its interval."""
     value = row[key]
-    if key == "score" and value:
-        low, high, value = (100 * value[part] for part in ("low", "high", "accuracy"))
-        return {"y": value, "low": low, "high": high, "text": f"{row['name']}: {value:.2f} [{low:.1f}, {high:.1f}]"}
-    text = "" if value is None else f"{row['name']}: {number(value)}"
-    return {"y": value, "low": value, "high": value, "text": text}
-
-
-def panel(title: str, marks: list[dict[str, Any]], top: float, height: float, lines: bool) -> dict[str, Any]:
-    """Marks as places in pixels, with the ticks of the panel's own axis and a path for each series."""
-    ticks = html.axis(min(entry["low"] for entry in marks), max(entry["high"] for entry in marks))
-    low, high = ticks[0], ticks[-1]
-
-    def y(value: float) -> float:
-        return round(top + (high - value) / (high - low) * height, 1)
-
-    placed = [
-        entry | {"x": round(entry["x"], 1), **{key: y(entry[key]) for key in ("y", "low", "high")}} for entry in marks
-    ]
-    paths: dict[int, list[dict[str, Any]]] = {}
-    for entry in sorted(placed, key=lambda entry: entry["x"]) if lines else []:
-        paths.setdefault(entry["series"], []).append(entry)
-    return {
-        "title": title,
-        "top": top,
-        "bottom": top + height,
-        "ticks": [{"text": f"{tick:g}", "y": y(tick)} for tick in ticks],
-        "marks": placed,
-        "paths": [
-            {"series": name, "d": "M" + "L".join(f"{entry['x']} {entry['y']}" for entry in entries)}
-            for name, entries in paths.items()
-        ],
-    }
+    if key == "score":
+        low, high, share = (100 * value[part] for part in ("low", "high", "accuracy"))
+        return Point(share, low, high, x, f"{row['name']}: {bracket(value)}")
+    return Point(value, x=x, title=f"{row['name']}: {number(value)}")

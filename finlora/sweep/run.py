@@ -44,6 +44,7 @@ from finlora.train import runs, tracking
 SWEEPS = recipe_names.RECIPES / "sweeps"
 OWN = ("output_dir", "dataset_prepared_path", "plugins")  # what a sweep may not vary
 IN_NAME = {key for part in ("bits", "r", "alpha", "method") for key in recipe_names.DECIDED_BY[part]}
+FINLORA = (sys.executable, "-m", "finlora")  # what trains and evaluates a point, in a process of its own
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -369,7 +370,7 @@ def start(argv: list[str], gpu: str | None, log: Path, lock: IO | None) -> subpr
         env["CUDA_VISIBLE_DEVICES"] = gpu
     with log.open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "finlora", *argv],
+            [*FINLORA, *argv],
             cwd=ROOT,
             env=env,
             stdin=subprocess.DEVNULL,
