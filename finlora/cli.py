@@ -312,14 +312,15 @@ def merge(
     force: Force = False,
 ) -> None:
     """Merge a trained adapter into its base and verify it: 16-bit safetensors with tokenizer and chat template."""
-    from finlora.export.merge import merge
-    from finlora.export.subject import subject
+    from finlora.export.trained import load_trained
 
     if limit < 0:
         raise UserError(f"LIMIT={limit}: give a number of rows, 0 for none")
-    found = subject(recipe, adapter, model, bits, tiny)
-    merge(found, into and into.value, limit, prompt, force)
-    print(f"next      make serve {found['given']}, or make chat {found['given']}")
+    trained = load_trained(recipe, adapter, model, bits, tiny)
+    from finlora.export.merge import merge  # torch and PEFT: after the options have been checked
+
+    merge(trained, into and into.value, limit, prompt, force)
+    print(f"next      make serve {trained.options}, or make chat {trained.options}")
 
 
 @app.command(epilog="What follows -- goes to vLLM: -- --max-model-len 8192")
@@ -336,9 +337,9 @@ def serve(
 ) -> None:
     """Serve a merged model behind an OpenAI-compatible endpoint."""
     from finlora.export.serve import serve
-    from finlora.export.subject import subject
+    from finlora.export.trained import load_trained
 
-    serve(subject(recipe, adapter, model, bits, tiny), host, port, backend and backend.value, context.obj)
+    serve(load_trained(recipe, adapter, model, bits, tiny), host, port, backend and backend.value, context.obj)
 
 
 @app.command()
@@ -353,10 +354,12 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(click_type=Number(), help="the most tokens of an answer")] = 256,
 ) -> None:
     """Talk to a trained adapter in the terminal, with the chat template that is saved beside it."""
-    from finlora.export import chat
-    from finlora.export.subject import subject
+    from finlora.export.trained import load_trained
 
-    chat.run(subject(recipe, adapter, model, bits, tiny), prompt, keep_quantised, max_new_tokens)
+    trained = load_trained(recipe, adapter, model, bits, tiny)
+    from finlora.export import chat  # torch and PEFT: after the options have been checked
+
+    chat.run(trained, prompt, keep_quantised, max_new_tokens)
 
 
 @app.command()
@@ -372,11 +375,11 @@ def publish(
 ) -> None:
     """Write a trained recipe's model card and list what would go to the Hub."""
     from finlora.export.publish import publish
-    from finlora.export.subject import subject
+    from finlora.export.trained import load_trained
 
     if not recipe:
         raise UserError("give RECIPE=<trained recipe> and REPO=<user or organisation>/<model>")
-    publish(subject(recipe, None, None, None, tiny), repo, merged, private, push)
+    publish(load_trained(recipe, tiny=tiny), repo, merged, private, push)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 from finlora.data import prepare, rows
 from finlora.export.merge import merge
-from finlora.export.subject import subject
+from finlora.export.trained import load_trained
 from finlora.recipes import names as recipe_names
 from finlora.train import tiny
 from finlora.train.run import train
@@ -69,7 +69,7 @@ def evaluate(base: Path, adapter: Path, held_out: list[tuple[str, str]]) -> dict
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(adapter)
-    folders = {"base": base, "adapter": merge(subject(RECIPE.stem, None, None, None, tiny=False), limit=0)}
+    folders = {"base": base, "adapter": merge(load_trained(RECIPE.stem), limit=0)}
     return {
         name: right_answers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, held_out)
         for name, folder in folders.items()

@@ -154,7 +154,7 @@ def runs(finished_runs: Path, tmp_path: Path, monkeypatch) -> Path:
     """A copy of them in a place of its own, which merge, serve, chat and publish take for the repository."""
     from finlora.core import paths, provenance
     from finlora.export import merge, publish
-    from finlora.export import subject as subjects
+    from finlora.export import trained as trained_models
     from finlora.recipes import bases
     from finlora.train import run as train
     from finlora.train import runs as train_runs
@@ -162,6 +162,6 @@ def runs(finished_runs: Path, tmp_path: Path, monkeypatch) -> Path:
     shutil.copytree(finished_runs, tmp_path / "outputs")
     for module in paths, train_runs, provenance, bases, train, merge, publish:
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    for module in train_runs, subjects:
+    for module in train_runs, trained_models:
         monkeypatch.setattr(module, "OUTPUTS", tmp_path / "outputs")
     return tmp_path / "outputs"

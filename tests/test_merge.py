@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from test_eval_run import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finlora.export import merge
-from finlora.export import subject as subjects
+from finlora.export import trained as trained_models
 from finlora.models import load as models
 
 pytestmark = pytest.mark.xdist_group("after")
@@ -24,7 +25,7 @@ MERGED = f"outputs/{RECIPES[16]}/merged"
 
 
 def plan(recipe=None, adapter=None, model=None, bits=None):
-    return subjects.subject(recipe, adapter and str(adapter), model and str(model), bits, tiny=False)
+    return trained_models.load_trained(recipe, adapter and str(adapter), model and str(model), bits, tiny=False)
 
 
 def weights(folder):
@@ -59,7 +60,7 @@ def test_the_merged_model_is_what_was_trained(runs, bits, tiny_base, tmp_path, m
     assert folder == runs / RECIPES[bits] / "merged" and not list(folder.parent.glob(".merged-*"))
     about = json.loads((folder / "merge.json").read_text())
     into = "full" if bits == 16 else "dequantised"
-    assert about["into"] == into and about["adapter_sha256"] == about_run["facts"]["sha256"]
+    assert about["into"] == into and about["adapter_sha256"] == about_run.facts["sha256"]
 
     assert len(about["weights"]) > 2 and (folder / "model.safetensors.index.json").is_file()
     found, base = weights(folder), models.load_base(str(tiny_base), bits)
@@ -100,16 +101,16 @@ def test_the_merged_model_is_what_was_trained(runs, bits, tiny_base, tmp_path, m
 def test_what_it_merges_into_can_be_chosen_and_is_kept(runs, capsys):
     base = plan(RECIPES[8])
     merge.merge(base, into="full", limit=0)
-    first = json.loads((base["merged"] / "merge.json").read_text())
+    first = json.loads((base.merged / "merge.json").read_text())
     assert first["into"] == "full" and list(first["from_trained"]) == ["full"]
     merge.merge(base, into="full", limit=0)
     assert re.search("merged.*FORCE=1", capsys.readouterr().out)
-    left = base["folder"] / ".merged-killed"
+    left = base.folder / ".merged-killed"
     left.mkdir()
     merge.merge(base, limit=0)
-    second = json.loads((base["merged"] / "merge.json").read_text())
+    second = json.loads((base.merged / "merge.json").read_text())
     assert second["into"] == "dequantised" and second["weights"] != first["weights"] and not left.exists()
-    assert subjects.need_merged(base) == base["merged"]
+    assert trained_models.need_merged(base) == base.merged
 
 
 @pytest.mark.parametrize("tolerance", [0.01, 0])
@@ -129,11 +130,11 @@ def test_only_a_model_with_the_logits_of_base_and_adapter_is_called_done(runs, t
         monkeypatch.setattr(models, "attach", slightly_off)
     monkeypatch.setattr(merge, "TOLERANCE", {"cpu": tolerance})
     found = plan(RECIPES[16])
-    shutil.rmtree(found["merged"], ignore_errors=True)
+    shutil.rmtree(found.merged, ignore_errors=True)
     if wrong:
         with refuses("logits", "base and adapter", "nothing was written", "report"):
             merge.merge(found, limit=0)
-        assert not found["merged"].exists() and not list(found["folder"].glob(".merged-*"))
+        assert not found.merged.exists() and not list(found.folder.glob(".merged-*"))
     else:
         verified = json.loads((merge.merge(found, limit=0) / "merge.json").read_text())["verified"]
         assert "of_a_step" not in verified if tolerance else verified["mean"] < verified["of_a_step"]
@@ -142,26 +143,26 @@ def test_only_a_model_with_the_logits_of_base_and_adapter_is_called_done(runs, t
 def test_what_is_merged_is_held_against_adapter_base_and_weights(runs, tiny_base):
     found = plan(RECIPES[16])
     folder = merge.merge(found, limit=0)
-    assert subjects.need_merged(found) == folder and subjects.check_weights(folder) is None
-    for key, other in {"model": "another/base", "bits": 8}.items():
+    assert trained_models.need_merged(found) == folder and trained_models.check_weights(folder) is None
+    for key, other in {"base_model": "another/base", "bits": 8}.items():
         with refuses("this adapter", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-            subjects.need_merged(found | {key: other})
+            trained_models.need_merged(replace(found, **{key: other}))
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-8] + b"spoiled!")
-    for check in (lambda: subjects.check_weights(folder), lambda: merge.merge(found, limit=0)):
+    for check in (lambda: trained_models.check_weights(folder), lambda: merge.merge(found, limit=0)):
         with refuses("verified", "FORCE=1", file=f"{MERGED}/model.safetensors"):
             check()
     path.unlink()
     with refuses("this adapter", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-        subjects.need_merged(found)
+        trained_models.need_merged(found)
     merge.merge(found, limit=0)
     assert path.read_bytes() == whole
 
 
 def test_an_adapter_alone_names_its_base(runs, tiny_base, monkeypatch):
     found = plan(adapter=runs / RECIPES[16])
-    assert found["model"] == str(tiny_base) and found["bits"] == 16 and found["name"] == RECIPES[16]
+    assert found.base_model == str(tiny_base) and found.bits == 16 and found.name == RECIPES[16]
     config = runs / RECIPES[16] / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
     with refuses("base", "MODEL=", file=runs / RECIPES[16]):
@@ -209,7 +210,7 @@ def test_mistakes_are_one_line_and_leave_nothing(runs, tiny_base, tmp_path, monk
     def fails(what, *words, file=None, **options):
         with refuses(*words, file=file):
             merge.merge(what, limit=0, **options)
-        assert not list(what["folder"].glob("*merged*"))
+        assert not list(what.folder.glob("*merged*"))
 
     for given in ({}, {"recipe": RECIPES[8], "adapter": "x"}, {"recipe": RECIPES[8], "model": "x"}):
         with refuses("RECIPE=", "ADAPTER=", "MODEL="):
@@ -222,7 +223,7 @@ def test_mistakes_are_one_line_and_leave_nothing(runs, tiny_base, tmp_path, monk
     fails(nowhere, "base", "MODEL=", ".cache/nowhere", "fetch", force=True)
     (runs / RECIPES[8] / "chat_template.jinja").unlink()
     fails(plan(adapter=runs / RECIPES[8]), "tokenizer", "chat template", "PROMPT=")
-    assert not wrong["folder"].exists() and not list(wrong["folder"].parent.glob(".*"))  # no lock either
+    assert not wrong.folder.exists() and not list(wrong.folder.parent.glob(".*"))  # no lock either
     fails(plan(RECIPES[16]), RECIPES[16], "16 bits|16-bit", file="INTO=dequantised", into="dequantised")
 
     monkeypatch.setattr(merge, "gpus", lambda: [("NVIDIA T4", 15.0, 0.001)])  # no GPU is here
@@ -253,16 +254,16 @@ def test_mistakes_are_one_line_and_leave_nothing(runs, tiny_base, tmp_path, monk
 
 def test_files_of_somebody_else_are_kept(runs):
     found = plan(RECIPES[16])
-    found["merged"].mkdir()
-    (found["merged"] / "mine").touch()
+    found.merged.mkdir()
+    (found.merged / "mine").touch()
     with refuses("files", "make merge", "FORCE=1", file=MERGED):
         merge.merge(found, limit=0)
-    assert (found["merged"] / "mine").exists()
+    assert (found.merged / "mine").exists()
     with refuses("not there|missing", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-        subjects.need_merged(found)
-    (found["merged"] / "merge.json").write_text('{"adapter_sha256": "0"}')
+        trained_models.need_merged(found)
+    (found.merged / "merge.json").write_text('{"adapter_sha256": "0"}')
     with refuses("this adapter", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-        subjects.need_merged(found)
+        trained_models.need_merged(found)
 
 
 def test_an_adapter_of_the_same_name_elsewhere_replaces_no_merged_model(runs, tmp_path, capsys):
@@ -279,8 +280,8 @@ def test_an_adapter_of_the_same_name_elsewhere_replaces_no_merged_model(runs, tm
         merge.merge(other, limit=0)
     assert (folder / "merge.json").read_bytes() == before
     merge.merge(other, limit=0, force=True)
-    assert json.loads((folder / "merge.json").read_text())["adapter_sha256"] == other["facts"]["sha256"]
+    assert json.loads((folder / "merge.json").read_text())["adapter_sha256"] == other.facts["sha256"]
     change(second)  # trained again, in its place
     again = plan(adapter=second)
     merge.merge(again, limit=0)
-    assert json.loads((folder / "merge.json").read_text())["adapter_sha256"] == again["facts"]["sha256"]
+    assert json.loads((folder / "merge.json").read_text())["adapter_sha256"] == again.facts["sha256"]

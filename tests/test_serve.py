@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finlora.core.errors import run
 from finlora.export import chat, merge, serve
-from finlora.export import subject as subjects
+from finlora.export import trained as trained_models
 
 pytestmark = pytest.mark.xdist_group("after")
 MOST = 8
@@ -35,13 +35,13 @@ kept = []  # the merged model, made by the first test that needs it
 @pytest.fixture
 def merged(runs, tmp_path_factory):
     """The 16-bit run, merged."""
-    plan = subjects.subject(RECIPES[16], None, None, None, tiny=False)
+    trained = trained_models.load_trained(RECIPES[16])
     if kept:
-        shutil.copytree(kept[0], plan["merged"])
+        shutil.copytree(kept[0], trained.merged)
     else:
-        merge.merge(plan, limit=0)
-        kept.append(shutil.copytree(plan["merged"], tmp_path_factory.mktemp("merged") / "merged"))
-    return plan
+        merge.merge(trained, limit=0)
+        kept.append(shutil.copytree(trained.merged, tmp_path_factory.mktemp("merged") / "merged"))
+    return trained
 
 
 def answer(folder, turns):
@@ -108,14 +108,14 @@ def test_the_endpoint_answers_as_the_model_does(merged, tmp_path, monkeypatch):
             assert not os.waitpid(pid, os.WNOHANG)[0], "the server ended"
             time.sleep(0.05)
         listed = requests.get(f"{url}/v1/models", timeout=60)
-        assert listed.ok and [model["id"] for model in listed.json()["data"]] == [merged["name"]]
+        assert listed.ok and [model["id"] for model in listed.json()["data"]] == [merged.name]
         text = (Path(__file__).parent.parent / "docs" / "use.md").read_text(encoding="utf-8")
         documented = json.loads(re.search(r"/v1/chat/completions .*? -d '(\{.*?\n\})'", text, re.S)[1])
         assert documented["model"] == "sentiment_r8_dora"
         body = documented | {"model": listed.json()["data"][0]["id"], "max_tokens": MOST}
         turns = body["messages"]
         found = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
-        expected, length = answer(merged["merged"], turns)
+        expected, length = answer(merged.merged, turns)
         assert found["choices"][0]["message"] == {"role": "assistant", "content": expected} and expected
         assert found["usage"]["prompt_tokens"] == length
         assert requests.post(f"{url}/v1/chat/completions", json=body | {"model": "gpt"}, timeout=60).status_code == 400
@@ -139,12 +139,12 @@ def test_vllm_is_started_on_the_merged_folder(merged, tmp_path, monkeypatch):
     (pid,) = child(lambda: serve.serve(merged, "127.0.0.1", port, "vllm", ["--max-model-len", "8192"]))
     assert ended(pid) == 0
     argv, environment = json.loads(log.read_text())
-    assert argv[:2] == ["serve", str(merged["merged"])] and argv[-2:] == ["--max-model-len", "8192"]
+    assert argv[:2] == ["serve", str(merged.merged)] and argv[-2:] == ["--max-model-len", "8192"]
     options = dict(zip(argv[2:-2:2], argv[3:-2:2], strict=True))
     assert options == {
         "--host": "127.0.0.1",
         "--port": str(port),
-        "--served-model-name": merged["name"],
+        "--served-model-name": merged.name,
         "--override-generation-config": '{"temperature": 0}',
     }
     assert environment["HF_HUB_OFFLINE"] == "1" and "PYTHONPATH" not in environment
@@ -166,7 +166,7 @@ def test_what_cannot_be_served_is_one_line(runs, merged, tmp_path, monkeypatch):
         with refuses(*words, file=file):
             serve.serve(what, host, port, backend, list(args))
 
-    absent = subjects.subject(RECIPES[8], None, None, None, tiny=False)
+    absent = trained_models.load_trained(RECIPES[8])
     missing = "is not there|not found"
     fails(missing, "`make merge RECIPE=sentiment_r8_dora`", file="outputs/sentiment_r8_dora/merged", what=absent)
     monkeypatch.setattr(serve, "gpus", lambda: [("NVIDIA H100", 80.0, 79.0)])
@@ -175,7 +175,7 @@ def test_what_cannot_be_served_is_one_line(runs, merged, tmp_path, monkeypatch):
     fails("vLLM", file="ARGS=--max-model-len 10", backend="transformers", args=("--max-model-len", "10"))
     for host in "192.0.2.1", "no.such.host", "no..host":
         fails("bound|bind", file=f"HOST={host} PORT=8000", host=host, backend="transformers")
-    weights = merged["merged"] / "model.safetensors"
+    weights = merged.merged / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     here = os.getcwd()
     fails(
@@ -194,9 +194,9 @@ def test_chat_answers_lines_of_a_pipe_as_the_model_does(merged, monkeypatch, cap
     assert what == "outputs/sentiment_bf16_r8_dora/merged"
     monkeypatch.setattr(sys, "stdin", io.StringIO("sales rose\n\nand now?\n/new\nsales rose\n"))
     chat.chat(model, tokenizer, MOST)
-    first = answer(merged["merged"], [{"role": "user", "content": "sales rose"}])[0]
+    first = answer(merged.merged, [{"role": "user", "content": "sales rose"}])[0]
     turns = [("user", "sales rose"), ("assistant", first), ("user", "and now?")]
-    second = answer(merged["merged"], [{"role": role, "content": text} for role, text in turns])[0]
+    second = answer(merged.merged, [{"role": role, "content": text} for role, text in turns])[0]
     assert capsys.readouterr().out == f"{first}\n{second}\n{first}\n\n"
 
 
@@ -213,7 +213,7 @@ def test_ctrl_c_ends_an_answer_and_forgets_the_question(merged, monkeypatch, cap
     monkeypatch.setattr(model, "generate", interrupted)
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"sales rose\nsales fell\n{'sales ' * 20000}\n"))
     chat.chat(model, tokenizer, MOST)
-    expected, length = answer(merged["merged"], [{"role": "user", "content": "sales fell"}])
+    expected, length = answer(merged.merged, [{"role": "user", "content": "sales fell"}])
     said = capsys.readouterr()
     assert said.out == f"\n{expected}\n\n" and asked[1] == length
     (line,) = [line for line in said.err.splitlines() if "/new" in line]
@@ -223,7 +223,7 @@ def test_ctrl_c_ends_an_answer_and_forgets_the_question(merged, monkeypatch, cap
 @pytest.mark.parametrize("bits", [8, 4])
 def test_an_adapter_is_talked_to_before_it_is_merged(runs, bits):
     """Merged in memory, or on quantised weights with cached norms: the same first token, its magnitudes included."""
-    plan = subjects.subject(RECIPES[bits], None, None, None, tiny=False)
+    plan = trained_models.load_trained(RECIPES[bits])
     ids = torch.arange(3, 24)[None]
     found = []
     for keep in (False, True):
@@ -250,7 +250,7 @@ def test_ctrl_d_and_ctrl_c_leave_the_terminal_cleanly(merged, key):
     try:
         read_until(terminal, "> $")
         os.write(terminal, b"sales rose\n")
-        expected = answer(merged["merged"], [{"role": "user", "content": "sales rose"}])[0]
+        expected = answer(merged.merged, [{"role": "user", "content": "sales rose"}])[0]
         said = read_until(terminal, r"\n> $").replace("\r\n", "\n")
         assert expected in said
         os.write(terminal, key)

@@ -2,52 +2,57 @@
 
 finlora chat --recipe sentiment_r8_dora [--tiny] [--keep-quantised]
 
-The merged model where there is one, else the adapter merged in memory, or with --keep-quantised on quantised weights
-with DoRA's norms cached. `axolotl inference --chat` takes the template from the recipe instead of the adapter's folder,
-samples, penalises what is repeated, and refuses a pipe; `transformers chat` samples and wants a server.
+It loads the merged model where there is one, else merges the adapter in memory; with --keep-quantised the base stays
+quantised, unmerged, with DoRA's norms cached. `axolotl inference --chat` takes the template from the recipe instead of
+the adapter's folder, samples, applies a repetition penalty, and refuses a pipe; `transformers chat` samples and needs a
+server.
 """
 
 import sys
 from contextlib import suppress
-from typing import Any
+
+from transformers import TextStreamer
 
 from finlora.core.paths import shown
 from finlora.export.merge import as_trained
-from finlora.export.subject import fetch_model, merged_folder, without_the_hub
+from finlora.export.trained import TrainedModel, disable_hub, fetch_base_model, merged_folder
+from finlora.models import load as models
+from finlora.models.generate import end_tokens
 
 
-def load(plan: dict[str, Any], prompt: str, keep_quantised: bool):
+def load(trained: TrainedModel, prompt: str, keep_quantised: bool):
     """(model, tokenizer, what they are, in words)."""
-    from finlora.models import load as models
-
-    folder = None if keep_quantised or prompt != "saved" else merged_folder(plan)
+    folder = None if keep_quantised or prompt != "saved" else merged_folder(trained)
     if folder:
-        without_the_hub()
+        disable_hub()
         return models.load_base(str(folder), 16), models.load_tokenizer(str(folder), None, prompt), shown(str(folder))
-    fetch_model(plan)
-    tokenizer = models.load_tokenizer(plan["model"], plan["adapter"], prompt)
-    models.check_fits(plan["adapter"], plan["model"])
-    quantised = keep_quantised and plan["bits"] != 16
-    model = (
-        as_trained(plan) if quantised else models.attach(models.load_base(plan["model"], plan["bits"]), plan["adapter"])
+    fetch_base_model(trained)
+    tokenizer = models.load_tokenizer(trained.base_model, trained.adapter, prompt)
+    models.check_fits(trained.adapter, trained.base_model)
+    if keep_quantised and trained.bits != 16:
+        model, state = as_trained(trained), "not merged"
+    else:
+        base = models.load_base(trained.base_model, trained.bits)
+        model, state = models.attach(base, trained.adapter), "merged in memory"
+    return (
+        model,
+        tokenizer,
+        f"{shown(str(trained.adapter))}, {state}, on {trained.bits}-bit {shown(trained.base_model)}",
     )
-    way = "not merged" if quantised else "merged in memory"
-    return model, tokenizer, f"{shown(str(plan['adapter']))}, {way}, on {plan['bits']}-bit {shown(plan['model'])}"
 
 
-def chat(model, tokenizer, most: int) -> None:
-    """Answer lines from the terminal or a pipe, greedily and as they come, until Ctrl-D, Ctrl-C or the end."""
-    from transformers import TextStreamer
+def chat(model, tokenizer, max_new_tokens: int) -> None:
+    """Answer lines from the terminal or a pipe, greedily and token by token, until Ctrl-D, Ctrl-C or the end.
 
-    from finlora.models.generate import end_tokens
-
+    The prompt is the whole conversation, tokenized anew for each answer; /new starts another conversation.
+    """
     terminal = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     if terminal:
         with suppress(ImportError):
-            import readline  # noqa: F401 (line editing)
-        print("/new forgets what was said; Ctrl-C ends an answer; Ctrl-D leaves")
+            import readline  # noqa: F401 (line editing; importing it has effects on input(), so only in a terminal)
+        print("/new starts a new conversation; Ctrl-C ends an answer; Ctrl-D leaves")
     turns: list[dict[str, str]] = []
     while True:
         try:
@@ -60,16 +65,16 @@ def chat(model, tokenizer, most: int) -> None:
         if not text or text == "/new":
             continue
         turns.append({"role": "user", "content": text})
-        given = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        given, length = given.to(model.device), given["input_ids"].shape[1]
-        if length + most > model.config.max_position_embeddings:
-            print("that is more than the model can take; /new begins anew", file=sys.stderr)
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        length = prompt["input_ids"].shape[1]
+        if length + max_new_tokens > model.config.max_position_embeddings:
+            print("the conversation is more than the model can take; /new starts another", file=sys.stderr)
             turns.pop()
             continue
         try:
             out = model.generate(
-                **given,
-                max_new_tokens=most,
+                **prompt.to(model.device),
+                max_new_tokens=max_new_tokens,
                 do_sample=False,
                 temperature=None,
                 top_p=None,
@@ -84,8 +89,8 @@ def chat(model, tokenizer, most: int) -> None:
         turns.append({"role": "assistant", "content": tokenizer.decode(out[0, length:], skip_special_tokens=True)})
 
 
-def run(plan: dict[str, Any], prompt: str, keep_quantised: bool, most: int) -> None:
-    """Load the model, say what it is, and chat."""
-    model, tokenizer, what = load(plan, prompt, keep_quantised)
-    print(f"chatting with {plan['name']}: {what}", file=sys.stderr, flush=True)
-    chat(model, tokenizer, most)
+def run(trained: TrainedModel, prompt: str, keep_quantised: bool, max_new_tokens: int) -> None:
+    """Load the model, print what it is, and chat."""
+    model, tokenizer, description = load(trained, prompt, keep_quantised)
+    print(f"chatting with {trained.name}: {description}", file=sys.stderr, flush=True)
+    chat(model, tokenizer, max_new_tokens)

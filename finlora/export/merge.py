@@ -3,13 +3,13 @@
 finlora merge --recipe sentiment_r8_dora [--tiny] [--into full] [--limit 100] [--force]
 finlora merge --adapter <folder or hub id> [--model <base>] [--bits 8]
 
-Loading, holding the adapter against the base and folding DoRA are evaluation's (finlora/models/load.py), so what is
-merged is what `make eval` scores. axolotl's merge-lora folds with PEFT's layers too, but cannot merge into 8-bit
-weights as they were trained on, rounds embeddings and head to 4 bits with the rest, writes in place and compares
-nothing.
+Loading, checking the adapter against the base, and merging DoRA are evaluation's (finlora/models/load.py), so what is
+merged is what `make eval` scores. axolotl's merge-lora also uses PEFT's layers, but cannot merge into 8-bit weights as
+they were in training, rounds embeddings and head to 4 bits with the rest, writes in place and verifies nothing.
 
-An adapter of 8 or 4 bits learned to correct rounded weights. It can be merged into the base as published ("full") or
-into the weights that it saw ("dequantised"): both are held against the model as trained, the closer one is taken.
+An adapter trained on 8- or 4-bit weights learned to correct rounded weights. It can be merged into the base as
+published ("full") or into the rounded weights ("dequantised"): both are compared with the model as trained, and the
+closer one is taken.
 """
 
 import gc
@@ -17,207 +17,237 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import fastdora
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
 from finlora.core.machine import GIB, gpus
 from finlora.core.paths import ROOT, shown
 from finlora.core.provenance import git_state, versions
 from finlora.data.test_sets import RAW, SAMPLE, all_sets
-from finlora.export.subject import check_base, check_weights, fetch_model, merged_folder
-from finlora.models.load import check_fits, load_config, load_tokenizer, template_sha256
+from finlora.export.trained import TrainedModel, check_base, check_weights, fetch_base_model, merged_folder
+from finlora.models import load as models
 from finlora.train.runs import folder_lock
 
 SHARD = "5GB"
-DIALOGUES, POSITIONS = 16, 8  # whose logits are compared: so many rows, so many of each one's last tokens
-# Of the logits' spread: weights rounded to bfloat16 move them by less, a GPU's 16-bit activations by more; `verify`
-# looks closer where it is passed.
+DIALOGUES, POSITIONS = 16, 8  # logits are compared on this many rows, at this many of each row's last tokens
+# The mean distance of logits, as a share of their spread, that passes without a closer look. Saving in bfloat16 moves
+# the demo's logits by 0.2% of it (docs/use.md). A GPU also rounds activations to 16 bits, in another order for merged
+# and unmerged weights: hence 5%. Beyond, `verify` measures what one step of bfloat16 does to this very model, because
+# some are that sensitive: an 8B shape of random weights moves by 8%.
 TOLERANCE = {"cpu": 0.01, "cuda": 0.05}
 ON_CPU = "merge on the CPU: CUDA_VISIBLE_DEVICES= make merge ..."
 SAMPLE_ROWS = SAMPLE / "test" / "fpb_test.jsonl"
 
 
-def merge(
-    plan: dict[str, Any], into: str | None = None, limit: int = 100, prompt: str = "saved", force: bool = False
-) -> Path:
-    """Merge, hold the saved model against base and adapter, and return its folder; merge.json there says it all.
+@dataclass(frozen=True)
+class Distance:
+    """How far logits (positions, vocabulary) are from the expected ones: mean and largest absolute difference."""
 
-    into: "full" or "dequantised"; without it the one closer to the model as trained. limit: rows of each test set that
-    is at hand that both are asked, 0 for none. Nothing is left behind where it fails: the folder is written beside
-    and renamed. Raises UserError.
+    mean: float
+    largest: float
+    spread: float  # the expected logits' standard deviation over the vocabulary, on average
+    same_next_token: float  # share of positions
+    of_a_step: float | None = None  # the mean distance that one step of bfloat16 in every weight makes, if measured
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2g} on average ({self.largest:.2g} at most, of a spread of {self.spread:.2g})"
+
+    def as_json(self) -> dict[str, float]:
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What a model makes of the rows: logits, and its answers and accuracy for each test set that was asked."""
+
+    logits: torch.Tensor  # (positions, vocabulary), float32, on the CPU
+    answers: dict[str, list[str]] = field(default_factory=dict)
+    score: dict[str, float] = field(default_factory=dict)
+
+
+def merge(
+    trained: TrainedModel, into: str | None = None, limit: int = 100, prompt: str = "saved", force: bool = False
+) -> Path:
+    """Merge, verify the saved model against base and adapter, and return its folder; merge.json there holds the report.
+
+    into: "full" or "dequantised"; without it the one closer to the model as trained. limit: rows of each test set
+    present that both are asked, 0 for none. The folder is written beside its place and renamed once it is verified, so
+    a failure leaves nothing behind. Raises UserError.
     """
-    if into == "dequantised" and plan["bits"] == 16:
-        raise UserError(f"INTO=dequantised: {plan['name']} was trained on 16 bits; there is nothing to dequantise")
+    if into == "dequantised" and trained.bits == 16:
+        raise UserError(f"INTO=dequantised: {trained.name} was trained on 16 bits; there is nothing to dequantise")
     if not force:
-        check_base(plan)
-    out = plan["merged"]
+        check_base(trained)
+    out = trained.merged
     before = read_json(out / "merge.json")
-    kept = bool(merged_folder(plan)) and into in (before["asked_for"], before["into"]) and not force
-    if not kept:  # before the folder is made: a refused merge leaves none
-        check_replaced(plan, before, force)
-        fetch_model(plan)
-        check_fits(plan["adapter"], plan["model"])
-        check_room(plan)
-        tokenizer = load_tokenizer(plan["model"], plan["adapter"], prompt)
-    with folder_lock(plan["folder"]):
-        if kept:
+    if merged_folder(trained) and into in (before["asked_for"], before["into"]) and not force:
+        with folder_lock(trained.folder):
             check_weights(out)
-            print(f"{shown(str(out))} is already merged from this adapter; FORCE=1 merges again")
-            return out
-        for left in plan["folder"].glob(".merged-*"):  # of a run that was killed
-            shutil.rmtree(left)
-        with tempfile.TemporaryDirectory(dir=plan["folder"], prefix=".merged-") as beside:
-            whole = Path(beside) / "merged"
+        print(f"{shown(str(out))} is already merged from this adapter; FORCE=1 merges again")
+        return out
+    check_replaced(trained, before, force)  # all checks come before the folder is made: a refused merge leaves none
+    fetch_base_model(trained)
+    models.check_fits(trained.adapter, trained.base_model)
+    check_room(trained)
+    tokenizer = models.load_tokenizer(trained.base_model, trained.adapter, prompt)
+    with folder_lock(trained.folder):
+        for leftover in trained.folder.glob(".merged-*"):  # of a run that was killed
+            shutil.rmtree(leftover)
+        with tempfile.TemporaryDirectory(dir=trained.folder, prefix=".merged-") as beside:
+            folder = Path(beside) / "merged"
             try:
-                about = write(plan, into, limit, tokenizer, whole)
-            except Exception as error:
-                if type(error).__name__ != "OutOfMemoryError":
-                    raise
-                raise UserError(f"{plan['name']}: the GPU is out of memory; free it, or {ON_CPU}") from error
-            whole.chmod(0o755)
+                verified = write(trained, into, limit, tokenizer, folder)
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"{trained.name}: the GPU is out of memory; free it, or {ON_CPU}") from error
+            folder.chmod(0o755)  # TemporaryDirectory's own is 0o700
             if out.exists():
                 out.rename(Path(beside) / "before")
-            whole.rename(out)
-    weights = list(out.glob("*.safetensors"))
+            folder.rename(out)
+    shards = list(out.glob("*.safetensors"))
     print(
-        f"verified  logits of the saved model: {off(about['verified'])} from base and adapter\n"
-        f"merged    {shown(str(out))} ({sum(path.stat().st_size for path in weights) / 1e9:.2f} GB in {len(weights)} "
-        f"file{'s' * (len(weights) > 1)})"
+        f"verified  logits of the saved model: {verified} from base and adapter\n"
+        f"merged    {shown(str(out))} ({sum(path.stat().st_size for path in shards) / 1e9:.2f} GB in {len(shards)} "
+        f"file{'s' * (len(shards) > 1)})"
     )
     return out
 
 
-def check_replaced(plan: dict[str, Any], before: dict[str, Any] | None, force: bool) -> None:
-    """UserError where merging would replace files of somebody else, or the model of an adapter from elsewhere.
+def check_replaced(trained: TrainedModel, before: dict[str, Any] | None, force: bool) -> None:
+    """UserError where merging would replace files that it did not write, or the model of an adapter from elsewhere.
 
-    before: merge.json of what is there.
+    before: merge.json of the folder as it is now.
     """
-    out = shown(str(plan["merged"]))
-    if before is None and plan["merged"].exists() and not force:
+    out = shown(str(trained.merged))
+    if before is None and trained.merged.exists() and not force:
         raise UserError(f"{out}: holds files that `make merge` did not write; FORCE=1 replaces them")
-    other = before and before["adapter_sha256"] != plan["facts"]["sha256"]
-    if other and before["adapter"] != shown(str(plan["adapter"])) and not force:
+    other = before and before["adapter_sha256"] != trained.facts["sha256"]
+    if other and before["adapter"] != shown(str(trained.adapter)) and not force:
         raise UserError(
             f"{out}: holds the model merged from {before['adapter']}; FORCE=1 replaces it, and an adapter folder of "
             "another name keeps both"
         )
 
 
-def write(plan: dict[str, Any], into: str | None, limit: int, tokenizer, folder: Path) -> dict[str, Any]:
-    """Choose what to merge into, write the merged model into `folder`, verify it; return what merge.json holds."""
-    from finlora.models import load as models
+def check_room(trained: TrainedModel) -> None:
+    """UserError where the merged model does not fit on the disk, or the base in 16 bits (32 on a CPU) in memory.
 
-    rows = dialogues(plan, tokenizer)
-    choices = ["full"] if plan["bits"] == 16 else [into] if into else ["full", "dequantised"]
-    print(
-        f"merging   {plan['name']}: {plan['facts']['method']}, r {plan['facts']['r']}, trained on {plan['bits']} bits"
-    )
-    trained = None
-    if plan["bits"] != 16:
-        trained = ask(as_trained(plan), tokenizer, rows, plan, limit)
-        free()
-    merged, found = None, {}
-    for choice in choices:
-        merged = None  # before the next one is loaded
-        free()
-        merged, expected = fold(plan, choice, rows)
-        if trained:
-            found[choice] = compare(ask(merged, tokenizer, rows, plan, limit), trained)
-            print(f"{choice:<12}{said(found[choice])}", flush=True)
-    chosen = min(found, key=lambda choice: found[choice]["mean"], default="full")
-    if chosen != choices[-1]:
-        merged = None
-        free()
-        merged, expected = fold(plan, chosen, rows)
-    if len(choices) > 1:
-        print(f"taking    {chosen}, the closer to the model as trained; INTO= takes the other")
-    try:
-        save(merged, tokenizer, folder)
-        merged = None
-        free()
-        saved = models.load_base(str(folder), 16)
-        verified = verify(saved, rows, expected)
-        if "of_a_step" in verified and not verified["mean"] <= verified["of_a_step"]:  # nor where they are no numbers
+    The factors leave room beside the weights: 5% for tokenizer and file headers, 15% for one layer's update and norm.
+    """
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(models.load_config(trained.base_model))
+    size = 2 * sum(tensor.numel() for tensor in skeleton.parameters()) / GIB
+    existing = next(folder for folder in (trained.folder, *trained.folder.parents) if folder.is_dir())
+    available = shutil.disk_usage(existing).free / GIB
+    if available < size * 1.05:
+        raise UserError(
+            f"{trained.folder}: the merged model takes {size:.1f} GiB and {available:.1f} are free; free some"
+        )
+    if cards := gpus():
+        name, _, available = cards[0]
+        if available < size * 1.15:
             raise UserError(
-                f"{plan['adapter']}: merged, its logits are {off(verified)} from those of base and adapter, more than "
-                f"the {verified['of_a_step']:.2g} of a rounding of its weights; nothing was written, please report this"
+                f"merging takes {size * 1.15:.0f} GiB of GPU memory, {name} has {available:.0f} free; free it, or "
+                f"{ON_CPU}"
+            )
+        return
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+    if available < size * 2.15:
+        raise UserError(
+            f"merging takes {size * 2.15:.0f} GiB of memory and {available:.0f} are free; take a larger machine"
+        )
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Errors of the disk as UserError; safetensors wraps the operating system's error in one of its own."""
+    try:
+        yield
+    except Exception as error:
+        if not (isinstance(error, OSError) or (type(error).__name__ == "SafetensorError" and "os error" in str(error))):
+            raise
+        raise UserError(
+            f"{shown(str(out))}: cannot be written ({' '.join(str(error).split())[:120]}); free some space"
+        ) from error
+
+
+def write(trained: TrainedModel, into: str | None, limit: int, tokenizer, folder: Path) -> Distance:
+    """Merge into the closer weights, save the model to `folder`, verify what was saved, and write merge.json."""
+    rows = dialogues(trained, tokenizer)
+    merged, expected, report = merge_closest(trained, into, limit, tokenizer, rows)
+    with disk_errors(trained.merged):
+        save(merged, tokenizer, folder)
+        del merged  # before the saved model is loaded
+        collect()
+        verified = verify(models.load_base(str(folder), 16), rows, expected)
+        # Not `>`: logits that are no numbers must not pass.
+        if verified.of_a_step is not None and not verified.mean <= verified.of_a_step:
+            raise UserError(
+                f"{trained.adapter}: merged, its logits are {verified} from those of base and adapter, more than the "
+                f"{verified.of_a_step:.2g} of a rounding of its weights; nothing was written, please report this"
             )
         about = {
-            "adapter": shown(str(plan["adapter"])),
-            "adapter_sha256": plan["facts"]["sha256"],
-            "base": shown(plan["model"]),
-            **{key: plan["facts"][key] for key in ("method", "r", "alpha")},
-            "trained_bits": plan["bits"],
-            "into": chosen,
+            "adapter": shown(str(trained.adapter)),
+            "adapter_sha256": trained.facts["sha256"],
+            "base": shown(trained.base_model),
+            **{key: trained.facts[key] for key in ("method", "r", "alpha")},
+            "trained_bits": trained.bits,
             "asked_for": into,
             "dialogues": len(rows),
-            "from_trained": found,
-            "trained_score": trained["score"] if trained else {},
-            "verified": verified,
-            "template_sha256": template_sha256(tokenizer),
+            **report,
+            "verified": verified.as_json(),
+            "template_sha256": models.template_sha256(tokenizer),
             "weights": {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))},
             "versions": versions(),
             "git": git_state(),
         }
         (folder / "merge.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    except Exception as error:
-        if not is_disk(error):
-            raise
-        raise UserError(
-            f"{shown(str(plan['merged']))}: cannot be written ({' '.join(str(error).split())[:120]}); free some space"
-        ) from error
-    return about
+    return verified
 
 
-def verify(saved, rows: list[list[int]], expected) -> dict[str, float]:
-    """`distance` of a saved model's logits from those expected.
+def merge_closest(trained: TrainedModel, into: str | None, limit: int, tokenizer, rows: list[list[int]]):
+    """The merged model, the logits to expect of it, and merge.json's keys on the choice of the weights merged into.
 
-    Where it is over TOLERANCE, `of_a_step` too: how far the logits go when every weight of `saved` goes one step of
-    bfloat16 up or down at random, which is done in place. Some models shake that much.
+    One model is in memory at a time, so the choice that was not merged last is merged again.
     """
-    import torch
-
-    found = logits(saved, rows)
-    verified = distance(found, expected)
-    if verified["mean"] <= TOLERANCE[saved.device.type] * verified["spread"]:
-        return verified
-    for tensor in saved.parameters():
-        rounded = tensor.data.to(torch.bfloat16)
-        towards = torch.where(torch.rand_like(tensor.data, dtype=torch.float32) < 0.5, math.inf, -math.inf)
-        tensor.data = torch.nextafter(rounded, towards.to(torch.bfloat16)).to(tensor.dtype)
-    return verified | {"of_a_step": distance(logits(saved, rows), found)["mean"]}
-
-
-def check_room(plan: dict[str, Any]) -> None:
-    """UserError where the merged model does not fit on the disk, or the base in 16 bits (32 on a CPU) in memory."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(load_config(plan["model"]))
-    size = 2 * sum(tensor.numel() for tensor in skeleton.parameters()) / GIB
-    existing = next(folder for folder in (plan["folder"], *plan["folder"].parents) if folder.is_dir())
-    free = shutil.disk_usage(existing).free / GIB
-    if free < size * 1.05:
-        raise UserError(f"{plan['folder']}: the merged model takes {size:.1f} GiB and {free:.1f} are free; free some")
-    if found := gpus():
-        name, _, free = found[0]
-        if free < size * 1.15:
-            raise UserError(
-                f"merging takes {size * 1.15:.0f} GiB of GPU memory, {name} has {free:.0f} free; free it, or {ON_CPU}"
-            )
-        return
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
-    if free < size * 2.15:
-        raise UserError(f"merging takes {size * 2.15:.0f} GiB of memory and {free:.0f} are free; take a larger machine")
+    facts = trained.facts
+    print(f"merging   {trained.name}: {facts['method']}, r {facts['r']}, trained on {trained.bits} bits")
+    if trained.bits == 16:  # there is nothing to choose, and the model as trained is what `verify` compares with
+        merged, expected = fold(trained, "full", rows)
+        return merged, expected, {"into": "full", "from_trained": {}, "trained_score": {}}
+    reference = ask(as_trained(trained), tokenizer, rows, trained, limit)
+    collect()
+    choices = [into] if into else ["full", "dequantised"]
+    merged, comparisons = None, {}
+    for choice in choices:
+        merged = None
+        collect()
+        merged, expected = fold(trained, choice, rows)
+        comparisons[choice] = compare(ask(merged, tokenizer, rows, trained, limit), reference)
+        print(f"{choice:<12}{summary_line(comparisons[choice])}", flush=True)
+    closest = min(comparisons, key=lambda choice: comparisons[choice]["mean"])
+    if closest != choices[-1]:
+        merged = None
+        collect()
+        merged, expected = fold(trained, closest, rows)
+    if len(choices) > 1:
+        print(f"taking    {closest}, the closer to the model as trained; INTO= takes the other")
+    return merged, expected, {"into": closest, "from_trained": comparisons, "trained_score": reference.score}
 
 
-def dialogues(plan: dict[str, Any], tokenizer) -> list[list[int]]:
-    """Tokens of the shortest of the recipe's own validation rows, or of the sample's where those are not at hand."""
-    own = [ROOT / entry["path"] for entry in plan["run"].get("test_datasets") or []]
+def dialogues(trained: TrainedModel, tokenizer) -> list[list[int]]:
+    """Tokens of the shortest of the recipe's own validation rows, or of the sample's where those are missing."""
+    own = [ROOT / entry["path"] for entry in trained.run_config.get("test_datasets") or []]
     path = next((path for path in own if path.is_file() and path.stat().st_size), SAMPLE_ROWS)
     turns = []
     with path.open(encoding="utf-8") as lines:
@@ -231,28 +261,25 @@ def dialogues(plan: dict[str, Any], tokenizer) -> list[list[int]]:
     return sorted(tokens, key=len)[:DIALOGUES]
 
 
-def as_trained(plan: dict[str, Any]):
-    """The quantised base with the adapter unmerged, its products those of training: fastdora's, or PEFT's own."""
-    import fastdora
-    from finlora.models import load as models
-
-    model = models.attach(models.load_base(plan["model"], plan["bits"], keep_quantised=True), plan["adapter"])
-    if plan["run"].get("fastdora_layers", "peft") == "fast":
-        fastdora.accelerate(model, fp8=bool(plan["run"].get("fastdora_fp8")))
+def as_trained(trained: TrainedModel):
+    """The quantised base with the adapter unmerged, its matmuls those of training: fastdora's, or PEFT's own."""
+    base = models.load_base(trained.base_model, trained.bits, keep_quantised=True)
+    model = models.attach(base, trained.adapter)
+    if trained.run_config.get("fastdora_layers", "peft") == "fast":
+        fastdora.accelerate(model, fp8=bool(trained.run_config.get("fastdora_fp8")))
     return model
 
 
-def fold(plan: dict[str, Any], into: str, rows: list[list[int]]):
-    """The base with the adapter merged, its weights rounded to bfloat16, and the logits before: base and adapter."""
-    import torch
-    from peft import PeftModel
+def fold(trained: TrainedModel, into: str, rows: list[list[int]]):
+    """(the base with the adapter merged into its weights, the logits of base and adapter before).
 
-    from finlora.models import load as models
-
-    base = models.load_base(plan["model"], 16 if into == "full" else plan["bits"])
-    unmerged = PeftModel.from_pretrained(base, plan["adapter"]).eval()
+    DoRA: W' = m (W + s B A) / ||W + s B A||, the norm of each row; LoRA: W' = W + s B A. Both are computed in float32
+    and then rounded to bfloat16, which is what is saved: `ask` then measures the model that users get.
+    """
+    base = models.load_base(trained.base_model, 16 if into == "full" else trained.bits)
+    unmerged = PeftModel.from_pretrained(base, trained.adapter).eval()
     expected = logits(unmerged, rows)
-    merged = models.attach(unmerged.unload(), plan["adapter"])
+    merged = models.attach(unmerged.unload(), trained.adapter)
     for tensor in merged.parameters():  # not .to(): buffers (rotary frequencies) stay float32
         tensor.data = tensor.data.to(torch.bfloat16).to(tensor.dtype)
     return merged, expected
@@ -260,10 +287,7 @@ def fold(plan: dict[str, Any], into: str, rows: list[list[int]]):
 
 def save(merged, tokenizer, folder: Path) -> None:
     """Weights in bfloat16, in shards; answers end where the chat template's do and are greedy, as in evaluation."""
-    import torch
-    from transformers import GenerationConfig
-
-    from finlora.models.generate import end_tokens
+    from finlora.models.generate import end_tokens  # late: it imports lm_eval, which takes seconds
 
     for tensor in merged.parameters():
         tensor.data = tensor.data.to(torch.bfloat16)
@@ -276,89 +300,95 @@ def save(merged, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def logits(model, rows: list[list[int]]):
-    """Logits (positions, vocabulary) of the last tokens of each row, float32, on the CPU."""
-    import torch
+def verify(saved, rows: list[list[int]], expected: torch.Tensor) -> Distance:
+    """The distance of a saved model's logits from the expected ones; `saved` may be changed in place.
 
-    found = []
+    Where it is over TOLERANCE, `of_a_step` is measured too: every weight goes one step of bfloat16 up or down at
+    random, twice the most that rounding changes it by. A model that is no further off than that is sensitive to
+    rounding, not wrongly merged.
+    """
+    found = logits(saved, rows)
+    verified = distance(found, expected)
+    if verified.mean <= TOLERANCE[saved.device.type] * verified.spread:
+        return verified
+    for tensor in saved.parameters():
+        rounded = tensor.data.to(torch.bfloat16)
+        towards = torch.where(torch.rand_like(tensor.data, dtype=torch.float32) < 0.5, math.inf, -math.inf)
+        tensor.data = torch.nextafter(rounded, towards.to(torch.bfloat16)).to(tensor.dtype)
+    return Distance(**verified.as_json(), of_a_step=distance(logits(saved, rows), found).mean)
+
+
+def logits(model, rows: list[list[int]]) -> torch.Tensor:
+    """Logits (positions, vocabulary) of the last tokens of each row, float32, on the CPU."""
+    last = []
     with torch.inference_mode():
         for ids in rows:
             out = model(torch.tensor([ids], device=model.device), logits_to_keep=POSITIONS)
-            found.append(out.logits[0].float().cpu())
-    return torch.cat(found)
+            last.append(out.logits[0].float().cpu())
+    return torch.cat(last)
 
 
-def ask(model, tokenizer, rows: list[list[int]], plan: dict[str, Any], limit: int) -> dict[str, Any]:
-    """Logits, and what the model answers to the first `limit` rows of each test set that is at hand, with its score."""
-    found: dict[str, Any] = {"logits": logits(model, rows), "answers": {}, "score": {}}
-    folder = (
-        RAW if not plan["tiny"] or any((RAW / all_sets()[name]["file"]).is_file() for name in plan["sets"]) else SAMPLE
-    )
-    sets = [name for name in plan["sets"] if (folder / all_sets()[name]["file"]).is_file()]
+def ask(model, tokenizer, rows: list[list[int]], trained: TrainedModel, limit: int) -> Responses:
+    """Logits, and the model's answers to the first `limit` rows of each test set that is present, with its score."""
+    responses = Responses(logits(model, rows))
+    fetched = any((RAW / all_sets()[name]["file"]).is_file() for name in trained.test_sets)
+    folder = SAMPLE if trained.tiny and not fetched else RAW
+    sets = [name for name in trained.test_sets if (folder / all_sets()[name]["file"]).is_file()]
     if not limit or not sets:
-        return found
-    from finlora.evaluate import harness, runner
+        return responses
+    from finlora.evaluate import harness, runner  # late: they import lm_eval, which takes seconds
     from finlora.evaluate.scorers import scorings, summary
 
     lm = harness.BatchedHFLM(model, tokenizer)
     for name in sets:
-        wanted = runner.Request(labels="corrected", limit=limit)
-        _, given = runner.answers(lm, name, {"folder": folder}, wanted, None)
-        found["answers"][name] = [row["answer"] for row in given]
-        if ways := scorings(name, all_sets()[name]):
-            score = next(iter(ways.values()))(found["answers"][name], [row["corrected"] for row in given])
-            found["score"][name] = summary(score)["accuracy"]
-    return found
+        request = runner.Request(labels="corrected", limit=limit)
+        _, answered = runner.answers(lm, name, {"folder": folder}, request, None)
+        answers = responses.answers[name] = [row["answer"] for row in answered]
+        if scorers := scorings(name, all_sets()[name]):
+            primary = next(iter(scorers.values()))
+            responses.score[name] = summary(primary(answers, [row["corrected"] for row in answered]))["accuracy"]
+    return responses
 
 
-def distance(found, expected) -> dict[str, float]:
-    """How far logits (positions, vocabulary) are from those expected; the spread is the latter's own deviation."""
+def distance(found: torch.Tensor, expected: torch.Tensor) -> Distance:
     apart = (found - expected).abs()
-    return {
-        "mean": apart.mean().item(),
-        "largest": apart.max().item(),
-        "spread": expected.std(-1).mean().item(),
-        "same_next_token": (found.argmax(-1) == expected.argmax(-1)).double().mean().item(),
-    }
+    return Distance(
+        mean=apart.mean().item(),
+        largest=apart.max().item(),
+        spread=expected.std(-1).mean().item(),
+        same_next_token=(found.argmax(-1) == expected.argmax(-1)).double().mean().item(),
+    )
 
 
-def compare(found: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
-    """`distance`, and the share of answers that are the trained model's, and each test set's score."""
-    pairs = [
-        one == other
-        for name in trained["answers"]
-        for one, other in zip(found["answers"][name], trained["answers"][name], strict=True)
+def compare(merged: Responses, trained: Responses) -> dict[str, Any]:
+    """merge.json's comparison: `Distance`, the share of equal answers (None where none were asked), and the scores."""
+    same = [
+        ours == theirs
+        for name, answers in trained.answers.items()
+        for ours, theirs in zip(merged.answers[name], answers, strict=True)
     ]
-    return distance(found["logits"], trained["logits"]) | {
-        "asked": len(pairs),
-        "same_answers": sum(pairs) / len(pairs) if pairs else None,
-        "score": found["score"],
-        "score_difference": {name: found["score"][name] - trained["score"][name] for name in trained["score"]},
+    return distance(merged.logits, trained.logits).as_json() | {
+        "asked": len(same),
+        "same_answers": sum(same) / len(same) if same else None,
+        "score": merged.score,
+        "score_difference": {name: merged.score[name] - score for name, score in trained.score.items()},
     }
 
 
-def off(found: dict[str, Any]) -> str:
-    return f"{found['mean']:.2g} on average ({found['largest']:.2g} at most, of a spread of {found['spread']:.2g})"
-
-
-def said(found: dict[str, Any]) -> str:
-    text = f"logits {off(found)} from the trained model"
-    if found["asked"]:
-        text += f", {found['same_answers']:.1%} of {found['asked']} answers the same"
+def summary_line(comparison: dict[str, Any]) -> str:
+    keys = ("mean", "largest", "spread", "same_next_token")
+    text = f"logits {Distance(**{key: comparison[key] for key in keys})} from the trained model"
+    if comparison["asked"]:
+        text += f", {comparison['same_answers']:.1%} of {comparison['asked']} answers the same"
     scores = [
-        f"{name} {found['score'][name]:.1%} ({change:+.1%})" for name, change in found["score_difference"].items()
+        f"{name} {comparison['score'][name]:.1%} ({change:+.1%})"
+        for name, change in comparison["score_difference"].items()
     ]
     return text + (f"; score {', '.join(scores)}" if scores else "")
 
 
-def is_disk(error: Exception) -> bool:
-    """Whether it is the disk's: safetensors wraps the operating system's error in one of its own."""
-    return isinstance(error, OSError) or (type(error).__name__ == "SafetensorError" and "os error" in str(error))
-
-
-def free() -> None:
-    import torch
-
+def collect() -> None:
+    """Give back the memory of models that are no longer used."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

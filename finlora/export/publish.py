@@ -21,7 +21,7 @@ from finlora.core.paths import ROOT, shown
 from finlora.data.corrections import load_corrections
 from finlora.data.tasks import load_tasks
 from finlora.evaluate import report, results
-from finlora.export.subject import check_weights, need_merged
+from finlora.export.trained import TrainedModel, check_weights, need_merged
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 DEFECTS = ROOT / "data" / "README.md"
@@ -56,7 +56,7 @@ CALLED = {
 
 
 def publish(
-    plan: dict[str, Any], repo: str, merged: bool = False, private: bool = False, push: bool = False
+    trained: TrainedModel, repo: str, merged: bool = False, private: bool = False, push: bool = False
 ) -> list[str]:
     """Write the card, list what goes, and with `push` push it; return the names. Raises UserError in one line."""
     check_repo(repo)
@@ -65,12 +65,12 @@ def publish(
         raise UserError(
             "HF_TOKEN is not set; make a token that may write at huggingface.co/settings/tokens, and set it"
         )
-    folder = need_merged(plan) if merged else plan["adapter"]
+    folder = need_merged(trained) if merged else trained.adapter
     if merged:
         check_weights(folder)
-    card = plan["folder"] / "publish" / "README.md"
-    llama = plan["run"]["base_model"].startswith("meta-llama/Llama-3.1")
-    content = model_card(plan, repo, folder if merged else None, llama)
+    card = trained.folder / "publish" / "README.md"
+    llama = trained.run_config["base_model"].startswith("meta-llama/Llama-3.1")
+    content = model_card(trained, repo, folder if merged else None, llama)
     with replacing(card) as file:
         file.write(content)
     going: dict[str, Path | bytes] = {"README.md": content.encode()}
@@ -89,13 +89,13 @@ def publish(
             "note      it also wants a copy of itself beside the weights, which is not at hand here: add it on the Hub"
         )
     if "\nNot evaluated" in content:
-        print(f"note      the card has no scores: run `make eval {plan['given']} BASE=1` first")
+        print(f"note      the card has no scores: run `make eval {trained.options} BASE=1` first")
     print(f"{'pushing' if push else 'would push'} to {repo}{' (private)' if private else ''}:")
     for name, source in going.items():
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         print(f"  {name:<32}{size / 1e6:>12.3f} MB")
     if push:
-        print(f"published {upload(repo, going, private, token, plan['name'])}")
+        print(f"published {upload(repo, going, private, token, trained.name)}")
     else:
         print("nothing was pushed; PUSH=1 pushes")
     return list(going)
@@ -176,16 +176,16 @@ def reason(error: BaseException) -> str:
     return f"the Hub refuses ({said})"
 
 
-def model_card(plan: dict[str, Any], repo: str, merged: Path | None, llama: bool) -> str:
+def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: bool) -> str:
     """The card: how to load it, prompt, data with its defects, scores, recipe, versions, licences."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    record, recipe = plan["record"], plan["run"]
+    record, recipe = trained.run_record, trained.run_config
     task = next((part for part in Path(recipe["datasets"][0]["path"]).parts if part in load_tasks()), "sentiment")
     entry = load_tasks()[task]
     parts = entry["mixture_of"] or [task]
     tests = entry["tests"]
-    base = recipe["base_model"] if not (ROOT / recipe["base_model"]).is_dir() else Path(plan["model"]).name
+    base = recipe["base_model"] if not (ROOT / recipe["base_model"]).is_dir() else Path(trained.base_model).name
     sources = [load_tasks()[part]["source"] for part in parts] + [test["source"] for test in tests.values()]
     hub = "https://huggingface.co/datasets/"
     rows = prepared(record)
@@ -196,21 +196,21 @@ def model_card(plan: dict[str, Any], repo: str, merged: Path | None, llama: bool
         license_name=None if llama else "that-of-the-base-model",
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
-        base_model=None if base == Path(plan["model"]).name else base,
+        base_model=None if base == Path(trained.base_model).name else base,
         datasets=names if record["data_from"] == "raw" and not (rows and rows["settings"]["file"]) else None,
-        tags=["finance", "finlora", "axolotl", plan["facts"]["method"]],
+        tags=["finance", "finlora", "axolotl", trained.facts["method"]],
     )
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         repo=repo,
         name=repo.split("/")[1],
-        plan=plan,
+        trained=trained,
         base=base,
         merged=read_json(merged / "merge.json") if merged else None,
         llama=LLAMA if llama else None,
-        recipe_text=(plan["adapter"] / "recipe.yaml").read_text(encoding="utf-8").replace(f"{ROOT}/", "").strip(),
-        method=report.METHODS[plan["facts"]["method"]],
+        recipe_text=(trained.adapter / "recipe.yaml").read_text(encoding="utf-8").replace(f"{ROOT}/", "").strip(),
+        method=report.METHODS[trained.facts["method"]],
         record=record,
         entry=entry,
         task=task,
@@ -220,7 +220,7 @@ def model_card(plan: dict[str, Any], repo: str, merged: Path | None, llama: bool
         defects=defects(tests),
         corrections={file: load_corrections()[file] for file in files_of(parts, tests) if file in load_corrections()},
         # A sweep keeps its points' evaluations beside them.
-        subjects=scores(plan["facts"]["sha256"], results.RESULTS, plan["folder"].parent / "results"),
+        subjects=scores(trained.facts["sha256"], results.RESULTS, trained.folder.parent / "results"),
         percent=html.percent,
         signed=html.signed,
         metrics=record["metrics"],

@@ -14,20 +14,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from finlora.core.errors import UserError
 from finlora.core.machine import gpus
 from finlora.core.paths import shown
 from finlora.evaluate.vllm import VLLM
-from finlora.export.subject import need_merged, without_the_hub
+from finlora.export.trained import TrainedModel, disable_hub, need_merged
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-def serve(plan: dict[str, Any], host: str, port: int, backend: str | None, args: list[str]) -> None:
+def serve(trained: TrainedModel, host: str, port: int, backend: str | None, args: list[str]) -> None:
     """Serve until Ctrl-C; vLLM takes this process's place. Raises UserError before anything is loaded."""
-    folder = need_merged(plan)
+    folder = need_merged(trained)
     backend = backend or ("vllm" if gpus() else "transformers")
     if backend == "vllm" and not VLLM.is_file():
         raise UserError(f"{shown(str(VLLM))}: is not there; run `make vllm`, or add BACKEND=transformers")
@@ -37,11 +36,11 @@ def serve(plan: dict[str, Any], host: str, port: int, backend: str | None, args:
     if host not in LOCAL:
         key = "VLLM_API_KEY= asks for a key" if backend == "vllm" else f"BACKEND={backend} has no key"
         print(f"warning: whoever reaches {host}:{port} can use the model; {key}", file=sys.stderr)
-    print(f"serving   {plan['name']} ({backend}) on http://{host}:{port}/v1; Ctrl-C ends it", flush=True)
+    print(f"serving   {trained.name} ({backend}) on http://{host}:{port}/v1; Ctrl-C ends it", flush=True)
     if backend == "vllm":
-        on_vllm(folder, plan["name"], host, port, args)
+        on_vllm(folder, trained.name, host, port, args)
     else:
-        on_transformers(folder, plan["name"], host, port)
+        on_transformers(folder, trained.name, host, port)
 
 
 def check_port(host: str, port: int) -> None:
@@ -86,7 +85,7 @@ def on_transformers(folder: Path, name: str, host: str, port: int) -> None:
     import torch
     from safetensors import SafetensorError
 
-    without_the_hub()
+    disable_hub()
     from transformers.cli.serve import Serve
 
     about = {"id": name, "object": "model", "created": int(folder.stat().st_mtime), "owned_by": "local"}

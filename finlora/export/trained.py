@@ -1,0 +1,153 @@
+"""A trained adapter, named by its recipe, folder or hub id: its base model, its files, and its merged model."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finlora.core.errors import UserError
+from finlora.core.files import read_json, sha256
+from finlora.core.paths import shown, slug
+from finlora.models.load import adapter_facts, resolve_adapter
+from finlora.recipes.bases import fetch_base
+from finlora.train.runs import OUTPUTS, of_recipe
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """An adapter whose files are whole, and what is known of its training. No weights are loaded."""
+
+    name: str
+    options: str  # RECIPE=... or ADAPTER=...: how it was named, for `make` commands in hints
+    base_model: str  # folder or hub id
+    bits: int  # of the base's weights in training: 16, 8 or 4
+    adapter: Path
+    facts: dict[str, Any]  # what the adapter's own files say: base, method, r, alpha, sha256
+    folder: Path  # what merge and publish write to
+    # Known of a trained recipe alone, not of an adapter from elsewhere.
+    recipe: str | None = None
+    tiny: bool = False
+    test_sets: list[str] = field(default_factory=list)
+    run_record: dict[str, Any] | None = None  # run.json
+    run_config: dict[str, Any] = field(default_factory=dict)  # recipe.yaml, as it was trained
+
+    @property
+    def merged(self) -> Path:
+        """Where its merged model lies, or would lie."""
+        return self.folder / "merged"
+
+
+def load_trained(
+    recipe: str | None = None,
+    adapter: str | None = None,
+    model: str | None = None,
+    bits: int | None = None,
+    tiny: bool = False,
+) -> TrainedModel:
+    """A trained recipe, or an adapter by its folder or hub id.
+
+    model: the adapter's base (default: the one that the adapter names). bits: of its base in training (default 16).
+    Raises UserError where it is not trained, not whole, or not the adapter that run.json records.
+    """
+    if bool(recipe) == bool(adapter) or (recipe and model):
+        raise UserError("give RECIPE=<trained recipe>, or ADAPTER=<folder or hub id> and MODEL=<its base>")
+    options = f"RECIPE={recipe}{' TINY=1' if tiny else ''}" if recipe else f"ADAPTER={adapter}"
+    options += (f" MODEL={model}" if model else "") + (f" BITS={bits}" if bits else "")
+    return _of_recipe(recipe, tiny, options) if recipe else _of_adapter(adapter, model, bits, options)
+
+
+def _of_recipe(recipe: str, tiny: bool, options: str) -> TrainedModel:
+    run = of_recipe(recipe, tiny)
+    folder = run["adapter"]
+    facts, record = adapter_facts(folder), read_json(folder / "run.json")
+    if facts["sha256"] != record["adapter"]["sha256"]:
+        raise UserError(
+            f"{shown(str(folder))}: the adapter is not the one that run.json records; "
+            f"run `make train {options} FORCE=1`"
+        )
+    return TrainedModel(
+        name=run["recipe"],
+        options=options,
+        base_model=run["model"],
+        bits=run["bits"],
+        adapter=folder,
+        facts=facts,
+        folder=folder,
+        recipe=run["recipe"],
+        tiny=run["tiny"],
+        test_sets=run["default_sets"],
+        run_record=record,
+        run_config=yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
+    )
+
+
+def _of_adapter(adapter: str, model: str | None, bits: int | None, options: str) -> TrainedModel:
+    folder = resolve_adapter(adapter)
+    facts = adapter_facts(folder)
+    if not (model or facts["base"]):
+        raise UserError(f"{adapter}: does not say which base it was trained on; name it with MODEL=")
+    return TrainedModel(
+        name=slug(adapter),
+        options=options,
+        base_model=model or facts["base"],
+        bits=bits or 16,
+        adapter=folder,
+        facts=facts,
+        folder=OUTPUTS / "adapters" / slug(adapter),  # no recipe has this name
+    )
+
+
+def merged_folder(trained: TrainedModel) -> Path | None:
+    """The folder with the merged model of this very adapter and base; None where it is missing or incomplete."""
+    about = read_json(trained.merged / "merge.json")
+    expected = {
+        "adapter_sha256": trained.facts["sha256"],
+        "base": shown(trained.base_model),
+        "trained_bits": trained.bits,
+    }
+    if not about or any(about.get(key) != value for key, value in expected.items()):
+        return None
+    return trained.merged if all((trained.merged / name).is_file() for name in about["weights"]) else None
+
+
+def need_merged(trained: TrainedModel) -> Path:
+    """`merged_folder`, or UserError that says what to run."""
+    if folder := merged_folder(trained):
+        return folder
+    state = "does not hold this adapter's model" if (trained.merged / "merge.json").is_file() else "is not there"
+    raise UserError(f"{shown(str(trained.merged))}: {state}; run `make merge {trained.options}`")
+
+
+def check_weights(folder: Path) -> None:
+    """UserError where a merged model's weights are not those that were verified."""
+    for name, expected in (read_json(folder / "merge.json") or {})["weights"].items():
+        if sha256(folder / name) != expected:
+            raise UserError(f"{shown(str(folder / name))}: is not what was verified; merge again with FORCE=1")
+
+
+def check_base(trained: TrainedModel) -> None:
+    """UserError where MODEL= is not the base that the adapter names: one of equal shapes would merge in silence."""
+    named, model = trained.facts["base"], trained.base_model
+    if named and model != named and Path(model).resolve() != Path(named).resolve():
+        raise UserError(
+            f"MODEL={model}: the adapter was trained on {named}; leave MODEL= out, or add FORCE=1 where it is the same "
+            "model in another place"
+        )
+
+
+def fetch_base_model(trained: TrainedModel) -> None:
+    """Bring the base into the cache, as safetensors and text, and turn the hub off from there on."""
+    option = "key 'base_model'" if trained.recipe else "the base, which MODEL= names"
+    fetch_base(Path(trained.name), {"base_model": trained.base_model}, option)
+    disable_hub()
+
+
+def disable_hub() -> None:
+    """Call it before bitsandbytes is imported, which would fetch compiled kernels or wait for a missing network."""
+    from huggingface_hub import constants  # late: no import of it is needed to name a mistake in the options
+
+    constants.HF_HUB_OFFLINE = True
+    # bitsandbytes warns of its cast to float16 in each layer of each step.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
