@@ -40,8 +40,8 @@ def check(picture: str) -> list[str]:
         left = x - wide * {"end": 1, "middle": 0.5}.get(text.get("text-anchor"), 0)
         assert 0 <= left and left + wide <= width and size <= float(text.get("y")) <= height - 4, said
         texts.append(said)
-    for bar in root.iter(f"{SVG}rect"):
-        assert 0 <= float(bar.get("x")) + float(bar.get("width")) <= width
+    for path in root.iter(f"{SVG}path"):
+        assert all(0 <= float(x) <= width for x in re.findall(r"[MLH](\S+?)(?= |L|$)", path.get("d"))), path.get("d")
     return texts
 
 
@@ -52,7 +52,7 @@ def test_bars_of_any_rates(rates, finlora):
         record["rows"][name] = {"samples_s": rate}
     texts = check(pictures.speed(record))
     assert [text for text in texts if "×" in text][0].startswith(
-        pictures._rate(record["rows"]["8bit_dora"]["samples_s"])
+        pictures._per_second(record["rows"]["8bit_dora"]["samples_s"])
     )
     assert texts.count("4-bit LoRA") == 1
 

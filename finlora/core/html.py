@@ -92,7 +92,8 @@ class Cell:
     share: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.text} {self.small}".strip()
+        small = self.small if self.small.startswith("[") or not self.text else self.small and f"({self.small})"
+        return f"{self.text} {small}".strip()
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Row:
-    """A name, its points on the axis below all rows, and the value as text. bar: a bar from 0 in place of a dot."""
+    """A name, its points on the axis below all rows, and the value as text. bar: a bar from 0 in place of a dot. gap:
+    some room before the next row."""
 
     name: str
     points: list[Point]
@@ -218,6 +220,7 @@ class Row:
     colour: str = "c0"
     href: str = ""
     bar: bool = False
+    gap: bool = False
 
 
 @dataclass(frozen=True)
@@ -250,7 +253,7 @@ def rows_plot(rows: list[Row], axis: Axis, top: float = 0) -> tuple[Markup, floa
         return left + axis.at(value) * (right - left)
 
     for row in rows:
-        lines = [row.name] if beside else textwrap.wrap(row.name, 50) or [""]
+        lines = [row.name] if beside else textwrap.wrap(row.name, 50 - len(row.small)) or [""]
         room = 10 * any(point.letter for point in row.points)  # for letters above and below
         middle = y + room + (13 if beside else LINE * len(lines) + 10)
         name_y = [middle + 5] if beside else [y + LINE * (place + 0.8) for place in range(len(lines))]
@@ -261,7 +264,7 @@ def rows_plot(rows: list[Row], axis: Axis, top: float = 0) -> tuple[Markup, floa
             body.append(_point_in_row(row, point, x, middle, above=place % 2 == 0))
         if row.shown:
             body.append(_text(right + 12, middle + 5, row.shown))
-        y = middle + room + 14
+        y = middle + room + 14 + (8 if row.gap else 0)
     for value, text in axis.labels:
         body.insert(0, _line(x(value), top, x(value), y, "grid"))
         body.append(_text(x(value), y + LINE, text, "middle"))

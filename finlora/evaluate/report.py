@@ -162,7 +162,7 @@ def notes(subject: Subject, base: Subject | None) -> list[str]:
     seen = {answers.name: sum(bool(row["seen"]) for row in answers.rows.values()) for answers in tests}
     seen = [f"{name} {count:,}" for name, count in seen.items() if count]
     if seen:
-        said.append(f"Some rows were trained on ({', '.join(seen)}); the scores without them stand below.")
+        said.append(f"Some rows were trained on ({', '.join(seen)}); the scores without them are listed too.")
     if run.adapter and any(row["seen"] is None for answers in tests for row in answers.rows.values()):
         said.append("Whether rows were trained on is not known: the adapter's training data is not at hand.")
     if (run.git or {}).get("changed"):

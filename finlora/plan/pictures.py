@@ -5,14 +5,14 @@ pages, which GitHub does not tell a picture apart.
 """
 
 import json
-import math
 import os
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from finlora.core import html
 from finlora.core.errors import UserError
 from finlora.core.files import replacing
+from finlora.core.html import Axis, Point, Row
 from finlora.core.paths import ROOT
 
 SPEED, SCORES = Path(__file__).with_name("train_throughput.json"), ROOT / "bench" / "dora_study.json"
@@ -27,8 +27,9 @@ RUNS = {
     "4bit_dora": "4-bit DoRA",
     "4bit_lora": "4-bit LoRA",
 }
-GREY, COLOURS = "#777e88", {"dora": "#059669", "lora": "#2563eb", "rslora": "#d97706", "full": "#6b7280"}
-WIDTH, TOP = 480, 82  # shown 400 wide, letters are 12 pixels
+GREY = "#777e88"
+COLOURS = {"dora": "#059669", "lora": "#2563eb", "rslora": "#d97706", "full": "#6b7280", "grey": GREY}
+TOP = 82  # below the title and two lines
 
 
 def speed(record: dict[str, Any]) -> str:
@@ -36,25 +37,19 @@ def speed(record: dict[str, Any]) -> str:
     rows = record["rows"]
     if missing := [name for name in RUNS if "samples_s" not in rows.get(name, {})]:
         raise UserError(f"{SPEED}: has no {missing[0]}; run python -m bench.train_throughput --runs {missing[0]}")
-    rates = {name: rows[name]["samples_s"] for name in RUNS}
-    left, right, y, body, bits = 164, WIDTH - 120, TOP, [], "finlora"
-    for name, rate in rates.items():
-        if not name.startswith(bits):
-            y, bits = y + 8, name.partition("_")[0]
-        wide = max(2, rate / max(rates.values()) * (right - left))
-        times = "" if name == "finlora" else f" ({rate / rates['finlora']:.1f}×)"
-        body += [
-            f'<text x="{left - 10}" y="{y + 17}" text-anchor="end">{RUNS[name]}</text>',
-            f'<rect x="{left}" y="{y}" width="{wide:.1f}" height="23" rx="2" fill="{_colour(name)}"/>',
-            f'<text x="{left + wide + 7:.1f}" y="{y + 17}">{_rate(rate)}{times}</text>',
-        ]
-        y += 28
+    throughput = {name: rows[name]["samples_s"] for name in RUNS}
+    bars = []
+    for name, samples in throughput.items():
+        times = "" if name == "finlora" else f" ({samples / throughput['finlora']:.1f}×)"
+        colour, gap = name.partition("_")[2] or "grey", not name.endswith("_dora")  # DoRA and LoRA in pairs
+        bars.append(Row(RUNS[name], [Point(samples)], _per_second(samples) + times, "", colour, bar=True, gap=gap))
+    body, height = html.rows_plot(bars, Axis(0, max(throughput.values()), []), TOP)
     device = record["device"].removeprefix("NVIDIA ")
     about = [
         "the shape of Llama-3.1-8B, FPB, FiQA and TFNS prompts,",
         f"one {device}; FinLoRA's settings are 8-bit DoRA",
     ]
-    return _svg("Samples a second in training", about, y + 4, body)
+    return html.picture("Samples a second in training", about, body, height, COLOURS, GREY)
 
 
 def scores(record: dict[str, Any]) -> str:
@@ -63,55 +58,21 @@ def scores(record: dict[str, Any]) -> str:
     cells += [cell for cell in record["questions"].get("prompt", []) if cell["prompt"] != "llama3"]
     if not cells:
         raise UserError(f"{SCORES}: has no scores of methods; run python -m bench.dora_study")
-    left, right, step = 30, WIDTH - 84, 44
-    low, high = min(cell["low"] for cell in cells), max(cell["high"] for cell in cells)
-    unit = next(unit for unit in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / unit <= 6)
-    first, last = math.floor(low / unit), max(math.ceil(high / unit), math.floor(low / unit) + 1)
-
-    def place(value: float) -> str:
-        return f"{left + (value / unit - first) / (last - first) * (right - left):.1f}"
-
-    bottom, body = TOP + step * len(cells), []
-    for tick in range(first, last + 1):
-        x = place(tick * unit)
-        body.append(f'<path d="M{x} {TOP - 6}V{bottom}" stroke="{GREY}" stroke-opacity="0.35"/>')
-        body.append(f'<text x="{x}" y="{bottom + 18}" text-anchor="middle">{100 * tick * unit:.0f}%</text>')
-    for number, cell in enumerate(cells):
-        y, colour, label = TOP + step * number, COLOURS[cell["method"]], cell["label"].replace("`", "")
-        count = len(cell["seeds"])
-        seeds = f'<tspan class="s">{count} seed{"s" * (count > 1)}</tspan>'
-        span = f"M{place(cell['low'])} {y + 27}H{place(cell['high'])}"
-        body += [
-            f'<text x="{left}" y="{y + 14}">{escape(label)} {seeds}</text>',
-            f'<path d="{span}" stroke="{colour}" stroke-width="4"/>',
-            f'<circle cx="{place(cell["mean"])}" cy="{y + 27}" r="6" fill="{colour}"/>',
-            f'<text x="{right + 18}" y="{y + 32}">{100 * cell["mean"]:.1f}%</text>',
-        ]
+    rows = []
+    for cell in cells:
+        seeds = f"{len(cell['seeds'])} seed{'s' * (len(cell['seeds']) > 1)}"
+        point = Point(cell["mean"], cell["low"], cell["high"])
+        rows.append(Row(cell["label"].replace("`", ""), [point], f"{100 * cell['mean']:.1f}%", seeds, cell["method"]))
+    axis = Axis.around([cell[end] for cell in cells for end in ("low", "high")], "{:g}%", 100)
+    body, height = html.rows_plot(rows, axis, TOP)
     about = ["a small Llama, test rows of FPB, FiQA and TFNS; means and", "95% intervals over seeds and rows"]
     if any("→" in cell["label"] for cell in cells):
         about[1] += "; prompt in training → in testing"
-    return _svg("Right answers on held-out rows", about, bottom + 28, body)
+    return html.picture("Right answers on held-out rows", about, body, height, COLOURS, GREY)
 
 
-def _colour(name: str) -> str:
-    return COLOURS.get(name.partition("_")[2], GREY)
-
-
-def _rate(rate: float) -> str:
-    return f"{rate:.1f}" if rate < 10 else f"{rate:.0f}"
-
-
-def _svg(title: str, about: list[str], height: int, body: list[str]) -> str:
-    style = (
-        f"text{{font:15px system-ui,sans-serif;fill:{GREY}}}.t{{font-size:18px;font-weight:600}}.s{{font-size:13px}}"
-    )
-    said = [escape(line) for line in (title, *about)]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" role="img">\n'
-        f"<title>{said[0]}: {' '.join(said[1:])}</title>\n<style>{style}</style>\n"
-        f'<text class="t" x="16" y="24">{said[0]}</text>\n<text class="s" x="16" y="46">{said[1]}</text>\n'
-        f'<text class="s" x="16" y="64">{said[2]}</text>\n' + "\n".join(body) + "\n</svg>\n"
-    )
+def _per_second(samples: float) -> str:
+    return f"{samples:.1f}" if samples < 10 else f"{samples:.0f}"
 
 
 def draw() -> dict[Path, str]:
