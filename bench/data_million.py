@@ -35,8 +35,8 @@ def generate(raw: Path, rows: int, seed: int = 0) -> int:
     # As in a language few words are frequent: the share of a word falls with its rank.
     edges = np.cumsum(1 / (np.arange(len(words)) + 10))
     recent: list[str] = []
-    tests = [(raw / test["file"]) for test in task(TASK)["tests"].values()]
-    train = raw / task(TASK)["train"]
+    tests = [(raw / test.file) for test in task(TASK).tests.values()]
+    train = raw / task(TASK).train
     for path in train, *tests:
         path.parent.mkdir(parents=True, exist_ok=True)
     apart = max(1, rows // 10_000)

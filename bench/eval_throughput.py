@@ -61,7 +61,7 @@ def finloras_way(model: str, adapter: Path, contexts: list[str], most: float, wa
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     if not torch.cuda.is_available():
-        peft_int8.mend()  # PEFT's own way fails on a CPU, where this benchmark is only tried out
+        peft_int8.patch()  # PEFT's own way fails on a CPU, where this benchmark is only tried out
     tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(
         model,
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--quantised-rows", type=int, default=256, help="rows a set for --keep-quantised")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "eval_throughput.json")
     given = parser.parse_args()
-    contexts = [row["context"] for name in given.sets.split(",") for row in read_set(name, Path(given.tests))["rows"]]
+    contexts = [row.context for name in given.sets.split(",") for row in read_set(name, Path(given.tests)).rows]
     drawn = contexts[:: max(1, len(contexts) // given.rows)][: given.rows]
     adapter = ROOT / ".cache" / "bench-adapter"
     make_adapter(given.model, adapter)

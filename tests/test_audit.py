@@ -260,7 +260,7 @@ def ruled(tmp_path, monkeypatch):
     def look_at(rows) -> dict:
         file = "train/finlora_sentiment_train.jsonl"
         path = write(tmp_path / file, rows)
-        table = {file: load_corrections()[file] | {"git_blob_sha1": checksum(path, {})}}
+        table = {file: load_corrections()[file].model_copy(update={"git_blob_sha1": checksum(path, {})})}
         monkeypatch.setattr(corrections, "load_corrections", lambda: table)
         monkeypatch.setattr(data_audit, "load_corrections", lambda: table)
         return look("sentiment", tmp_path)
@@ -428,7 +428,7 @@ def real(tmp_path_factory) -> dict[str, dict]:
     for file in REAL_FILES:
         (raw / file).parent.mkdir(exist_ok=True)
         (raw / file).symlink_to(REAL / file)
-    return {name: look(name, raw) for name, task in load_tasks().items() if not task["mixture_of"]}
+    return {name: look(name, raw) for name, task in load_tasks().items() if not task.mixture_of}
 
 
 REAL_FILES = [

@@ -137,9 +137,9 @@ def test_nothing_scores_nothing_and_harms_no_neighbour(encoder, near):
 
 def test_real_targets_score_one_against_themselves(encoder, near, shared):
     for task_name in ("xbrl_term", "financebench"):
-        spec = task(task_name)["tests"][task_name]
+        spec = task(task_name).tests[task_name]
         assert scorings(task_name, spec) == {}
-        targets = [row.target for row in read_rows(shared / spec["file"])][:60]
+        targets = [row.target for row in read_rows(shared / spec.file)][:60]
         perfect = bertscore_items(bertscore(targets, targets, encoder=encoder))
         assert summary(perfect)["accuracy"] == near(1.0) and max(perfect["right"]) <= 1.0
         assert summary(bertscore_items(bertscore([""] * len(targets), targets, encoder=encoder)))["accuracy"] == 0.0

@@ -54,7 +54,7 @@ def test_a_line_is_what_the_scorers_and_the_statistics_say(whole):
     for name in BASE, B:
         rows = [json.loads(line) for line in open(whole / name / "fpb" / "answers.jsonl")]
         answers, targets = [row["answer"] for row in rows], [row["target"] for row in rows]
-        items.append(finlora(task("sentiment")["tests"]["fpb"], answers, targets))
+        items.append(finlora(task("sentiment").tests["fpb"], answers, targets))
     expected = {"a": summary(items[0])["accuracy"], "b": summary(items[1])["accuracy"]} | paired(*items)
     assert expected.items() <= lines[0].items()
 

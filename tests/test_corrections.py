@@ -9,7 +9,7 @@ from failures import refuses
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from finlora.data.corrections import TABLE, applies, corrected_target, load_corrections, standing
+from finlora.data.corrections import TABLE, Correction, applies, corrected_target, load_corrections, standing
 from finlora.data.fetch import read_manifest
 from finlora.data.rows import Row, read_rows
 
@@ -36,7 +36,7 @@ def real(file: str) -> Path:
 def test_the_corrected_files_are_the_pinned_ones():
     pinned = {entry["path"]: entry["git_blob_sha1"] for entry in read_manifest()["files"]}
     for file, entry in load_corrections().items():
-        assert entry["git_blob_sha1"] == pinned[f"data/{file}"]
+        assert entry.git_blob_sha1 == pinned[f"data/{file}"]
 
 
 def test_the_whole_of_tfns_is_corrected():
@@ -62,6 +62,7 @@ def test_which_rows_of_the_train_file_are_corrected(published, expected):
     assert corrected_target(TRAIN, published) == ("positive" if expected == "certain" else "neutral")
 
 
+REGEX = "regular expression"
 LABELS = st.sampled_from(["negative", "neutral", "positive", "strong positive", "Yes", ""])
 TEXTS = st.one_of(st.text(), st.text().map(lambda text: INSTRUCTION.format("tweet", THREE, text)))
 
@@ -130,9 +131,17 @@ def changed_table(change) -> str:
         (changed_table(lambda t: t[TFNS].update(labels=["a"])), TFNS, ["labels", "exchange"]),
         (changed_table(lambda t: t[TRAIN].update(rows=5)), f"{TRAIN}: rows", ["keys", "context, not_copied"]),
         (changed_table(lambda t: t[TRAIN]["rows"].pop("without")), f"{TRAIN}: rows", ["without", "missing"]),
-        (changed_table(lambda t: t[TRAIN]["rows"].update(rows=1)), f"{TRAIN}: rows", ["unknown", "rows;", "without"]),
-        (changed_table(lambda t: t[TRAIN]["rows"].update(context="(")), TRAIN, ["rows.context", "regular expression"]),
-        (changed_table(lambda t: t[TRAIN]["rows"].update(without=5)), TRAIN, ["rows.without", "regular expression"]),
+        (changed_table(lambda t: t[TRAIN]["rows"].update(rows=1)), f"{TRAIN}: rows", ["unknown", "'rows';", "without"]),
+        (
+            changed_table(lambda t: t[TRAIN]["rows"].update(context="(")),
+            f"{TRAIN}: rows: context",
+            [REGEX],
+        ),
+        (
+            changed_table(lambda t: t[TRAIN]["rows"].update(without=5)),
+            f"{TRAIN}: rows: without",
+            [REGEX],
+        ),
     ],
 )
 def test_a_wrong_table_is_named_with_its_key(tmp_path, text, key, words):
@@ -149,14 +158,16 @@ def test_a_table_that_is_not_there(tmp_path):
 
 def test_the_table_read_has_compiled_expressions_and_no_rows_where_the_whole_file_is_meant():
     table = load_corrections()
-    assert table[TFNS]["rows"] is None
-    assert table[TRAIN]["rows"]["without"].search("buy $ABC") and not table[TRAIN]["rows"]["without"].search("for $5")
+    assert table[TFNS].rows is None
+    without = table[TRAIN].rows.without
+    assert without.search("buy $ABC") and not without.search("for $5")
 
 
 def test_only_the_files_of_the_table_are_corrected_and_only_with_their_own_bytes(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"hello\n")
-    entry = {"git_blob_sha1": "ce013625030ba8dba906f756967f9e9ca394464a", "labels": {"a": "b", "b": "a"}, "rows": None}
+    sha1 = "ce013625030ba8dba906f756967f9e9ca394464a"
+    entry = Correction(git_blob_sha1=sha1, labels={"a": "b", "b": "a"}, evidence="made up")
     monkeypatch.setattr("finlora.data.corrections.load_corrections", lambda: {"test/a.jsonl": entry})
     assert applies("test/a.jsonl", path) is True
     assert applies("test/b.jsonl", path) is False

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from finlora.core import paths
 from finlora.core.errors import UserError
 from finlora.data import test_sets
-from finlora.evaluate import forgetting, runner
+from finlora.evaluate import evaluation, forgetting, runner
 from finlora.evaluate import harness as evaluate_harness
 from finlora.evaluate.bertscore import bertscore
 from finlora.models import load as models
@@ -36,7 +36,7 @@ ASK = "Instruction: What is the sentiment of this news? Please choose an answer 
 
 
 def write_rows(folder, name, count, seed=0):
-    path = folder / test_sets.all_sets()[name]["file"]
+    path = folder / test_sets.all_sets()[name].file
     path.parent.mkdir(parents=True, exist_ok=True)
     draw = random.Random(seed)
     with path.open("w") as file:
@@ -56,7 +56,7 @@ def tests_folder(tmp_path):
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch, tiny_base, adapters, tests_folder):  # noqa: F811
     """`make eval` in this process, with a folder of results of its own; returns the subjects' folders."""
-    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(evaluation, "RESULTS", tmp_path / "results")
     for module in paths, runs:
         monkeypatch.setattr(module, "ROOT", tmp_path)
 
@@ -81,7 +81,7 @@ def test_everything_asked_is_kept(evaluate, tests_folder, capsys):
             assert about["rows"] == about["evaluated"] == len(rows) == count
             assert about["labels_used"] == "corrected" and not about["published_file"]
             assert [row["row"] for row in rows] == list(range(1, count + 1))
-            file = tests_folder / test_sets.all_sets()[name]["file"]
+            file = tests_folder / test_sets.all_sets()[name].file
             assert [row["context"] for row in rows] == [json.loads(line)["context"] for line in file.open()]
             for row in rows:
                 assert row["prompt"] == "<|begin_of_text|>" + row["context"] and row["target"] == row["corrected"]
@@ -138,8 +138,8 @@ def test_the_task_files_are_those_of_the_table():
     for name, spec in test_sets.all_sets().items():
         file = task_file(name)
         assert file["task"] == file["dataset_kwargs"]["test_set"] == name and file["include"] == "_finlora.yaml"
-        assert file["tag"][0] in groups and file["tag"][1:] == [f"{spec['task']}_task"]
-        assert int(file["generation_kwargs"]["max_gen_toks"]) == spec["max_new_tokens"]
+        assert file["tag"][0] in groups and file["tag"][1:] == [f"{spec.task}_task"]
+        assert int(file["generation_kwargs"]["max_gen_toks"]) == spec.max_new_tokens
 
 
 def test_the_answers_are_the_adapters_own(evaluate, tiny_base, adapters):  # noqa: F811
@@ -386,7 +386,7 @@ def test_mistakes_are_found_before_anything_is_loaded(tiny_base, adapters, tmp_p
     raw, other, none = tmp_path / "raw", tmp_path / "other", tmp_path / "none"
     write_rows(raw, "fpb", 3)
     write_rows(other, "fpb", 3)
-    for module in runner, test_sets:
+    for module in evaluation, test_sets:
         monkeypatch.setattr(module, "RAW", raw)
     monkeypatch.setattr(models, "load_base", None)
 
@@ -402,7 +402,7 @@ def test_mistakes_are_found_before_anything_is_loaded(tiny_base, adapters, tmp_p
     mistaken(*model, "--adapter", str(none), say=["no such", "ADAPTER="], file=none)
     mistaken(*model, "--adapter", str(adapters["dora"]), say=["no test set", "TASKS=general"])
     mistaken(*model, "--tasks", "fbp", say=["'fbp'", "fpb"], file="TASKS=fbp")
-    tfns, cfa = (raw / test_sets.all_sets()[name]["file"] for name in ("tfns", "cfa_level1"))
+    tfns, cfa = (raw / test_sets.all_sets()[name].file for name in ("tfns", "cfa_level1"))
     mistaken(*model, "--tasks", "tfns", say=["missing", "make data TASK=sentiment", "TASKS="], file=tfns)
     mistaken(*model, "--tasks", "cfa_level1", say=["missing", "your own", "TASKS="], file=cfa)
     published = ["checksum|SHA-256", "make data TASK=sentiment", "TESTS="]

@@ -714,8 +714,8 @@ def test_a_mistake_of_the_command(tmp_path):
 def test_every_file_of_a_released_task_is_pinned():
     pinned = {entry["path"].removeprefix("data/") for entry in read_manifest()["files"]}
     for entry in load_tasks().values():
-        if entry["released"]:
-            assert {entry["train"], *(test["file"] for test in entry["tests"].values())} <= pinned
+        if entry.released:
+            assert {entry.train, *(test.file for test in entry.tests.values())} <= pinned
 
 
 def test_what_is_not_released_is_said_when_all_is_fetched(tmp_path):

@@ -57,7 +57,7 @@ def distinct_rows(count: int, seed: int = 0) -> list[tuple[str, str]]:
 
 def published(tmp_path: Path, rows: list[tuple[str, object]], task: str = "xbrl_term") -> Path:
     raw = tmp_path / "raw"
-    write_rows(raw / load_tasks()[task]["train"], rows)
+    write_rows(raw / load_tasks()[task].train, rows)
     return raw
 
 
@@ -243,7 +243,7 @@ def mixture(tmp_path: Path, **counts: int) -> Path:
     raw = tmp_path / "raw"
     for seed, (task, count) in enumerate(counts.items()):
         rows = [(f"{task} {context}", target) for context, target in distinct_rows(count, seed)]
-        write_rows(raw / load_tasks()[task]["train"], rows)
+        write_rows(raw / load_tasks()[task].train, rows)
     return raw
 
 
@@ -298,7 +298,7 @@ def test_corrected_and_published_labels(tmp_path, monkeypatch):
     # The table's own expressions, for this file instead of the published one.
     text = corrections.TABLE.read_text(encoding="utf-8")
     table = tmp_path / "corrections.yaml"
-    pinned = corrections.load_corrections()["train/finlora_sentiment_train.jsonl"]["git_blob_sha1"]
+    pinned = corrections.load_corrections()["train/finlora_sentiment_train.jsonl"].git_blob_sha1
     table.write_text(text.replace(pinned, blob), encoding="utf-8")
     load = corrections.load_corrections
     monkeypatch.setattr(corrections, "load_corrections", lambda: load(table))
@@ -637,7 +637,7 @@ def test_real_files(task, rows, held_out, tmp_path):
         "validation": held_out,
     }
     published_rows = []
-    with open(SHARED / load_tasks()[task]["train"], encoding="utf-8") as file:
+    with open(SHARED / load_tasks()[task].train, encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
             published_rows.append((row["context"], str(row["target"])))

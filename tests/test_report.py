@@ -24,7 +24,7 @@ from finlora.evaluate.statistics import interval, paired
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "base-llama-3-1-8b-instruct-8bit"
-SETS = {name: test for task in load_tasks().values() for name, test in task["tests"].items()}
+SETS = {name: test for task in load_tasks().values() for name, test in task.tests.items()}
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +171,9 @@ def test_with_all_19_sets_it_is_finloras_overall_average(tmp_path):
     folder = made.subject(tmp_path, "all_r8_dora")
     for name, spec in SETS.items():
         rows = made.label_rows(6, 1.0)
-        if spec["metric"] == "bertscore_f1":
+        if spec.metric == "bertscore_f1":
             rows = [row | {"bertscore": 0.5} for row in rows]
-        made.answered(folder, name, rows, metric=spec["metric"], labels=spec["labels"])
+        made.answered(folder, name, rows, metric=spec.metric, labels=spec.labels)
     (average,) = report(tmp_path)["subjects"][0]["averages"]
     assert average["whole"] and average["published"]["base"] == pytest.approx(37.05, abs=0.005)
     assert average["value"] == pytest.approx((17 * 1 + 2 * 0.5) / 19)

@@ -14,14 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
+from finlora.data import tasks
 from finlora.data.rows import read_rows
 from finlora.data.tasks import load_tasks
 from finlora.evaluate.scorers import bertscore_items, f1, finlora, finlora_label, scorings, strict, summary
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = {name: spec for entry in load_tasks().values() for name, spec in entry["tests"].items()}
-SCORED = [name for name, spec in TESTS.items() if spec["metric"] != "bertscore_f1"]
-SEVEN = TESTS["nwgi"]["labels"]
+TESTS = {name: spec for entry in load_tasks().values() for name, spec in entry.tests.items()}
+SCORED = [name for name, spec in TESTS.items() if spec.metric != "bertscore_f1"]
+SEVEN = TESTS["nwgi"].labels
 # Targets in the form of the test sets whose rows are not at hand.
 MADE = {
     "nwgi": SEVEN * 2,
@@ -44,13 +45,13 @@ def targets_of(request):
     def targets(name: str) -> list[str]:
         if name in MADE:
             return MADE[name]
-        return [row.target for row in read_rows(request.getfixturevalue("shared") / TESTS[name]["file"])]
+        return [row.target for row in read_rows(request.getfixturevalue("shared") / TESTS[name].file)]
 
     return targets
 
 
-def spec_of(metric: str = "accuracy_f1", labels: list[str] | None = None) -> dict:
-    return {"metric": metric, "labels": labels}
+def spec_of(metric: str = "accuracy_f1", labels: list[str] | None = None) -> tasks.TestSet:
+    return tasks.unlisted_set({"metric": metric, "labels": labels})
 
 
 def right(items) -> list[float]:
@@ -99,12 +100,12 @@ def test_shifted_answers_lose_by_every_rule(name, targets_of):
 
 def test_no_score_depends_on_the_hash_seed():
     code = (
-        "from finlora.evaluate.scorers import *\n"
+        "from finlora.data.tasks import unlisted_set\nfrom finlora.evaluate.scorers import *\n"
         "targets = ['1', '15', '150.0', '15.0', '5.0', '0', 'A', 'a', 'ab', *'BbCcDdEe'] * 3\n"
         "answers = ['150.0', '15', 'x 15.0 1', 'ab', 'A5', '0.150'] * 8 + ['A', 'a', '15']\n"
         "for metric in ('accuracy', 'accuracy_f1', 'tag_accuracy_f1'):\n"
         "    for way in (finlora, strict):\n"
-        "        print(way({'metric': metric, 'labels': None}, answers, targets))\n"
+        "        print(way(unlisted_set({'metric': metric, 'labels': None}), answers, targets))\n"
     )
     printed = {
         subprocess.run(
@@ -267,7 +268,7 @@ def test_a_strict_answer_is_the_label(answer, predicted):
 )
 def test_case_space_and_quotes_count_for_nothing(name, data, form, case):
     target = data.draw(st.sampled_from(MADE.get(name) or ["positive", "neutral"] * (name != "formula") or ["15092.44"]))
-    if TESTS[name]["metric"] == "tag_accuracy_f1":
+    if TESTS[name].metric == "tag_accuracy_f1":
         answer = ",".join(form.format(case(tag)) for tag in target.split(","))
     else:
         answer = form.format(case(target))
@@ -376,7 +377,7 @@ def test_nwgi_in_three_classes():
 
 
 def test_three_classes_without_a_table_are_those_of_the_targets():
-    score = scorings("nwgi", TESTS["nwgi"] | {"labels": None})["three classes"]
+    score = scorings("nwgi", TESTS["nwgi"].model_copy(update={"labels": None}))["three classes"]
     assert right(score(["positive", "negative"], ["strong positive", "neutral"])) == [1.0, 0.0]
 
 

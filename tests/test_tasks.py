@@ -11,7 +11,7 @@ from finlora.data.tasks import TABLE, load_tasks, task
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "finlora"
 TASKS = load_tasks()
-TESTS = {name: test for entry in TASKS.values() for name, test in entry["tests"].items()}
+TESTS = {name: test for entry in TASKS.values() for name, test in entry.tests.items()}
 SMALL = """\
 colour:
   about: the colour of a word
@@ -37,47 +37,47 @@ both:
 
 def test_a_mixture_has_the_tests_of_its_tasks():
     mixture = task("general_multi")
-    assert mixture["mixture_of"] == ["sentiment", "headline", "ner"]
-    assert list(mixture["tests"]) == ["fpb", "fiqa", "tfns", "nwgi", "headline", "ner"]
-    assert mixture["max_new_tokens"] == 10
-    assert task("reporting_multi")["max_new_tokens"] == 100
+    assert mixture.mixture_of == ["sentiment", "headline", "ner"]
+    assert list(mixture.tests) == ["fpb", "fiqa", "tfns", "nwgi", "headline", "ner"]
+    assert mixture.max_new_tokens == 10
+    assert task("reporting_multi").max_new_tokens == 100
 
 
 def test_every_file_and_row_count_agrees_with_the_manifest():
     files = {entry["path"]: entry for entry in json.loads(TABLE.with_name("manifest.json").read_text())["files"]}
     told = 0
     for entry in TASKS.values():
-        if entry["released"]:
+        if entry.released:
             for path, rows in [
-                (entry["train"], entry["train_rows"]),
-                *((test["file"], test["rows"]) for test in entry["tests"].values()),
+                (entry.train, entry.train_rows),
+                *((test.file, test.rows) for test in entry.tests.values()),
             ]:
                 assert files[f"data/{path}"].get("rows") == rows, path
                 told += rows is not None
     assert told > 10
 
 
-@pytest.mark.parametrize("name", [name for name, test in TESTS.items() if test["labels"]])
+@pytest.mark.parametrize("name", [name for name, test in TESTS.items() if test.labels])
 def test_the_labels_cover_the_real_file(name):
     test = TESTS[name]
-    path = SHARED / "data" / test["file"]
+    path = SHARED / "data" / test.file
     if not path.exists():
         pytest.skip(f"{path.name} is not in ../shared")
     counts = Counter(json.loads(line)["target"] for line in path.read_text().splitlines())
-    assert set(counts) == set(test["labels"])
-    assert counts.total() == test["rows"]
+    assert set(counts) == set(test.labels)
+    assert counts.total() == test.rows
 
 
 def test_the_swap_of_tfns_shows_in_the_counts():
     test = TESTS["tfns"]
-    assert sum(test["source_counts"].values()) == test["rows"]
-    path = SHARED / "data" / test["file"]
+    assert sum(test.source_counts.values()) == test.rows
+    path = SHARED / "data" / test.file
     if not path.exists():
         pytest.skip(f"{path.name} is not in ../shared")
     published = Counter(json.loads(line)["target"] for line in path.read_text().splitlines())
-    assert published != test["source_counts"]
+    assert published != test.source_counts
     swap = {"negative": "negative", "neutral": "positive", "positive": "neutral"}
-    assert {swap[label]: count for label, count in published.items()} == test["source_counts"]
+    assert {swap[label]: count for label, count in published.items()} == test.source_counts
 
 
 def test_a_misspelt_task_gets_the_nearest_name():
@@ -90,10 +90,10 @@ def test_a_misspelt_task_gets_the_nearest_name():
 def test_a_test_set_inherits_and_optional_keys_are_none(tmp_path):
     (tmp_path / "tasks.yaml").write_text(SMALL)
     table = load_tasks(tmp_path / "tasks.yaml")
-    assert table["colour"]["train_rows"] is None and table["colour"]["mixture_of"] == []
-    test = table["colour"]["tests"]["colour"]
-    assert (test["labels"], test["metric"], test["rows"]) == (["red", "green"], "accuracy_f1", None)
-    assert table["both"]["tests"] == {"colour": test} and table["both"]["labels"] is None
+    assert table["colour"].train_rows is None and not table["colour"].mixture_of
+    test = table["colour"].tests["colour"]
+    assert (test.labels, test.metric, test.rows) == (["red", "green"], "accuracy_f1", None)
+    assert table["both"].tests == {"colour": test} and table["both"].labels is None
 
 
 LICENCE = "  licence: MIT\n  source: https://example.org\n"

@@ -5,23 +5,23 @@ from typing import Any
 
 from datasets import Dataset
 
-from finlora.data.test_sets import RAW, all_sets, read_set
+from finlora.core.paths import RAW
+from finlora.data.test_sets import all_sets, read_set
 from finlora.evaluate.scorers import scorings, summary
 
 
 def rows(test_set: str, folder: str = str(RAW), labels: str = "corrected", **_: Any) -> dict[str, Dataset]:
     """One test set as lm-eval's `test` split: row, set, context, published, corrected, and target (as wanted)."""
-    found = read_set(test_set, Path(folder))["rows"]
-    kind = "corrected" if labels == "corrected" else "target"
+    found = read_set(test_set, Path(folder)).rows
     return {
         "test": Dataset.from_list(
             [
                 {
-                    "row": row["row"],
-                    "context": row["context"],
-                    "published": row["target"],
-                    "corrected": row["corrected"],
-                    "target": row[kind],
+                    "row": row.row,
+                    "context": row.context,
+                    "published": row.target,
+                    "corrected": row.corrected,
+                    "target": row.corrected if labels == "corrected" else row.target,
                     "set": test_set,
                 }
                 for row in found

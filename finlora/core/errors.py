@@ -1,13 +1,20 @@
 """A user's mistakes in one line, and how a command ends."""
 
+import difflib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its text is one line: the file, the line or key, and what to do."""
+    """A mistake that the user can fix. Its text is one line: the file, the line or key, and what to do."""
+
+
+def did_you_mean(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
+    """`did you mean A, B? ` with the nearest of the known names, at most `count`; empty where none is near."""
+    near = difflib.get_close_matches(name, list(known), count, cutoff)
+    return f"did you mean {', '.join(near)}? " if near else ""
 
 
 def run(main: Callable[[], None]) -> None:

@@ -27,15 +27,14 @@ from tqdm import tqdm
 
 from finlora.core.errors import UserError
 from finlora.core.files import replacing
-from finlora.core.paths import ROOT
-from finlora.data.corrections import applies, corrected_target, load_corrections, standing
+from finlora.core.paths import RAW, ROOT
+from finlora.data.corrections import Correction, applies, corrected_target, load_corrections, standing
 from finlora.data.fetch import is_right, read_manifest
 from finlora.data.neardup import duplicate_groups
 from finlora.data.rows import LeftOut, Row, read_rows
-from finlora.data.tasks import load_tasks
+from finlora.data.tasks import TestSet, load_tasks
 from finlora.data.tasks import task as find_task
 
-RAW = ROOT / "data" / "raw"
 OUT = ROOT / "data" / "audit"
 TINY = ROOT / ".cache" / "tiny"
 COUNTED = 10_000  # different answers of a file that are counted one by one
@@ -109,9 +108,9 @@ def audit(
     entry = find_task(task)
     measure, encode = _measure(task, tokenizer, sequence_len) if count_tokens else ({}, None)
     columns = (context_column, target_column) if file else ("context", "target")
-    files = [File(str(file or entry["train"]), "train", file or raw / entry["train"], columns, entry["labels"])]
-    for name, test in entry["tests"].items():
-        files.append(File(test["file"], name, raw / test["file"], ("context", "target"), test["labels"]))
+    files = [File(str(file or entry.train), "train", file or raw / entry.train, columns, entry.labels)]
+    for name, test in entry.tests.items():
+        files.append(File(test.file, name, raw / test.file, ("context", "target"), test.labels))
     for each in files:
         if not each.path.exists():
             each.status = "absent"
@@ -130,13 +129,13 @@ def audit(
         same_here, near_here = groups[each.role]
         conflicts = _conflicts(each, same_here)
         table.append(_summary(each, same_here, near_here, len(conflicts), measure.get("sequence_len")))
-        test = entry["tests"].get(each.role)
+        test = entry.tests.get(each.role)
         # What a mixture's test sets show by themselves is said where their own tasks are audited.
-        if not (test and entry["mixture_of"]):
+        if not (test and entry.mixture_of):
             if published:
-                _compare(each, test["rows"] if test else entry["train_rows"], test)
+                _compare(each, test.rows if test else entry.train_rows, test)
             _judge(each, table[-1]["repeats"], near_here, conflicts)
-            if test and test["metric"] in ("accuracy", "accuracy_f1"):
+            if test and test.metric in ("accuracy", "accuracy_f1"):
                 _judge_scoring(each)
             if each.tokens:
                 _judge_length(each, table[-1]["tokens"], measure)
@@ -144,7 +143,7 @@ def audit(
             table[-1]["in_train"] = _overlap(each, files[0], groups)
     return {
         "task": task,
-        "released": entry["released"],
+        "released": entry.released,
         "measure": measure,
         "files": table,
         "findings": [finding for each in files for finding in each.findings],
@@ -311,7 +310,7 @@ def _numbers(values: array) -> np.ndarray:
     return np.frombuffer(values, values.typecode) if values else np.zeros(0, values.typecode)
 
 
-def _compare(file: File, rows: int | None, test: dict[str, Any] | None) -> None:
+def _compare(file: File, rows: int | None, test: TestSet | None) -> None:
     """Hold a published file against the manifest, the task table and the corrections."""
     pinned = {entry["path"]: entry for entry in read_manifest()["files"]}.get(f"data/{file.name}")
     if pinned and not is_right(file.path, pinned):
@@ -319,13 +318,13 @@ def _compare(file: File, rows: int | None, test: dict[str, Any] | None) -> None:
     found = file.rows + len(file.left_out)
     if rows and found != rows and file.status == "read":
         file.find(f"it has {found:,} rows and not {rows:,} (data/tasks.yaml)", "fetch it again", attention=True)
-    if test and test["source_counts"]:
-        _compare_counts(file, test["source_counts"])
+    if test and test.source_counts:
+        _compare_counts(file, test.source_counts)
     correction = load_corrections().get(file.name)
     if correction and not file.standings:
         text = "it is not the file that data/corrections.yaml knows"
         file.find(text, "its labels are taken as they stand", attention=True)
-    elif correction and correction["rows"]:
+    elif correction and correction.rows:
         _compare_rows(file, correction)
 
 
@@ -345,7 +344,7 @@ def _compare_counts(file: File, documented: dict[str, int]) -> None:
         file.find(text, "not corrected: add it to data/corrections.yaml", attention=True)
 
 
-def _compare_rows(file: File, correction: dict[str, Any]) -> None:
+def _compare_rows(file: File, correction: Correction) -> None:
     """Count the rows that a correction holds for, and look whether the file agrees with the reasons for it."""
     standings, contexts = _numbers(file.standings), _numbers(file.contexts)
     _, first, group, copies = np.unique(contexts, return_index=True, return_inverse=True, return_counts=True)
@@ -361,16 +360,16 @@ def _compare_rows(file: File, correction: dict[str, Any]) -> None:
         if len(rows):
             text = f"{len(rows):,} rows have exchanged labels, {kind}{labels}; of their {len(texts):,} texts {shown}"
             file.find(text, done, _numbers(file.lines)[rows])
-    expected = correction["rows"]["source_counts"]
+    expected = correction.rows.source_counts
     corrected = Counter()
     for label, count in file.certain.items():
-        corrected[correction["labels"].get(label, label)] += count
+        corrected[correction.labels.get(label, label)] += count
     if file.certain and _distance(corrected, expected) >= _distance(file.certain, expected):
         text = "the published labels of the rows to be corrected are nearer to the source's shares than the corrected"
         file.find(text, "find out why; until then use LABELS=published", attention=True)
-    copied = (standings == STANDINGS.index("certain")) & (copies[group] >= correction["rows"]["not_copied"])
+    copied = (standings == STANDINGS.index("certain")) & (copies[group] >= correction.rows.not_copied)
     if copied.any():
-        text = f"{copied.sum():,} rows to be corrected stand {correction['rows']['not_copied']} times or more"
+        text = f"{copied.sum():,} rows to be corrected stand {correction.rows.not_copied} times or more"
         text += " and so come from another data set"
         file.find(text, "find out why; until then use LABELS=published", _numbers(file.lines)[copied], attention=True)
 

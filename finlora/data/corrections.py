@@ -7,17 +7,15 @@ Callers that have the file ask `applies` once, so that a file that is not the pu
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
-import yaml
+from pydantic import BeforeValidator, field_validator
 
-from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
+from finlora.core.tables import Record, expecting, read_entry, read_table
 from finlora.data.fetch import is_right
 
 TABLE = ROOT / "data" / "corrections.yaml"
-KEYS = {"git_blob_sha1", "labels", "evidence"}
-ROW_KEYS = {"context", "without", "not_copied", "source_counts"}
 
 
 class Row(Protocol):
@@ -27,38 +25,52 @@ class Row(Protocol):
     target: str
 
 
-@cache
-def load_corrections(path: Path = TABLE) -> dict[str, dict[str, Any]]:
-    """The table by file, with compiled expressions; `rows` is None where a correction holds for the whole file.
-
-    Raises UserError that names the file and the key for an unknown, missing or wrong key.
-    """
+def _compiled(expression: Any) -> re.Pattern:
     try:
-        table = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); restore it from git") from error
-    if not isinstance(table, dict):
-        raise UserError(f"{path}: holds no corrections; restore it from git")
-    for file, entry in table.items():
-        _check_keys(f"{path}: {file}", entry, KEYS, {"rows"})
-        entry.setdefault("rows", None)
-        labels = entry["labels"]
+        return re.compile(expression)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{expression!r} is not a regular expression ({error})") from error
+
+
+Expression = Annotated[re.Pattern, BeforeValidator(_compiled)]
+Counts = Annotated[dict[str, int], expecting("a mapping of labels to counts")]
+
+
+class Rows(Record):
+    """Which rows of a file are corrected; the comment at the top of data/corrections.yaml explains each key."""
+
+    context: Expression
+    without: Expression
+    not_copied: Annotated[int, expecting("a number of copies")]
+    source_counts: Counts
+
+
+class Correction(Record):
+    """What is wrong with the labels of one file; `rows` is None where that holds for all of them."""
+
+    git_blob_sha1: str
+    labels: dict[str, str]
+    evidence: str
+    rows: Rows | None = None
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _exchange(cls, labels: Any) -> Any:
         if not isinstance(labels, dict) or set(labels) != set(labels.values()):
-            raise UserError(f"{path}: {file}: labels must exchange labels for each other (the same ones on both sides)")
-        if entry["rows"] is not None:
-            _check_keys(f"{path}: {file}: rows", entry["rows"], ROW_KEYS, set())
-            for key in ("context", "without"):
-                try:
-                    entry["rows"][key] = re.compile(entry["rows"][key])
-                except (re.error, TypeError) as error:
-                    raise UserError(f"{path}: {file}: rows.{key} is not a regular expression ({error})") from error
-    return table
+            raise ValueError("must exchange labels for each other (the same ones on both sides)")
+        return labels
+
+
+@cache
+def load_corrections(path: Path = TABLE) -> dict[str, Correction]:
+    """The corrections by file. Raises UserError that names file and key for an unknown, missing or wrong key."""
+    return {file: read_entry(path, file, entry, Correction) for file, entry in read_table(path, "corrections").items()}
 
 
 def applies(file: str, path: Path) -> bool:
     """Whether `file` (its path under data/raw) has corrections and `path`, where it lies, holds its published bytes."""
     entry = load_corrections().get(file)
-    return entry is not None and is_right(path, {"git_blob_sha1": entry["git_blob_sha1"]})
+    return entry is not None and is_right(path, {"git_blob_sha1": entry.git_blob_sha1})
 
 
 def standing(file: str, row: Row) -> str:
@@ -66,25 +78,16 @@ def standing(file: str, row: Row) -> str:
     entry = load_corrections().get(file)
     if entry is None:
         return "other"
-    rows = entry["rows"]
+    rows = entry.rows
     if rows is None:
         return "certain"
-    if not rows["context"].match(row.context):
+    if not rows.context.match(row.context):
         return "other"
-    return "unsure" if rows["without"].search(row.context) else "certain"
+    return "unsure" if rows.without.search(row.context) else "certain"
 
 
 def corrected_target(file: str, row: Row) -> str:
     """The row's corrected label, which is its published one wherever the table has nothing certain to say."""
     if standing(file, row) != "certain":
         return row.target
-    return load_corrections()[file]["labels"].get(row.target, row.target)
-
-
-def _check_keys(where: str, entry: Any, needed: set[str], optional: set[str]) -> None:
-    if not isinstance(entry, dict):
-        raise UserError(f"{where}: must hold keys ({', '.join(sorted(needed))})")
-    for key in sorted(entry.keys() - needed - optional):
-        raise UserError(f"{where}: unknown key {key}; known are {', '.join(sorted(needed | optional))}")
-    for key in sorted(needed - entry.keys()):
-        raise UserError(f"{where}: {key} is missing")
+    return load_corrections()[file].labels.get(row.target, row.target)

@@ -146,9 +146,9 @@ def _paths(names: Sequence[str], pinned: dict[str, Any], manifest: Path) -> set[
     paths = set()
     for name in names:
         entry = task(name)
-        if not entry["released"]:
+        if not entry.released:
             raise UserError(f"{name}: not released by FinLoRA; make data FILE=my.jsonl TASK={name} takes your own")
-        paths |= {f"data/{file}" for file in (entry["train"], *(test["file"] for test in entry["tests"].values()))}
+        paths |= {f"data/{file}" for file in (entry.train, *(test.file for test in entry.tests.values()))}
     for path in sorted(paths - listed):
         raise UserError(f"{manifest}: has no entry for {path}; restore it from git")
     return paths
@@ -437,5 +437,5 @@ def run(tasks: Sequence[str], raw: Path, manifest: Path, timeout: float, retries
     """Fetch, and name the tasks that nobody publishes."""
     fetch(tasks, raw, manifest, os.environ.get("FINLORA_MIRROR"), timeout, retries, backoff)
     for name, entry in load_tasks().items():
-        if not tasks and not entry["released"]:
+        if not tasks and not entry.released:
             print(f"{name}: not released by FinLoRA; make data FILE=my.jsonl TASK={name} takes your own")

@@ -25,16 +25,14 @@ from tqdm import tqdm
 
 from finlora.core.errors import UserError
 from finlora.core.files import replacing
-from finlora.core.paths import ROOT
+from finlora.core.paths import PREPARED, RAW
 from finlora.data.corrections import TABLE as CORRECTIONS
 from finlora.data.corrections import applies, corrected_target, standing
 from finlora.data.neardup import near_duplicate_groups
 from finlora.data.rows import LeftOut, Row, check_regular_file, read_rows
-from finlora.data.tasks import load_tasks
+from finlora.data.tasks import Mixture, Task, load_tasks
 from finlora.data.tasks import task as find_task
 
-RAW = ROOT / "data" / "raw"
-PREPARED = ROOT / "data" / "prepared"
 LABELS = ("corrected", "published")
 FORMAT = 1  # of the prepared files; raise it whenever the same sources would give other bytes
 SMALLEST_TO_SPLIT = 10  # rows; a validation loss over less than one row in ten says nothing
@@ -136,7 +134,7 @@ def _prepare(task: str, raw: Path | None, out: Path | None, settings: dict[str, 
         out.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(out)
         with tempfile.TemporaryFile(dir=out) as spool:
-            allowed = entry["labels"] if own and not settings["any_label"] else None
+            allowed = entry.labels if own and not settings["any_label"] else None
             groups = near_duplicate_groups(_spool(sources, raw, spool, settings, allowed))
             held_out = _choose_groups(task, groups, settings["validation"], settings["seed"])
             rows, outputs = _write(out, spool, sources, groups, held_out, settings["seed"])
@@ -193,18 +191,18 @@ def _record_or_none(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _sources(task: str, entry: dict[str, Any], raw: Path, settings: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
+def _sources(task: str, entry: Task | Mixture, raw: Path, settings: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     """Where the rows come from, in words, and the files with their paths under `raw` (absolute for an own file)."""
     if settings["file"] is not None:
         return "own file", [{"path": settings["file"]}]
-    paths = [entry["train"]]
+    paths = [entry.train]
     origin = "published file"
-    if entry["mixture_of"] and not os.path.lexists(raw / entry["train"]):
-        paths = [find_task(part)["train"] for part in entry["mixture_of"]]
+    if entry.mixture_of and not os.path.lexists(raw / entry.train):
+        paths = [find_task(part).train for part in entry.mixture_of]
         origin = "single tasks"
     for path in paths:
         if not os.path.lexists(raw / path):
-            if entry["released"]:
+            if entry.released:
                 raise UserError(f"{raw / path}: is not there; run `make data TASK={task}`")
             raise UserError(f"{raw / path}: is not released; run `make data TASK={task} FILE=your_rows.jsonl`")
     return origin, [{"path": path} for path in paths]
@@ -389,7 +387,7 @@ def run(tasks: Sequence[str], raw: Path | None, out: Path | None, **given: Any) 
     """Prepare tasks that are not prepared yet, and say what is there. given: the options of `prepare`."""
     if (given["file"] or out) and len(tasks) != 1:
         raise UserError("--file and --out: name the one task that they are for (TASK=...)")
-    for task in tasks or [name for name, entry in load_tasks().items() if entry["released"]]:
+    for task in tasks or [name for name, entry in load_tasks().items() if entry.released]:
         _prepare_one(task, raw, out, given)
 
 

@@ -1,170 +1,143 @@
-"""The table of tasks, data/tasks.yaml, read and checked in one place."""
+"""The table of tasks, data/tasks.yaml, as records; the comment at its top says what each key means."""
 
-import difflib
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-import yaml
+from annotated_types import MinLen, Predicate
+from pydantic import PositiveInt, PrivateAttr, ValidationInfo, field_validator
 
-from finlora.core.errors import UserError
+from finlora.core.errors import UserError, did_you_mean
 from finlora.core.paths import ROOT
+from finlora.core.tables import Record, expecting, read_entry, read_table
 
 TABLE = ROOT / "data" / "tasks.yaml"
-METRICS = ("accuracy_f1", "tag_accuracy_f1", "accuracy", "bertscore_f1")
-
-TASK_KEYS = {
-    "about",
-    "released",
-    "train",
-    "train_rows",
-    "train_rows_about",
-    "tokens_about",
-    "labels",
-    "metric",
-    "max_new_tokens",
-    "licence",
-    "source",
-    "tests",
-}
-MIXTURE_KEYS = {"about", "released", "train", "train_rows", "train_rows_about", "licence", "source", "mixture_of"}
-TEST_KEYS = {
-    "file",
-    "rows",
-    "rows_about",
-    "labels",
-    "source_counts",
-    "metric",
-    "max_new_tokens",
-    "licence",
-    "source",
-}
-OPTIONAL = {"train_rows", "train_rows_about", "tokens_about", "rows", "rows_about", "source_counts"}
-INHERITED = ("labels", "metric", "max_new_tokens", "licence", "source")
+Metric = Literal["accuracy_f1", "tag_accuracy_f1", "accuracy", "bertscore_f1"]
+INHERITED = ("labels", "metric", "max_new_tokens", "licence", "source")  # by a test set from its task
 
 
-def load_tasks(path: Path = TABLE) -> dict[str, dict[str, Any]]:
-    """Every task of the table by name, each with all its keys: optional ones are None where they are not given.
-
-    A test set has its task's labels, metric, max_new_tokens, licence and source where it does not state its own.
-    A mixture has the tests of its tasks, `mixture_of`, no labels, and the longest max_new_tokens of its tasks;
-    every other task has an empty `mixture_of`. Paths are relative to data/raw.
-    Raises UserError that names the file and the key for an unknown, missing or wrong key.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        _refuse_twins(path, yaml.compose(text, yaml.SafeLoader))
-        table = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read ({_one_line(error)}); restore it from git") from error
-    if not isinstance(table, dict) or not table:
-        raise UserError(f"{path}: holds no tasks; restore it from git")
-    for name, entry in table.items():
-        if not isinstance(entry, dict):
-            raise UserError(f"{path}: {name}: is not a mapping of keys; see the comment at the top of the file")
-        _check_task(f"{path}: {name}", entry)
-    for name, entry in table.items():
-        if entry["mixture_of"]:
-            _add_parts(f"{path}: {name}", entry, table)
-    return table
+def _lies_in_raw(path: str) -> bool:
+    parts = Path(path).parts
+    return bool(parts) and parts[0] in ("train", "test") and ".." not in parts
 
 
-def task(name: str, path: Path = TABLE) -> dict[str, Any]:
-    """One task of the table; a name that it does not hold raises UserError with the nearest one."""
-    table = _cached(path)
-    if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(table)}"
-        raise UserError(f"{path.name} has no task {name!r}: {hint}")
-    return table[name]
+DataPath = Annotated[str, Predicate(_lies_in_raw), expecting("a path under train/ or test/")]
+# An unquoted Yes or No is a boolean in YAML.
+Labels = Annotated[
+    Annotated[list[str], MinLen(1), Predicate(lambda labels: len(set(labels)) == len(labels))] | None,
+    expecting("a list of different strings, or null; quote each one"),
+]
+MetricName = Annotated[Metric, expecting(f"one of {', '.join(get_args(Metric))}")]
+Tokens = Annotated[PositiveInt, expecting("a number of tokens, at least 1")]
+Rows = Annotated[int | None, expecting("a number of rows")]
+
+
+class TestSet(Record):
+    """One test set: `file` lies under data/raw; `source_counts` are the label counts that its source documents."""
+
+    file: DataPath
+    rows: Rows = None
+    rows_about: Rows = None
+    labels: Labels
+    metric: MetricName
+    max_new_tokens: Tokens
+    licence: str
+    source: str
+    source_counts: dict[str, int] | None = None
+    _task: str = PrivateAttr("")
+
+    @field_validator("source_counts", mode="before")
+    @classmethod
+    def _counts_of_its_labels(cls, counts: Any, info: ValidationInfo) -> Any:
+        labels = info.data.get("labels")
+        if counts is not None and (not isinstance(counts, dict) or set(counts) - set(labels or counts)):
+            raise ValueError(f"its labels must be among {labels}")
+        return counts
+
+    @property
+    def task(self) -> str:
+        """The name of the task that it belongs to."""
+        return self._task
+
+
+def unlisted_set(record: dict[str, Any]) -> TestSet:
+    """A test set that an earlier result has (its set.json) and data/tasks.yaml no longer lists."""
+    return TestSet.model_construct(**{"file": None, "labels": None, "metric": None} | record)
+
+
+class _Common(Record):
+    about: str
+    released: Annotated[bool, expecting("true or false")]
+    train: DataPath
+    train_rows: Rows = None
+    train_rows_about: Rows = None
+    licence: str
+    source: str
+
+
+class Task(_Common):
+    """A task with a train file and test sets of its own."""
+
+    mixture_of: ClassVar[tuple[str, ...]] = ()
+    tokens_about: int | None = None
+    labels: Labels
+    metric: MetricName
+    max_new_tokens: Tokens
+    tests: dict[str, TestSet]
+
+    @field_validator("tests", mode="before")
+    @classmethod
+    def _inherit(cls, tests: Any, info: ValidationInfo) -> Any:
+        if not isinstance(tests, dict) or not tests:
+            raise ValueError("give at least one test set by name")
+        inherited = {key: info.data[key] for key in INHERITED if key in info.data}
+        return {name: inherited | test if isinstance(test, dict) else test for name, test in tests.items()}
+
+
+class Mixture(_Common):
+    """Several tasks trained as one: it has their test sets, no labels, and the longest of their max_new_tokens."""
+
+    mixture_of: Annotated[list[str], expecting("a list of tasks")]
+    labels: ClassVar[None] = None
+    metric: ClassVar[None] = None
+    _parts: tuple[Task, ...] = PrivateAttr(())
+
+    @property
+    def tests(self) -> dict[str, TestSet]:
+        return {name: test for part in self._parts for name, test in part.tests.items()}
+
+    @property
+    def max_new_tokens(self) -> int:
+        return max(part.max_new_tokens for part in self._parts)
 
 
 @cache
-def _cached(path: Path) -> dict[str, dict[str, Any]]:
-    return load_tasks(path)
+def load_tasks(path: Path = TABLE) -> dict[str, Task | Mixture]:
+    """Every task of the table by name; paths in it are relative to data/raw.
+
+    A test set has its task's labels, metric, max_new_tokens, licence and source where it does not state its own.
+    Raises UserError that names the file and the key for an unknown, missing or wrong key.
+    """
+    table = {}
+    for name, entry in read_table(path, "tasks").items():
+        mixed = isinstance(entry, dict) and "mixture_of" in entry
+        table[name] = read_entry(path, name, entry, Mixture if mixed else Task)
+    for name, task in table.items():
+        if isinstance(task, Task):
+            for test in task.tests.values():
+                test._task = name
+            continue
+        for part in task.mixture_of:
+            if not isinstance(table.get(part), Task):
+                raise UserError(f"{path}: {name}: mixture_of: {part!r} is not a single task of the table")
+        task._parts = tuple(table[part] for part in task.mixture_of)
+    return table
 
 
-def _check_task(where: str, entry: dict[str, Any]) -> None:
-    mixture = "mixture_of" in entry
-    _check_keys(where, entry, MIXTURE_KEYS if mixture else TASK_KEYS)
-    if not isinstance(entry["released"], bool):
-        raise UserError(f"{where}: released: {entry['released']!r} is neither true nor false")
-    _check_path(f"{where}: train", entry["train"])
-    if mixture:
-        entry.update(labels=None, metric=None, max_new_tokens=None, tests={})
-        return
-    entry["mixture_of"] = []
-    _check_values(where, entry)
-    if not isinstance(entry["tests"], dict) or not entry["tests"]:
-        raise UserError(f"{where}: tests: give at least one test set by name")
-    for name, test in entry["tests"].items():
-        at = f"{where}: tests: {name}"
-        if not isinstance(test, dict):
-            raise UserError(f"{at}: is not a mapping of keys; see the comment at the top of the file")
-        for key in INHERITED:
-            test.setdefault(key, entry[key])
-        _check_keys(at, test, TEST_KEYS)
-        _check_path(f"{at}: file", test["file"])
-        _check_values(at, test)
-        counts = test["source_counts"]
-        if counts is not None and (not isinstance(counts, dict) or set(counts) - set(test["labels"] or counts)):
-            raise UserError(f"{at}: source_counts: its labels must be among {test['labels']}")
-
-
-def _check_keys(where: str, entry: dict[str, Any], known: set[str]) -> None:
-    for key in entry:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
-    for key in sorted(known - OPTIONAL):
-        if key not in entry:
-            raise UserError(f"{where}: the key {key!r} is missing")
-    for key in known & OPTIONAL:
-        entry.setdefault(key, None)
-
-
-def _check_path(where: str, value: Any) -> None:
-    parts = Path(value).parts if isinstance(value, str) else ()
-    if not parts or parts[0] not in ("train", "test") or ".." in parts:
-        raise UserError(f"{where}: {value!r} is not a path under train/ or test/")
-
-
-def _check_values(where: str, entry: dict[str, Any]) -> None:
-    labels = entry["labels"]
-    whole = isinstance(labels, list) and labels and all(isinstance(label, str) for label in labels)
-    if labels is not None and (not whole or len(set(labels)) < len(labels)):
-        # An unquoted Yes or No is a boolean in YAML.
-        raise UserError(f"{where}: labels: {labels!r} is not a list of different strings, or null; quote each one")
-    if entry["metric"] not in METRICS:
-        raise UserError(f"{where}: metric: {entry['metric']!r} is not one of {', '.join(METRICS)}")
-    longest = entry["max_new_tokens"]
-    if not isinstance(longest, int) or isinstance(longest, bool) or longest < 1:
-        raise UserError(f"{where}: max_new_tokens: {longest!r} is not a number of tokens")
-
-
-def _add_parts(where: str, entry: dict[str, Any], table: dict[str, dict[str, Any]]) -> None:
-    if not isinstance(entry["mixture_of"], list):
-        raise UserError(f"{where}: mixture_of: {entry['mixture_of']!r} is not a list of tasks")
-    for part in entry["mixture_of"]:
-        if part not in table or table[part]["mixture_of"]:
-            raise UserError(f"{where}: mixture_of: {part!r} is not a single task of the table")
-        entry["tests"].update(table[part]["tests"])
-    entry["max_new_tokens"] = max(table[part]["max_new_tokens"] for part in entry["mixture_of"])
-
-
-def _refuse_twins(path: Path, node: yaml.Node | None) -> None:
-    """YAML itself lets the last of two equal keys win without a word."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen = set()
-    for key, value in node.value:
-        if key.value in seen:
-            raise UserError(f"{path}: line {key.start_mark.line + 1}: the key {key.value!r} is there twice")
-        seen.add(key.value)
-        _refuse_twins(path, value)
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
-    return " ".join(str(error).split())
+def task(name: str, path: Path = TABLE) -> Task | Mixture:
+    """One task of the table; a name that it does not hold raises UserError with the nearest one."""
+    table = load_tasks(path)
+    if name not in table:
+        hint = did_you_mean(name, table) or f"choose one of {', '.join(table)}"
+        raise UserError(f"{path.name} has no task {name!r}: {hint.strip()}")
+    return table[name]

@@ -1,30 +1,46 @@
 """FinLoRA's test sets: their names and groups, and their rows with published and corrected labels."""
 
-import difflib
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import yaml
 
-from finlora.core.errors import UserError
+from finlora.core.errors import UserError, did_you_mean
 from finlora.core.files import sha256
-from finlora.core.paths import ROOT
+from finlora.core.paths import RAW, ROOT
 from finlora.data.corrections import applies, corrected_target
 from finlora.data.fetch import is_right, read_manifest
 from finlora.data.rows import read_rows
-from finlora.data.tasks import load_tasks
+from finlora.data.tasks import Task, TestSet, load_tasks
 
-RAW = ROOT / "data" / "raw"
-SAMPLE = ROOT / "data" / "sample"
 TASK_FILES = ROOT / "eval" / "tasks"
 
 
+class LabelledRow(NamedTuple):
+    """A row of a test set: its line, its texts as published, and its corrected label."""
+
+    row: int
+    context: str
+    target: str
+    corrected: str
+
+
+@dataclass(frozen=True)
+class SetRows:
+    """A test set as read: its file as shown to people, and whether that is FinLoRA's by its checksum."""
+
+    rows: list[LabelledRow]
+    path: str
+    sha256: str
+    published_file: bool
+
+
 @cache
-def all_sets() -> dict[str, dict[str, Any]]:
-    """Every test set by name: its entry of data/tasks.yaml with `task` added, in the order of the table."""
-    tasks = {name: entry for name, entry in load_tasks().items() if not entry["mixture_of"]}
-    return {name: spec | {"task": task} for task, entry in tasks.items() for name, spec in entry["tests"].items()}
+def all_sets() -> dict[str, TestSet]:
+    """Every test set by name, in the order of data/tasks.yaml."""
+    return {name: test for task in load_tasks().values() if isinstance(task, Task) for name, test in task.tests.items()}
 
 
 def groups() -> dict[str, list[str]]:
@@ -34,7 +50,7 @@ def groups() -> dict[str, list[str]]:
         text = (TASK_FILES / f"{name}.yaml").read_text(encoding="utf-8")
         group = yaml.load(text, Loader=yaml.BaseLoader)["tag"][0]
         found.setdefault(group, []).append(name)
-    tasks = {name: list(entry["tests"]) for name, entry in load_tasks().items()}
+    tasks = {name: list(entry.tests) for name, entry in load_tasks().items()}
     # The task `finer` has two sets and one of them its name: the name stands for both.
     return found | {name: sets for name, sets in tasks.items() if sets != [name]} | {"all": list(all_sets())}
 
@@ -45,40 +61,33 @@ def choose(names: list[str]) -> list[str]:
     chosen: dict[str, None] = {}
     for name in names:
         if name not in known and name not in several:
-            near = difflib.get_close_matches(name, [*known, *several], 3)
-            hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join([*several, *known])}"
-            raise UserError(f"TASKS={','.join(names)}: no test set or group {name!r}; {hint}")
+            hint = did_you_mean(name, [*known, *several], 3) or f"there are {', '.join([*several, *known])}"
+            raise UserError(f"TASKS={','.join(names)}: no test set or group {name!r}; {hint.strip()}")
         chosen |= dict.fromkeys(several.get(name) or [name])
     return list(chosen)
 
 
-def read_set(name: str, folder: Path = RAW) -> dict[str, Any]:
-    """A test set's rows and facts: rows [{row (line), context, target, corrected}], path, sha256, published_file.
+def read_set(name: str, folder: Path = RAW) -> SetRows:
+    """The rows of a test set, from its file under `folder`.
 
     Only a file with the checksum of FinLoRA's is corrected. Raises UserError for a file that is missing or malformed,
     and for one in data/raw that is not the published one.
     """
     spec = all_sets()[name]
-    path = Path(folder) / spec["file"]
+    path = Path(folder) / spec.file
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    pinned = {entry["path"]: entry for entry in read_manifest()["files"]}.get(f"data/{spec['file']}")
+    pinned = {entry["path"]: entry for entry in read_manifest()["files"]}.get(f"data/{spec.file}")
     if not path.is_file():
-        where = f"make data TASK={spec['task']}" if pinned else f"bring your own as {shown}"
+        where = f"make data TASK={spec.task}" if pinned else f"bring your own as {shown}"
         raise UserError(f"{shown}: is missing; {where}, or leave {name} out with TASKS=")
     published = pinned is not None and is_right(path, pinned)
     if pinned and not published and Path(folder) == RAW:
         raise UserError(
-            f"{shown}: is not FinLoRA's published file (its checksum differs); run `make data TASK={spec['task']}`, or "
+            f"{shown}: is not FinLoRA's published file (its checksum differs); run `make data TASK={spec.task}`, or "
             "keep files of your own in another folder and name it with TESTS="
         )
-    correcting = applies(spec["file"], path)
+    correcting = applies(spec.file, path)
     rows = [
-        {
-            "row": row.line,
-            "context": row.context,
-            "target": row.target,
-            "corrected": corrected_target(spec["file"], row) if correcting else row.target,
-        }
-        for row in read_rows(path)
+        LabelledRow(*row, corrected_target(spec.file, row) if correcting else row.target) for row in read_rows(path)
     ]
-    return {"rows": rows, "path": str(shown), "sha256": sha256(path), "published_file": published}
+    return SetRows(rows, str(shown), sha256(path), published)

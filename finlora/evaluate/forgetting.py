@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finlora.core.errors import UserError
-from finlora.data.test_sets import RAW
+from finlora.core.paths import RAW
 
 TASKS = {
     "mmlu": {"files": "mmlu/default", "metric": "acc", "filter": "none", "dataset": "cais/mmlu"},

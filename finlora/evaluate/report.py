@@ -333,7 +333,7 @@ def scorings(answers: Answers) -> Table:
 
 def confusion_matrix(answers: Answers, labels: str) -> dict[str, Any] | None:
     """Rows: right answers; columns: strict predictions, then 'unparsed'. None without a small set of labels."""
-    known = answers.spec["labels"]
+    known = answers.spec.labels
     if not known or len(known) > MOST_LABELS:
         return None
     items = answers.items(labels, "strict")
@@ -414,16 +414,16 @@ def exchanged(subjects: dict[str, Subject]) -> list[dict[str, str]]:
     found = {}
     for subject in subjects.values():
         for name, answers in subject.sets.items():
-            entry = load_corrections().get(answers.spec["file"])
+            entry = load_corrections().get(answers.spec.file)
             if name in found or entry is None or len(answers.labels()) == 1:
                 continue
-            counts = answers.spec["source_counts"] or {}
+            counts = answers.spec.source_counts or {}
             wrong = [
-                f"{counts[right]:,} {right} rows {label}" for label, right in entry["labels"].items() if right in counts
+                f"{counts[right]:,} {right} rows {label}" for label, right in entry.labels.items() if right in counts
             ]
             text = (
-                f"It calls {' and '.join(wrong)}: {sum(counts.get(label, 0) for label in entry['labels']):,} of its "
-                f"{sum(counts.values()):,} rows. {entry['evidence']} The table has both scores: corrected is what a "
+                f"It calls {' and '.join(wrong)}: {sum(counts.get(label, 0) for label in entry.labels):,} of its "
+                f"{sum(counts.values()):,} rows. {entry.evidence} The table has both scores: corrected is what a "
                 "model can do, published is what FinLoRA's figures were measured with, and there a model that answers "
                 "rightly scores low, and one trained on the exchanged labels high."
             )

@@ -13,6 +13,7 @@ from typing import Any, TypedDict, TypeVar, get_args, get_type_hints
 
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
+from finlora.data import tasks
 from finlora.data.test_sets import all_sets
 from finlora.evaluate import scorers
 
@@ -104,7 +105,7 @@ class Answers:
 
     folder: Path
     about: dict[str, Any]
-    spec: dict[str, Any]
+    spec: tasks.TestSet
     rows: dict[int | str, dict[str, Any]]
     _items: dict[tuple, dict[str, list]] = field(default_factory=dict)
 
@@ -309,7 +310,7 @@ def _read_set(folder: Path) -> Answers:
         rows[row[name]] = {key: value for key, value in row.items() if key not in ("prompt", "context")}
     if len(rows) != about.evaluated or not rows:
         raise _Broken(f"{show(answers)}: has {len(rows):,} answers and set.json says {about.evaluated:,}; {AGAIN}")
-    return Answers(folder, about, all_sets().get(folder.name, asdict(about)), rows)
+    return Answers(folder, about, all_sets().get(folder.name) or tasks.unlisted_set(asdict(about)), rows)
 
 
 AGAIN = "remove its set.json and evaluate again"

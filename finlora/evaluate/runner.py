@@ -23,10 +23,10 @@ from typing import Any
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, replacing
 from finlora.core.machine import gpus
-from finlora.core.paths import existing, shown, slug
+from finlora.core.paths import RAW, SAMPLE, existing, shown, slug
 from finlora.core.provenance import git_state, versions
 from finlora.data.neardup import normalise
-from finlora.data.test_sets import RAW, SAMPLE, TASK_FILES, all_sets, choose, read_set
+from finlora.data.test_sets import TASK_FILES, all_sets, choose, read_set
 from finlora.evaluate import forgetting
 from finlora.evaluate.results import RESULTS
 from finlora.evaluate.scorers import bertscore_items, scorings, summary
@@ -72,7 +72,7 @@ def evaluate(wanted: Request) -> list[Path]:
     plan = resolve(wanted)
     for name in plan["sets"]:
         forgetting.check(name, plan["folder"]) if name in forgetting.TASKS else read_set(name, plan["folder"])
-    if any(all_sets().get(name, {}).get("metric") == "bertscore_f1" for name in plan["sets"]):
+    if any(name in all_sets() and all_sets()[name].metric == "bertscore_f1" for name in plan["sets"]):
         add_bertscore([{"answer": "one", "target": "one"}], wanted)  # an encoder that is missing is found out here
     if shutil.disk_usage(existing(wanted.results)).free < DISK_NEEDED:
         raise UserError(f"{wanted.results}: the disk is full; free {DISK_NEEDED >> 20} MiB")
@@ -118,10 +118,10 @@ def resolve(wanted: Request) -> dict[str, Any]:
     if (
         not wanted.tests
         and plan["tiny"]
-        and not any((RAW / all_sets()[name]["file"]).is_file() for name in plan["sets"])
+        and not any((RAW / all_sets()[name].file).is_file() for name in plan["sets"])
     ):
         plan["folder"] = SAMPLE
-        plan["sets"] = [name for name in plan["sets"] if (SAMPLE / all_sets()[name]["file"]).is_file()]
+        plan["sets"] = [name for name in plan["sets"] if (SAMPLE / all_sets()[name].file).is_file()]
         if not plan["sets"]:
             raise UserError("the test files are not here and there is no sample of them; run `make data TASK=...`")
         print(f"no test file is fetched: taking the sample rows of {', '.join(plan['sets'])}")
@@ -261,10 +261,10 @@ def is_answered(folder: Path, name: str, plan: dict[str, Any], wanted: Request) 
     if name in forgetting.TASKS:
         return about["limit"] == wanted.limit
     found = read_set(name, plan["folder"])
-    if about["sha256"] != found["sha256"]:
-        print(f"{found['path']}: has changed since {folder.parent.name} answered it; asking again")
+    if about["sha256"] != found.sha256:
+        print(f"{found.path}: has changed since {folder.parent.name} answered it; asking again")
         return False
-    rows = min(wanted.limit or len(found["rows"]), len(found["rows"]))
+    rows = min(wanted.limit or len(found.rows), len(found.rows))
     if about["encoder"] and about["encoder"] != encoder_named(wanted)[2]:
         kept = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
         about |= add_bertscore(kept, wanted)
@@ -325,15 +325,15 @@ def answers(lm, name: str, plan, wanted, trained_on: set[str] | None) -> tuple[d
         )
     return {
         "set": name,
-        "task": spec["task"],
-        "file": source["path"],
-        "sha256": source["sha256"],
-        "published_file": source["published_file"],
-        "rows": len(source["rows"]),
+        "task": spec.task,
+        "file": source.path,
+        "sha256": source.sha256,
+        "published_file": source.published_file,
+        "rows": len(source.rows),
         "evaluated": len(rows),
-        "labels": spec["labels"],
-        "metric": spec["metric"],
-        "max_new_tokens": spec["max_new_tokens"],
+        "labels": spec.labels,
+        "metric": spec.metric,
+        "max_new_tokens": spec.max_new_tokens,
         "prompt_tokens": sum(row["prompt_tokens"] for row in rows),
         "answer_tokens": sum(row["answer_tokens"] for row in rows),
         "encoder": None,

@@ -14,11 +14,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
-from typing import Any
 
 import numpy as np
 
 from finlora.core.errors import UserError
+from finlora.data.tasks import TestSet
 
 Items = dict[str, list]
 
@@ -45,12 +45,12 @@ OPERATIONS = {
 }
 
 
-def scorings(name: str, spec: dict[str, Any]) -> dict[str, Callable[[Sequence[str], Sequence[str]], Items]]:
+def scorings(name: str, spec: TestSet) -> dict[str, Callable[[Sequence[str], Sequence[str]], Items]]:
     """The ways to score the test set `name`, the primary one first; each takes the answers and the targets.
 
     There is none for a bertscore_f1 set, whose scores finlora/evaluate/bertscore.py measures: see bertscore_items().
     """
-    if spec["metric"] == "bertscore_f1":
+    if spec.metric == "bertscore_f1":
         return {}
     ways = {"finlora": partial(finlora, spec), "strict": partial(strict, spec)}
     if name == "nwgi":
@@ -69,7 +69,7 @@ def finlora_label(answer: str, labels: Iterable[str]) -> str:
     return _earliest(answer, _lowered(labels)) or answer
 
 
-def finlora(spec: dict[str, Any], answers: Sequence[str], targets: Sequence[str]) -> Items:
+def finlora(spec: TestSet, answers: Sequence[str], targets: Sequence[str]) -> Items:
     """FinLoRA's score: an answer is right when its earliest label (finlora_label) equals the target, case aside.
 
     The labels are the targets given, whatever the table of tasks says; fewer rows have fewer labels and are easier.
@@ -86,7 +86,7 @@ def finlora(spec: dict[str, Any], answers: Sequence[str], targets: Sequence[str]
     return items
 
 
-def strict(spec: dict[str, Any], answers: Sequence[str], targets: Sequence[str], share: float = 0.0) -> Items:
+def strict(spec: TestSet, answers: Sequence[str], targets: Sequence[str], share: float = 0.0) -> Items:
     """The strict score: the whole answer must be the target, not merely hold it.
 
     Case, spaces, and quotes or punctuation around the answer do not count. Where the table of tasks lists labels, only
@@ -98,9 +98,9 @@ def strict(spec: dict[str, Any], answers: Sequence[str], targets: Sequence[str],
     the target is one, or is several words where the target is one.
     """
     rows = list(_rows(spec, answers, targets))
-    closed, tags = spec["labels"] is not None, spec["metric"] == "tag_accuracy_f1"
+    closed, tags = spec.labels is not None, spec.metric == "tag_accuracy_f1"
     # A target that the table does not list is an answer all the same.
-    spellings = {_plain(text): text for text in sorted({*(spec["labels"] or ()), *(target for *_, target in rows)})}
+    spellings = {_plain(text): text for text in sorted({*(spec.labels or ()), *(target for *_, target in rows)})}
     items = _no_items()
     for row, answer, target in rows:
         given, wanted = _plain(answer), _plain(target)
@@ -111,7 +111,7 @@ def strict(spec: dict[str, Any], answers: Sequence[str], targets: Sequence[str],
             predicted = spellings.get(given) or spellings.get(given.strip("()[]{}"), UNPARSED)
         elif not tags and (numbers := _number(target) or _calculation(target)):
             found = _number(answer) or ([] if _number(target) else _calculation(answer))
-            slack = TWO_DECIMALS if spec["metric"] == "accuracy" else EXACT * abs(numbers[0])
+            slack = TWO_DECIMALS if spec.metric == "accuracy" else EXACT * abs(numbers[0])
             if _near(found, numbers, slack, share):
                 predicted = target
             else:
@@ -172,21 +172,21 @@ def f1(support: np.ndarray, claims: np.ndarray, hits: np.ndarray) -> tuple[np.nd
     return (scores * support).sum(-1) / support.sum(-1), (scores * there).sum(-1) / there.sum(-1)
 
 
-def _three_classes(spec: dict[str, Any], answers: Sequence[str], targets: Sequence[str]) -> Items:
+def _three_classes(spec: TestSet, answers: Sequence[str], targets: Sequence[str]) -> Items:
     """NWGI as its text describes it: the seven labels without their strength ("mildly positive" is positive)."""
-    seven = spec["labels"] or sorted(set(targets))
+    seven = spec.labels or sorted(set(targets))
     three = {label.split()[-1] for label in seven}
-    items = strict(spec | {"labels": [*seven, *three]}, answers, targets)
+    items = strict(spec.model_copy(update={"labels": [*seven, *three]}), answers, targets)
     for key in ("target", "predicted"):
         items[key] = [label.split()[-1] for label in items[key]]
     items["right"] = [float(one == other) for one, other in zip(items["target"], items["predicted"], strict=True)]
     return items
 
 
-def _rows(spec: dict[str, Any], answers: Sequence[str], targets: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+def _rows(spec: TestSet, answers: Sequence[str], targets: Sequence[str]) -> Iterator[tuple[int, str, str]]:
     """Yield (index of the answer, answer, target) of each item."""
     for row, (answer, target) in enumerate(zip(answers, targets, strict=True)):
-        if spec["metric"] != "tag_accuracy_f1":
+        if spec.metric != "tag_accuracy_f1":
             yield row, answer, target
             continue
         given = [tag.strip() for tag in answer.split(",")]

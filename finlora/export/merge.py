@@ -31,9 +31,9 @@ import fastdora
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
 from finlora.core.machine import GIB, gpus
-from finlora.core.paths import ROOT, shown
+from finlora.core.paths import RAW, ROOT, SAMPLE, shown
 from finlora.core.provenance import git_state, versions
-from finlora.data.test_sets import RAW, SAMPLE, all_sets
+from finlora.data.test_sets import all_sets
 from finlora.export.trained import TrainedModel, check_base, check_weights, fetch_base_model, merged_folder
 from finlora.models import load as models
 from finlora.train.runs import folder_lock
@@ -331,9 +331,9 @@ def logits(model, rows: list[list[int]]) -> torch.Tensor:
 def ask(model, tokenizer, rows: list[list[int]], trained: TrainedModel, limit: int) -> Responses:
     """Logits, and the model's answers to the first `limit` rows of each test set that is present, with its score."""
     responses = Responses(logits(model, rows))
-    fetched = any((RAW / all_sets()[name]["file"]).is_file() for name in trained.test_sets)
+    fetched = any((RAW / all_sets()[name].file).is_file() for name in trained.test_sets)
     folder = SAMPLE if trained.tiny and not fetched else RAW
-    sets = [name for name in trained.test_sets if (folder / all_sets()[name]["file"]).is_file()]
+    sets = [name for name in trained.test_sets if (folder / all_sets()[name].file).is_file()]
     if not limit or not sets:
         return responses
     from finlora.evaluate import harness, runner  # late: they import lm_eval, which takes seconds

@@ -183,10 +183,10 @@ def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: boo
     record, recipe = trained.run_record, trained.run_config
     task = next((part for part in Path(recipe["datasets"][0]["path"]).parts if part in load_tasks()), "sentiment")
     entry = load_tasks()[task]
-    parts = entry["mixture_of"] or [task]
-    tests = entry["tests"]
+    parts = entry.mixture_of or [task]
+    tests = entry.tests
     base = recipe["base_model"] if not (ROOT / recipe["base_model"]).is_dir() else Path(trained.base_model).name
-    sources = [load_tasks()[part]["source"] for part in parts] + [test["source"] for test in tests.values()]
+    sources = [load_tasks()[part].source for part in parts] + [test.source for test in tests.values()]
     hub = "https://huggingface.co/datasets/"
     rows = prepared(record)
     names = sorted({source.removeprefix(hub) for source in sources if source.startswith(hub)}) or None
@@ -229,7 +229,7 @@ def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: boo
 
 
 def files_of(parts: list[str], tests: dict[str, Any]) -> list[str]:
-    return [load_tasks()[part]["train"] for part in parts] + [test["file"] for test in tests.values()]
+    return [load_tasks()[part].train for part in parts] + [test.file for test in tests.values()]
 
 
 def prepared(record: dict[str, Any]) -> dict[str, Any] | None:

@@ -304,11 +304,11 @@ def rows_of_task(path: Path, files: list[Path]) -> Rows:
         raise UserError(
             f"{path}: key 'datasets': {missing} is missing, and its rows are needed to plan; bring it there"
         )
-    parts = [table[name] for name in table[task]["mixture_of"] or [task]]
-    largest = max(part["train_rows"] or part["train_rows_about"] for part in parts)
+    parts = [table[name] for name in table[task].mixture_of or [task]]
+    largest = max(part.train_rows or part.train_rows_about for part in parts)
     rows = largest * len(parts)  # smaller tasks are repeated
     validation = round(rows * 0.02 / len(parts))
-    tokens = [part["tokens_about"] for part in parts] * (SAMPLE // len(parts))
+    tokens = [part.tokens_about for part in parts] * (SAMPLE // len(parts))
     return Rows(
         rows - validation, validation, tokens, f"data/tasks.yaml, about; `make data TASK={task}` brings the rows"
     )

@@ -1,0 +1,85 @@
+"""Tables that people edit as YAML, read into frozen records; a mistake is one line with file, entry, key and remedy."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, WrapValidator, model_validator
+
+from finlora.core.errors import UserError, did_you_mean
+
+Model = TypeVar("Model", bound="Record")
+
+
+class Record(BaseModel):
+    """One entry of a table. Its fields are the keys that there may be; one without a default must be there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, entry: Any) -> Any:
+        required = sorted(name for name, field in cls.model_fields.items() if field.is_required())
+        if not isinstance(entry, dict):
+            keys = ", ".join(required)
+            raise ValueError(f"is not a mapping of keys ({keys}); see the comment at the top of the file")
+        for key in entry:
+            if key not in cls.model_fields:
+                hint = did_you_mean(str(key), cls.model_fields)
+                raise ValueError(f"unknown key {key!r}; {hint}known are {', '.join(sorted(cls.model_fields))}")
+        for key in required:
+            if key not in entry:
+                raise ValueError(f"the key {key!r} is missing")
+        return entry
+
+
+def expecting(what: str) -> WrapValidator:
+    """Annotates a field: where its value is refused, whichever check refuses it, the error says `VALUE is not WHAT`."""
+
+    def check(value: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise ValueError(f"{value!r} is not {what}") from None
+
+    return WrapValidator(check)
+
+
+def read_table(path: Path, holds: str) -> dict[str, Any]:
+    """The entries of a YAML file by name, not yet checked. `holds` names them in the plural ("tasks").
+
+    Raises UserError where the file cannot be read, is no mapping, is empty, or has a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        _refuse_duplicates(path, yaml.compose(text, yaml.SafeLoader))
+        table = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise UserError(f"{path}: cannot be read ({reason}); restore it from git") from error
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"{path}: has no {holds}; restore it from git")
+    return table
+
+
+def read_entry(path: Path, name: str, entry: Any, record: type[Model]) -> Model:
+    """One entry as a record; UserError names the file, the entry, the key and what is wrong with the first one."""
+    try:
+        return record.model_validate(entry)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first.get("ctx", {}).get("error", first["msg"])
+        raise UserError(": ".join(map(str, (path, name, *first["loc"], reason)))) from error
+
+
+def _refuse_duplicates(path: Path, node: yaml.Node | None) -> None:
+    """YAML itself lets the last of two equal keys win without a word."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen = set()
+    for key, value in node.value:
+        if key.value in seen:
+            raise UserError(f"{path}: line {key.start_mark.line + 1}: the key {key.value!r} is there twice; keep one")
+        seen.add(key.value)
+        _refuse_duplicates(path, value)
