@@ -128,7 +128,11 @@ def test_workflows_run_what_there_is(workflow, expected):
 
 @pytest.mark.parametrize(
     "file",
-    ["README.md", "recipes/README.md", "recipes/sweeps/README.md", "data/README.md", "eval/README.md", "docs/use.md"],
+    [
+        str(path.relative_to(ROOT))
+        for folder in (".", "recipes", "recipes/sweeps", "data", "eval", "docs", "fastdora")
+        for path in sorted((ROOT / folder).glob("*.md"))
+    ],
 )
 def test_links_and_folders_exist(file):
     text = (ROOT / file).read_text(encoding="utf-8")
