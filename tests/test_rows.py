@@ -421,6 +421,19 @@ def test_parquet_rows_are_numbered_through_all_batches(tmp_path):
     assert left_out == [LeftOut(2100, "empty context")]
 
 
+@pytest.mark.parametrize("column", ["context", "target"])
+def test_parquet_text_that_is_not_utf_8_is_named_by_its_own_row(tmp_path, column):
+    path = tmp_path / "a.parquet"
+    texts = [f"text number {number:04}" for number in range(1, 3001)]
+    table = {"context": ["a"] * 3000, "target": ["b"] * 3000} | {column: texts}
+    whole = parquet(table, compression="none", use_dictionary=False, write_statistics=False)
+    path.write_bytes(whole.replace(b"number 2100", b"number \xff100"))
+    rows = read_rows(path)
+    assert [next(rows).line for _ in range(2099)] == [*range(1, 2100)]
+    with refuses("not UTF-8", "save", file=path, line=2100):
+        next(rows)
+
+
 def test_parquet_that_is_damaged_further_on_says_after_which_row(tmp_path):
     path = tmp_path / "a.parquet"
     texts = [f"text number {number:06}" for number in range(4096)]

@@ -14,9 +14,9 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from finlora.core.errors import UserError
 
@@ -166,7 +166,7 @@ def _parquet(path: Path, context: str, target: str, left_out: list[LeftOut] | No
                     what = f"the column {_show(name)} is {_show(str(kind), 60)} and not text"
                     raise UserError(f"{file_name}: {what}; save it as strings")
             for batch in file.iter_batches(batch_size=1024, columns=[context, target]):
-                for one, other in zip(batch[context].to_pylist(), batch[target].to_pylist(), strict=True):
+                for one, other in zip(_values(batch[context]), _values(batch[target]), strict=True):
                     number += 1
                     where = f"{file_name}: row {number}"
                     if other is not None and type(other) is not str:
@@ -186,6 +186,14 @@ def _parquet(path: Path, context: str, target: str, left_out: list[LeftOut] | No
         raise UserError(
             f"{file_name}: cannot be read as Parquet{place} ({_one_line(error)}); write or fetch it again"
         ) from error
+
+
+def _values(column: Any) -> Iterable[object]:
+    """A column's values. Where a text is not UTF-8 they come one by one, so that the error rises at its own row."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return (value.as_py() for value in column)
 
 
 READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
@@ -265,7 +273,7 @@ def _check_characters(where: str, name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         what = f"half a character (\\u{ord(text[error.start]):04x}, a lone surrogate)"
-        raise UserError(f"{where}: {_show(name)} holds {what}; mend it") from error
+        raise UserError(f"{where}: {_show(name)} holds {what}; replace it") from error
 
 
 def _check_names(where: str, what: str, names: list[str], context: str, target: str) -> None:
