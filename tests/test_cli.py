@@ -16,3 +16,10 @@ def test_a_mistyped_option_is_one_line(option):
     (line,) = done.stderr.splitlines()
     assert (done.returncode, done.stdout) == (2, "")
     assert line.startswith("error: ") and option in line and "--help" in line
+
+
+def test_bitsandbytes_is_not_imported_before_the_hub_is_turned_off():
+    """At its import it would fetch compiled kernels from the hub, or wait for a network that is missing."""
+    modules = ", ".join(f"finlora.{name}" for name in ("cli", "demo", "export.chat", "export.serve", "export.publish"))
+    program = f"import sys, {modules}; sys.exit('bitsandbytes' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True).returncode == 0

@@ -17,7 +17,6 @@ from finlora.core.paths import shown
 from finlora.export.merge import as_trained
 from finlora.export.trained import TrainedModel, disable_hub, fetch_base_model, merged_folder
 from finlora.models import load as models
-from finlora.models.generate import end_tokens
 
 
 def load(trained: TrainedModel, prompt: str, keep_quantised: bool):
@@ -46,6 +45,8 @@ def chat(model, tokenizer, max_new_tokens: int) -> None:
 
     The prompt is the whole conversation, tokenized anew for each answer; /new starts another conversation.
     """
+    from finlora.models.generate import end_tokens  # late: it imports bitsandbytes, see disable_hub
+
     terminal = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")

@@ -24,10 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-import fastdora
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
 from finlora.core.machine import GIB, gpus
@@ -263,6 +261,8 @@ def dialogues(trained: TrainedModel, tokenizer) -> list[list[int]]:
 
 def as_trained(trained: TrainedModel):
     """The quantised base with the adapter unmerged, its matmuls those of training: fastdora's, or PEFT's own."""
+    import fastdora  # late: it imports bitsandbytes, see disable_hub
+
     base = models.load_base(trained.base_model, trained.bits, keep_quantised=True)
     model = models.attach(base, trained.adapter)
     if trained.run_config.get("fastdora_layers", "peft") == "fast":
@@ -276,6 +276,8 @@ def fold(trained: TrainedModel, into: str, rows: list[list[int]]):
     DoRA: W' = m (W + s B A) / ||W + s B A||, the norm of each row; LoRA: W' = W + s B A. Both are computed in float32
     and then rounded to bfloat16, which is what is saved: `ask` then measures the model that users get.
     """
+    from peft import PeftModel  # late: it imports bitsandbytes, see disable_hub
+
     base = models.load_base(trained.base_model, 16 if into == "full" else trained.bits)
     unmerged = PeftModel.from_pretrained(base, trained.adapter).eval()
     expected = logits(unmerged, rows)
@@ -287,7 +289,7 @@ def fold(trained: TrainedModel, into: str, rows: list[list[int]]):
 
 def save(merged, tokenizer, folder: Path) -> None:
     """Weights in bfloat16, in shards; answers end where the chat template's do and are greedy, as in evaluation."""
-    from finlora.models.generate import end_tokens  # late: it imports lm_eval, which takes seconds
+    from finlora.models.generate import end_tokens  # late: it imports bitsandbytes, see disable_hub
 
     for tensor in merged.parameters():
         tensor.data = tensor.data.to(torch.bfloat16)

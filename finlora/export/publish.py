@@ -2,13 +2,15 @@
 
 finlora publish --recipe sentiment_r8_dora --repo name/model [--merged] [--private] [--push]
 
-Without --push nothing leaves this machine: the card is written, and what would go is listed. Weights, configuration and
-tokenizer go, named one by one in FILES; checkpoints, logs and run.json do not. The token comes from HF_TOKEN alone.
+Without --push nothing leaves this machine: the card is written, and the files that would be pushed are listed. They are
+weights, configuration and tokenizer, the names in FILES; checkpoints, logs and run.json stay. The token comes from
+HF_TOKEN alone.
 """
 
 import json
 import os
 import re
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,8 @@ LLAMA = {
     "notice": "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. "
     "All Rights Reserved.",
 }
-# How data/README.md's table of defects calls the data sets.
-CALLED = {
+# The names of the test sets in data/README.md's table of defects.
+DEFECT_NAMES = {
     "fpb": "FPB",
     "fiqa": "FiQA",
     "tfns": "TFNS",
@@ -58,7 +60,10 @@ CALLED = {
 def publish(
     trained: TrainedModel, repo: str, merged: bool = False, private: bool = False, push: bool = False
 ) -> list[str]:
-    """Write the card, list what goes, and with `push` push it; return the names. Raises UserError in one line."""
+    """Write the card, list the files to publish, and with `push` push them; return their names.
+
+    private: where the repository is new. Raises UserError in one line.
+    """
     check_repo(repo)
     token = os.environ.get("HF_TOKEN", "").strip()
     if push and not token:
@@ -68,37 +73,56 @@ def publish(
     folder = need_merged(trained) if merged else trained.adapter
     if merged:
         check_weights(folder)
-    card = trained.folder / "publish" / "README.md"
     llama = trained.run_config["base_model"].startswith("meta-llama/Llama-3.1")
     content = model_card(trained, repo, folder if merged else None, llama)
+    card = trained.folder / "publish" / "README.md"
     with replacing(card) as file:
         file.write(content)
-    going: dict[str, Path | bytes] = {"README.md": content.encode()}
+    with tempfile.TemporaryDirectory() as temporary:
+        staged = Path(temporary)
+        names = stage(folder, FILES["merged" if merged else "adapter"], content, llama, staged)
+        print(f"card      {shown(str(card))}")
+        for note in notes(trained, repo, content, llama):
+            print(f"note      {note}")
+        print(f"{'pushing' if push else 'would push'} to {repo}{' (private)' if private else ''}:")
+        for name in names:
+            print(f"  {name:<32}{(staged / name).stat().st_size / 1e6:>12.3f} MB")
+        if push:
+            print(f"published {upload(repo, staged, names, private, token, trained.name)}")
+        else:
+            print("nothing was pushed; PUSH=1 pushes")
+    return names
+
+
+def stage(folder: Path, patterns: list[str], card: str, llama: bool, staged: Path) -> list[str]:
+    """Put what is published into `staged`, files of `folder` as links; return the names, after `check_text` of each."""
+    (staged / "README.md").write_text(card, encoding="utf-8")
+    names = ["README.md"]
     if llama:
-        going["NOTICE.txt"] = f"{LLAMA['notice']}\n".encode()
-    patterns = FILES["merged" if merged else "adapter"]
+        (staged / "NOTICE.txt").write_text(f"{LLAMA['notice']}\n", encoding="utf-8")
+        names.append("NOTICE.txt")
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        going[path.name] = without_places(path) if path.name == "adapter_config.json" else path
-    for name, source in going.items():
-        check_text(name, source)
-    print(f"card      {shown(str(card))}")
+        if path.name == "adapter_config.json":
+            (staged / path.name).write_text(portable_config(path), encoding="utf-8")
+        else:
+            (staged / path.name).symlink_to(path.resolve())
+        names.append(path.name)
+    for name in names:
+        if not name.endswith(".safetensors"):
+            check_text(name, (staged / name).read_bytes())
+    return names
+
+
+def notes(trained: TrainedModel, repo: str, card: str, llama: bool) -> list[str]:
+    """What is left to do by hand before the model is pushed."""
+    left = []
     if llama and not repo.split("/")[1].startswith("Llama"):
-        print(f"note      Llama's licence wants the model's name to begin with Llama: {repo.replace('/', '/Llama-')}")
+        left.append(f"Llama's licence wants the model's name to begin with Llama: {repo.replace('/', '/Llama-')}")
     if llama:
-        print(
-            "note      it also wants a copy of itself beside the weights, which is not at hand here: add it on the Hub"
-        )
-    if "\nNot evaluated" in content:
-        print(f"note      the card has no scores: run `make eval {trained.options} BASE=1` first")
-    print(f"{'pushing' if push else 'would push'} to {repo}{' (private)' if private else ''}:")
-    for name, source in going.items():
-        size = len(source) if isinstance(source, bytes) else source.stat().st_size
-        print(f"  {name:<32}{size / 1e6:>12.3f} MB")
-    if push:
-        print(f"published {upload(repo, going, private, token, trained.name)}")
-    else:
-        print("nothing was pushed; PUSH=1 pushes")
-    return list(going)
+        left.append("Llama's licence also wants a copy of itself beside the weights: add it on the Hub")
+    if "\nNot evaluated" in card:
+        left.append(f"the card has no scores: run `make eval {trained.options} BASE=1` first")
+    return left
 
 
 def check_repo(repo: str) -> None:
@@ -115,38 +139,40 @@ def check_repo(repo: str) -> None:
         ) from error
 
 
-def without_places(path: Path) -> bytes:
-    """adapter_config.json with a base that is a folder of this machine under its name alone."""
+def portable_config(path: Path) -> str:
+    """adapter_config.json, a base that is a folder of this machine reduced to the folder's name."""
     config = json.loads(path.read_text(encoding="utf-8"))
     if (ROOT / str(config["base_model_name_or_path"])).is_dir():
         config["base_model_name_or_path"] = Path(config["base_model_name_or_path"]).resolve().name
-    return (json.dumps(config, indent=2) + "\n").encode()
+    return json.dumps(config, indent=2) + "\n"
 
 
-def check_text(name: str, source: Path | bytes) -> None:
-    """UserError where a text that would go holds what looks like a secret, or a path of this machine."""
-    if name.endswith(".safetensors"):
-        return
-    text = (source if isinstance(source, bytes) else source.read_bytes()).decode("utf-8", "replace")
+def check_text(name: str, content: bytes) -> None:
+    """UserError where a file to publish contains what looks like a secret, or a path of this machine."""
+    text = content.decode("utf-8", "replace")
     token = os.environ.get("HF_TOKEN", "").strip()
     if LOOKS_SECRET.search(text) or (token and token in text):
         raise UserError(f"{name}: holds what looks like a secret; remove it before it is published")
-    for place in (str(ROOT), f"{Path.home()}/"):
-        if place in text and place != "//":  # HOME=/, as in a container whose user has no account
-            raise UserError(f"{name}: holds a path of this machine ({place}); remove it before it is published")
+    for path in (str(ROOT), f"{Path.home()}/"):
+        if path in text and path != "//":  # HOME=/, as in a container whose user has no account
+            raise UserError(f"{name}: holds a path of this machine ({path}); remove it before it is published")
 
 
-def upload(repo: str, going: dict[str, Path | bytes], private: bool, token: str, name: str) -> str:
-    """One commit with everything; the model's address. Files that are there already are not sent again."""
+def upload(repo: str, folder: Path, names: list[str], private: bool, token: str, run: str) -> str:
+    """One commit with the named files of `folder`; the model's address. Weights that the Hub has are not sent again."""
     import httpx
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
-    operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=source) for path, source in going.items()]
     try:
         url = api.create_repo(repo, private=private or None, exist_ok=True)
-        api.create_commit(repo, operations, commit_message=f"{name}: weights, tokenizer and card")
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            allow_patterns=names,
+            commit_message=f"{run}: weights, tokenizer and card",
+        )
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"REPO={repo}: {reason(error).replace(token, '***')}") from error
     return str(url)
@@ -165,15 +191,15 @@ def reason(error: BaseException) -> str:
             f"the Hub cannot be reached or broke off ({' '.join(str(error).split())[:120]}); run the same command again"
         )
     status = error.response.status_code
-    said = " ".join((error.server_message or "").split())[:120]
-    said = f"{status}{f', {said}' if said else ''}"
+    message = " ".join((error.server_message or "").split())[:120]
+    answer = f"{status}{f', {message}' if message else ''}"
     if status == 401:
-        return f"the Hub does not accept HF_TOKEN ({said}); make one that may write at huggingface.co/settings/tokens"
+        return f"the Hub does not accept HF_TOKEN ({answer}); make one that may write at huggingface.co/settings/tokens"
     if status in (403, 404):
-        return f"HF_TOKEN may not write there ({said}); name a repository of yours, or a token with write access"
+        return f"HF_TOKEN may not write there ({answer}); name a repository of yours, or a token with write access"
     if status == 429 or status >= 500:
-        return f"the Hub answers {said}; wait a little and run the same command again"
-    return f"the Hub refuses ({said})"
+        return f"the Hub answers {answer}; wait a little and run the same command again"
+    return f"the Hub refuses ({answer})"
 
 
 def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: bool) -> str:
@@ -233,27 +259,26 @@ def files_of(parts: list[str], tests: dict[str, Any]) -> list[str]:
 
 
 def prepared(record: dict[str, Any]) -> dict[str, Any] | None:
-    """prepared.json of the rows that were trained on; None where they have been prepared anew since, or elsewhere."""
+    """prepared.json of the rows that were trained on; None where they were prepared elsewhere, or again since."""
     for name, digest in record["data"].items():
-        found = read_json((ROOT / name).parent / "prepared.json")
-        if found and found.get("outputs", {}).get(Path(name).name) == digest:
-            return found
+        about = read_json((ROOT / name).parent / "prepared.json")
+        if about and about.get("outputs", {}).get(Path(name).name) == digest:
+            return about
     return None
 
 
 def defects(tests: dict[str, Any]) -> list[tuple[str, str]]:
     """(defect, what is done about it) from data/README.md's table: those of all data, and of these test sets."""
-    text = DEFECTS.read_text(encoding="utf-8")
-    ours = {CALLED[name] for name in tests if name in CALLED}
-    found = []
-    for line in text.splitlines():
+    ours = {DEFECT_NAMES[name] for name in tests if name in DEFECT_NAMES}
+    rows = []
+    for line in DEFECTS.read_text(encoding="utf-8").splitlines():
         cells = re.split(r"(?<!\\)\|", line)
         if len(cells) == 6 and cells[1].strip().isdigit():
             defect, done = cells[2].strip(), cells[4].strip()
-            named = {name for name in CALLED.values() if name in defect}
+            named = {name for name in DEFECT_NAMES.values() if name in defect}
             if not named or named & ours:
-                found.append((defect, re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", done)))
-    return found
+                rows.append((defect, re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", done)))  # links lead nowhere on the Hub
+    return rows
 
 
 def scores(sha256: str, *folders: Path) -> list[dict[str, Any]]:

@@ -146,7 +146,7 @@ def fetch_base_model(trained: TrainedModel) -> None:
 
 def disable_hub() -> None:
     """Call it before bitsandbytes is imported, which would fetch compiled kernels or wait for a missing network."""
-    from huggingface_hub import constants  # late: no import of it is needed to name a mistake in the options
+    from huggingface_hub import constants  # late: naming a mistake in the options does not need it
 
     constants.HF_HUB_OFFLINE = True
     # bitsandbytes warns of its cast to float16 in each layer of each step.
