@@ -61,7 +61,7 @@ def finloras_way(model: str, adapter: Path, contexts: list[str], most: float, wa
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     if not torch.cuda.is_available():
-        peft_int8.mend()  # PEFT's own way fails on a CPU, where this benchmark is only tried out
+        peft_int8.patch()  # PEFT's own way fails on a CPU, where this benchmark is only tried out
     tokenizer = AutoTokenizer.from_pretrained(model)
     base = AutoModelForCausalLM.from_pretrained(
         model,

@@ -21,7 +21,7 @@ from torch import nn
 from fastdora import dora, kernels, quantized
 from fastdora.plugin import peft_int8
 
-peft_int8.mend()
+peft_int8.patch()
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -402,7 +402,7 @@ def test_4bit_weights_are_not_repacked_under_an_adapter(tiny_base, adapters, mon
         now = getattr(owner, name)
         monkeypatch.setattr(owner, name, getattr(now, "__wrapped__", now))
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
-    peft_int8.mend()
+    peft_int8.patch()
     base = models.load_base(tiny_base, 4, keep_quantised=True)
     layers = [module for module in base.modules() if isinstance(module, modules.Linear4bit)]
     packed = [layer.weight.clone() for layer in layers]

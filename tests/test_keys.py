@@ -48,7 +48,7 @@ def test_a_recipe_is_read_as_utf8_yaml(recipe):
         ("b: {c: !!bool x}\n", 1, ["not valid YAML", "bool", "'x'", "fix that line"]),
         ("b: !!int ''\n", 1, ["not valid YAML", "int", "fix that line"]),
         ("b: !!map [1]\n", 1, ["not valid YAML", "map", "fix that line"]),
-        ('a: 1\nb: "\a"\n', 2, ["not valid YAML", "control character 0x07", "remove"]),
+        ('a: 1\nb: 2\nc: "\a"\n', 3, ["not valid YAML", "control character 0x07", "remove"]),
         ('"a\\nb": 1\n"a\\nb": 2\n', 2, ["key 'a\\nb'", "twice", "keep one"]),
         ("", None, ["is empty", "mapping"]),
         ("- a: 1\n", None, ["is not a mapping", "mapping of axolotl's keys"]),

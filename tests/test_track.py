@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from bench.kills import digest, recipe
-from fastdora.plugin.resume import FREE
+from fastdora.plugin.resume import MAY_CHANGE
 from finlora.core.errors import UserError
 from finlora.train import tracking
 
@@ -119,8 +119,8 @@ def test_a_disk_that_fills_up_costs_the_curves_alone(tmp_path):
 
 def test_what_a_run_logs_is_no_reason_not_to_go_on():
     for key in ("use_tensorboard", "use_wandb", "use_mlflow", "wandb_project", "mlflow_run_name", "wandb_name"):
-        assert FREE.fullmatch(key)
-    assert not FREE.fullmatch("use_eval") and not FREE.fullmatch("learning_rate")
+        assert MAY_CHANGE.fullmatch(key)
+    assert not MAY_CHANGE.fullmatch("use_eval") and not MAY_CHANGE.fullmatch("learning_rate")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""The axolotl plugin. `plugins: [fastdora.FastDoraPlugin]` names it in a recipe.
+"""The axolotl plugin; a recipe enables it by `plugins: [fastdora.FastDoraPlugin]`.
 
-It also refuses recipe keys that axolotl would drop in silence, makes runs repeatable, checks that every row trains
-and that the model is adapted and quantised as the recipe says, and records what ran.
+It switches the model to fastdora's layers, refuses recipe keys that axolotl would ignore, makes runs repeatable, checks
+that every row trains and that the model is adapted and quantized as the recipe says, and records what ran.
 """

@@ -1,4 +1,4 @@
-"""Is the model that axolotl built the one that the recipe asks for? Axolotl and PEFT say nothing where it is not."""
+"""Checks that the model which axolotl built is the one in the recipe; axolotl and PEFT do not report a difference."""
 
 import bitsandbytes as bnb
 from peft.tuners.lora import LoraLayer
@@ -8,7 +8,7 @@ from fastdora.plugin.keys import RecipeError
 
 
 def check_model(cfg, model: nn.Module) -> None:
-    """Hold the adapted layers against the recipe: targets, rank, alpha, DoRA, rsLoRA and the base's bits.
+    """Compare the adapted layers with the recipe: targets, rank, alpha, DoRA, rsLoRA and the base's bits.
 
     Raises RecipeError naming the key. Catches an `adapter:` that is missing (the whole model would train),
     `load_in_4bit` with `adapter: lora` (trains unquantised), and a misspelt target beside a right one.
@@ -24,9 +24,9 @@ def check_model(cfg, model: nn.Module) -> None:
     for name, layer in layers.items():
         if type(layer.base_layer) is not kind:
             key = f"load_in_{bits}bit" if bits != 16 else "adapter"
-            found = type(layer.base_layer).__name__
+            actual = type(layer.base_layer).__name__
             raise RecipeError(
-                f"{source}: key '{key}': {name} is {found}, not {kind.__name__}; the recipe says {bits}-bit"
+                f"{source}: key '{key}': {name} is {actual}, not {kind.__name__}; the recipe says {bits}-bit"
             )
         if layer.r["default"] != cfg.lora_r:
             raise RecipeError(f"{source}: key 'lora_r': {name} has rank {layer.r['default']}, not {cfg.lora_r}")

@@ -10,7 +10,7 @@ class FastDoraArgs(BaseModel):
 
     fastdora_layers: Literal["fast", "peft"] = Field(
         default="fast",
-        json_schema_extra={"description": "fast: our LoRA and DoRA layers; peft: PEFT's own, to compare with"},
+        json_schema_extra={"description": "fast: fastdora's LoRA and DoRA layers; peft: PEFT's own, for comparison"},
     )
     fastdora_fp8: bool = Field(
         default=False,
@@ -22,6 +22,6 @@ class FastDoraArgs(BaseModel):
     fastdora_graphs: bool = Field(
         default=False,
         json_schema_extra={
-            "description": "Record the decoder's forward and backward pass as CUDA graphs (packs, no recomputation)"
+            "description": "Run the decoder as two CUDA graphs, forward and backward (packs, no gradient checkpointing)"
         },
     )

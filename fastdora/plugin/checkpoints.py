@@ -1,8 +1,8 @@
-"""Checkpoints that can be trusted: sealed when they are whole, checked before a run goes on from one.
+"""Checkpoints with a seal: written when a checkpoint is complete, checked before a run resumes from it.
 
 transformers writes a checkpoint file by file. A run that is killed meanwhile leaves one that fails to load, or loads
-without its optimizer and goes on in silence. Here the last file is `seal.json`: sizes and SHA-256 of all others, and
-what the run was made of. Needs neither torch nor axolotl.
+without its optimizer and without an error. Here the last file is `seal.json`: sizes and SHA-256 of all others, and the
+run's recipe and data. Needs neither torch nor axolotl.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ SEAL, PREFIX = "seal.json", "checkpoint-"
 
 
 class BrokenCheckpoint(Exception):
-    """What is wrong with a checkpoint, in a few words."""
+    """A checkpoint that is not complete or has changed; the text says how."""
 
 
 def seal(folder: Path, run: dict[str, Any]) -> None:
-    """Declare the checkpoint in `folder` whole. run: what must be equal for another run to go on from it."""
-    content = {"files": {name: _print_of(folder / name) for name in _names(folder)}, "run": run}
+    """Seal the complete checkpoint in `folder`. run: what must be equal for another run to resume from it."""
+    content = {"files": {name: _digest(folder / name) for name in _names(folder)}, "run": run}
     beside = folder / f".{SEAL}"
     with beside.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
@@ -32,36 +32,36 @@ def seal(folder: Path, run: dict[str, Any]) -> None:
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """The run of a whole checkpoint. Raises BrokenCheckpoint."""
+    """The run of a checkpoint whose files are those of its seal. Raises BrokenCheckpoint for any other."""
     try:
         content = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         sealed, run = content["files"], content["run"]
-        prints = {name: (entry["bytes"], entry["sha256"]) for name, entry in sealed.items()}
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in sealed.items()}
     except FileNotFoundError:
         raise BrokenCheckpoint("the run was ended while it was written") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BrokenCheckpoint(f"{SEAL} cannot be read") from None
-    for name, (size, digest) in prints.items():
+    for name, (size, digest) in files.items():
         file = folder / name
         if not file.is_file():
             raise BrokenCheckpoint(f"{name} is missing")
         if file.stat().st_size != size:
             raise BrokenCheckpoint(f"{name} has {file.stat().st_size} of {size} bytes")
-        if _print_of(file)["sha256"] != digest:
+        if _digest(file)["sha256"] != digest:
             raise BrokenCheckpoint(f"{name} has changed")
     return run
 
 
 def numbered(out: Path) -> list[Path]:
     """The checkpoints of an output folder, the newest first."""
-    found = [path for path in out.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    folders = [path for path in out.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 def last_whole(out: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest whole checkpoint (None without one), its run, and a line for each newer one that was set aside.
+    """The newest complete checkpoint (None without one), its run, and a line for each newer one that was set aside.
 
-    A broken one is renamed to `broken-checkpoint-<step>`, where neither axolotl nor rotation looks.
+    A broken one is renamed to `broken-checkpoint-<step>`, which axolotl and transformers' rotation ignore.
     """
     lines = []
     for folder in numbered(out):
@@ -75,7 +75,7 @@ def last_whole(out: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
 
 
 def plain(value: Any) -> Any:
-    """The value as it comes back from JSON, so that it can be compared with what a seal holds."""
+    """The value as JSON reads it back, so that it can be compared with a seal's."""
     return json.loads(json.dumps(value, default=str, sort_keys=True))
 
 
@@ -92,7 +92,7 @@ def _names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in files if path.name not in (SEAL, f".{SEAL}"))
 
 
-def _print_of(path: Path) -> dict[str, Any]:
+def _digest(path: Path) -> dict[str, Any]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -101,7 +101,7 @@ def _print_of(path: Path) -> dict[str, Any]:
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """What two runs differ by: up to three recipe keys or the data files; None where they do not."""
+    """How two runs differ: up to three recipe keys, else the data files; None where they do not."""
     old, new = before.get("recipe", {}), now.get("recipe", {})
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if keys:

@@ -1,4 +1,4 @@
-"""TensorBoard's event files beside the adapter; where they cannot be written the curves are lost, not the run."""
+"""TensorBoard's event files beside the adapter; a failure to write them loses the curves, not the run."""
 
 from axolotl.utils.logging import get_logger
 from transformers.integrations import TensorBoardCallback
@@ -7,9 +7,9 @@ LOG = get_logger("axolotl.fastdora")
 
 
 def guard(trainer) -> None:
-    """Put a callback that survives a full disk in the place of transformers' own, if the recipe asks for one.
+    """Replace transformers' TensorBoard callback, where the recipe enables it, by one that survives a full disk.
 
-    TensorBoard raises what its writer met at the next event, which would end the training loop.
+    TensorBoard's writer raises its OSError at the next event, which would end the training loop.
     """
     if any(isinstance(callback, TensorBoardCallback) for callback in trainer.callback_handler.callbacks):
         trainer.remove_callback(TensorBoardCallback)
@@ -35,4 +35,6 @@ class _Curves(TensorBoardCallback):
             hook(*args, **kwargs)
         except OSError as error:
             self.lost = True
-            LOG.warning(f"{self.logging_dir} could not be written ({error}); going on without TensorBoard's curves")
+            LOG.warning(
+                f"{self.logging_dir} could not be written ({error}); training continues without TensorBoard's curves"
+            )

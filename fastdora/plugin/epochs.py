@@ -3,13 +3,13 @@
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 
 
-def mend() -> None:
-    """Let a new epoch reach axolotl's packing through accelerate's wrappers; calling it again changes nothing.
+def patch() -> None:
+    """Pass each new epoch to axolotl's packing through accelerate's wrappers; calling it again changes nothing.
 
-    The packer keeps the packs that it drew when it was first asked for its length until it is told of an epoch, and
-    two wrappers do not tell it. The share of one of several processes: every epoch repeats the same packs, in another
-    order than one process has. The rest of an epoch after a resume: its packs are not those of the interrupted run, so
-    some rows train twice and others never. With it, all see the same packs, drawn anew each epoch from the seed.
+    The packer draws its packs when its length is first read and keeps them until `set_epoch`, which two wrappers do not
+    forward. BatchSamplerShard, one process's share: every epoch repeats the same packs, in another order than in a run
+    of one process. SkipBatchSampler, the rest of an epoch after a resume: its packs are not those of the interrupted
+    run, so some rows train twice and others never. Patched, all draw the same packs anew each epoch from the seed.
     """
     BatchSamplerShard.set_epoch = SkipBatchSampler.set_epoch = _set_epoch
 

@@ -54,7 +54,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
     except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
+        line = text[: error.position].count("\n") + 1
         character = f"the control character {error.character:#04x}"
         raise RecipeError(f"{path}: line {line}: not valid YAML ({character} is not allowed); remove it") from error
     except yaml.MarkedYAMLError as error:

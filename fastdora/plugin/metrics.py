@@ -1,4 +1,4 @@
-"""What a run did, in one small file beside the adapter: rows, tokens, seconds and the loss at every logged step."""
+"""Metrics of a run in one small file beside the adapter: rows, tokens, seconds and the loss at every logged step."""
 
 import json
 import os
@@ -12,6 +12,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback
 
+from fastdora.plugin.resume import is_distributed
+
 
 def record(cfg, trainer) -> None:
     """Count the samples and tokens of each training batch; write `metrics.json` when training ends.
@@ -19,8 +21,8 @@ def record(cfg, trainer) -> None:
     Fields: samples, tokens (padding not counted), steps, seconds, samples_per_second, tokens_per_second, final_loss,
     final_eval_loss, peak_memory_gib (null on a CPU), interrupted, stopped_early, base_layers (class -> adapted
     layers), log (step, loss, eval_loss, learning_rate). Counting adds no synchronisation with the GPU. Ctrl-C ends the
-    run after the step under way, with a checkpoint from which the same command goes on; axolotl alone would save a
-    half-trained adapter and report success. Of several processes all end after the same step.
+    run after the current step, with a checkpoint from which the same command resumes; axolotl alone would save a
+    half-trained adapter and report success. Distributed processes all end after the same step.
     """
     counts = torch.zeros(2, dtype=torch.long, device=trainer.args.device)
     pad = trainer.processing_class.pad_token_id
@@ -45,13 +47,13 @@ class _Writer(TrainerCallback):
     def __init__(self, path: Path, counts: torch.Tensor, base_layers: dict[str, int]):
         self.path, self.counts, self.base_layers, self.interrupted = path, counts, base_layers, False
         self.peak = 0
-        self.stepping = path.with_name("stepping")  # there while an interrupt ends in a checkpoint
+        self.stepping = path.with_name("stepping")  # exists while an interrupt would still write a checkpoint
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started, self.first_step = time.perf_counter(), state.global_step
-        if _several():
+        if is_distributed():
             self.group = torch.distributed.new_group(backend="gloo")  # on the CPU: no wait for the GPU
-        if threading.current_thread() is threading.main_thread():  # Ray trains in another, where none can be set
+        if threading.current_thread() is threading.main_thread():  # Ray trains in another, where no handler can be set
             signal.signal(signal.SIGINT, self.interrupt)
         if state.is_world_process_zero:
             self.stepping.touch()
@@ -63,7 +65,7 @@ class _Writer(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():  # axolotl resets the peak at each log line
             self.peak = max(self.peak, torch.cuda.max_memory_allocated())
-        if _several():
+        if is_distributed():
             flag = torch.tensor(self.interrupted, dtype=torch.uint8)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, self.group)
             self.interrupted = bool(flag)
@@ -72,7 +74,7 @@ class _Writer(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         seconds = time.perf_counter() - self.started
-        if _several():
+        if is_distributed():
             torch.distributed.all_reduce(self.counts)
         if not state.is_world_process_zero:
             return
@@ -102,7 +104,3 @@ class _Writer(TrainerCallback):
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         beside.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, self.path)
-
-
-def _several() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,9 +1,9 @@
-"""PEFT's DoRA on bitsandbytes' 8- and 4-bit weights, mended (peft 0.20.0, bitsandbytes 0.50.2).
+"""Fixes for PEFT's DoRA on bitsandbytes' 8- and 4-bit weights (peft 0.20.0, bitsandbytes 0.50.2).
 
-Three faults. 8-bit on a CPU: dequantising calls `.to("cpu")` on the weight and brings back its `CB` without `SCB`, so
-the second forward fails. 8-bit on a GPU: the result is float32, which flash attention refuses and everything else pays
-for. 4-bit on a CPU with AVX-512 BF16: the first forward in evaluation mode repacks the weights in place, and PEFT reads
-them afterwards as if it had not: the norms, and with them the answers, are wrong without a word.
+Three faults. 8-bit on a CPU: dequantizing calls `.to("cpu")` on the weight and brings back its `CB` without `SCB`, so
+the second forward fails. 8-bit on a GPU: the result is float32, which flash attention refuses and which slows down
+all else. 4-bit on a CPU with AVX-512 BF16: the first forward in evaluation mode repacks the weights in place, and PEFT
+reads them afterwards as if it had not: the norms, and with them the outputs, are wrong without an error.
 """
 
 from functools import wraps
@@ -13,11 +13,11 @@ import torch
 from peft.tuners.lora import dora
 
 
-def mend() -> None:
+def patch() -> None:
     """Replace the functions in place, before a model is loaded; calling it again changes nothing."""
-    if getattr(dora.dequantize_module_weight, "mended", False):
+    if getattr(dora.dequantize_module_weight, "patched", False):
         return
-    bnb.nn.modules.has_avx512bf16 = lambda: False  # layers ask once, when they are made; then nothing is repacked
+    bnb.nn.modules.has_avx512bf16 = lambda: False  # read when a layer is made: none is repacked
     dora.dequantize_module_weight = _dequantize(dora.dequantize_module_weight)
     dora.DoraLinearLayer.forward = _in_input_dtype(dora.DoraLinearLayer.forward)
 
@@ -32,7 +32,7 @@ def _dequantize(original):
         scales = module.state.SCB if module.state.SCB is not None else weight.SCB
         return bnb.functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
 
-    dequantize.mended = True
+    dequantize.patched = True
     return dequantize
 
 

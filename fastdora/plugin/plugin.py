@@ -1,4 +1,4 @@
-"""The plugin's hooks, in the order in which axolotl calls them. Each hands over to a module with one job."""
+"""The plugin's hooks, in the order in which axolotl calls them; each calls a module with one job."""
 
 import copy
 import gc
@@ -25,7 +25,7 @@ LIGER = [f"liger_{part}" for part in ("rope", "rms_norm", "glu_activation", "fus
 
 
 class FastDoraPlugin(BasePlugin):
-    """See the package's docstring. A user's mistake ends the run with one line and exit code 1, before any loading."""
+    """See the package's docstring. A recipe's error ends the run with one line and exit code 1, before any loading."""
 
     def get_input_args(self) -> str:
         return "fastdora.plugin.args.FastDoraArgs"
@@ -44,9 +44,9 @@ class FastDoraPlugin(BasePlugin):
             if cfg.get("bf16") == "auto":
                 # axolotl's `auto` means float16 on a CPU: slow there, and without loss scaling.
                 cfg["bf16"] = cfg["fp16"] = False
-            if on := [key for key in LIGER if cfg.get(key)]:
-                cfg.update(dict.fromkeys(on, False))
-                LOG.info(f"fastdora: off without a GPU: {', '.join(on)}")
+            if enabled := [key for key in LIGER if cfg.get(key)]:
+                cfg.update(dict.fromkeys(enabled, False))
+                LOG.info(f"fastdora: off without a GPU: {', '.join(enabled)}")
 
         gc.freeze()  # as in post_trainer_create
         # bitsandbytes warns of its cast to float16 in each layer of each step: thousands of lines.
@@ -61,8 +61,8 @@ class FastDoraPlugin(BasePlugin):
         set_seed(cfg.seed if cfg.seed is not None else 42)
         if not torch.cuda.is_available():
             cfg.torch_dtype = torch.float32
-        peft_int8.mend()
-        epochs.mend()
+        peft_int8.patch()
+        epochs.patch()
         with one_line_errors():
             zero3.prepare(cfg)
             fsdp2.prepare(cfg)
@@ -85,10 +85,10 @@ class FastDoraPlugin(BasePlugin):
                     ) from error
             LOG.info(f"fastdora: attention within packed samples is {attention.NAME}")
         if cfg.fastdora_graphs:
-            why = _why_no_graphs(cfg)
-            if not why:
+            reason = _why_no_graphs(cfg)
+            if not reason:
                 graphs.install(model)
-            LOG.info(f"fastdora: CUDA graphs {f'off: {why}' if why else 'on'}")
+            LOG.info(f"fastdora: CUDA graphs {f'off: {reason}' if reason else 'on'}")
 
     def post_trainer_create(self, cfg, trainer) -> None:
         # Axolotl collects garbage at each packing and evaluation: over all modules and the model, a second a time.
@@ -112,7 +112,7 @@ class FastDoraPlugin(BasePlugin):
             answers=cfg.fastdora_answers_only
             and trainer.compute_metrics is None,  # metrics want every position's logits
         )
-        # Each of these would let the GPU wait at every batch, and the first one hides a loss that is not a number.
+        # Each of these would make the GPU wait at every batch, and the first one hides a loss that is not a number.
         trainer.args.logging_nan_inf_filter = False
         trainer.accelerator.dataloader_config.non_blocking = trainer.args.dataloader_pin_memory
 
@@ -128,7 +128,7 @@ def _check_layers(cfg, model) -> None:
 
 
 def _validate(cfg, source: str) -> None:
-    # Axolotl validates once more by itself; its complaint would stand below a traceback.
+    # axolotl validates again later, where an error would be a traceback.
     capabilities, env_capabilities = gpu_capabilities()
     try:
         validate_config(DictDefault(copy.deepcopy(cfg.to_dict())), capabilities, env_capabilities)
@@ -146,7 +146,7 @@ def _why_no_graphs(cfg) -> str | None:
         return "fastdora_layers: peft"
     if not cfg.sample_packing or cfg.attn_implementation != "sdpa":
         return "without sample_packing and attn_implementation: sdpa"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # DDP's hooks wait for a stream that must not be waited for in a graph
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # DDP's hooks synchronize streams, which a graph's capture forbids
         return "several processes"
     return next((key for key in ("gradient_checkpointing", "deepspeed", "fsdp_config", "fsdp") if cfg.get(key)), None)
 
@@ -158,12 +158,12 @@ def _check_fp8(cfg, source: str) -> None:
         raise RecipeError(f"{source}: key 'fastdora_fp8': needs load_in_8bit: true and fastdora_layers: fast")
     if torch.cuda.is_available() and not quantized.has_fp8():
         name = torch.cuda.get_device_name()
-        raise RecipeError(f"{source}: key 'fastdora_fp8': {name} has no fp8 products; set it to false")
+        raise RecipeError(f"{source}: key 'fastdora_fp8': {name} has no fp8 matmuls; set it to false")
 
 
 @contextmanager
 def one_line_errors():
-    """Turn a recipe's fault into `error: ...` on stderr and exit code 1: axolotl itself would print a traceback."""
+    """Turn a RecipeError into `error: ...` on stderr and exit code 1; axolotl itself would print a traceback."""
     try:
         yield
     except (RecipeError, dora.Unsupported) as error:

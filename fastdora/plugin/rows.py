@@ -1,4 +1,4 @@
-"""Rows and tokens that really train. Axolotl leaves rows out, or keeps them without a label, and goes on."""
+"""Counts the rows and tokens that train: axolotl drops rows, or keeps them without a label, without an error."""
 
 import hashlib
 import re
@@ -15,7 +15,7 @@ LOG = get_logger("axolotl.fastdora.rows")
 
 
 def load(cfg) -> TrainDatasetMeta:
-    """Axolotl's own loading, with a cache that a changed file cannot mislead, and every row accounted for.
+    """Axolotl's own loading, with a cache keyed by the files' content, and every row accounted for.
 
     Raises RecipeError when rows of the data files would not train, unless the recipe itself sets
     `excess_length_strategy` to drop or truncate.
@@ -75,7 +75,7 @@ def _account(cfg, split: str, files: list, dataset) -> None:
     if missing and cfg.excess_length_strategy not in ("drop", "truncate"):
         raise RecipeError(
             f"{cfg.axolotl_config_path}: {missing} of {expected} {split} rows would not train (no answer, or longer "
-            f"than sequence_len {cfg.sequence_len}); mend the rows or set excess_length_strategy: drop"
+            f"than sequence_len {cfg.sequence_len}); fix the rows or set excess_length_strategy: drop"
         )
     left_out = f", {missing} left out as excess_length_strategy says" if missing else ""
     LOG.info(f"{split}: {len(dataset)} rows, {tokens} tokens, {answer} of them answers{left_out}")

@@ -1,4 +1,4 @@
-"""What a recipe may not ask for: code from elsewhere, secrets in a file, weights that are pickles."""
+"""What a recipe may not contain: remote code, secrets, pickled weights."""
 
 import re
 from collections.abc import Iterator
@@ -7,22 +7,23 @@ from typing import Any
 
 from fastdora.plugin.keys import RecipeError
 
-# Each runs code that a hub's repository brings, Python or compiled.
+# Each runs code of a hub's repository, Python or compiled.
 CODE = {"trust_remote_code", "use_kernels"}
-# Not pad_token and its like, which are text.
+# Names of keys; pad_token and its like are text and do not match.
 SECRET = re.compile(
     r"^token$|(^|_)((auth|access|api|hub|hf|bearer)_token|api_?key|secret(_\w+)?|password|passwd|credentials?)$", re.I
 )
-LOOKS_SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}")
+# Tokens of Hugging Face, OpenAI and its like, GitHub and AWS.
+SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16}")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
 def check(recipe: dict[str, Any], source: str) -> None:
-    """Raise RecipeError for a key, at any depth, that brings code or holds a secret, and for pickled base weights."""
+    """Raise RecipeError for a key, at any depth, that runs remote code or holds a secret, and for pickled weights."""
     for where, key, value in _entries(recipe):
         if key in CODE and value:
             raise RecipeError(f"{source}: key '{where}': runs code from the hub; remove it")
-        if isinstance(value, str) and (SECRET.search(key) or LOOKS_SECRET.search(value)):
+        if isinstance(value, str) and (SECRET.search(key) or SECRET_VALUE.search(value)):
             raise RecipeError(f"{source}: key '{where}' holds a secret; remove it and set it in the environment")
     base = Path(str(recipe.get("base_model", "")))
     if base.is_dir() and not any(base.glob("*.safetensors")) and any(any(base.glob(kind)) for kind in PICKLES):

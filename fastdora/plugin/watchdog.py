@@ -1,4 +1,4 @@
-"""Runs that go wrong are stopped, in one line: a loss that is not finite or explodes, a card that is too small."""
+"""Stops a run with a one-line error: a loss that is not finite or explodes, a GPU that is too small."""
 
 import math
 import re
@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from fastdora.plugin import checkpoints
-from fastdora.plugin.resume import several
+from fastdora.plugin.resume import is_distributed
 
 
 def guard(cfg, trainer) -> None:
@@ -44,7 +44,7 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if not (control.should_log or control.should_save or control.should_training_stop):
             return
-        if several():
+        if is_distributed():
             torch.distributed.all_reduce(self.bad, torch.distributed.ReduceOp.MAX)
         if self.bad.item():
             self.stop(f"the loss is not finite at step {state.global_step}")
@@ -59,14 +59,15 @@ class _Watch(TrainerCallback):
             self.stop(f"the loss is {loss:.2f} at step {state.global_step}, after {self.first:.2f} at first")
 
     def stop(self, what: str) -> None:
-        rate = self.trainer.state.log_history[-1].get("learning_rate") if self.trainer.state.log_history else None
+        logged = self.trainer.state.log_history
+        rate = logged[-1].get("learning_rate") if logged else None
         last = checkpoints.last_whole(Path(self.cfg.output_dir))[0]
         where = f"the last good checkpoint is {last}" if last else "no checkpoint was written before"
         if self.trainer.args.process_index:
-            sys.exit(1)  # the first process says it
+            sys.exit(1)  # the first process reports it
         end(
             f"{self.cfg.axolotl_config_path}: {what}; {where}. Lower learning_rate ({self.cfg.learning_rate}"
-            f"{f', {rate:.2g} by then' if rate else ''}) or look at the last rows"
+            f"{f', {rate:.2g} at this step' if rate else ''}) or check the latest rows"
         )
 
 
@@ -76,7 +77,7 @@ def exploded(loss: float, first: float, vocabulary: int) -> bool:
 
 
 def out_of_memory(cfg, error: Exception, fixed: int) -> str:
-    """One line: the card, what it lacked, and the two keys to change and to what, with the global batch kept.
+    """One line: the GPU, the memory that a step needs, and the two keys to change, with the global batch kept.
 
     fixed: bytes allocated before the first step, which a smaller step does not lower.
     """
@@ -103,7 +104,7 @@ def requested(message: str) -> int:
 
 
 def halvings(total: int, fixed: int, needed: int) -> int:
-    """How often a step's own memory must be halved, at least once, to fit with a twentieth of the card to spare."""
+    """How often a step's own memory must be halved, at least once, to leave 5% of the GPU free for fragmentation."""
     room = 0.95 * total - fixed
     return max(1, math.ceil(math.log2((needed - fixed) / room))) if 0 < room and fixed < needed else 1
 

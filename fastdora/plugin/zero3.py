@@ -1,4 +1,4 @@
-"""DeepSpeed 0.18.9 with adapters under axolotl 0.19.0: what ZeRO-3 refuses, one mend for it, and one for all stages."""
+"""DeepSpeed 0.18.9 with adapters under axolotl 0.19.0: refused recipes and a patch for ZeRO-3, one for all stages."""
 
 import functools
 import json
@@ -13,14 +13,14 @@ from fastdora.plugin.keys import RecipeError
 
 
 def prepare(cfg) -> None:
-    """Call before the model is loaded. Does nothing unless axolotl has set ZeRO stage 3 up.
+    """Call before the model is loaded. Does nothing unless axolotl has set up ZeRO stage 3.
 
     Raises RecipeError for a recipe that would fail in its first step. Keeps DeepSpeed's configuration alive:
     transformers holds it by a weak reference, and axolotl drops it when the base model is built. From then on
     `is_deepspeed_zero3_enabled()` is false in PEFT, which therefore does not gather the partitioned base weight, and
-    DoRA's magnitude is taken from a weight of size 0 ("The size of tensor a (0) must match the size of tensor b"). And
-    says bf16 where the recipe does: "auto" is worked out when training begins, and until then `zero.Init` would make a
-    16-bit base of float32.
+    DoRA's magnitude is taken from a weight of size 0 ("The size of tensor a (0) must match the size of tensor b").
+    Also sets bf16 where the recipe does: "auto" is resolved when training begins, and until then `zero.Init` would
+    build a 16-bit base in float32.
     """
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") != "3":
         return
@@ -73,11 +73,11 @@ def restore_frequencies(model) -> None:
 
 
 def keep_dtypes(trainer) -> None:
-    """Train under bf16 as without DeepSpeed: A, B, magnitude and their gradients in float32, products under autocast.
+    """Train under bf16 as without DeepSpeed: A, B, magnitude and their gradients in float32, matmuls under autocast.
 
     DeepSpeed's own bf16 casts the whole model (`_configure_distributed_model`), so that a magnitude of 1 moves in steps
-    of 1/128, and sums gradients in bf16; accelerate leaves autocast to it. Without it the engine takes every dtype as
-    it finds it.
+    of 1/128, and sums gradients in bf16; accelerate leaves autocast to it. With bf16 disabled the engine keeps every
+    parameter's dtype.
     """
     if trainer.is_deepspeed_enabled and trainer.args.bf16:
         trainer.accelerator.state.deepspeed_plugin.deepspeed_config["bf16"] = {"enabled": False}

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastdora.plugin.safety import LOOKS_SECRET
+from fastdora.plugin.safety import SECRET_VALUE
 from finlora.core import html
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, replacing
@@ -151,7 +151,7 @@ def check_text(name: str, content: bytes) -> None:
     """UserError where a file to publish contains what looks like a secret, or a path of this machine."""
     text = content.decode("utf-8", "replace")
     token = os.environ.get("HF_TOKEN", "").strip()
-    if LOOKS_SECRET.search(text) or (token and token in text):
+    if SECRET_VALUE.search(text) or (token and token in text):
         raise UserError(f"{name}: holds what looks like a secret; remove it before it is published")
     for path in (str(ROOT), f"{Path.home()}/"):
         if path in text and path != "//":  # HOME=/, as in a container whose user has no account

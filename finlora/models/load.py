@@ -133,7 +133,7 @@ def load_base(model: str, bits: int, keep_quantised: bool = False):
     from fastdora import quantized
     from fastdora.plugin import peft_int8
 
-    peft_int8.mend()
+    peft_int8.patch()
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else torch.float32
     try:
