@@ -259,7 +259,7 @@ def evaluate(
             endpoint=endpoint,
             encoder=encoder,
             layer=layer,
-            results=results or runner.RESULTS,
+            results=results,
         )
     )
 

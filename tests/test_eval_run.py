@@ -25,10 +25,11 @@ from tqdm import tqdm
 from finlora.core import paths
 from finlora.core.errors import UserError
 from finlora.data import test_sets
-from finlora.evaluate import forgetting, runner
+from finlora.evaluate import evaluation, forgetting, runner
 from finlora.evaluate import harness as evaluate_harness
 from finlora.evaluate.bertscore import bertscore
 from finlora.models import load as models
+from finlora.recipes import load as recipes
 from finlora.train import runs
 
 WORDS = ["negative", "neutral", "positive"]
@@ -56,8 +57,8 @@ def tests_folder(tmp_path):
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch, tiny_base, adapters, tests_folder):  # noqa: F811
     """`make eval` in this process, with a folder of results of its own; returns the subjects' folders."""
-    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results")
-    for module in paths, runs:
+    monkeypatch.setattr(evaluation, "RESULTS", tmp_path / "results")
+    for module in paths, recipes, runs:
         monkeypatch.setattr(module, "ROOT", tmp_path)
 
     def call(*argv, model=tiny_base, adapter="dora", tests=tests_folder, tasks="fpb", prompt="raw"):
@@ -386,7 +387,7 @@ def test_mistakes_are_found_before_anything_is_loaded(tiny_base, adapters, tmp_p
     raw, other, none = tmp_path / "raw", tmp_path / "other", tmp_path / "none"
     write_rows(raw, "fpb", 3)
     write_rows(other, "fpb", 3)
-    for module in runner, test_sets:
+    for module in evaluation, test_sets:
         monkeypatch.setattr(module, "RAW", raw)
     monkeypatch.setattr(models, "load_base", None)
 

@@ -12,7 +12,7 @@ from failures import refuses
 from test_eval_models import adapters  # noqa: F401 (a fixture)
 from test_eval_run import evaluate, read, tests_folder  # noqa: F401 (fixtures)
 
-from finlora.evaluate import runner, vllm
+from finlora.evaluate import evaluation, vllm
 
 SERVER = """#!{python}
 import json, os, signal, sys
@@ -95,4 +95,4 @@ def test_what_keeps_it_from_serving_is_one_line(evaluate, program):  # noqa: F81
     program(fail=True)
     with refuses("vLLM", "exit code 1 ", "No available memory", "see .cache/merged-"):
         evaluate("--limit", "1", "--backend", "vllm")
-    assert not list(runner.RESULTS.glob("*/fpb/set.json"))
+    assert not list(evaluation.RESULTS.glob("*/fpb/set.json"))

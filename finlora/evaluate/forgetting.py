@@ -9,10 +9,10 @@ import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 from finlora.core.errors import UserError
 from finlora.core.paths import RAW
+from finlora.evaluate.results import ForgettingRow, SetResult
 
 TASKS = {
     "mmlu": {"files": "mmlu/default", "metric": "acc", "filter": "none", "dataset": "cais/mmlu"},
@@ -41,8 +41,8 @@ def check(name: str, folder: Path) -> None:
         )
 
 
-def answers(lm, name: str, folder: Path, limit: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One of the two through lm-eval: what set.json holds, and a row for each question with `right` 0 or 1."""
+def answers(lm, name: str, folder: Path, limit: int | None) -> tuple[SetResult, list[ForgettingRow]]:
+    """One of the two through lm-eval, and a row for each question, with `right` 0 or 1."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import OfflineModeIsEnabled
     from lm_eval import simple_evaluate, tasks
@@ -87,7 +87,7 @@ def answers(lm, name: str, folder: Path, limit: int | None) -> tuple[dict[str, A
                         "answer": str(sample["filtered_resps"][0]),
                     }
                 )
-    return {"set": name, "task": "forgetting", "metric": "lm_eval", "evaluated": len(rows), "shots": SHOTS}, rows
+    return SetResult(set=name, task="forgetting", metric="lm_eval", evaluated=len(rows), shots=SHOTS), rows
 
 
 def in_copy(task: str, copy: Path) -> bool:

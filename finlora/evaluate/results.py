@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar, get_args, get_type_hints
 
 from finlora.core.errors import UserError
+from finlora.core.files import replacing
 from finlora.core.paths import ROOT
 from finlora.data import tasks
 from finlora.data.test_sets import all_sets
@@ -221,6 +222,33 @@ def read(folder: Path = RESULTS, only: Collection[str] = ()) -> tuple[dict[str, 
                     warnings.append(str(error))
         subjects[path.name] = Subject(path.name, run, sets)
     return subjects, warnings
+
+
+def kept_result(folder: Path) -> SetResult | None:
+    """set.json of results/<subject>/<set>; None where the set is unfinished or the file is broken."""
+    try:
+        return _record(SetResult, folder / "set.json")
+    except _Broken:
+        return None
+
+
+def kept_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of answers.jsonl, prompts and contexts included."""
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def write_set(folder: Path, result: SetResult, rows: list[dict[str, Any]]) -> None:
+    """Write answers.jsonl, then set.json: a folder without the latter is unfinished."""
+    (folder / "set.json").unlink(missing_ok=True)
+    with replacing(folder / "answers.jsonl") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_record(folder / "set.json", result)
+
+
+def write_record(path: Path, record: Run | SetResult) -> None:
+    with replacing(path) as file:
+        json.dump(asdict(record), file, indent=1, ensure_ascii=False)
+        file.write("\n")
 
 
 def base_of(subject: Subject, subjects: dict[str, Subject]) -> Subject | None:

@@ -18,24 +18,26 @@ import requests
 
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
+from finlora.evaluate.evaluation import Evaluation
+from finlora.evaluate.results import Run
 
 VLLM = ROOT / ".venv-vllm" / "bin" / "vllm"
 START = 900  # seconds; loading 8B weights and capturing graphs takes about two minutes on an H200
 
 
-def merged(plan: dict[str, Any], subject: dict[str, Any], tokenizer) -> Path:
-    """A folder with the subject's weights in 16 bits and its tokenizer: made once, named by what is in it."""
+def merged(evaluation: Evaluation, run: Run, tokenizer) -> Path:
+    """A folder with the run's weights in 16 bits and its tokenizer: made once, named by what is in it."""
     from finlora.models import load as models
 
     if not VLLM.is_file():
-        raise UserError(f"{VLLM.relative_to(ROOT)}: is not there; `make vllm` sets vLLM up, in its own environment")
-    key = f"{(subject['adapter_sha256'] or 'base')[:12]}-{subject['template_sha256'][:12]}-{subject['bits']}bit"
-    folder = ROOT / ".cache" / f"merged-{Path(subject['model']).name}-{key}"
+        raise UserError(f"{VLLM.relative_to(ROOT)}: is missing; `make vllm` sets vLLM up, in its own environment")
+    key = f"{(run.adapter_sha256 or 'base')[:12]}-{run.template_sha256[:12]}-{run.bits}bit"
+    folder = ROOT / ".cache" / f"merged-{Path(run.model).name}-{key}"
     if folder.is_dir():
         return folder
-    model = models.load_base(plan["model"], plan["bits"])
-    if subject["adapter"]:
-        model = models.attach(model, plan["adapter"])
+    model = models.load_base(evaluation.model, evaluation.bits)
+    if run.adapter:
+        model = models.attach(model, evaluation.adapter)
     folder.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merged-") as beside:
         whole = Path(beside) / "model"

@@ -343,8 +343,7 @@ def ask(model, tokenizer, rows: list[list[int]], trained: TrainedModel, limit: i
 
     lm = harness.BatchedHFLM(model, tokenizer)
     for name in sets:
-        request = runner.Request(labels="corrected", limit=limit)
-        _, answered = runner.answers(lm, name, {"folder": folder}, request, None)
+        _, answered = runner.answers(lm, name, folder, "corrected", limit)
         answers = responses.answers[name] = [row["answer"] for row in answered]
         if scorers := scorings(name, all_sets()[name]):
             primary = next(iter(scorers.values()))

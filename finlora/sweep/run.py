@@ -296,9 +296,9 @@ def request(ask: list[str], **others: Any) -> runner.Request:
 
 
 def answered(wanted: runner.Request) -> bool:
-    asked = runner.resolve(wanted)
-    folder = wanted.results / asked["subject"]
-    return all(runner.is_answered(folder / name, name, asked, wanted) for name in asked["sets"])
+    evaluation = runner.resolve(wanted)
+    folder = wanted.results / evaluation.name
+    return all(runner.is_answered(folder / name, evaluation) for name in evaluation.sets)
 
 
 def slots(gpus: int, point: dict[str, Any], small: bool) -> list[str | None]:
