@@ -90,7 +90,7 @@ def rate_recipe(given, work: Path, processes: int, name: str, way: str, grows: b
     write_rows(sentiment_rows(given.data), work / "train.jsonl")
     found = recipe_of({"recipe": name, "steps": given.steps}, given.base, work / "train.jsonl", work)
     if not grows:
-        found = distributed.spread(Path(name), found, processes, 1)[0]
+        found = distributed.share_batch(Path(name), found, processes, 1)[0]
     return shared(name, found, way, processes)
 
 

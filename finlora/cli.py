@@ -148,23 +148,11 @@ def train(
 ) -> None:
     """Train a recipe: check everything that can be checked first, then `axolotl preprocess` and `axolotl train`."""
     from finlora.recipes import names
+    from finlora.train.distributed import Launch
     from finlora.train.run import train
 
-    train(
-        names.find(recipe),
-        small=tiny,
-        force=force,
-        args=context.obj,
-        gpus=gpus,
-        nodes=nodes,
-        rank=node_rank,
-        master=master,
-        zero=zero,
-        offload=offload,
-        fsdp=fsdp,
-        ray=ray,
-        tracker=track,
-    )
+    launch = Launch(gpus, nodes, node_rank, master, zero, offload, fsdp, ray)
+    train(names.find(recipe), launch, small=tiny, force=force, args=context.obj, tracker=track)
 
 
 @app.command(epilog=AXOLOTL)

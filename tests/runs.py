@@ -25,7 +25,7 @@ def finished_run(outputs: Path, name: str, base: Path) -> Path:
     """outputs/<name> for one of the recipes, on the tiny base; its rows stand beside it."""
     from transformers import AutoTokenizer
 
-    recipe, parts = recipes.load(recipe_names.RECIPES / f"{name}.yaml"), recipe_names.parse_name(name)
+    recipe, parts = recipes.load(recipe_names.RECIPES / f"{name}.yaml").keys, recipe_names.parse_name(name)
     out = outputs / name
     make_adapter(base, out, parts["method"], parts["r"], recipe["lora_target_modules"], parts["alpha"])
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -18,10 +18,11 @@ from finlora.core.errors import UserError
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 from finlora.train import distributed
+from finlora.train.distributed import Launch
 
 ROOT = Path(__file__).resolve().parent.parent
 PATH = recipe_names.RECIPES / "sentiment_r8_dora.yaml"
-RECIPE = recipes.load(PATH)
+RECIPE = recipes.load(PATH).keys
 # Made up; no log and no file of a run may show them.
 PLANTED = {
     "HF_TOKEN": "hf_PLANTEDplantedPLANTEDplanted0001",
@@ -42,7 +43,7 @@ def test_the_global_batch_is_kept(micro, accumulation, length, gpus, nodes):
     changes = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation, "sequence_len": length}
     before = micro * accumulation * length
     try:
-        after, say = distributed.spread(PATH, RECIPE | changes, gpus, nodes)
+        after, message = distributed.share_batch(PATH, RECIPE | changes, gpus, nodes)
     except UserError:
         assert before // (gpus * nodes) < 128 * max(1, micro * accumulation // (gpus * nodes) + 1)
         return
@@ -50,7 +51,7 @@ def test_the_global_batch_is_kept(micro, accumulation, length, gpus, nodes):
     tokens = each * after["sequence_len"] * gpus * nodes
     assert before - each * gpus * nodes < tokens <= before
     assert after["sequence_len"] <= length  # longer packs would not fit where the recipe's did
-    assert (say is None) == (gpus * nodes == 1)
+    assert (message is None) == (gpus * nodes == 1)
     if micro * accumulation % (gpus * nodes) == 0:
         assert after["sequence_len"] == length and tokens == before
     changed = {key for key in after if after[key] != (RECIPE | changes)[key]}
@@ -58,10 +59,10 @@ def test_the_global_batch_is_kept(micro, accumulation, length, gpus, nodes):
 
 
 def test_how_the_batch_is_kept_is_said():
-    say = distributed.spread(PATH, RECIPE | {"gradient_accumulation_steps": 1, "sequence_len": 5120}, 4, 1)[1]
-    assert re.search(r"\b4 processes .*\b1 .*\b1,280 .*\b1 .*\b5,120 ", say)
-    say = distributed.spread(PATH, RECIPE | {"gradient_accumulation_steps": 8}, 2, 2)[1]
-    assert re.search(r"\b4 processes .*\b2 .*\b8 ", say)
+    message = distributed.share_batch(PATH, RECIPE | {"gradient_accumulation_steps": 1, "sequence_len": 5120}, 4, 1)[1]
+    assert re.search(r"\b4 processes .*\b1 .*\b1,280 .*\b1 .*\b5,120 ", message)
+    message = distributed.share_batch(PATH, RECIPE | {"gradient_accumulation_steps": 8}, 2, 2)[1]
+    assert re.search(r"\b4 processes .*\b2 .*\b8 ", message)
 
 
 REFUSED = {
@@ -82,32 +83,38 @@ REFUSED = {
 def test_a_batch_that_cannot_be_kept_is_refused(case):
     changes, (gpus, nodes), words = REFUSED[case]
     with refuses("sentiment_r8_dora", *words, file=f"GPUS={gpus}"):
-        distributed.spread(PATH, RECIPE | changes, gpus, nodes)
+        distributed.share_batch(PATH, RECIPE | changes, gpus, nodes)
 
 
 def test_a_row_too_long_for_shorter_packs_names_the_way_out():
-    shared = distributed.spread(PATH, RECIPE | {"gradient_accumulation_steps": 1, "sequence_len": 5120}, 4, 1)[0]
-    with refuses("1,280 tokens", "fewer GPUs") as error:
-        with distributed.shorter_packs(RECIPE | {"sequence_len": 5120}, shared):
-            raise UserError("it failed")
-    assert str(error.value).startswith("it failed; ")
-    with pytest.raises(UserError, match="^it failed$"):
-        with distributed.shorter_packs(shared, shared):
-            raise UserError("it failed")
+    written = recipes.Recipe(PATH, RECIPE | {"gradient_accumulation_steps": 1, "sequence_len": 5120})
+    shared = distributed.distribute(written, Launch(gpus=4))[0]
+    hint = distributed.shorter_packs_hint(written, shared)
+    assert hint.startswith("; ") and re.search(r"\b1,280 tokens\b.* fewer GPUs", hint)
+    assert distributed.shorter_packs_hint(written, distributed.distribute(written, Launch())[0]) == ""
+
+
+def test_a_launch_makes_of_a_recipe_what_its_options_say():
+    recipe = recipes.Recipe(PATH, RECIPE | {"gradient_accumulation_steps": 8})
+    assert distributed.distribute(recipe, Launch())[0].keys == recipe.keys
+    shared, message = distributed.distribute(recipe, Launch(gpus=2, nodes=2, zero=2, offload=True, ray=True))
+    assert shared.keys["gradient_accumulation_steps"] == 2 and message
+    assert distributed.stage(shared.keys) == 2 and "save_steps" in shared.keys and shared.path == PATH
+    assert (Launch(gpus=2, nodes=2).gpus_needed, Launch(zero=1).gpus_needed, Launch(fsdp=2).gpus_needed) == (2, 1, 0)
 
 
 def test_ray_is_asked_for_a_worker_a_gpu_and_a_recipe_that_its_workers_take(monkeypatch):
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name == "ray")
-    assert distributed.launcher(4, 2, 0, None, ray=True) == (["--use-ray", "--ray-num-workers", "8"], [])
+    assert distributed.launcher(Launch(4, 2, 0, None, ray=True)) == (["--use-ray", "--ray-num-workers", "8"], [])
     with refuses("RAY=1", "NODE_RANK", "MASTER", "leave|remove"):
-        distributed.launcher(4, 2, 1, None, ray=True)
+        distributed.launcher(Launch(4, 2, 1, None, ray=True))
     recipe = RECIPE | {"saves_per_epoch": 4, "evals_per_epoch": 2, "num_epochs": 4}
-    changed = distributed.for_ray(recipe)
+    changed = distributed.epochs_to_steps(recipe)
     assert (changed["save_steps"], changed["eval_steps"]) == (1 / 16, 1 / 8)
     assert recipe.keys() - changed.keys() == {"saves_per_epoch", "evals_per_epoch"}
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     with refuses("RAY=1", "Ray", "-m pip install 'ray[train]'|pip install 'ray[train]'"):
-        distributed.launcher(4, 2, 0, None, ray=True)
+        distributed.launcher(Launch(4, 2, 0, None, ray=True))
 
 
 SHARD_REFUSED = [
@@ -156,7 +163,7 @@ def test_fsdp_keys_are_axolotls(name, offload):
     from fastdora.plugin.keys import check_keys, input_schema
 
     path = recipe_names.RECIPES / f"{name}.yaml"
-    recipe = distributed.shard(path, recipes.load(path), None, offload, 2, 2)
+    recipe = distributed.shard(path, recipes.load(path).keys, None, offload, 2, 2)
     check_keys(recipe, str(path), input_schema(tuple(recipe["plugins"])))
     found = validate_config(DictDefault(recipe))
     assert found.fsdp_version == 2 and found.fsdp_config.offload_params == offload
@@ -181,9 +188,9 @@ def test_every_stage_has_its_file(zero, offload):
 
 
 def test_torchrun_is_called_with_what_make_was_given():
-    assert distributed.launcher(1, 1, 0, None) == (["--launcher", "python"], [])
-    assert distributed.launcher(4, 1, 0, None)[1] == ["--", "--standalone", "--nproc_per_node=4"]
-    options = distributed.launcher(8, 2, 1, "node0:29400")[1]
+    assert distributed.launcher(Launch(1, 1, 0, None)) == (["--launcher", "python"], [])
+    assert distributed.launcher(Launch(4, 1, 0, None))[1] == ["--", "--standalone", "--nproc_per_node=4"]
+    options = distributed.launcher(Launch(8, 2, 1, "node0:29400"))[1]
     assert {"--nnodes=2", "--node_rank=1", "--master_addr=node0", "--master_port=29400"} <= set(options)
     from torch.distributed.run import get_args_parser
 
@@ -194,13 +201,13 @@ def test_torchrun_is_called_with_what_make_was_given():
 @pytest.mark.parametrize("master", [None, "", "node0:", "node0:0", "node0:70000", "a b", "node0;reboot", "$(id)"])
 def test_a_master_that_is_none_is_refused(master):
     with refuses("NODES=2", "HOST:PORT", "node0:29500", file=f"MASTER={master or ''}"):
-        distributed.launcher(1, 2, 0, master)
+        distributed.launcher(Launch(1, 2, 0, master))
 
 
 @pytest.mark.parametrize("rank", [-1, 2])
 def test_a_node_rank_that_is_none_is_refused(rank):
     with refuses("NODES=2", "0 to 1", "node", file=f"NODE_RANK={rank}"):
-        distributed.launcher(1, 2, rank, "node0")
+        distributed.launcher(Launch(1, 2, rank, "node0"))
 
 
 @pytest.mark.skipif(bool(machine.gpus()), reason="this machine has a GPU")
@@ -314,12 +321,12 @@ def test_the_slurm_file_runs_make_train_on_each_node(tmp_path):
     assert done.returncode == 0, done.stderr
     rest = "MASTER=gpu3:21234|RECIPE=sentiment_r8_dora|ARGS=--learning-rate 0.0002|"
     assert done.stdout.splitlines() == ["setup|"] + [f"train|GPUS=8|NODES=2|NODE_RANK={rank}|{rest}" for rank in (0, 1)]
-    distributed.launcher(8, 2, 1, "gpu3:21234")
+    distributed.launcher(Launch(8, 2, 1, "gpu3:21234"))
 
 
 def test_the_ray_file_starts_a_cluster_and_runs_make_train(tmp_path):
-    say = 'printf "%s " "$(basename "$0")" "$RAY_USAGE_STATS_ENABLED" "${RAY_ADDRESS:-}" "$@"; echo'
-    env = stand_ins(tmp_path / "bin", ray=say, make=say)
+    message = 'printf "%s " "$(basename "$0")" "$RAY_USAGE_STATS_ENABLED" "${RAY_ADDRESS:-}" "$@"; echo'
+    env = stand_ins(tmp_path / "bin", ray=message, make=message)
     file = ROOT / "cluster" / "ray.sh"
     first = subprocess.run(["bash", str(file), "RECIPE=a", "GPUS=8"], env=env, capture_output=True, text=True)
     assert [line.split() for line in first.stdout.splitlines()] == [

@@ -19,10 +19,9 @@ from fastdora.plugin.keys import RecipeError
 from finlora.recipes import bases
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
-from finlora.train import preflight
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = recipes.load(recipe_names.RECIPES / "sentiment_r8_dora.yaml")
+RECIPE = recipes.load(recipe_names.RECIPES / "sentiment_r8_dora.yaml").keys
 
 
 def planted(key: str, value, depth: int):
@@ -60,7 +59,7 @@ def test_no_recipe_here_is_refused():
     for path in sorted(recipe_names.RECIPES.glob("*.yaml")):
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         safety.check(recipe, str(path))
-        preflight.check_places(path, recipe)
+        recipes.check_paths(recipes.Recipe(path, recipe))
 
 
 def test_pickled_base_weights_are_refused(tmp_path):
@@ -86,31 +85,31 @@ def test_axolotls_own_command_is_guarded_too(tmp_path, tiny_base):
 @pytest.mark.parametrize("path", ["/etc", "../elsewhere", "outputs/../../x", "data/prepared", "outputs/link/out"])
 @pytest.mark.parametrize("key", ["output_dir", "dataset_prepared_path"])
 def test_outputs_stay_in_their_folder(path, key, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "ROOT", tmp_path / "house")
+    monkeypatch.setattr(recipes, "ROOT", tmp_path / "house")
     (tmp_path / "house" / "outputs").mkdir(parents=True)
     (tmp_path / "house" / "outputs" / "link").symlink_to(tmp_path)
-    preflight.check_places(Path("a.yaml"), RECIPE)
+    recipes.check_paths(recipes.Recipe(Path("a.yaml"), RECIPE))
     with refuses(path, "outputs/", "name a folder", file="a.yaml", key=key):
-        preflight.check_places(Path("a.yaml"), RECIPE | {key: path})
+        recipes.check_paths(recipes.Recipe(Path("a.yaml"), RECIPE | {key: path}))
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "../other.jsonl", "data/../../x.jsonl", "data/link/x.jsonl"])
 @pytest.mark.parametrize("key", ["datasets", "test_datasets"])
 def test_data_stays_in_the_repository(file, key, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "ROOT", tmp_path / "house")
+    monkeypatch.setattr(recipes, "ROOT", tmp_path / "house")
     (tmp_path / "house" / "data").mkdir(parents=True)
     (tmp_path / "house" / "data" / "link").symlink_to(tmp_path)
     with refuses(file, "out of the repository", "copy it to data/", file="a.yaml", key=key):
-        preflight.check_places(Path("a.yaml"), RECIPE | {key: [RECIPE[key][0] | {"path": file}]})
+        recipes.check_paths(recipes.Recipe(Path("a.yaml"), RECIPE | {key: [RECIPE[key][0] | {"path": file}]}))
 
 
 def test_folders_may_be_links_or_mounts_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "ROOT", tmp_path / "house")
+    monkeypatch.setattr(recipes, "ROOT", tmp_path / "house")
     (tmp_path / "house" / "data").mkdir(parents=True)
     for name in ("outputs", "data/prepared"):
         (tmp_path / "disk" / name).mkdir(parents=True)
         (tmp_path / "house" / name).symlink_to(tmp_path / "disk" / name)
-    preflight.check_places(Path("a.yaml"), RECIPE)
+    recipes.check_paths(recipes.Recipe(Path("a.yaml"), RECIPE))
 
 
 def test_a_base_model_comes_as_safetensors_and_text_alone(tmp_path, monkeypatch):

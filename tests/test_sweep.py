@@ -23,6 +23,7 @@ from made import answered, label_rows, subject
 from finlora.core import machine
 from finlora.core.errors import UserError
 from finlora.recipes import bases
+from finlora.recipes import load as recipes
 from finlora.recipes import memory as recipes_memory
 from finlora.recipes import names as recipe_names
 from finlora.sweep import report as sweep_report
@@ -77,7 +78,7 @@ def test_each_shipped_sweep_has_points_that_are_recipes(name):
     for point in found:
         out = f"outputs/sweeps/sentiment_r8_dora.{name}/{point['name']}"
         assert point["recipe"]["output_dir"] == out and point["path"] == ROOT / f"{out}.yaml"
-        recipe_names.check_name(point["path"], point["recipe"])
+        recipes.check_name(recipes.Recipe(point["path"], point["recipe"]))
 
 
 NAMES = {
@@ -221,7 +222,7 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path):
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A folder in the checkout's place, so that a sweep's points and locks stay out of the real outputs."""
-    for module in (sweep, runs, recipe_names):
+    for module in (sweep, runs, recipes):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     return tmp_path
 
@@ -648,9 +649,9 @@ def real_sweep(house: Path, ranks: str) -> Path:
     # In a process of its own: near-duplicates are looked for by threads, which a fork of this process may lack.
     prepared = (
         "from pathlib import Path; from finlora.recipes import load as recipes; from finlora.train "
-        "import run as train; import sys; path = Path(sys.argv[1]); "
+        "import preflight; import sys; path = Path(sys.argv[1]); "
     )
-    prepared += "train.prepare_data(path, recipes.load(path), True)"
+    prepared += "preflight.prepare_data(recipes.load(path), True)"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(house), str(ROOT / "tests")])}
     subprocess.run([sys.executable, "-c", prepared, OWN[0]], cwd=house, env=env, check=True)
     return house / "outputs" / "tiny" / "sweeps" / "sentiment_bf16_r8_dora.ranks"

@@ -19,7 +19,7 @@ from finlora.core.errors import UserError
 from finlora.recipes import bases, memory
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
-from finlora.train import preflight, runs
+from finlora.train import preflight, run, runs
 
 ROW = '{"context": "Instruction: Say it.\\nInput: sales rose\\nAnswer: ", "target": "positive"}\n'
 
@@ -81,7 +81,7 @@ def test_memory_estimate_orders_as_it_must():
     shape = bases.shape("meta-llama/Llama-3.1-8B-Instruct")
 
     def need(name: str, **changes) -> float:
-        return memory.memory_estimate(recipes.load(recipe_names.RECIPES / f"{name}.yaml") | changes, shape)
+        return memory.memory_estimate(recipes.load(recipe_names.RECIPES / f"{name}.yaml").keys | changes, shape)
 
     assert need("sentiment_4bit_r4_lora") < need("sentiment_r8_lora") < need("sentiment_bf16_r8_lora")
     assert need("sentiment_r8_dora", sequence_len=16384) > need("sentiment_r8_dora") > 8.03e9 / 2**30
@@ -100,7 +100,7 @@ def test_memory_estimate_is_near_what_was_measured():
     assert len(fast) >= 9
     for name, row in fast.items():
         path = recipe_names.RECIPES / f"{runs[name]['recipe']}.yaml"
-        estimate = memory.memory_estimate(recipes.load(path) | runs[name].get("set", {}), shape)
+        estimate = memory.memory_estimate(recipes.load(path).keys | runs[name].get("set", {}), shape)
         assert estimate == pytest.approx(row["peak_gib"], rel=0.05), name
 
 
@@ -109,7 +109,7 @@ def test_a_gpu_that_is_too_small_names_the_keys_to_change(monkeypatch):
     monkeypatch.setattr(machine, "gpus", lambda: [("NVIDIA T4", 15.0, 14.5)])
     path = recipe_names.RECIPES / "xbrl_extract_r8_dora.yaml"
     with pytest.raises(UserError) as error:
-        preflight.check_device(path, recipes.load(path))
+        preflight.check_device(recipes.load(path))
     line = str(error.value)
     assert "xbrl_extract_r8_dora.yaml" in line and "NVIDIA T4" in line
     assert re.findall(r"\d+", line.partition("yaml")[2].partition("set ")[0])[-2:] == ["14", "15"], line  # GiB free
@@ -119,11 +119,12 @@ def test_a_gpu_that_is_too_small_names_the_keys_to_change(monkeypatch):
 
 def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").write_text("x" * 100, encoding="utf-8")
-    recipe = recipes.load(recipe_names.RECIPES / "demo_r8_dora.yaml") | {"datasets": [], "test_datasets": []}
+    recipe = recipes.load(recipe_names.RECIPES / "demo_r8_dora.yaml")
+    own = {"datasets": [], "test_datasets": [], "output_dir": str(tmp_path)}
     full = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: full)  # a disk cannot be filled here
     with pytest.raises(UserError, match=r"0\.\d GiB .*\b0\.0\b.* free"):
-        preflight.check_disk(Path("demo_r8_dora.yaml"), recipe, tmp_path, needs_gpu=False)
+        preflight.check_disk(recipes.Recipe(recipe.path, recipe.keys | own), needs_gpu=False)
 
 
 BAD_DATA = {
@@ -142,11 +143,10 @@ def test_bad_data_is_named_before_anything_loads(case, command, house):
     if content is not None:
         raw(house, content)
     code = (
-        "from pathlib import Path; from finlora.train import run as train; "
-        "from finlora.recipes import load as recipes\n"
+        "from finlora.train import preflight; from finlora.recipes import load as recipes\n"
         "from finlora.core.errors import run\n"
         "from finlora.recipes.names import find; path = find('sentiment_r8_dora')\n"
-        "run(lambda: print(train.prepare_data(path, recipes.load(path), small=False)))"
+        "run(lambda: print(preflight.prepare_data(recipes.load(path), small=False)))"
     )
     assert re.search(expected, failure(command("-c", code)))
 
@@ -314,13 +314,13 @@ def test_an_adapter_that_is_not_what_the_recipe_says(case, tmp_path):
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change), encoding="utf-8")
     with pytest.raises(UserError, match=expected):
-        preflight.check_adapter(recipe, tmp_path, {"base_layers": {"Linear8bitLt": 96}})
+        run.check_adapter(recipe, runs.RunFolder(tmp_path), {"base_layers": {"Linear8bitLt": 96}})
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError, match="{'Linear': 96}.* Linear8bitLt"):
-        preflight.check_adapter(recipe, tmp_path, {"base_layers": {"Linear": 96}})
+        run.check_adapter(recipe, runs.RunFolder(tmp_path), {"base_layers": {"Linear": 96}})
     (tmp_path / "adapter_model.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match="adapter_model.safetensors: .*read"):
-        preflight.check_adapter(recipe, tmp_path, {"base_layers": {"Linear8bitLt": 96}})
+        run.check_adapter(recipe, runs.RunFolder(tmp_path), {"base_layers": {"Linear8bitLt": 96}})
 
 
 def test_what_is_recorded_is_what_is_trained(command, house, tiny_base):

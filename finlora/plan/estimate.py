@@ -376,7 +376,7 @@ def make_plan(
             f"{path}: key 'base_model': the sizes of {recipe['base_model']} are not known here; add them to "
             "finlora/recipes/base_models.yaml, or run `make demo` for .cache/tiny"
         )
-    recipes.check_targets(str(path), recipe)
+    recipes.check_targets(str(path), recipes.Recipe(path, recipe))
     key, gpu = find_gpu(gpu_name)
     if recipe.get("fastdora_fp8") and not gpu["fp8"]:
         raise UserError(
@@ -385,7 +385,7 @@ def make_plan(
     for uncounted in ("lora_modules_to_save", "peft_layers_to_transform"):
         if recipe.get(uncounted):
             raise UserError(f"{path}: key '{uncounted}' is not planned for; remove it to plan without")
-    shared, say = distributed.spread(path, recipe, gpus, 1)
+    shared, say = distributed.share_batch(path, recipe, gpus, 1)
     rows = rows_of(path, shared)
     rates = measured_rates()
     counted = parameters(recipe, shape)
@@ -476,7 +476,7 @@ def run(recipe: str, gpu: str | None, gpus: str, price_text: str | None) -> None
     if not gpus.isdecimal() or not 0 < int(gpus) <= 4096:
         raise UserError(f"GPUS={gpus}: give a number from 1 to 4096")
     path = recipe_names.find(recipe)
-    print(show(make_plan(path, recipes.load(path), gpu, int(gpus), price(price_text))))
+    print(show(make_plan(path, recipes.load(path).keys, gpu, int(gpus), price(price_text))))
 
 
 def price(text: str | None) -> float | None:

@@ -3,18 +3,24 @@
 import difflib
 import hashlib
 import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastdora.plugin.keys import RecipeError, check_keys, read_recipe
+from fastdora.plugin.keys import RecipeError, check_keys, input_schema, read_recipe
 from finlora.core.errors import UserError
-from finlora.core.files import replacing
+from finlora.core.files import replacing, sha256
 from finlora.core.paths import ROOT
 from finlora.recipes.bases import linear_layers, shape, trainable_parameters
 from finlora.recipes.factorise import comments, factorise
-from finlora.recipes.names import DECIDED_BY, RECIPES, check_name, names, parse_name
+from finlora.recipes.memory import memory_estimate, on_cpu
+from finlora.recipes.names import DECIDED_BY, RECIPES, names, parse_name
 
+CACHE = ROOT / ".cache"
+PLUGIN = ROOT / "fastdora" / "plugin"  # whose keys are part of the schema
 ABOVE_ZERO = (
     "lora_r",
     "lora_alpha",
@@ -41,45 +47,184 @@ NEEDED = (
 )
 
 
-def load(path: Path) -> dict[str, Any]:
+# TINY=1 shortens packs and steps to what a CPU does in seconds.
+TINY_LENGTH, TINY_STEPS = 512, 2
+MOST_LAYERS = 200  # of any Llama; a base model of unknown sizes may have so many
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe that was read and checked once, and what its keys decide.
+
+    path: its file. keys: axolotl's keys with their values, as written or (after `on_tiny_base` and
+    finlora/train/distributed.py) as run.
+    """
+
+    path: Path
+    keys: dict[str, Any]
+
+    @cached_property
+    def parts(self) -> dict[str, Any] | None:
+        """The parts of its name; None for a name outside the grammar."""
+        return parse_name(self.path.stem)
+
+    @cached_property
+    def shape(self) -> dict[str, Any] | None:
+        """The base model's sizes; None where they are not known."""
+        return shape(self.keys["base_model"])
+
+    @property
+    def layers(self) -> list[str]:
+        """The linear layers of one block of the base model, which an adapter may target; none where not known."""
+        return list(linear_layers(self.shape)) if self.shape else []
+
+    @property
+    def memory(self) -> float | None:
+        """GiB that training takes on one GPU; None for a base model of unknown sizes."""
+        return memory_estimate(self.keys, self.shape) if self.shape else None
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the base model is known and small enough to train on a CPU."""
+        return bool(self.shape) and on_cpu(self.shape)
+
+    @property
+    def trainable_parameters(self) -> int | None:
+        return trainable_parameters(self.keys, self.shape) if self.shape else None
+
+    @property
+    def output_folder(self) -> Path:
+        return ROOT / self.keys["output_dir"]
+
+    @property
+    def data_files(self) -> list[str]:
+        return data_files(self.keys)
+
+    @property
+    def data_sha256(self) -> dict[str, str]:
+        """SHA-256 of each data file as it is now."""
+        return {name: sha256(ROOT / name) for name in self.data_files}
+
+
+def load(path: Path) -> Recipe:
     """A recipe that can be trusted: strict YAML, only keys and types that axolotl knows, content as the name says."""
     try:
-        recipe = read_recipe(path)
-        if "fastdora.FastDoraPlugin" not in (recipe.get("plugins") or []):
+        keys = read_recipe(path)
+        if "fastdora.FastDoraPlugin" not in (keys.get("plugins") or []):
             raise UserError(f"{path}: key 'plugins': add fastdora.FastDoraPlugin; without it rows are lost in silence")
-        check_keys(recipe, str(path), axolotl_schema(recipe["plugins"]))
+        check_keys(keys, str(path), axolotl_schema(keys["plugins"]))
     except RecipeError as error:
         raise UserError(str(error)) from error
-    check_name(path, recipe)
+    recipe = Recipe(path, keys)
+    check_name(recipe)
     check_needed(str(path), recipe)
     return recipe
 
 
-def check_needed(source: str, recipe: dict[str, Any]) -> None:
-    """Raise UserError where what the checks before and after a run read is missing, or is no size."""
+def on_tiny_base(recipe: Recipe, base: str) -> Recipe:
+    """The recipe with the tiny base model, lengths and steps for a CPU, and folders of its own (TINY=1)."""
+    out = str(output_folder(recipe.keys, tiny=True).relative_to(ROOT))
+    keys = recipe.keys | {
+        "base_model": base,
+        "sequence_len": min(TINY_LENGTH, recipe.keys["sequence_len"]),
+        "excess_length_strategy": "drop",
+        "max_steps": TINY_STEPS,
+        "output_dir": out,
+        "dataset_prepared_path": f"{out}/tokenised",
+    }
+    tiny = Recipe(recipe.path, keys)
+    check_targets(str(recipe.path), tiny)  # its layers may be others than the recipe's base model has
+    return tiny
+
+
+def output_folder(keys: dict[str, Any], tiny: bool) -> Path:
+    """Where a recipe's run lies; TINY=1 has the same folders below outputs/tiny."""
+    out, outputs = ROOT / keys["output_dir"], ROOT / "outputs"
+    return outputs / "tiny" / os.path.relpath(out, outputs) if tiny else out
+
+
+def data_files(keys: dict[str, Any]) -> list[str]:
+    entries = [*keys.get("datasets", []), *keys.get("test_datasets", [])]
+    return [entry["path"] for entry in entries]
+
+
+def check_name(recipe: Recipe) -> None:
+    """Raise UserError where a recipe's content is not what its name says (names outside the grammar say nothing).
+
+    A recipe writes to outputs/<name>; one that lies in outputs/ itself, as a sweep's points do, beside itself.
+    """
+    path, parts = recipe.path, recipe.parts
+    if not parts:
+        return
+    folder, outputs = path.resolve().parent, (ROOT / "outputs").resolve()
+    out = "outputs" / (folder.relative_to(outputs) if folder.is_relative_to(outputs) else Path()) / path.stem
+    expected = {
+        "load_in_8bit": parts["bits"] == 8,
+        "load_in_4bit": parts["bits"] == 4,
+        "adapter": "qlora" if parts["bits"] == 4 else "lora",
+        "lora_r": parts["r"],
+        "lora_alpha": parts["alpha"],
+        "peft_use_dora": parts["method"] == "dora",
+        "peft_use_rslora": parts["method"] == "rslora",
+        "output_dir": str(out),
+        "dataset_prepared_path": str(out / "tokenised"),
+    }
+    for key, value in expected.items():
+        if recipe.keys.get(key) != value:
+            raise UserError(
+                f"{path}: key '{key}' is {recipe.keys.get(key)}, but the name says {value}; change one of them"
+            )
+
+
+def check_paths(recipe: Recipe) -> None:
+    """UserError for a path of the recipe that leads out of this repository, through `..`, a link, or from the root.
+
+    What is written lies in outputs/. A base model may lie anywhere: it is only read, and only as safetensors.
+    """
+    keys = recipe.keys
+    for key in ("output_dir", "dataset_prepared_path"):
+        if not (ROOT / keys[key]).resolve().is_relative_to((ROOT / "outputs").resolve()):
+            raise UserError(f"{recipe.path}: key '{key}': {keys[key]} is not in outputs/; name a folder there")
+    files = [(kind, entry["path"]) for kind in ("datasets", "test_datasets") for entry in keys.get(kind, [])]
+    files += [(key, keys[key]) for key in ("chat_template_jinja", "deepspeed") if isinstance(keys.get(key), str)]
+    # Each of these may be a link or a mount of its own.
+    roots = [place.resolve() for place in (ROOT, ROOT / "data", ROOT / "data" / "raw", ROOT / "data" / "prepared")]
+    for key, name in files:
+        if key == "chat_template_jinja" and not name.endswith((".jinja", ".jinja2", ".j2")):
+            continue  # the template itself
+        if not any((ROOT / name).resolve().is_relative_to(root) for root in roots):
+            raise UserError(f"{recipe.path}: key '{key}': {name} leads out of the repository; copy it to data/")
+
+
+def check_needed(source: str, recipe: Recipe) -> None:
+    """Raise UserError where what the checks before and after a run read is missing, or is no size.
+
+    source: what an error's line begins with: the recipe's path, or a sweep's file and point.
+    """
+    keys = recipe.keys
     for key in NEEDED:
-        if recipe.get(key) is None:
+        if keys.get(key) is None:
             raise UserError(f"{source}: key '{key}' is missing; give it a value")
     for key in ABOVE_ZERO:
-        if isinstance(recipe.get(key), int | float) and not recipe[key] > 0:
-            raise UserError(f"{source}: key '{key}' is {recipe[key]}; give it a value above 0")
-    if recipe.get("lora_target_linear"):
+        if isinstance(keys.get(key), int | float) and not keys[key] > 0:
+            raise UserError(f"{source}: key '{key}' is {keys[key]}; give it a value above 0")
+    if keys.get("lora_target_linear"):
         raise UserError(f"{source}: key 'lora_target_linear': list the modules in lora_target_modules and remove it")
     check_targets(source, recipe)
-    check_groups(source, recipe)
+    check_groups(source, keys)
 
 
-def check_targets(source: str, recipe: dict[str, Any]) -> None:
+def check_targets(source: str, recipe: Recipe) -> None:
     """Raise UserError where `lora_target_modules` is no list, or names a layer twice or none of the base model's."""
-    targets, sizes = recipe["lora_target_modules"], shape(recipe["base_model"])
+    targets, layers = recipe.keys["lora_target_modules"], recipe.layers
     where = f"{source}: key 'lora_target_modules'"
     if not isinstance(targets, list) or not targets:
         raise UserError(f"{where} is {json.dumps(targets)}; write a list, as in [q_proj, v_proj]")
     for number, target in enumerate(targets):
         if target in targets[:number]:
-            raise UserError(f"{where}: {target} stands twice; keep one")
-        if sizes and target not in linear_layers(sizes):
-            raise UserError(f"{where}: {target} is none of {', '.join(linear_layers(sizes))}")
+            raise UserError(f"{where}: {target} is listed twice; keep one")
+        if layers and target not in layers:
+            raise UserError(f"{where}: {target} is none of {', '.join(layers)}")
 
 
 def check_groups(source: str, recipe: dict[str, Any]) -> None:
@@ -87,10 +232,10 @@ def check_groups(source: str, recipe: dict[str, Any]) -> None:
     if not recipe.get("lr_groups"):
         return
     parts = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(recipe.get("peft_use_dora"))]
-    places = [f"layers.{i}.{block}" for i in range(200) for block in ("self_attn", "mlp")]
+    blocks = [f"layers.{layer}.{module}" for layer in range(MOST_LAYERS) for module in ("self_attn", "mlp")]
     trained = [
-        f"base_model.model.model.{place}.{target}.{part}.default.weight"
-        for place in places
+        f"base_model.model.model.{block}.{target}.{part}.default.weight"
+        for block in blocks
         for target in recipe["lora_target_modules"]
         for part in parts
     ]
@@ -110,13 +255,11 @@ def axolotl_schema(plugins: Any) -> dict[str, Any]:
 
     Raises RecipeError naming a plugin that cannot be imported.
     """
-    from fastdora.plugin.keys import input_schema
-
     names = tuple(name for name in plugins if isinstance(name, str)) if isinstance(plugins, list) else ()
-    source = b"".join((ROOT / "fastdora" / "plugin" / name).read_bytes() for name in ("keys.py", "args.py"))
+    source = b"".join((PLUGIN / name).read_bytes() for name in ("keys.py", "args.py"))
     state = "".join(version(package) for package in ("axolotl", "transformers", "pydantic")) + str(names)
     key = hashlib.sha256(source + state.encode()).hexdigest()[:12]
-    cached = ROOT / ".cache" / f"axolotl-schema-{key}.json"
+    cached = CACHE / f"axolotl-schema-{key}.json"
     if cached.is_file():
         return json.loads(cached.read_text(encoding="utf-8"))
     schema = input_schema(names)
@@ -127,7 +270,7 @@ def axolotl_schema(plugins: Any) -> dict[str, Any]:
 
 def check() -> None:
     """Check every recipe's keys, types, name and factorisation."""
-    recipes = {path.stem: load(path) for path in sorted(RECIPES.glob("*.yaml"))}
+    recipes = {path.stem: load(path).keys for path in sorted(RECIPES.glob("*.yaml"))}
     texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(RECIPES.glob("*.yaml"))}
     problems = [
         *factorise(recipes),
@@ -151,10 +294,9 @@ def show(task: str | None) -> None:
     shown = [name for name in names() if not task or parse_name(name)["task"] == task]
     print(f"{'recipe':<34}{'task':<17}{'bits':>4}{'rank':>6}{'alpha':>7}  {'method':<8}{'trainable parameters':>20}")
     for name in shown:
-        parts, recipe = parse_name(name), load(RECIPES / f"{name}.yaml")
-        sizes = shape(recipe["base_model"])
-        count = f"{trainable_parameters(recipe, sizes):,}" if sizes else "after `make demo`"
+        recipe = load(RECIPES / f"{name}.yaml")
+        parts, count = recipe.parts, recipe.trainable_parameters
         print(
             f"{name:<34}{parts['task']:<17}{parts['bits']:>4}{parts['r']:>6}{parts['alpha']:>7}  "
-            f"{parts['method']:<8}{count:>20}"
+            f"{parts['method']:<8}{f'{count:,}' if count else 'after `make demo`':>20}"
         )

@@ -87,29 +87,3 @@ def finlora_runs() -> list[dict[str, str]]:
     """FinLoRA's 51 configured runs and the recipe of each."""
     with FINLORA_RUNS.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def check_name(path: Path, recipe: dict[str, Any]) -> None:
-    """Raise UserError where a recipe's content is not what its name says (names outside the grammar say nothing).
-
-    A recipe writes to outputs/<name>; one that lies in outputs/ itself, as a sweep's points do, beside itself.
-    """
-    parts = parse_name(path.stem)
-    if not parts:
-        return
-    folder, outputs = path.resolve().parent, (ROOT / "outputs").resolve()
-    out = "outputs" / (folder.relative_to(outputs) if folder.is_relative_to(outputs) else Path()) / path.stem
-    expected = {
-        "load_in_8bit": parts["bits"] == 8,
-        "load_in_4bit": parts["bits"] == 4,
-        "adapter": "qlora" if parts["bits"] == 4 else "lora",
-        "lora_r": parts["r"],
-        "lora_alpha": parts["alpha"],
-        "peft_use_dora": parts["method"] == "dora",
-        "peft_use_rslora": parts["method"] == "rslora",
-        "output_dir": str(out),
-        "dataset_prepared_path": str(out / "tokenised"),
-    }
-    for key, value in expected.items():
-        if recipe.get(key) != value:
-            raise UserError(f"{path}: key '{key}' is {recipe.get(key)}, but the name says {value}; change one of them")

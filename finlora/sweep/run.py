@@ -125,7 +125,7 @@ def plan(recipe: Path, file: Path) -> list[dict[str, Any]]:
 
     Raises UserError for a key or a value that axolotl does not know, and for points that are equal.
     """
-    base = recipes.load(recipe)
+    base = recipes.load(recipe).keys
     schema = recipes.axolotl_schema(base["plugins"])
     folder = ROOT / "outputs" / "sweeps" / f"{recipe.stem}.{file.stem}"
     points: list[dict[str, Any]] = []
@@ -139,7 +139,7 @@ def plan(recipe: Path, file: Path) -> list[dict[str, Any]]:
             check_keys(merged, show(file), schema)
         except RecipeError as error:
             raise UserError(str(error)) from error
-        recipes.check_needed(f"{show(file)}: point {number}", merged)
+        recipes.check_needed(f"{show(file)}: point {number}", recipes.Recipe(recipe, merged))
         name = name_of(recipe.stem, base, merged)
         for other in points:
             if alike(other["merged"], merged):
@@ -152,7 +152,7 @@ def plan(recipe: Path, file: Path) -> list[dict[str, Any]]:
         whole = merged | {"output_dir": str(out), "dataset_prepared_path": str(out / "tokenised")}
         path = folder / f"{name}.yaml"
         try:
-            recipe_names.check_name(path, whole)
+            recipes.check_name(recipes.Recipe(path, whole))
         except UserError as error:
             reason = str(error).removeprefix(f"{path}: ")
             raise UserError(f"{show(file)}: point {number} ({said(changes)}) would be {name}: {reason}") from error

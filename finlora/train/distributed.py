@@ -1,24 +1,59 @@
-"""Several GPUs and nodes: what a recipe becomes on them, what cannot work there, and how torchrun is called."""
+"""Distributed runs: what a recipe becomes on GPUs and nodes, what cannot work there, and how torchrun is called."""
 
 import importlib.util
 import json
 import math
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
+from finlora.recipes.load import Recipe
 
 DEEPSPEED = ROOT / "recipes" / "deepspeed"
 STAGES = (1, 2, 3)
 MIN_PACK = 128  # tokens: shorter packs would hold no row of any task, and leave a GPU idle
 
 
-def spread(path: Path, recipe: dict[str, Any], gpus: int, nodes: int) -> tuple[dict[str, Any], str | None]:
+@dataclass(frozen=True)
+class Launch:
+    """How a run is spread over processes, by the command's options.
+
+    gpus: processes on this node. nodes, rank, master: how many nodes there are, which of them this is, and HOST:PORT
+    of the first. zero: DeepSpeed's ZeRO stage. fsdp: 2 for torch's FSDP2. offload: optimizer (and in stage 3 and FSDP2
+    weights) in the CPU's memory. ray: gpus x nodes workers of a Ray cluster.
+    """
+
+    gpus: int = 1
+    nodes: int = 1
+    rank: int = 0
+    master: str | None = None
+    zero: int | None = None
+    offload: bool = False
+    fsdp: int | None = None
+    ray: bool = False
+
+    @property
+    def processes(self) -> int:
+        return self.gpus * self.nodes
+
+    @property
+    def gpus_needed(self) -> int:
+        """GPUs that this node must have whatever the model's size: distributed runs, and DeepSpeed, need one each."""
+        return self.gpus if self.processes > 1 or self.zero else 0
+
+
+def distribute(recipe: Recipe, launch: Launch) -> tuple[Recipe, str | None]:
+    """The recipe as these processes run it, and a line that says how its batch is kept (None for one process)."""
+    keys, message = share_batch(recipe.path, recipe.keys, launch.gpus, launch.nodes)
+    keys = shard(recipe.path, keys, launch.zero, launch.offload, launch.fsdp, launch.processes)
+    return Recipe(recipe.path, epochs_to_steps(keys) if launch.ray else keys), message
+
+
+def share_batch(path: Path, recipe: dict[str, Any], gpus: int, nodes: int) -> tuple[dict[str, Any], str | None]:
     """The recipe for gpus x nodes processes with its global batch kept, and a line that says how (None for one).
 
     The batch is micro_batch_size x gradient_accumulation_steps rows, or packs of sequence_len tokens. Fewer
@@ -51,22 +86,16 @@ def spread(path: Path, recipe: dict[str, Any], gpus: int, nodes: int) -> tuple[d
     changed = {"micro_batch_size": micro, "gradient_accumulation_steps": each // micro, "sequence_len": length}
     unit = f"packs of {length:,} tokens" if recipe.get("sample_packing") else "rows"
     before = f"{batch} of {recipe['sequence_len']:,}" if length != recipe["sequence_len"] else f"{batch}"
-    say = f"global batch kept: {processes} processes x {each} {unit} a step, as the recipe's {before} on one"
-    return recipe | changed, say
+    message = f"global batch kept: {processes} processes x {each} {unit} a step, as the recipe's {before} on one"
+    return recipe | changed, message
 
 
-@contextmanager
-def shorter_packs(whole: dict[str, Any], shared: dict[str, Any]) -> Iterator[None]:
-    """Add to a UserError what only this command knows: the recipe's packs were made shorter for several processes."""
-    try:
-        yield
-    except UserError as error:
-        length = shared["sequence_len"]
-        if length == whole["sequence_len"]:
-            raise
-        raise UserError(
-            f"{error}; if a row is longer than the {length:,} tokens of these packs, use fewer GPUs"
-        ) from error
+def shorter_packs_hint(written: Recipe, shared: Recipe) -> str:
+    """What to add to axolotl's refusal of a row: packs may have been made shorter to share the batch."""
+    length = shared.keys["sequence_len"]
+    if length == written.keys["sequence_len"]:
+        return ""
+    return f"; if a row is longer than the {length:,} tokens of these packs, use fewer GPUs"
 
 
 def shard(
@@ -82,14 +111,14 @@ def shard(
             raise UserError("OFFLOAD=1 needs ZERO=2, ZERO=3 or FSDP=2: nothing else moves to the CPU's memory")
         return recipe
     if zero is not None and fsdp is not None:
-        raise UserError(f"ZERO={zero} FSDP={fsdp}: each shards the run by itself; leave one out")
+        raise UserError(f"ZERO={zero} FSDP={fsdp}: a run is sharded by one of them; leave one out")
     if zero is not None and zero not in STAGES:
         raise UserError(f"ZERO={zero}: DeepSpeed's stages are 1, 2 and 3; use one of them")
     if fsdp is not None and fsdp != 2:
         raise UserError(f"FSDP={fsdp}: only FSDP2 is offered; use FSDP=2")
     asked = f"ZERO={zero}" if zero is not None else f"FSDP={fsdp}"
     if key := next((key for key in ("deepspeed", "fsdp_config", "fsdp") if recipe.get(key)), None):
-        raise UserError(f"{path}: key '{key}' says how to shard already; remove it or leave {asked} out")
+        raise UserError(f"{path}: key '{key}' already chooses how to shard; remove it or leave {asked} out")
     if fsdp is not None:
         if processes == 1:
             raise UserError("FSDP=2 shares a model among several GPUs; set GPUS=2 or more, or leave FSDP out")
@@ -116,32 +145,32 @@ def fsdp2_keys(recipe: dict[str, Any], offload: bool) -> dict[str, Any]:
     }
 
 
-def for_ray(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with saves and looks in parts of the run instead of an epoch.
+def epochs_to_steps(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with checkpoints and validations as a fraction of the run instead of so many an epoch, for Ray.
 
-    Axolotl works the one out from the other, and then refuses a recipe with both when it validates it again on each of
-    Ray's workers.
+    Axolotl (0.19.0) computes the fraction from the number, and then refuses a recipe with both when it validates it
+    again on each of Ray's workers.
     """
     changed = dict(recipe)
-    for each, every in (("saves_per_epoch", "save_steps"), ("evals_per_epoch", "eval_steps")):
-        if number := changed.pop(each, None):
-            changed[every] = 1.0 / (number * recipe["num_epochs"])
+    for per_epoch, fraction in (("saves_per_epoch", "save_steps"), ("evals_per_epoch", "eval_steps")):
+        if number := changed.pop(per_epoch, None):
+            changed[fraction] = 1.0 / (number * recipe["num_epochs"])
     return changed
 
 
-def launcher(gpus: int, nodes: int, rank: int, master: str | None, ray: bool = False) -> tuple[list[str], list[str]]:
+def launcher(launch: Launch) -> tuple[list[str], list[str]]:
     """Axolotl's options that choose a launcher, and what follows `--`: torchrun's own. UserError names the variable.
 
-    master: HOST or HOST:PORT of the node with NODE_RANK 0. ray: axolotl's Ray trainer on the cluster of RAY_ADDRESS, or
-    on this machine without one.
+    Ray: axolotl's trainer on the cluster of RAY_ADDRESS, or on this machine without one.
     """
-    if ray:
+    gpus, nodes, rank, master = launch.gpus, launch.nodes, launch.rank, launch.master
+    if launch.ray:
         if rank or master:
             raise UserError("RAY=1 finds its nodes itself; leave NODE_RANK and MASTER out")
         if not importlib.util.find_spec("ray"):
             raise UserError(f"RAY=1 needs Ray, which is not pinned here: {sys.executable} -m pip install 'ray[train]'")
-        return ["--use-ray", "--ray-num-workers", str(gpus * nodes)], []
-    if gpus == nodes == 1:
+        return ["--use-ray", "--ray-num-workers", str(launch.processes)], []
+    if launch.processes == 1:
         return ["--launcher", "python"], []
     options = [f"--nproc_per_node={gpus}"]
     if nodes == 1:
@@ -155,7 +184,7 @@ def launcher(gpus: int, nodes: int, rank: int, master: str | None, ray: bool = F
         f"--node_rank={rank}",
         f"--master_addr={host}",
         f"--master_port={port}",
-        "--rdzv_conf=timeout=3600",  # the first node tokenises before it starts
+        "--rdzv_conf=timeout=3600",  # seconds; the first node tokenizes before it starts
         *options,
     ]
 

@@ -4,6 +4,7 @@ finlora train sentiment_r8_dora [--tiny] [--force] [--gpus 4 --zero 2] [-- axolo
 """
 
 import datetime
+import hashlib
 import json
 import os
 import shlex
@@ -16,130 +17,131 @@ from typing import Any
 import yaml
 
 from finlora.core.errors import UserError
-from finlora.core.files import read_json, replacing
+from finlora.core.files import replacing
 from finlora.core.paths import ROOT
 from finlora.core.provenance import device_name, git_state, versions
-from finlora.data import prepare
-from finlora.data.tasks import load_tasks
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 from finlora.recipes.bases import fetch_base
-from finlora.train import distributed, runs, tiny
+from finlora.recipes.load import Recipe
+from finlora.train import distributed, tiny
 from finlora.train import tracking as track
-from finlora.train.preflight import check_adapter, check_device, check_disk, check_messages, check_places
-from finlora.train.runs import base_model, claim_folder, folder_lock, identify, identity_digest
+from finlora.train.distributed import Launch
+from finlora.train.preflight import preflight, prepare_data
+from finlora.train.runs import RunFolder, claim_folder, config_file, difference, folder_lock, identify
 
-TINY_LENGTH, TINY_STEPS = 512, 2
 # Keys that a recipe's name decides: ARGS may not change them, or the folder and the adapter would not be the recipe's.
 NAMED = {key for part in ("bits", "r", "alpha", "method", "name") for key in recipe_names.DECIDED_BY[part]}
+ONE_PROCESS = Launch()
 
 
 def train(
     path: Path,
+    launch: Launch = ONE_PROCESS,
     *,
     small: bool = False,
     force: bool = False,
     args: list[str] | None = None,
-    gpus: int = 1,
-    nodes: int = 1,
-    rank: int = 0,
-    master: str | None = None,
-    zero: int | None = None,
-    offload: bool = False,
-    fsdp: int | None = None,
-    ray: bool = False,
     tracker: str | None = None,
 ) -> dict[str, Any] | None:
     """Train the recipe in `path` and return what run.json holds. Raises UserError before anything is loaded.
 
-    small: on the tiny base model (TINY=1). force: set a finished or foreign run aside first. args: for axolotl.
-    gpus: processes on this node; nodes, rank, master: of how many this is which, and HOST:PORT of the first. zero:
-    DeepSpeed's stage, with optimizer (and in stage 3 weights) in the CPU's memory where offload says so. fsdp: 2 for
-    torch's FSDP2. ray: on a Ray cluster, gpus x nodes workers. tracker: as in finlora/train/tracking.py. The nodes
-    after the first return None: the first one checks the adapter and writes run.json.
+    launch: the processes. small: on the tiny base model (TINY=1). force: set a finished or foreign run aside first.
+    args: for axolotl. tracker: as in finlora/train/tracking.py. The nodes after the first return None: the first one
+    checks the adapter and writes run.json.
     """
     args = args or []
-    for key in option_names(args):
-        if key in NAMED:
-            raise UserError(f"ARGS={shlex.join(args)}: {key} belongs to the recipe's name; copy {path} and edit that")
+    check_args(path, args)
     recipe = recipes.load(path)
-    check_places(path, recipe)
-    whole = for_tiny(recipe) if small else recipe
-    recipes.check_targets(str(path), whole)  # the tiny base model has layers of its own
-    run_recipe, say = distributed.spread(path, whole, gpus, nodes)
-    run_recipe = distributed.shard(path, run_recipe, zero, offload, fsdp, gpus * nodes)
-    launch, launcher_args = distributed.launcher(gpus, nodes, rank, master, ray)
-    if ray:
-        run_recipe = distributed.for_ray(run_recipe)
-    out = ROOT / run_recipe["output_dir"]
-    tracking = track.options(tracker, out)
-    # Ray's GPUs may be elsewhere; it waits until it has them.
-    needs_gpu = ray or check_device(path, run_recipe, gpus if gpus * nodes > 1 or zero else 0)
-    if say:
-        print(say, flush=True)
-    with folder_lock(out, rank) as lock:
-        sources = prepare_data(path, run_recipe, small)
-        identity = identify(path, recipe, run_recipe, args)
-        if rank:
-            fetch_base(path, run_recipe)
-            config = out / f".recipe.node{rank}.yaml"  # not a file that the first node would take for another run's
-            with replacing(config) as file:
-                file.write(identity["recipe"])
-            axolotl("train", config, [*launch, *args, *tracking, *launcher_args], not needs_gpu, lock)
-            print(f"node {rank} of {nodes} is done; the first node checks the adapter and reports")
-            return None
-        finished = claim_folder(path, out, identity, force)
-        if finished:
+    recipes.check_paths(recipe)
+    written = recipes.on_tiny_base(recipe, tiny_base()) if small else recipe
+    as_run, message = distributed.distribute(written, launch)
+    hint, zero = distributed.shorter_packs_hint(written, as_run), distributed.stage(as_run.keys)
+    launcher, launcher_args = distributed.launcher(launch)
+    out, rank = as_run.output_folder, launch.rank
+    train_args = [*launcher, *args, *track.options(tracker, out), *launcher_args]
+    with folder_lock(out, rank, make=False) as lock:
+        trained = not force and RunFolder(out).record is not None
+        needs_gpu, origin = preflight(as_run, launch, small, trained)
+        if message:
+            print(message, flush=True)
+        identity, config = identify(recipe, as_run, args), config_file(out, rank)
+        record = claim_folder(path, out, identity, force, rank)
+        if record:
             print(f"{out.relative_to(ROOT)} is already trained with this recipe and data; FORCE=1 trains again")
-            report(path, out, finished, small)
-            return finished
-        check_disk(path, run_recipe, out, needs_gpu)
-        fetch_base(path, run_recipe)
-        config = out / "recipe.yaml"  # what is recorded is what is trained, whoever edits the recipe now
-        for name in ("metrics.json", "stepping"):
-            (out / name).unlink(missing_ok=True)
-        started = datetime.datetime.now(datetime.timezone.utc)
-        with distributed.shorter_packs(whole, run_recipe):
-            axolotl("preprocess", config, args, not needs_gpu, lock)
-        axolotl("train", config, [*launch, *args, *tracking, *launcher_args], not needs_gpu, lock)
-        metrics = read_metrics(out)
-        adapter = check_adapter(run_recipe, out, metrics)
-        record = {
-            "recipe": path.stem,
-            "tiny": small,
-            "base_model": base_model(run_recipe),
-            "identity": identity_digest(identity),
-            "args": args,
-            "adapter": adapter,
-            "data": identity["data"],
-            "data_from": sources,
-            "metrics": {key: value for key, value in metrics.items() if key != "log"},
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": round((datetime.datetime.now(datetime.timezone.utc) - started).total_seconds(), 1),
-            "versions": versions(),
-            "git": git_state(),
-            "device": device_name(),
-            "processes": gpus * nodes,
-            "zero": distributed.stage(run_recipe),
-            "fsdp": run_recipe.get("fsdp_version"),
-        }
-        with replacing(out / "run.json") as file:
-            json.dump(record, file, indent=1)
-            file.write("\n")
-    report(path, out, record, small)
+        else:
+            fetch_base(path, as_run.keys)
+            started = datetime.datetime.now(datetime.timezone.utc)
+            if not rank:
+                preprocess(config, args, not needs_gpu, lock, hint)
+            axolotl("train", config, train_args, not needs_gpu, lock)
+            if rank:
+                print(f"node {rank} of {launch.nodes} is done; the first node checks the adapter and reports")
+                return None
+            about = {
+                "tiny": small,
+                "data_from": origin,
+                "processes": launch.processes,
+                "zero": zero,
+                "fsdp": as_run.keys.get("fsdp_version"),
+            }
+            record = finish(as_run, identity, started, about)
+    print(summary(path, record))
+    return record
+
+
+def finish(
+    recipe: Recipe, identity: dict[str, Any], started: datetime.datetime, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Check the adapter, write run.json and return what it holds.
+
+    recipe, identity: as run. about: the entries of run.json that the command's options decide.
+    """
+    folder = RunFolder(recipe.output_folder)
+    metrics = folder.metrics
+    if metrics is None or metrics["interrupted"]:
+        raise UserError(
+            f"{folder.path.relative_to(ROOT)}: training ended before its last step; run the same command to resume"
+        )
+    check_adapter(recipe, folder, metrics)
+    seconds = (datetime.datetime.now(datetime.timezone.utc) - started).total_seconds()
+    record = about | {
+        "recipe": recipe.path.stem,
+        "base_model": base_model(recipe.keys),
+        "identity": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        "args": identity["args"],
+        "adapter": folder.adapter,
+        "data": identity["data"],
+        "metrics": {key: value for key, value in metrics.items() if key != "log"},
+        "started": started.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "versions": versions(),
+        "git": git_state(),
+        "device": device_name(),
+    }
+    with replacing(folder.path / "run.json") as file:
+        json.dump(record, file, indent=1)
+        file.write("\n")
     return record
 
 
 def finished_run(path: Path, small: bool, args: list[str]) -> dict[str, Any] | None:
     """run.json of the recipe's finished run on one GPU; None where `train` would train. Brings its data up to date."""
     recipe = recipes.load(path)
-    check_places(path, recipe)
-    run_recipe = for_tiny(recipe) if small else recipe
-    prepare_data(path, run_recipe, small)
-    out = ROOT / run_recipe["output_dir"]
-    before = read_json(out / "started.json")
-    same = before and not runs.difference(before, identify(path, recipe, run_recipe, args))
-    return read_json(out / "run.json") if same else None
+    recipes.check_paths(recipe)
+    as_run = recipes.on_tiny_base(recipe, tiny_base()) if small else recipe
+    prepare_data(as_run, small)
+    folder = RunFolder(as_run.output_folder)
+    before = folder.identity
+    same = before and not difference(before, identify(recipe, as_run, args))
+    return folder.record if same else None
+
+
+def check_args(path: Path, args: list[str]) -> None:
+    """UserError where an option of axolotl changes what the recipe's name says."""
+    for key in option_names(args):
+        if key in NAMED:
+            raise UserError(f"ARGS={shlex.join(args)}: {key} belongs to the recipe's name; copy {path} and edit that")
 
 
 def option_names(args: list[str]) -> list[str]:
@@ -147,53 +149,15 @@ def option_names(args: list[str]) -> list[str]:
     return [arg.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_") for arg in args]
 
 
-def for_tiny(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with base model, lengths and steps for a CPU, and folders of its own."""
-    out = str(runs.output_folder(recipe, small=True).relative_to(ROOT))
-    base = str(tiny.build(tiny.sample_texts()).relative_to(ROOT))
-    return recipe | {
-        "base_model": base,
-        "sequence_len": min(TINY_LENGTH, recipe["sequence_len"]),
-        "excess_length_strategy": "drop",
-        "max_steps": TINY_STEPS,
-        "output_dir": out,
-        "dataset_prepared_path": f"{out}/tokenised",
-    }
+def tiny_base() -> str:
+    """The tiny base model's folder, from the repository's root; built where it is not there yet."""
+    return str(tiny.build(tiny.sample_texts()).relative_to(ROOT))
 
 
-def prepare_data(path: Path, recipe: dict[str, Any], small: bool) -> str:
-    """Bring every data file of the recipe up to date; return where the rows come from: raw, sample or own.
-
-    A TINY run on a task that is not fetched takes the sample rows, and points the recipe at them. Every line of files
-    that are not ours is read before anything is loaded, so that a malformed one is named.
-    """
-    origin = "own"
-    for kind in ("datasets", "test_datasets"):
-        for entry in recipe.get(kind, []):
-            file = Path(entry["path"])
-            if file.parts[:2] != ("data", "prepared") or file.parts[2] not in load_tasks():
-                check_messages(path, ROOT / file)
-                continue
-            task, out = file.parts[2], ROOT / file.parent
-            stale = prepare.why_stale(task, out=out)
-            if small and stale:
-                out = prepare.PREPARED / "sample" / task
-                if prepare.why_stale(task, tiny.SAMPLE, out):
-                    # Enough rows to fill one pack of the validation set, and no more: each costs time at every look.
-                    prepare.prepare(task, tiny.SAMPLE, out, validation=0.02 if "sentiment" in task_parts(task) else 0.2)
-                entry["path"] = str((out / file.name).relative_to(ROOT))
-                origin = "sample"
-            else:
-                if stale:
-                    prepare.refresh(task, out=out)
-                origin = "raw"
-            if not (ROOT / entry["path"]).is_file():
-                raise UserError(f"{path}: key '{kind}': {entry['path']} is missing; run `make data TASK={task}`")
-    return origin
-
-
-def task_parts(task: str) -> list[str]:
-    return load_tasks()[task].mixture_of or [task]
+def base_model(keys: dict[str, Any]) -> str:
+    """The hub id, or the folder behind the link that the recipe names: `.cache/tiny` may point elsewhere later."""
+    folder = ROOT / keys["base_model"]
+    return os.path.relpath(folder.resolve(), ROOT) if folder.is_dir() else keys["base_model"]
 
 
 def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> None:
@@ -239,32 +203,69 @@ def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> N
         partial = out / "adapter_model.safetensors"
         if partial.exists():
             partial.rename(out / "interrupted_adapter_model.safetensors")
-        print(f"interrupted; run the same command again to go on from {out.relative_to(ROOT)}", file=sys.stderr)
+        print(f"interrupted; run the same command again to resume from {out.relative_to(ROOT)}", file=sys.stderr)
         raise
     if code:
-        raise UserError(f"axolotl {command} {config} failed with exit code {code}; the reason stands above")
+        raise UserError(f"axolotl {command} {config} failed with exit code {code}; its own messages above say why")
 
 
-def read_metrics(out: Path) -> dict[str, Any]:
-    metrics = read_json(out / "metrics.json")
-    if metrics is None or metrics["interrupted"]:
-        raise UserError(f"{out.relative_to(ROOT)}: training ended before its last step; run the same command to go on")
-    return metrics
+def preprocess(config: Path, args: list[str], local: bool, lock, hint: str) -> None:
+    """Tokenize the rows. hint: added to the line of a failure; a row may be longer than packs that were shortened."""
+    for name in ("metrics.json", "stepping"):  # an earlier attempt's
+        (config.parent / name).unlink(missing_ok=True)
+    try:
+        axolotl("preprocess", config, args, local, lock)
+    except UserError as error:
+        raise UserError(f"{error}{hint}") from error
 
 
-def report(path: Path, out: Path, record: dict[str, Any], small: bool) -> None:
+def check_adapter(recipe: Recipe, folder: RunFolder, metrics: dict[str, Any]) -> None:
+    """UserError where the saved adapter is not what the recipe says; it names the key."""
+    from safetensors import SafetensorError, safe_open  # 0.3 s of start-up that only a run's end needs
+
+    keys, out, config = recipe.keys, folder.path, folder.adapter_config
+    expected = {
+        "r": keys["lora_r"],
+        "lora_alpha": keys["lora_alpha"],
+        "lora_dropout": keys["lora_dropout"],
+        "use_dora": keys["peft_use_dora"],
+        "use_rslora": keys["peft_use_rslora"],
+        "target_modules": sorted(keys["lora_target_modules"]),
+    }
+    for key, value in expected.items():
+        saved = config.get(key)
+        saved = sorted(saved) if isinstance(saved, list) else saved
+        if saved != value:
+            raise UserError(
+                f"{out}/adapter_config.json: key '{key}' is {saved}, the recipe says {value}; do not use it"
+            )
+    kind = "Linear8bitLt" if keys["load_in_8bit"] else "Linear4bit" if keys["load_in_4bit"] else "Linear"
+    if set(metrics["base_layers"]) != {kind}:
+        raise UserError(f"{out}: trained on {metrics['base_layers']}, the recipe says {kind}; do not use it")
+    file = out / "adapter_model.safetensors"
+    try:
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.keys())
+            ranks = {tensors.get_slice(name).get_shape()[0] for name in names if name.endswith("lora_A.weight")}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); train again with FORCE=1") from error
+    dora = any(name.endswith("lora_magnitude_vector") for name in names)
+    if ranks != {keys["lora_r"]} or dora != keys["peft_use_dora"]:
+        raise UserError(f"{file}: ranks {sorted(ranks)}, magnitudes {dora}: not what the recipe says; do not use it")
+
+
+def summary(path: Path, record: dict[str, Any]) -> str:
+    """What a finished run shows: its adapter, time, speed and loss, and the command that comes next."""
     adapter, metrics = record["adapter"], record["metrics"]
-    print(
+    if record.get("tiny"):
+        then = f"make train RECIPE={path.stem} on a GPU, or make demo"
+    else:
+        recipe = path.stem if path.resolve().parent == recipe_names.RECIPES else path
+        then = f"make eval RECIPE={recipe} BASE=1, or make merge RECIPE={recipe}"
+    return (
         f"\nadapter   {adapter['file']} ({adapter['bytes'] / 1e6:.1f} MB)\n"
         f"time      {record['seconds']:.0f} s, of them {metrics['seconds']:.0f} s training {metrics['steps']} steps\n"
         f"speed     {metrics['samples_per_second']:.1f} samples/s, {metrics['tokens_per_second']:.0f} tokens/s\n"
         f"loss      {metrics['final_loss']} (validation {metrics['final_eval_loss']})\n"
-        f"next      {next_command(path, small)}"
+        f"next      {then}"
     )
-
-
-def next_command(path: Path, small: bool) -> str:
-    if small:
-        return f"make train RECIPE={path.stem} on a GPU, or make demo"
-    recipe = path.stem if path.resolve().parent == recipe_names.RECIPES else path
-    return f"make eval RECIPE={recipe} BASE=1, or make merge RECIPE={recipe}"
