@@ -15,7 +15,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from finlora.data.corrections import Correction, applies, corrected_target, load
 from finlora.data.fetch import is_right, read_manifest
 from finlora.data.neardup import duplicate_groups
 from finlora.data.rows import LeftOut, Row, read_rows
-from finlora.data.tasks import TestSet, load_tasks
+from finlora.data.tasks import Mixture, Task, TestSet, load_tasks
 from finlora.data.tasks import task as find_task
 
 OUT = ROOT / "data" / "audit"
@@ -51,6 +51,23 @@ NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(\.\d+)?([eE][-+]?\d+)?%?")
 GARBLED = re.compile(r"\+(?!£\d)[¡-ÿ]|-¦|鈥|\ufffd")
 AROUND = re.compile(r"[\x00-\x7f]{0,5}[^\x00-\x7f]+[\x00-\x7f]{0,5}")
 STANDINGS = ("other", "certain", "unsure")
+
+
+# Counts the tokens of each row as a chat.
+Count = Callable[[list[Row]], list[int]]
+# By role: the group of each row, of those in the same words and of near-duplicates.
+Groups = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one file shows, what is done about it, and the first lines that show it."""
+
+    file: str
+    attention: bool  # neither the task table nor the corrections know it
+    finding: str
+    done: str
+    first_lines: list[int]
 
 
 @dataclass
@@ -77,14 +94,12 @@ class File:
     garbled: list[int] = field(default_factory=list)
     numbers: int = 0
     longest: tuple[int, int, int] = (0, 0, 0)  # bytes, words, line
-    findings: list[dict[str, Any]] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     def find(self, text: str, done: str, lines: Iterable[int] = (), attention: bool = False) -> None:
         """Add a finding: what it is, what is done about it, and the first lines that show it."""
         first = [int(line) for _, line in zip(range(SHOWN), lines, strict=False)]
-        self.findings.append(
-            {"file": self.name, "attention": attention, "finding": text, "done": done, "first_lines": first}
-        )
+        self.findings.append(Finding(self.name, attention, text, done, first))
 
 
 def audit(
@@ -114,40 +129,54 @@ def audit(
     for each in files:
         if not each.path.exists():
             each.status = "absent"
-    here = [each for each in files if each.status == "read"]
-    same, near = duplicate_groups(text for each in here for text in _contexts(each, encode))
-    groups, start = {}, 0
-    for each in here:
-        groups[each.role] = same[start : start + each.rows], near[start : start + each.rows]
-        start += each.rows
+    groups = _duplicate_groups([each for each in files if each.status == "read"], encode)
     table = []
     for each in files:
         if each.status == "absent":
             table.append({"file": each.name, "role": each.role, "status": each.status})
-            continue
-        published = each.role != "train" or file is None
-        same_here, near_here = groups[each.role]
-        conflicts = _conflicts(each, same_here)
-        table.append(_summary(each, same_here, near_here, len(conflicts), measure.get("sequence_len")))
-        test = entry.tests.get(each.role)
-        # What a mixture's test sets show by themselves is said where their own tasks are audited.
-        if not (test and entry.mixture_of):
-            if published:
-                _compare(each, test.rows if test else entry.train_rows, test)
-            _judge(each, table[-1]["repeats"], near_here, conflicts)
-            if test and test.metric in ("accuracy", "accuracy_f1"):
-                _judge_scoring(each)
-            if each.tokens:
-                _judge_length(each, table[-1]["tokens"], measure)
-        if test and "train" in groups:
-            table[-1]["in_train"] = _overlap(each, files[0], groups)
+        else:
+            published = each.role != "train" or file is None
+            table.append(_examine(each, entry, groups, measure, published))
+            if each.role != "train" and "train" in groups:
+                table[-1]["in_train"] = _overlap(each, files[0], groups)
     return {
         "task": task,
         "released": entry.released,
         "measure": measure,
         "files": table,
-        "findings": [finding for each in files for finding in each.findings],
+        "findings": [asdict(finding) for each in files for finding in each.findings],
     }
+
+
+def _duplicate_groups(files: list[File], encode: Count | None) -> Groups:
+    """Read the files, gathering what each row shows; by role, the groups of its rows in the same words and near."""
+    same, near = duplicate_groups(text for file in files for text in _contexts(file, encode))
+    groups, start = {}, 0
+    for file in files:
+        end = start + file.rows
+        groups[file.role] = same[start:end], near[start:end]
+        start = end
+    return groups
+
+
+def _examine(
+    file: File, entry: Task | Mixture, groups: Groups, measure: dict[str, Any], published: bool
+) -> dict[str, Any]:
+    """Add what one file shows to its findings and return its entry of the table."""
+    same, near = groups[file.role]
+    test = entry.tests.get(file.role)
+    conflicts = _conflicts(file, same)
+    summary = _summary(file, same, near, len(conflicts), measure.get("sequence_len"))
+    if test and entry.mixture_of:
+        return summary  # the findings about a mixture's test sets are those of their own tasks
+    if published:
+        _compare(file, test.rows if test else entry.train_rows, test)
+    _judge(file, summary["repeats"], near, conflicts)
+    if test and test.metric in ("accuracy", "accuracy_f1"):
+        _judge_scoring(file)
+    if file.tokens:
+        _judge_length(file, summary["tokens"], measure)
+    return summary
 
 
 def find_exchange(found: dict[str, int], documented: dict[str, int]) -> dict[str, str] | None:
@@ -172,9 +201,7 @@ def looks_garbled(text: str) -> bool:
     return bool(GARBLED.search(text)) or is_bad("\n".join(["", *AROUND.findall(text)]))
 
 
-def _measure(
-    task: str, tokenizer: Path | None, sequence_len: int | None
-) -> tuple[dict[str, Any], Callable[[list[Row]], list[int]] | None]:
+def _measure(task: str, tokenizer: Path | None, sequence_len: int | None) -> tuple[dict[str, Any], Count | None]:
     """What tokens are counted with and the length they are held against, and the function that counts."""
     recipe_path = ROOT / "recipes" / f"{task}_r8_dora.yaml"
     recipe = yaml.safe_load(recipe_path.read_text(encoding="utf-8")) if recipe_path.exists() else {}
@@ -202,7 +229,7 @@ def tokenizer_of(base: str | None) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _counter(path: Path) -> Callable[[list[Row]], list[int]]:
+def _counter(path: Path) -> Count:
     from tokenizers import Tokenizer  # takes a second to import, and is not needed without a tokenizer
 
     try:
@@ -220,7 +247,7 @@ def _counter(path: Path) -> Callable[[list[Row]], list[int]]:
     return count
 
 
-def _contexts(file: File, encode: Callable[[list[Row]], list[int]] | None) -> Iterator[str]:
+def _contexts(file: File, encode: Count | None) -> Iterator[str]:
     """Yield the file's contexts while everything else about its rows is gathered; a broken file ends at its flaw."""
     rows = read_rows(file.path, *file.columns, left_out=file.left_out)
     ruled = applies(file.name, file.path)
@@ -237,7 +264,7 @@ def _contexts(file: File, encode: Callable[[list[Row]], list[int]] | None) -> It
             yield row.context
     except UserError as error:
         file.status = "broken"
-        file.find(f"cannot be read to its end: {error}", "mend it: nothing can be trained on it", attention=True)
+        file.find(f"cannot be read to its end: {error}", "fix the file: nothing can be trained on it", attention=True)
     if batch:
         file.tokens.extend(encode(batch))
 
@@ -384,7 +411,7 @@ def _judge(file: File, repeats: dict[str, int], near: np.ndarray, conflicts: np.
     """Add what the rows of one file show by themselves."""
     for target, lines in list(file.outside.items())[:SHOWN]:
         text = f"{target[:60]!r} is none of the task's labels ({_rows(len(lines))})"
-        file.find(text, "mend the rows, or the labels in data/tasks.yaml", lines, attention=True)
+        file.find(text, "correct the rows, or the labels in data/tasks.yaml", lines, attention=True)
     if len(file.outside) > SHOWN:
         text = f"{len(file.outside) - SHOWN:,} more answers are none of the task's labels"
         file.find(text, "as above", attention=True)
@@ -449,11 +476,11 @@ def _judge_length(file: File, tokens: dict[str, Any], measure: dict[str, Any]) -
     file.find(text, done, [tokens["line"]], attention=file.role == "train" and not measure["stand_in"])
 
 
-def _overlap(test: File, train: File, groups: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, int]:
+def _overlap(test: File, train: File, groups: Groups) -> dict[str, int]:
     """Count the test rows whose text also stands in the train file, in the same words and nearly."""
     found = {}
-    for place, kind in enumerate(("same_words", "near")):
-        found[kind] = np.flatnonzero(np.isin(groups[test.role][place], groups["train"][place]))
+    for index, kind in enumerate(("same_words", "near")):
+        found[kind] = np.flatnonzero(np.isin(groups[test.role][index], groups["train"][index]))
     if len(found["near"]):
         text = f"{_rows(len(found['near']))} nearly the same as one of {train.name}, "
         text += f"{len(found['same_words']):,} of them in the same words"
