@@ -30,7 +30,7 @@ ABOVE_ZERO = (
     "num_epochs",
     "learning_rate",
 )
-# Axolotl has a default for each of these; a recipe is held against what it says itself.
+# Axolotl has a default for each of these; a recipe states them, so that it and its adapter can be checked.
 NEEDED = (
     *DECIDED_BY["bits"],
     *DECIDED_BY["method"],

@@ -5,35 +5,47 @@ from typing import Any
 from finlora.core.machine import GIB
 from finlora.recipes import bases
 
+# Bytes, where the recipe's own bits do not decide them.
+HALF = 2  # a bfloat16 weight or activation
+TRAINED = 16  # a trained parameter in float32: itself, its gradient, and Adam's two moments
+LOGITS = 10  # a logit: in bfloat16, in float32 for the loss, and the float32 gradient
+NF4_BITS = 4.13  # 4 bits and an absmax for 64 weights, quantized itself to 8 bits (arXiv 2305.14314, section 3)
+# One token in so many is taken to have a label, for every task; the estimate is within 5% of the measured runs with it.
+TOKENS_PER_LABEL = 32
+# MLP widths that one layer's backward pass holds besides what was kept: gradients of gate, up and their product.
+BACKWARD_WIDTHS = 3
+SHORTEST_PACK = 512  # tokens: no shorter pack is proposed
+
 
 def memory_parts(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, float]:
     """GiB that training takes on one GPU at its peak, by what takes them; their sum is `memory_estimate`.
 
     weights: at their bits, embeddings and head in 16 bits. adapter: with gradients and two moments in float32.
-    activations: in 16 bits what each layer keeps for the backward pass (or its input alone, with gradient
+    activations: what each layer keeps in 16 bits for the backward pass (or its input alone, with gradient
     checkpointing, and one layer in full), and what one layer's backward pass needs besides. logits: of answers, taken
     as one token in 32.
     """
     hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     linears = bases.linear_layers(shape)
-    bits = 8 if recipe.get("load_in_8bit") else 4.13 if recipe.get("load_in_4bit") else 16
+    bits = 8 if recipe.get("load_in_8bit") else NF4_BITS if recipe.get("load_in_4bit") else 16
     tables = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
     linear = sum(i * o for i, o in linears.values()) * layers
     tokens = recipe["sequence_len"] * recipe["micro_batch_size"]
     targets = recipe["lora_target_modules"]
-    # Kept: two norms' inputs, the first one's output, q, k, v, the attention's output, gate and up; by adapters the
-    # inputs that nothing else keeps, and under DoRA each product before it is scaled.
+    # Kept, in widths: 5 hidden (two norms' inputs, the first norm's output, q and the attention's output), k and v, and
+    # 2 inner (gate and up). By adapters the inputs that nothing else keeps, and under DoRA each matmul's output before
+    # the magnitude scales it.
     one_layer = 5 * hidden + 2 * linears["k_proj"][1] + 2 * inner
     one_layer += hidden * bool({"gate_proj", "up_proj"} & set(targets)) + inner * ("down_proj" in targets)
     if recipe.get("peft_use_dora"):
         one_layer += sum(linears[name][1] for name in targets)
     kept = one_layer + hidden * layers if recipe.get("gradient_checkpointing") else one_layer * layers
-    positions = tokens / 32 if recipe.get("fastdora_answers_only") else tokens
+    positions = tokens / TOKENS_PER_LABEL if recipe.get("fastdora_answers_only") else tokens
     parts = {
-        "weights": linear * bits / 8 + tables * 2,
-        "adapter": bases.trainable_parameters(recipe, shape) * 16,
-        "activations": tokens * (kept + 3 * inner) * 2,
-        "logits": positions * shape["vocab_size"] * 10,
+        "weights": linear * bits / 8 + tables * HALF,
+        "adapter": bases.trainable_parameters(recipe, shape) * TRAINED,
+        "activations": tokens * (kept + BACKWARD_WIDTHS * inner) * HALF,
+        "logits": positions * shape["vocab_size"] * LOGITS,
     }
     return {name: size / GIB for name, size in parts.items()}
 
@@ -50,15 +62,15 @@ def what_fits(
     written: dict[str, Any] | None = None,
     longest: int = 0,
 ) -> str:
-    """The keys to set so that the recipe takes at most `free` GiB: recomputation, then shorter packs, more a step.
+    """The keys that make the recipe take at most `free` GiB: gradient checkpointing, then more but shorter packs a step.
 
-    written: the recipe as its file has it, where `recipe` is what several GPUs make of it; a step keeps its tokens.
+    written: the recipe as in its file, where `recipe` is as distributed processes run it; a step keeps its tokens.
     longest: the longest row's tokens, where they are known; a shorter pack would be refused it.
     """
     changes: dict[str, Any] = {"gradient_checkpointing": True}
     length, written = recipe["sequence_len"], written or recipe
     a_step = written["sequence_len"] * written["gradient_accumulation_steps"]
-    while memory_estimate(recipe | changes, shape) > free and length // 2 >= max(512, longest):
+    while memory_estimate(recipe | changes, shape) > free and length // 2 >= max(SHORTEST_PACK, longest):
         length //= 2
         changes |= {"sequence_len": length, "gradient_accumulation_steps": a_step // length}
     new = {key: value for key, value in changes.items() if written.get(key) != value}

@@ -1,1 +1,1 @@
-"""Training a recipe: checks, the run's folder, several GPUs, tracking."""
+"""Training a recipe: checks, the run's folder, distributed launch, tracking."""

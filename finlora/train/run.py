@@ -161,7 +161,7 @@ def base_model(keys: dict[str, Any]) -> str:
 
 
 def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> None:
-    """Run one axolotl command with its output visible; UserError when it fails, and on Ctrl-C a whole checkpoint.
+    """Run one axolotl command with its output visible; UserError when it fails; Ctrl-C leaves a complete checkpoint.
 
     local: the base model is small, so nothing is spread over processes. The hub is never asked: `fetch_base` has.
     """
