@@ -15,7 +15,7 @@ import torch
 from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
 
-SKIP = 6  # steps in which kernels are compiled and memory is found
+SKIP = 6  # steps in which kernels are compiled and memory is allocated
 
 
 class Clock(BasePlugin):

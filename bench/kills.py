@@ -33,10 +33,10 @@ def recipe(folder: Path, name: str, base_model: Path, **changes) -> Path:
         turns = [(f"Shares of company {i} {WORDS[i % 8]}.", "up" if i % 2 else "down") for i in range(24)]
         lines = [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in turns]
         rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    wanted = yaml.safe_load((ROOT / "recipes" / "sentiment_r8_dora.yaml").read_text(encoding="utf-8"))
-    wanted |= {
+    config = yaml.safe_load((ROOT / "recipes" / "sentiment_r8_dora.yaml").read_text(encoding="utf-8"))
+    config |= {
         "base_model": str(base_model),
-        "datasets": [wanted["datasets"][0] | {"path": str(rows)}],
+        "datasets": [config["datasets"][0] | {"path": str(rows)}],
         "output_dir": str(folder / name),
         "dataset_prepared_path": str(folder / "tokenised"),
         "sequence_len": 128,
@@ -49,10 +49,10 @@ def recipe(folder: Path, name: str, base_model: Path, **changes) -> Path:
         "auto_resume_from_checkpoints": True,
     }
     for key in ("test_datasets", "evals_per_epoch", "saves_per_epoch"):
-        wanted.pop(key, None)
-    wanted = {key: value for key, value in (wanted | changes).items() if value is not None}
+        config.pop(key, None)
+    config = {key: value for key, value in (config | changes).items() if value is not None}
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(wanted), encoding="utf-8")
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
 
 

@@ -47,8 +47,8 @@ def main() -> None:
             save_strategy="no",
             **changes,
         )
-        wanted = yaml.safe_load(path.read_text(encoding="utf-8"))
-        path.write_text(yaml.safe_dump(wanted | {"plugins": [*wanted["plugins"], "cpu_processes.CpuProcesses"]}))
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        path.write_text(yaml.safe_dump(config | {"plugins": [*config["plugins"], "cpu_processes.CpuProcesses"]}))
         results = axolotl_processes(processes, "train", str(path), "--launcher", "python")
         failed = [output for code, output in results if code]
         if failed:
@@ -70,12 +70,12 @@ def main() -> None:
             for way in WAYS:
                 row = {"bits": bits, "method": method, "way": way}
                 changes = {} if way == "ddp" else {"deepspeed": str(ROOT / "recipes" / "deepspeed" / f"{way}.json")}
-                other, found = train(2, **keys, **changes)
+                other, result = train(2, **keys, **changes)
                 if other is None:
-                    row["failed"] = found
+                    row["failed"] = result
                 else:
                     row["adapter_difference"] = max((one[key] - other[key]).abs().max().item() for key in one)
-                    row["loss_difference"] = max(abs(a - b) for a, b in zip(losses, found, strict=True))
+                    row["loss_difference"] = max(abs(a - b) for a, b in zip(losses, result, strict=True))
                     row["same_tensors"] = one.keys() == other.keys()
                 rows.append(row)
                 print(row, flush=True)

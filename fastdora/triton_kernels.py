@@ -292,9 +292,8 @@ if triton is not None:
             )
             change = (2.0 * s * wa + s * s * tl.dot(small, gram, input_precision="tf32x3")) * small
             base = tl.load(base_square + rows, mask=inside, other=1.0)
-            # float32 resolves sums down to 8 eps of their terms: 2^-20 of ||W||^2.
+            # float32 resolves a sum down to 8 eps, 2^-20, of its terms. Its smallest normal number is 1.1755e-38.
             square = tl.maximum(base + tl.sum(change, axis=1), base * 9.5367431640625e-07)
-            # 1.1755e-38 is float32's smallest normal number.
             norm_rows = tl.sqrt(tl.maximum(square, 1.17549435e-38))
             mag_scale = tl.load(m + rows, mask=inside, other=0.0) / norm_rows
             tl.store(norms + start_row + rows, norm_rows, mask=inside)

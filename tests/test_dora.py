@@ -241,8 +241,8 @@ def drawn(shape: tuple[int, ...], width: int, strided: bool) -> torch.Tensor:
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=10)
-def test_quantised_bases_are_their_widened_weight(bits, method, r, alpha, scale, bias, shape, strided, seed):
-    """Against PEFT in float64 on a plain layer with the widened weight: forward, and backward through it."""
+def test_quantised_bases_are_their_dequantized_weight(bits, method, r, alpha, scale, bias, shape, strided, seed):
+    """Against PEFT in float64 on a plain layer with the dequantized weight: forward, and backward through it."""
     torch.manual_seed(seed)
     net = Net(64, 48, bias)
     for weight in net.parameters():
@@ -261,7 +261,7 @@ def test_quantised_bases_are_their_widened_weight(bits, method, r, alpha, scale,
 
 
 @given(bits=st.sampled_from([8, 4]), bias=st.booleans(), shape=SHAPES, strided=st.booleans())
-def test_a_frozen_quantised_layer_multiplies_its_widened_weight(bits, bias, shape, strided):
+def test_a_frozen_quantised_layer_multiplies_its_dequantized_weight(bits, bias, shape, strided):
     torch.manual_seed(0)
     net = quantised(Net(64, 48, bias), bits)
     dora.accelerate(net)
