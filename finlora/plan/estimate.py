@@ -2,26 +2,27 @@
 
     finlora plan sentiment_r8_dora [--gpu a100-80g] [--gpus 4] [--price 2.50]
 
-Parameters are counted on the model itself, built without memory. Memory is finlora/recipes/memory.py's estimate. Time
-is work over rates: products, attention and memory traffic, each over the GPU's own rate (finlora/plan/gpus.yaml), and
-the launches of each layer, times four factors that are fitted to the records finlora/plan/train_throughput*.json
-whenever this runs.
+Parameters are counted by finlora/recipes/bases.py, memory by finlora/recipes/memory.py. A step's time is its work at a
+GPU's data-sheet figures (finlora/plan/gpus.yaml), times four factors that were fitted to the recorded runs
+train_throughput*.json beside this file and are committed in step_time.yaml. `python -m finlora.plan.estimate` fits them
+again after new runs are recorded; a test holds the table to the records.
 """
 
 import bisect
 import difflib
 import json
-import logging
 import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import yaml
 
 from fastdora.plugin.keys import RecipeError, read_recipe
 from finlora.core import machine
 from finlora.core.errors import UserError
+from finlora.core.files import replacing
 from finlora.core.paths import ROOT
 from finlora.data.audit import tokenizer_of
 from finlora.data.tasks import load_tasks
@@ -36,10 +37,46 @@ MEASURED = sorted(Path(__file__).parent.glob("train_throughput*.json"))  # one m
 FIGURES = ("step_s", "peak_gib", "tokens_s", "slots_s", "samples_s")  # of a recorded run
 SAMPLE = 2000  # rows whose tokens are counted
 SPARE = 0.93  # of a card's memory: the driver, the libraries and fragments take the rest
-# Seconds for a second of work at the data sheet's rates (products, attention, traffic), and milliseconds for a layer's
-# launches: about what a profile of one step on an H100 showed. A factor of twice that weighs as much as a recorded run
+STEP_TIME = Path(__file__).with_name("step_time.yaml")
+
+# The model of a step's work. Traffic is what a token reads and writes outside the matmuls, in numbers of 16 bits.
+ATTENTION_BACKWARD = 2.5  # flash attention's backward pass has five matmuls where the forward pass has two
+LABEL_SHARE = 1 / 32  # of the positions have a label, and with fastdora_answers_only these alone meet the head
+FP8_SPEEDUP = 2  # of a matmul, by the data sheets
+DEQUANTIZE_BYTES = {8: 1 + 2, 4: 0.5 + 2, 16: 0}  # read and written for a weight, by its bits
+
+
+class Traffic(NamedTuple):
+    """Multiples of a layer's widths: norms, residual sums and rotary positions (hidden), attention's keys and values
+    (kv), the MLP's gate (inner); and of each adapted matrix's inputs and outputs."""
+
+    hidden: int
+    kv: int
+    inner: int
+    adapted_inputs: int
+    adapted_outputs: int
+
+
+FORWARD, BACKWARD = Traffic(12, 4, 3, 1, 2), Traffic(21, 6, 5, 3, 2)
+DORA_BACKWARD = 2  # more of an adapted matrix's outputs: they are read again for the magnitude's gradient
+
+
+class Work(NamedTuple):
+    """A step's work: seconds at the data sheet's figures of matmuls, attention and memory traffic, and thousands of
+    layers launched. As factors: seconds for one of each."""
+
+    matmul: float
+    attention: float
+    traffic: float
+    launches: float
+
+    def seconds(self, factors: "Work") -> float:
+        return sum(one * factor for one, factor in zip(self, factors, strict=True))
+
+
+# About what a profile of one step on an H100 showed. A factor of twice that weighs as much in the fit as a recorded run
 # whose time is off by FIRM, so that a few runs cannot pull the factors to where no GPU is.
-EXPECTED, FIRM = np.array([1.33, 3.0, 1.3, 0.3]), 0.1
+EXPECTED, FIRM = Work(matmul=1.33, attention=3.0, traffic=1.3, launches=0.3), 0.1
 
 
 class Rows(NamedTuple):
@@ -60,16 +97,16 @@ class Measured(NamedTuple):
     row: dict[str, Any]
 
 
-class Rates(NamedTuple):
-    """The factors of `work`, the GPUs and the runs they are from, and the largest relative errors on those.
+class Fit(NamedTuple):
+    """Factors, the GPUs and the number of runs that they were fitted to, and the largest relative errors on those.
 
-    error: of a run's time when the factors are fitted without it, on whichever machine. memory_error: of its peak.
+    time_error: of a run's time when the factors are fitted without it, on whichever machine. memory_error: of its peak.
     """
 
-    factors: np.ndarray
+    factors: Work
     gpus: list[str]
     runs: int
-    error: float
+    time_error: float
     memory_error: float
 
 
@@ -141,62 +178,61 @@ def measured_runs() -> list[Measured]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecipeError) as error:
             raise UserError(f"{record}: is not a recorded result ({error!r}); restore it from git") from error
     if len({run.name for run in runs}) < 2:
-        raise UserError(
-            "finlora/plan/train_throughput*.json: hold no runs to take a plan's rates from; restore them from git"
-        )
+        raise UserError("finlora/plan/train_throughput*.json: hold no runs to fit a plan to; restore them from git")
     return runs
 
 
 def work(
     recipe: dict[str, Any], shape: dict[str, Any], gpu: dict[str, Any], length: float, fill: float, train: bool = True
-) -> np.ndarray:
-    """Seconds of one step at a GPU's data-sheet rates: products, attention and memory traffic; and launches in ms.
+) -> Work:
+    """A step's work, or that of one forward pass (train=False). A step is gradient_accumulation_steps micro-batches.
 
-    length: tokens that a token's row has, on average. fill: the share of a pack that is not padding. train=False: one
-    forward pass instead of a step. A step is gradient_accumulation_steps micro-batches.
+    length: tokens that a token's row has, on average. fill: the share of a pack that is not padding.
     """
-    linears, layers = bases.linear_layers(shape), shape["num_hidden_layers"]
-    hidden, inner, kv = shape["hidden_size"], shape["intermediate_size"], linears["k_proj"][1]
-    matrices = sum(inputs * outputs for inputs, outputs in linears.values()) * layers
-    again = bool(recipe.get("gradient_checkpointing"))
-    forwards, backwards = (1 + again, 1) if train else (1, 0)
-    passes = forwards + backwards  # frozen weights: backward is one product as well
-    slots = recipe["sequence_len"] * recipe["micro_batch_size"]
-    answers = slots / 32 if recipe.get("fastdora_answers_only") else slots
-    fp8 = bool(recipe.get("fastdora_fp8"))  # at twice the rate; the head stays in 16 bits
-    products = 2 * matrices * slots * passes / (1 + fp8)
-    products += 2 * answers * hidden * shape["vocab_size"] * (1 + backwards)
-    attention = 2 * slots * fill * length * hidden * layers * (forwards + 2.5 * backwards)
-    # What a token reads and writes outside the products, in numbers of 16 bits: norms, residual sums, rotary positions,
-    # attention's own, the MLP's gate; then the adapted layers.
-    forward = 12 * hidden + 4 * kv + 3 * inner
-    backward = 21 * hidden + 6 * kv + 5 * inner
-    dora = bool(recipe.get("peft_use_dora"))
+    linears, layers, hidden = bases.linear_layers(shape), shape["num_hidden_layers"], shape["hidden_size"]
+    weights = sum(inputs * outputs for inputs, outputs in linears.values()) * layers
+    checkpointing = bool(recipe.get("gradient_checkpointing"))
+    forwards, backwards = (1 + checkpointing, 1) if train else (1, 0)
+    passes = forwards + backwards  # frozen weights have no gradient: a backward pass is one matmul as well
+    tokens = recipe["sequence_len"] * recipe["micro_batch_size"]
+    labels = tokens * (LABEL_SHARE if recipe.get("fastdora_answers_only") else 1)
+    # Two operations for each weight and token; the head stays in 16 bits.
+    matmul = 2 * weights * tokens * passes / (FP8_SPEEDUP if recipe.get("fastdora_fp8") else 1)
+    matmul += 2 * labels * hidden * shape["vocab_size"] * (1 + backwards)
+    attention = 2 * tokens * fill * length * hidden * layers * (forwards + ATTENTION_BACKWARD * backwards)
+    forward, backward = (traffic_of(recipe, shape, way) for way in (FORWARD, BACKWARD))
+    traffic = 2 * tokens * layers * (forward * forwards + backward * backwards)  # two bytes a number
+    bits = 8 if recipe.get("load_in_8bit") else 4 if recipe.get("load_in_4bit") else 16
+    traffic += DEQUANTIZE_BYTES[bits] * weights * passes
+    # Two CUDA graphs launch all layers at once.
+    launches = 0 if recipe.get("fastdora_graphs") and train and not checkpointing else layers * passes
+    micro_batches = recipe["gradient_accumulation_steps"] if train else 1
+    flops, bandwidth = gpu["tflops"] * 1e12, gpu["bandwidth"] * 1e9
+    once = (matmul / flops, attention / flops, traffic / bandwidth, launches / 1e3)
+    return Work(*(micro_batches * part for part in once))
+
+
+def traffic_of(recipe: dict[str, Any], shape: dict[str, Any], way: Traffic) -> int:
+    """Numbers of 16 bits that a token reads and writes in one layer outside the matmuls, forward or backward."""
+    linears = bases.linear_layers(shape)
+    numbers = way.hidden * shape["hidden_size"] + way.kv * linears["k_proj"][1] + way.inner * shape["intermediate_size"]
+    dora = DORA_BACKWARD if way is BACKWARD and recipe.get("peft_use_dora") else 0
     for name in recipe["lora_target_modules"]:
         inputs, outputs = linears[name]
-        forward += inputs + 2 * outputs
-        backward += 3 * inputs + (2 + 2 * dora) * outputs
-    traffic = 2 * slots * layers * (forward * forwards + backward * backwards)
-    # Widened weights are read and written: 8 bits to 16, 4 bits to 16. DoRA's norms read theirs once a step.
-    widening = 3 if recipe.get("load_in_8bit") else 2.5 if recipe.get("load_in_4bit") else 0
-    traffic += widening * matrices * passes
-    # Two CUDA graphs launch all layers at once.
-    launches = 0 if recipe.get("fastdora_graphs") and train and not again else layers * passes
-    micro_batches = recipe["gradient_accumulation_steps"] if train else 1
-    rates = np.array([gpu["tflops"] * 1e12, gpu["tflops"] * 1e12, gpu["bandwidth"] * 1e9, 1e3])
-    return micro_batches * np.array([products, attention, traffic, launches]) / rates
+        numbers += way.adapted_inputs * inputs + (way.adapted_outputs + dora) * outputs
+    return numbers
 
 
-def fit(rows: list[np.ndarray], seconds: list[float]) -> np.ndarray:
+def fit(rows: list[Work], seconds: list[float]) -> Work:
     """The factors that make `work` the measured seconds, relative errors squared, drawn to EXPECTED by FIRM."""
     shares = np.array(rows) / np.array(seconds)[:, None]
-    left = np.vstack([shares, np.diag(FIRM / EXPECTED)])
+    left = np.vstack([shares, np.diag(FIRM / np.array(EXPECTED))])
     right = np.concatenate([np.ones(len(shares)), np.full(len(EXPECTED), FIRM)])
-    return np.linalg.lstsq(left, right, rcond=None)[0].clip(min=0)
+    return Work(*map(float, np.linalg.lstsq(left, right, rcond=None)[0].clip(min=0)))
 
 
-def measured_rates() -> Rates:
-    """Factors from the recorded runs, all of the 8B shape."""
+def fit_records() -> Fit:
+    """Factors fitted to the recorded runs, all of the 8B shape. UserError where a record is damaged or missing."""
     runs, rows, memory_errors, keys = measured_runs(), [], [], []
     for _, device, recipe, row in runs:
         key, gpu = find_gpu(device)
@@ -209,41 +245,35 @@ def measured_rates() -> Rates:
     for left_out, row, measured in zip(runs, rows, seconds, strict=True):
         others = [number for number, other in enumerate(runs) if other.name != left_out.name]
         factors = fit([rows[number] for number in others], [seconds[number] for number in others])
-        errors.append(abs(float(row @ factors) / measured - 1))
-    return Rates(fit(rows, seconds), sorted(set(keys)), len(rows), max(errors), max(memory_errors))
+        errors.append(abs(row.seconds(factors) / measured - 1))
+    return Fit(fit(rows, seconds), sorted(set(keys)), len(rows), max(errors), max(memory_errors))
 
 
-def parameters(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
-    """Trainable parameters by target module: (layers, in A and B, in DoRA's magnitudes), counted on PEFT's own model.
-
-    The model is built on torch's meta device: shapes without memory.
-    """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # bitsandbytes, which PEFT imports, would look for kernels there
-    logging.disable(logging.WARNING)  # and says that it found none
+def committed_fit() -> Fit:
+    """The fit in step_time.yaml. UserError where the table is damaged."""
     try:
-        import torch
-        from peft import LoraConfig, get_peft_model
-        from transformers import AutoConfig, AutoModelForCausalLM
-    finally:
-        logging.disable(logging.NOTSET)
-    adapter = LoraConfig(
-        r=recipe["lora_r"],
-        lora_alpha=recipe["lora_alpha"],
-        target_modules=recipe["lora_target_modules"],
-        use_dora=bool(recipe.get("peft_use_dora")),
-        use_rslora=bool(recipe.get("peft_use_rslora")),
-        task_type="CAUSAL_LM",
-    )
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{"model_type": "llama"} | shape))
-        model = get_peft_model(base, adapter)
-    found = {name: [0, 0, 0] for name in recipe["lora_target_modules"]}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            target, kind = name.split(".")[-4:-2]  # q_proj.lora_A.default.weight
-            found[target][0] += kind == "lora_A"
-            found[target][2 if kind == "lora_magnitude_vector" else 1] += parameter.numel()
-    return {target: tuple(counts) for target, counts in found.items()}
+        table = read_recipe(STEP_TIME)
+        found = Fit(Work(**table.pop("factors")), **table)
+        if not all(_is_rate(value) for value in (*found.factors, found.runs, found.time_error, found.memory_error)):
+            raise ValueError("a figure is not a number above 0")
+    except (RecipeError, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise UserError(f"{STEP_TIME}: is not a fit ({error!r}); restore it from git") from error
+    return found
+
+
+def write_fit() -> None:
+    """Fit the factors to the recorded runs and write step_time.yaml."""
+    found = fit_records()
+    table = {"factors": {name: round(value, 4) for name, value in found.factors._asdict().items()}}
+    table |= {"gpus": found.gpus, "runs": found.runs}
+    table |= {"time_error": round(found.time_error, 4), "memory_error": round(found.memory_error, 4)}
+    with replacing(STEP_TIME) as file:
+        file.write(
+            "# Seconds for a second of work at the data sheet's figures (launches: for a thousand layers), fitted\n"
+        )
+        file.write("# to the runs in train_throughput*.json by `python -m finlora.plan.estimate`. The errors are the\n")
+        file.write("# largest: of a run's time when it is left out of the fit, and of its peak memory.\n")
+        yaml.safe_dump(table, file, sort_keys=False, default_flow_style=None, width=120)
 
 
 def rows_of(path: Path, recipe: dict[str, Any]) -> Rows:
@@ -324,11 +354,12 @@ def packs(tokens: list[int], length: int) -> int:
     return len(room)
 
 
-def course(
-    recipe: dict[str, Any], shape: dict[str, Any], gpu: dict[str, Any], gpus: int, rows: Rows, factors: np.ndarray
+def schedule(
+    recipe: dict[str, Any], shape: dict[str, Any], gpu: dict[str, Any], gpus: int, rows: Rows, factors: Work
 ) -> dict[str, Any]:
-    """Samples, steps, and the seconds of one, of all validation and of the run; recipe: as `several.spread` has it.
+    """Samples, steps, and the seconds of one, of all validation and of the run.
 
+    recipe: as distributed.share_batch returns it.
     Without packing a batch is padded to its longest row; that this makes a third of it padding is a guess.
     """
     mean, micro, length = sum(rows.tokens) / len(rows.tokens), recipe["micro_batch_size"], recipe["sequence_len"]
@@ -342,24 +373,24 @@ def course(
     if (recipe.get("max_steps") or 0) > 0:  # then it is what is trained, of whatever number of epochs; -1 is none
         steps = recipe["max_steps"]
     epochs = recipe["num_epochs"] * steps / whole
-    looks = (recipe.get("evals_per_epoch") or 0) * epochs
+    evaluations = (recipe.get("evals_per_epoch") or 0) * epochs
     if every := recipe.get("eval_steps"):
-        looks = 1 / every if every < 1 else steps / every
-    looks *= bool(recipe.get("test_datasets"))
+        evaluations = 1 / every if every < 1 else steps / every
+    evaluations *= bool(recipe.get("test_datasets"))
     beside = sum(row * row for row in rows.tokens) / sum(rows.tokens)  # tokens in the row of a token
     own = recipe | {"sequence_len": length}
     if gpus > 1:
         own["fastdora_graphs"] = False  # as fastdora's plugin does
-    step = float(work(own, shape, gpu, beside, fill) @ factors)
-    forward = float(work(own, shape, gpu, beside, fill, train=False) @ factors)
-    looking = looks * rows.validation * mean / (length * fill * micro * gpus) * forward
+    step = work(own, shape, gpu, beside, fill).seconds(factors)
+    forward = work(own, shape, gpu, beside, fill, train=False).seconds(factors)
+    validation = evaluations * rows.validation * mean / (length * fill * micro * gpus) * forward
     return {
         "samples": round(rows.train * epochs),
         "steps": steps,
         "step_tokens": each * micro * length,
         "step": step,
-        "looking": looking,
-        "seconds": steps * step + looking,
+        "validation": validation,
+        "seconds": steps * step + validation,
     }
 
 
@@ -380,34 +411,27 @@ def make_plan(
     key, gpu = find_gpu(gpu_name)
     if recipe.get("fastdora_fp8") and not gpu["fp8"]:
         raise UserError(
-            f"{path}: key 'fastdora_fp8': {key} has no fp8 products; set it to false, or plan for another GPU"
+            f"{path}: key 'fastdora_fp8': {key} has no fp8 matmuls; set it to false, or plan for another GPU"
         )
     for uncounted in ("lora_modules_to_save", "peft_layers_to_transform"):
         if recipe.get(uncounted):
             raise UserError(f"{path}: key '{uncounted}' is not planned for; remove it to plan without")
     shared, say = distributed.share_batch(path, recipe, gpus, 1)
     rows = rows_of(path, shared)
-    rates = measured_rates()
-    counted = parameters(recipe, shape)
-    total = sum(own + magnitude for _, own, magnitude in counted.values())
-    if total != bases.trainable_parameters(recipe, shape):
-        raise UserError(
-            f"{path}: key 'base_model': PEFT would train {total:,} parameters, finlora/recipes/load.py counts others"
-        )
     warnings = []
     if max(rows.tokens) > shared["sequence_len"]:
         warnings = [
             f"           one of {max(rows.tokens):,} is longer than sequence_len {shared['sequence_len']:,}: refused"
         ]
     memory = recipes_memory.memory_parts(shared, shape)
-    room = gpu["memory"] * SPARE
+    room, fitted = gpu["memory"] * SPARE, committed_fit()
     return {
         "recipe": path.stem,
         "gpu": key,
         "names": gpu["names"],
         "gpus": gpus,
         "shared": say,
-        "parameters": counted,
+        "parameters": bases.adapter_parameters(recipe, shape),
         "memory": memory,
         "card": gpu["memory"],
         "fits": sum(memory.values()) <= room,
@@ -415,9 +439,9 @@ def make_plan(
         "rows": rows,
         "mean": sum(rows.tokens) / len(rows.tokens),
         "warnings": warnings,
-        **course(shared, shape, gpu, gpus, rows, rates.factors),
+        **schedule(shared, shape, gpu, gpus, rows, fitted.factors),
         "modelled": is_modelled(recipe),
-        "rates": rates,
+        "fit": fitted,
         "price": price,
     }
 
@@ -432,7 +456,7 @@ def show(plan: dict[str, Any]) -> str:
         lines.append(f"  {name:<22}{layers:>8}{own:>14,}{magnitude:>12,}{own + magnitude:>14,}")
     own, magnitude = (sum(counts[column] for counts in counted.values()) for column in (1, 2))
     lines.append(f"  {'all':<30}{own:>14,}{magnitude:>12,}{own + magnitude:>14,}")
-    memory, rows, rates = plan["memory"], plan["rows"], plan["rates"]
+    memory, rows, fitted = plan["memory"], plan["rows"], plan["fit"]
     peak = sum(memory.values())
     fits = "fits" if plan["fits"] else f"does not fit: {plan['change']}"
     lines += [
@@ -446,17 +470,18 @@ def show(plan: dict[str, Any]) -> str:
         *plan["warnings"],
         f"  samples  {plan['samples']:,} ({plan['samples'] * plan['mean'] / 1e6:.3g} million tokens)",
         f"  steps    {plan['steps']:,} of {plan['step_tokens']:,} tokens, {plan['step']:.3g} s each",
-        f"  time     {duration(plan['seconds'])}, validation {duration(plan['looking'])} of it; loading not counted",
+        f"  time     {duration(plan['seconds'])}, validation {duration(plan['validation'])} of it; loading not counted",
     ]
     hours = plan["seconds"] / 3600 * plan["gpus"]
     if plan["price"] is None:
         lines.append(f"  cost     {hours:.2f} GPU-hours; PRICE=<of one> says what they cost")
     else:
         lines.append(f"  cost     {hours * plan['price']:.2f} for {hours:.2f} GPU-hours at {plan['price']:g}")
-    basis = f"\nHeld against {rates.runs} runs measured on {' and '.join(rates.gpus)}: memory within "
-    basis += f"{rates.memory_error:.0%}, time within {rates.error:.0%} of each when the rates are taken from the others"
-    if plan["gpu"] not in rates.gpus:
-        basis += f"; on {plan['gpu']} time is scaled by the data sheets' rates, a guess"
+    basis = f"\nCompared with {fitted.runs} runs measured on {' and '.join(fitted.gpus)}: memory within "
+    basis += f"{fitted.memory_error:.0%}, time within {fitted.time_error:.0%} of each "
+    basis += "when the factors are fitted to the others"
+    if plan["gpu"] not in fitted.gpus:
+        basis += f"; on {plan['gpu']} time is scaled by the data sheets' figures, a guess"
     if plan["gpus"] > 1:
         basis += "; that GPUs do not wait for each other is a guess"
     if not plan["modelled"]:
@@ -487,3 +512,7 @@ def price(text: str | None) -> float | None:
     if value is not None and not 0 <= value < math.inf:
         raise UserError(f"PRICE={text}: give a number, as in PRICE=2.50, the price of one GPU for an hour")
     return value
+
+
+if __name__ == "__main__":
+    write_fit()

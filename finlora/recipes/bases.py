@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -44,14 +44,26 @@ def linear_layers(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
-def trainable_parameters(recipe: dict[str, Any], shape: dict[str, Any]) -> int:
-    """r (in + out) for each adapted matrix, and with DoRA one magnitude for each of its outputs (arXiv 2402.09353)."""
-    layers = linear_layers(shape)
-    block = 0
+class Adapted(NamedTuple):
+    """Trainable parameters of one target module over all layers: in A and B, and in DoRA's magnitudes."""
+
+    layers: int
+    a_and_b: int
+    magnitude: int
+
+
+def adapter_parameters(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, Adapted]:
+    """By target module: r (in + out) for A and B, and with DoRA a magnitude for each output (arXiv 2402.09353)."""
+    linears, layers, counted = linear_layers(shape), shape["num_hidden_layers"], {}
     for target in recipe["lora_target_modules"]:
-        inputs, outputs = layers[target]
-        block += recipe["lora_r"] * (inputs + outputs) + (outputs if recipe.get("peft_use_dora") else 0)
-    return block * shape["num_hidden_layers"]
+        inputs, outputs = linears[target]
+        magnitude = layers * outputs if recipe.get("peft_use_dora") else 0
+        counted[target] = Adapted(layers, layers * recipe["lora_r"] * (inputs + outputs), magnitude)
+    return counted
+
+
+def trainable_parameters(recipe: dict[str, Any], shape: dict[str, Any]) -> int:
+    return sum(one.a_and_b + one.magnitude for one in adapter_parameters(recipe, shape).values())
 
 
 BASE_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
