@@ -586,7 +586,7 @@ def test_killed_at_any_moment(tmp_path, least):
 
     draw = random.Random(0)
     kills, midway, whole_run, seen = 0, 0, 0.0, set()
-    arguments = [sys.executable, "-uc", NURSERY, "xbrl_term", "--raw", raw, "--out", out]
+    arguments = [sys.executable, "-uc", NURSERY, "prepare", "xbrl_term", "--raw", raw, "--out", out]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(arguments, cwd=ROOT, **pipes) as nursery:
         nursery.stdout.readline()

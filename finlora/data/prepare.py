@@ -24,7 +24,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from finlora.core.errors import UserError
-from finlora.core.files import replacing
+from finlora.core.files import replacing, sha256
 from finlora.core.paths import PREPARED, RAW
 from finlora.data.corrections import TABLE as CORRECTIONS
 from finlora.data.corrections import applies, corrected_target, standing
@@ -236,7 +236,7 @@ def _spool(
             if allowed and target not in allowed:
                 raise UserError(
                     f"{path}:{row.line}: the answer {target[:40]!r} is none of {', '.join(allowed)};"
-                    " mend it or pass --any-label"
+                    " correct it or pass --any-label"
                 )
             if correcting:
                 target = corrected_target(source["path"], row)
@@ -365,14 +365,10 @@ def _remove_leftovers(out: Path) -> None:
 
 def _sha256(path: Path) -> str:
     check_regular_file(path)
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+        return sha256(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from error
-    return digest.hexdigest()
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
