@@ -67,13 +67,13 @@ Adapter = Annotated[str | None, typer.Option(help="PEFT adapter: folder or hub i
 Base = Annotated[str | None, typer.Option("--model", help="its base: hub id or folder (default: the adapter's own)")]
 Bits = Annotated[
     int | None,
-    typer.Option(click_type=click.Choice([16, 8, 4]), help="of the base's weights (default: the recipe's, or 16)"),
+    typer.Option(click_type=click.Choice([16, 8, 4]), help="bits of the base's weights (default: the recipe's, or 16)"),
 ]
-Tiny = Annotated[bool, typer.Option("--tiny", help="a tiny model, on any machine: the run of TINY=1")]
-Force = Annotated[bool, typer.Option("--force", help="set aside what is there and begin anew")]
+Tiny = Annotated[bool, typer.Option("--tiny", help="the run of a tiny model, on any machine")]
+Force = Annotated[bool, typer.Option("--force", help="start over; earlier results are set aside")]
 Track = Annotated[str | None, typer.Option(help="log to wandb or mlflow besides TensorBoard, or to none")]
 TestSets = Annotated[str | None, typer.Option("--tasks", help="test sets, tasks or groups (default: the recipe's)")]
-Limit = Annotated[int | None, typer.Option(click_type=Number(), help="the first rows of each set only")]
+Limit = Annotated[int | None, typer.Option(click_type=Number(), help="only the first rows of each set")]
 LabelsUsed = Annotated[Labels, typer.Option(help="which labels count as right")]
 Prompt = Annotated[str, typer.Option(help="chat template: saved (beside the adapter), finlora_inst or raw")]
 KeepQuantised = Annotated[
@@ -85,13 +85,13 @@ Raw = Annotated[Path | None, typer.Option(help="the folder of the fetched files 
 OwnRows = Annotated[Path | None, typer.Option("--file", help="rows of your own: .jsonl, .csv (or .gz) or .parquet")]
 ContextColumn = Annotated[str, typer.Option(help="the key or column of the question in --file")]
 TargetColumn = Annotated[str, typer.Option(help="the key or column of the answer in --file")]
-AnyLabel = Annotated[bool, typer.Option("--any-label", help="take answers of --file outside the task's labels")]
+AnyLabel = Annotated[bool, typer.Option("--any-label", help="accept answers in --file outside the task's labels")]
 Out = Annotated[Path | None, typer.Option(help="the folder to write to (default data/prepared/TASK)")]
-Seed = Annotated[int, typer.Option(help="of the validation split")]
+Seed = Annotated[int, typer.Option(help="random seed of the validation split")]
 Validation = Annotated[float, typer.Option(help="the share of rows that are held out")]
-Timeout = Annotated[float, typer.Option(click_type=Number(float), help="seconds of silence")]
-Retries = Annotated[int, typer.Option(help="failures in a row for a file")]
-Backoff = Annotated[float, typer.Option(help="seconds of the first wait")]
+Timeout = Annotated[float, typer.Option(click_type=Number(float), help="seconds without data until a retry")]
+Retries = Annotated[int, typer.Option(help="failed attempts in a row before a file is given up")]
+Backoff = Annotated[float, typer.Option(help="seconds before the first retry")]
 Manifest = Annotated[Path | None, typer.Option(help="the pinned files (default data/manifest.json)")]
 
 
@@ -131,12 +131,12 @@ def train(
     tiny: Tiny = False,
     force: Force = False,
     gpus: Annotated[
-        int, typer.Option(click_type=Number(largest=4096), help="processes on this machine, one a GPU")
+        int, typer.Option(click_type=Number(largest=4096), help="GPUs on this machine, one process each")
     ] = 1,
     nodes: Annotated[
-        int, typer.Option(click_type=Number(largest=4096), help="machines; run the same command on each")
+        int, typer.Option(click_type=Number(largest=4096), help="number of machines; run the same command on each")
     ] = 1,
-    node_rank: Annotated[int, typer.Option(help="which of them this is, from 0")] = 0,
+    node_rank: Annotated[int, typer.Option(help="index of this machine, from 0")] = 0,
     master: Annotated[str | None, typer.Option(help="HOST or HOST:PORT of machine 0")] = None,
     zero: Annotated[int | None, typer.Option(help="DeepSpeed's ZeRO stage: 1, 2 or 3")] = None,
     offload: Annotated[
@@ -146,7 +146,7 @@ def train(
     ray: Annotated[bool, typer.Option("--ray", help="on a Ray cluster: --gpus times --nodes workers")] = False,
     track: Track = None,
 ) -> None:
-    """Train a recipe: check everything that can be checked first, then `axolotl preprocess` and `axolotl train`."""
+    """Train a recipe: all checks first, then `axolotl preprocess` and `axolotl train`."""
     from finlora.recipes import names
     from finlora.train.distributed import Launch
     from finlora.train.run import train
@@ -167,7 +167,7 @@ def sweep(
     ] = 1,
     point: Annotated[
         int | None,
-        typer.Option(click_type=Number(largest=4096), help="only this point, from 1: a task of an array job"),
+        typer.Option(click_type=Number(largest=4096), help="only this point, from 1: for a task of an array job"),
     ] = None,
     list: Annotated[bool, typer.Option("--list", help="show the points and run nothing")] = False,
     eval: Annotated[bool, typer.Option("--eval", help="evaluate each trained point")] = False,
@@ -220,7 +220,7 @@ def evaluate(
     encoder: Annotated[
         str | None, typer.Option(help="BERTScore's encoder: hub id or folder (default ProsusAI/finbert)")
     ] = None,
-    layer: Annotated[int | None, typer.Option(help="BERTScore's layer of it (default 10)")] = None,
+    layer: Annotated[int | None, typer.Option(help="the encoder's layer for BERTScore (default 10)")] = None,
     results: Results = None,
 ) -> None:
     """Evaluate a trained adapter, a base model, or anything behind an endpoint, on FinLoRA's test sets."""
@@ -262,11 +262,11 @@ def report(results: Results = None) -> None:
 
 @app.command()
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="a subject: a folder of results/")],
-    b: Annotated[str, typer.Argument(metavar="B", help="another")],
+    a: Annotated[str, typer.Argument(metavar="A", help="an evaluation: the name of a folder in results/")],
+    b: Annotated[str, typer.Argument(metavar="B", help="another evaluation")],
     results: Results = None,
 ) -> None:
-    """Are A and B distinguishable? Paired, on the same rows."""
+    """Test whether two evaluations differ, paired on the same rows."""
     from finlora.evaluate import compare
 
     compare.compare(a, b, (results or compare.RESULTS).resolve())
@@ -276,12 +276,12 @@ def compare(
 def plan(
     recipe: RecipeName,
     gpu: Annotated[
-        str | None, typer.Option(help="a GPU of finlora/plan/gpus.yaml; without it the one that is here")
+        str | None, typer.Option(help="a GPU of finlora/plan/gpus.yaml (default: the one in this machine)")
     ] = None,
-    gpus: Annotated[str, typer.Option(help="how many of them")] = "1",
-    price: Annotated[str | None, typer.Option(help="of one GPU for an hour, in any currency")] = None,
+    gpus: Annotated[str, typer.Option(help="number of GPUs")] = "1",
+    price: Annotated[str | None, typer.Option(help="price of one GPU hour, in any currency")] = None,
 ) -> None:
-    """What a run will take, before it begins: parameters, memory, time, cost."""
+    """Estimate a run before it starts: parameters, memory, time, cost."""
     from finlora.plan import estimate
 
     estimate.run(recipe, gpu, gpus, price)
@@ -295,7 +295,7 @@ def merge(
     bits: Bits = None,
     tiny: Tiny = False,
     into: Annotated[Into | None, typer.Option(help="what to merge into (default: the closer one)")] = None,
-    limit: Annotated[int, typer.Option(help="rows of each test set to ask both, 0 for none")] = 100,
+    limit: Annotated[int, typer.Option(help="rows of each test set to compare answers on, 0 for none")] = 100,
     prompt: Prompt = "saved",
     force: Force = False,
 ) -> None:
@@ -319,9 +319,9 @@ def serve(
     model: Base = None,
     bits: Bits = None,
     tiny: Tiny = False,
-    port: Annotated[int, typer.Option(click_type=Number(largest=65535))] = 8000,
+    port: Annotated[int, typer.Option(click_type=Number(largest=65535), help="port to listen on")] = 8000,
     host: Annotated[str, typer.Option(help="address to listen on (default: this machine alone)")] = "127.0.0.1",
-    backend: Annotated[Backend | None, typer.Option(help="default: vllm with a GPU")] = None,
+    backend: Annotated[Backend | None, typer.Option(help="default: vllm with a GPU, else transformers")] = None,
 ) -> None:
     """Serve a merged model behind an OpenAI-compatible endpoint."""
     from finlora.export.serve import serve
@@ -339,7 +339,7 @@ def chat(
     tiny: Tiny = False,
     keep_quantised: KeepQuantised = False,
     prompt: Prompt = "saved",
-    max_new_tokens: Annotated[int, typer.Option(click_type=Number(), help="the most tokens of an answer")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(click_type=Number(), help="longest answer, in tokens")] = 256,
 ) -> None:
     """Talk to a trained adapter in the terminal, with the chat template that is saved beside it."""
     from finlora.export.trained import load_trained
@@ -463,10 +463,10 @@ def audit(
     context_column: ContextColumn = "context",
     target_column: TargetColumn = "target",
     tokenizer: Annotated[Path | None, typer.Option(help="a folder with tokenizer.json to count tokens with")] = None,
-    sequence_len: Annotated[int | None, typer.Option(help="the length to hold rows against (the recipe's)")] = None,
+    sequence_len: Annotated[int | None, typer.Option(help="sequence length (default: the recipe's)")] = None,
     no_tokens: Annotated[bool, typer.Option("--no-tokens", help="do not count tokens")] = False,
 ) -> None:
-    """What is in the fetched files: labels, duplicates, leaks, lengths. Exit code 1 where something needs attention."""
+    """Report labels, duplicates, leaks and lengths of the fetched files. Exit code 1 where one needs attention."""
     from finlora.data import audit
 
     attention = audit.run(

@@ -6,7 +6,11 @@ finlora demo [--data rows.jsonl]
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
@@ -24,9 +28,9 @@ MAX_NEW_TOKENS, BATCH = 12, 32
 
 
 def demo(data: Path | None = None) -> dict[str, float]:
-    """Train, merge and evaluate; return the share of right answers of the base, the adapter and the usual answer.
+    """Train, merge and evaluate; return the accuracy of base, adapter and the most frequent answer ("usual").
 
-    data: FinLoRA rows of one's own; a fifth of them, without near-duplicates of the rest, is held out.
+    data: rows of your own; a fifth of them, without near-duplicates of the rest, is held out.
     """
     started = time.perf_counter()
     folder = prepare.PREPARED / "demo"
@@ -57,17 +61,15 @@ def demo(data: Path | None = None) -> dict[str, float]:
     return scores
 
 
-def read_pairs(path: Path):
+def read_pairs(path: Path) -> Iterator[tuple[str, str]]:
+    """(prompt, answer) of each row of a prepared file."""
     for line in path.read_text(encoding="utf-8").splitlines():
         user, assistant = json.loads(line)["messages"]
         yield user["content"], assistant["content"]
 
 
 def evaluate(base: Path, adapter: Path, held_out: list[tuple[str, str]]) -> dict[str, float]:
-    """Share of answers equal to the target, for the base and for the adapter merged into it (`make merge`)."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    """The share of right answers of the base, and of the adapter merged into it (`make merge`)."""
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     folders = {"base": base, "adapter": merge(load_trained(RECIPE.stem), limit=0)}
     return {
@@ -77,7 +79,8 @@ def evaluate(base: Path, adapter: Path, held_out: list[tuple[str, str]]) -> dict
 
 
 def right_answers(model, tokenizer, held_out: list[tuple[str, str]]) -> float:
-    from finlora.models.generate import generate
+    """The share of greedy answers that equal the target."""
+    from finlora.models.generate import generate  # late: it imports bitsandbytes, see export.trained.disable_hub
 
     right = 0
     for start in range(0, len(held_out), BATCH):
@@ -95,7 +98,7 @@ def right_answers(model, tokenizer, held_out: list[tuple[str, str]]) -> float:
 
 
 def run(data: Path | None = None) -> None:
-    """The demo; UserError where what it trained is no better than what it began with."""
+    """The demo; UserError where the adapter is no better than the base model or the most frequent answer."""
     scores = demo(data)
     if scores["adapter"] <= max(scores["base"], scores["usual"]):
         raise UserError("the adapter is no better than the base model or the usual answer on these rows")

@@ -1,10 +1,9 @@
-"""Serve a merged model behind an OpenAI-compatible endpoint (`make serve`), on this machine alone unless HOST= says so.
+"""Serve a merged model behind an OpenAI-compatible endpoint (`make serve`), to this machine alone unless HOST= is set.
 
-finlora serve --recipe sentiment_r8_dora [--tiny] [--port 8000] [--host 0.0.0.0] [-- vLLM's own
-    options]
+finlora serve --recipe sentiment_r8_dora [--tiny] [--port 8000] [--host 0.0.0.0] [-- options of vLLM]
 
-With a GPU it is vLLM, in its own environment; without one `transformers serve`, one request at a time, to try the way.
-Prompts are made with the chat template saved beside the weights, answers are greedy unless a request says otherwise.
+With a GPU this is vLLM, in its own environment; without one `transformers serve`, which answers one request at a time.
+Prompts are made with the chat template saved beside the weights; answers are greedy unless a request says otherwise.
 """
 
 import errno
@@ -35,7 +34,7 @@ def serve(trained: TrainedModel, host: str, port: int, backend: str | None, args
     check_port(host, port)
     if host not in LOCAL:
         key = "VLLM_API_KEY= asks for a key" if backend == "vllm" else f"BACKEND={backend} has no key"
-        print(f"warning: whoever reaches {host}:{port} can use the model; {key}", file=sys.stderr)
+        print(f"warning: anyone who reaches {host}:{port} can use the model; {key}", file=sys.stderr)
     print(f"serving   {trained.name} ({backend}) on http://{host}:{port}/v1; Ctrl-C ends it", flush=True)
     if backend == "vllm":
         on_vllm(folder, trained.name, host, port, args)
@@ -44,44 +43,39 @@ def serve(trained: TrainedModel, host: str, port: int, backend: str | None, args
 
 
 def check_port(host: str, port: int) -> None:
-    """UserError where the port cannot be had: in use, reserved, or on a host that is not this machine's."""
+    """UserError where the port cannot be bound: in use, reserved, or on a host that is not this machine's."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
-            probe.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # as servers do: one that has ended blocks nobody
+            # As servers do: connections that linger after a server has ended do not block its port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except (OSError, UnicodeError) as error:  # a host with an empty part is no text that a name server could be asked
+    except (OSError, UnicodeError) as error:  # UnicodeError: of a host name with an empty label, like a..b
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise UserError(
-                f"PORT={port}: is in use on {host}; end what is there, or name another with PORT="
+                f"PORT={port}: is in use on {host}; stop that server, or choose another port with PORT="
             ) from error
         raise UserError(
-            f"HOST={host} PORT={port}: cannot be bound ({getattr(error, 'strerror', error)}); name others"
+            f"HOST={host} PORT={port}: cannot be bound ({getattr(error, 'strerror', error)}); choose others"
         ) from error
 
 
 def on_vllm(folder: Path, name: str, host: str, port: int, args: list[str]) -> None:
+    """Replace this process by `vllm serve`, without this environment's Python paths."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-    options = {
-        "host": host,
-        "port": port,
-        "served-model-name": name,
-        "override-generation-config": '{"temperature": 0}',
-    }
-    command = [
-        str(VLLM),
-        "serve",
-        str(folder),
-        *(text for key, value in options.items() for text in (f"--{key}", str(value))),
-    ]
-    sys.stdout.flush()
+    command = [str(VLLM), "serve", str(folder), "--host", host, "--port", str(port), "--served-model-name", name]
+    command += ["--override-generation-config", '{"temperature": 0}']
+    sys.stdout.flush()  # exec drops what is buffered
     os.execve(VLLM, [*command, *args], environment)
 
 
 def on_transformers(folder: Path, name: str, host: str, port: int) -> None:
+    """`transformers serve` in this process, until Ctrl-C.
+
+    The command alone does not suffice (transformers 5.16): it names a local model by its path, lists the models of the
+    hub's cache instead of the one it serves, and fails where there is no cache.
+    """
     import torch
     from safetensors import SafetensorError
 
@@ -90,22 +84,21 @@ def on_transformers(folder: Path, name: str, host: str, port: int) -> None:
 
     about = {"id": name, "object": "model", "created": int(folder.stat().st_mtime), "owned_by": "local"}
 
-    class Alone(Serve):
+    class ServeOne(Serve):
         def start_server(self) -> None:
-            # transformers lists the hub's cache, where this model is not, and fails where there is no cache.
             self._model_manager.get_gen_models = lambda: [about]
             super().start_server()
 
-    dtype, before = "auto" if torch.cuda.is_available() else "float32", Path.cwd()
-    with tempfile.TemporaryDirectory() as here:
-        # It is asked for by the path that it was given: here the model's name is one.
-        (Path(here) / name).symlink_to(folder.resolve())
-        os.chdir(here)
+    dtype, working_directory = "auto" if torch.cuda.is_available() else "float32", Path.cwd()
+    with tempfile.TemporaryDirectory() as folder_of_name:
+        # Requests name the model by the path that the server was given: here its name is such a path.
+        (Path(folder_of_name) / name).symlink_to(folder.resolve())
+        os.chdir(folder_of_name)
         server = None
         try:
-            # In a thread: in this one uvicorn would raise Ctrl-C again inside its event loop, and print tracebacks.
-            server = Alone(name, host=host, port=port, dtype=dtype, log_level="error", non_blocking=True)
-            while server._thread.is_alive():  # .join(), interrupted, would take the thread for ended
+            # In a thread: in the main thread uvicorn raises Ctrl-C again inside its event loop and prints tracebacks.
+            server = ServeOne(name, host=host, port=port, dtype=dtype, log_level="error", non_blocking=True)
+            while server._thread.is_alive():  # an interrupted .join() takes the thread for ended
                 time.sleep(0.1)
         except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -113,4 +106,4 @@ def on_transformers(folder: Path, name: str, host: str, port: int) -> None:
         finally:
             if server:
                 server.kill_server()
-            os.chdir(before)
+            os.chdir(working_directory)
