@@ -1,9 +1,12 @@
 """Models behind an OpenAI-compatible endpoint (vLLM, a hosted model), for lm-evaluation-harness.
 
-Limits: the prompt is the server's own chat template, so nothing here can hold it against the one in training; answers
-come without logits, so tasks that compare likelihoods (MMLU) cannot run; a hosted model may change behind its name and
-answer differently twice. lm-eval's own client needs a package that axolotl does not bring, hides the reason of a failed
-request, and takes an answer that it cannot parse for an empty one; here each of these is an error.
+Limits: the prompt is the server's own chat template, so it cannot be compared with the one in training; answers come
+without logits, so tasks that compare likelihoods (MMLU) cannot run; a hosted model may change behind its name and
+answer differently twice.
+
+lm-eval 0.4.11's own client (local-chat-completions) does not suffice: it needs tenacity, which axolotl does not bring;
+after its retries it raises tenacity's RetryError without the server's reason; it takes an answer that it cannot parse
+for an empty one; and it drops the token counts and the finish reason, which are kept with every answer here.
 """
 
 import json
@@ -19,18 +22,23 @@ from urllib3.util import Retry
 
 from finlora.core.errors import UserError
 
-RETRIES, TIMEOUT, AT_ONCE = 6, 120, 32
+RETRIES = 6
+TIMEOUT = 120  # seconds: a busy server queues requests
+AT_ONCE = 32  # requests in flight; vLLM batches them
 
 
 class Endpoint(LM):
-    """`url`: the server's base URL (http://localhost:8000/v1); `model`: the name it serves; key: OPENAI_API_KEY."""
+    """`url`: the server's base URL (http://localhost:8000/v1); `model`: the name it serves; key: OPENAI_API_KEY.
+
+    `tokens` maps a prompt to what the server counted (prompt tokens, answer tokens) and whether the answer ended, which
+    is None where it gives no finish reason. Answers 429 and 5xx are retried RETRIES times, after Retry-After or
+    `backoff` x 2^n seconds. Raises UserError for whatever keeps a request from being answered.
+    """
 
     def __init__(self, url: str, model: str, backoff: float = 1.0):
         super().__init__()
         self.url, self.model = f"{url.rstrip('/')}/chat/completions", model
-        # By prompt what the server counted, of prompt and answer, and whether the answer ended; None where it says not.
         self.tokens: dict[str, tuple[int, int, bool | None]] = {}
-        # 429 and 5xx are waited for, as long as Retry-After says.
         retry = Retry(RETRIES, backoff_factor=backoff, status_forcelist=[429, 500, 502, 503, 504], allowed_methods=None)
         self.session = requests.Session()
         for scheme in "http://", "https://":
@@ -69,25 +77,28 @@ class Endpoint(LM):
         try:
             response = self.session.post(self.url, json=body, timeout=TIMEOUT)
         except requests.RequestException as error:
-            raise UserError(f"{self.url}: {_reason(error)}; the same command goes on with the answers left") from None
+            raise UserError(
+                f"{self.url}: {_reason(error)}. The same command resumes from the answers that are kept."
+            ) from None
         if not response.ok:
-            said = self._said(response, 200)
-            raise UserError(f"{self.url}: answered {response.status_code} ({said}); check MODEL and OPENAI_API_KEY")
+            text = self._text(response, 200)
+            raise UserError(f"{self.url}: answered {response.status_code} ({text}); check MODEL and OPENAI_API_KEY")
         try:
-            found = response.json()
-            answer = found["choices"][0]["message"]["content"]
-            usage, why = found.get("usage") or {}, found["choices"][0].get("finish_reason")
+            completion = response.json()
+            choice, usage = completion["choices"][0], completion.get("usage") or {}
+            answer, why = choice["message"]["content"], choice.get("finish_reason")
             counted = (int(usage.get(f"{part}_tokens", 0)) for part in ("prompt", "completion"))
             self.tokens[prompt] = *counted, None if why is None else why != "length"
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
             answer = None
         if not isinstance(answer, str):
-            said = self._said(response, 80)
-            raise UserError(f"{self.url}: the answer is not a chat completion ({said}); is this an OpenAI endpoint?")
+            text = self._text(response, 80)
+            raise UserError(f"{self.url}: the answer is not a chat completion ({text}); is this an OpenAI endpoint?")
         self.cache_hook.add_partial("generate_until", request, answer)
         return answer
 
-    def _said(self, response: requests.Response, length: int) -> str:
+    def _text(self, response: requests.Response, length: int) -> str:
+        """The beginning of what the server answered, on one line and without the key."""
         text = " ".join(response.text.split())
         return (text.replace(self.key, "***") if self.key else text)[:length]
 
@@ -100,4 +111,4 @@ def _reason(error: Exception) -> str:
         return f"still answers with a server's error after {RETRIES} tries; look at its log"
     if isinstance(error, requests.Timeout):
         return f"no answer within {TIMEOUT} s"
-    return "cannot be reached; is the server running?"
+    return "cannot be reached; check that the server is running"

@@ -2,7 +2,7 @@
 
 A subject (a base model, or one with an adapter) is a folder with run.json; each of its data sets is a folder in it
 with answers.jsonl and, once it is finished, set.json. Scores are never stored: they are computed from the answers, so
-that a scorer that is mended mends every report. Prompts can be long; they stay on disk until one is shown.
+that fixing a scorer fixes every report. Prompts can be long; they stay on disk until one is shown.
 """
 
 import json
@@ -192,7 +192,7 @@ def names(folder: Path = RESULTS) -> list[str]:
     """The subjects under `folder`. Raises UserError where there is none."""
     found = sorted(path.name for path in folder.iterdir() if _is_result(path)) if folder.is_dir() else []
     if not found:
-        raise UserError(f"{show(folder)}: holds no results yet; evaluate first: make eval RECIPE=sentiment_r8_dora")
+        raise UserError(f"{show(folder)}: has no results yet; evaluate first: make eval RECIPE=sentiment_r8_dora")
     return found
 
 
@@ -205,7 +205,7 @@ def read(folder: Path = RESULTS, only: Collection[str] = ()) -> tuple[dict[str, 
     subjects, warnings = {}, []
     for path in folders:
         if (part := path / "answers.part.jsonl").exists():
-            warnings.append(f"{show(path)}: unfinished ({_count(part)} kept); the same make eval goes on from there")
+            warnings.append(f"{show(path)}: unfinished ({_count(part)} kept); the same make eval resumes from there")
             if not (path / "run.json").exists():
                 continue
         try:
@@ -320,7 +320,7 @@ def _read_set(folder: Path) -> Answers:
     answers, done = folder / "answers.jsonl", folder / "set.json"
     if not done.exists():
         so_far = _count(answers) if answers.exists() else "no answers"
-        raise _Broken(f"{show(folder)}: unfinished ({so_far} so far); the same make eval goes on from there")
+        raise _Broken(f"{show(folder)}: unfinished ({so_far} so far); the same make eval resumes from there")
     about = _record(SetResult, done)
     if about.set != folder.name:
         raise _Broken(f"{show(done)}: is of the set {about.set!r} and lies in {folder.name}/; evaluate it again")
@@ -387,5 +387,5 @@ def _why(error: Exception) -> str:
 
 
 def show(path: Path) -> str:
-    """A path as short as it can be said: from the repository's root where it is inside."""
+    """A path relative to the repository's root where it is inside."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

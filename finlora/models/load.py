@@ -1,9 +1,9 @@
-"""Models for evaluation: a base at 16, 8 or 4 bits, an adapter held against it, and lm-eval's view of both.
+"""Base models at 16, 8 or 4 bits, and adapters that are checked against them and merged.
 
-An adapter is merged into the base *as it was trained on*: 8- and 4-bit weights are quantised as in training, widened to
-16 bits, and DoRA's W' = m (W0 + s B A) / ||W0 + s B A|| (arXiv 2402.09353, eq. 5) is folded in float32, a layer at a
-time. Generation then runs at the speed of the plain model. `keep_quantised` leaves 8- and 4-bit weights as they are,
-for cards that 16 bits do not fit, and caches DoRA's norms instead.
+An adapter is merged into the base *as it was trained on*: 8- and 4-bit weights are quantised as in training,
+dequantized to 16 bits, and DoRA's W' = m (W0 + s B A) / ||W0 + s B A|| (arXiv 2402.09353, eq. 5) is folded in float32,
+a layer at a time. Generation then runs at the speed of the plain model. `keep_quantised` leaves 8- and 4-bit weights as
+they are, for cards that 16 bits do not fit, and caches DoRA's norms instead.
 """
 
 import json
@@ -37,8 +37,8 @@ def adapter_facts(folder: Path) -> dict[str, Any]:
     shapes = tensor_shapes(weights)
     magnitudes = any(name.endswith(("lora_magnitude_vector", "lora_magnitude_vector.weight")) for name in shapes)
     if bool(found.get("use_dora")) != magnitudes:
-        said = "says use_dora: true and the weights hold no magnitudes" if not magnitudes else "does not say use_dora"
-        raise UserError(f"{config}: {said}; magnitudes would be lost in silence, so save the adapter again")
+        fault = "says use_dora: true and the weights hold no magnitudes" if not magnitudes else "does not say use_dora"
+        raise UserError(f"{config}: {fault}; magnitudes would be lost in silence, so save the adapter again")
     method = "dora" if magnitudes else "rslora" if found.get("use_rslora") else "lora"
     return {
         "base": found.get("base_model_name_or_path"),
@@ -101,7 +101,7 @@ def load_config(model: str):
 
 
 def load_tokenizer(model: str, adapter: Path | None, prompt: str):
-    """The tokenizer saved beside the adapter, else the base's, with the prompt wanted as its chat template."""
+    """The tokenizer saved beside the adapter, else the base's, with the chat template that `prompt` names."""
     from transformers import AutoTokenizer
 
     beside = adapter is not None and (adapter / "tokenizer_config.json").is_file()
