@@ -51,7 +51,7 @@ def test_args_cannot_change_what_the_name_says(command, args):
     assert f"ARGS={' '.join(args)}: " in line and "sentiment_r8_dora.yaml" in line and "copy" in line
 
 
-def test_a_recipe_that_must_be_mended_stops_before_the_gpu_is_looked_for(command, house):
+def test_a_recipe_with_an_unknown_key_stops_before_the_gpu_is_looked_for(command, house):
     path = house / "recipes" / "ner_r8_dora.yaml"
     path.write_text(path.read_text(encoding="utf-8") + "lora_dropuot: 0.1\n", encoding="utf-8")
     line = failure(command("finlora", "train", "ner_r8_dora"))
@@ -90,7 +90,7 @@ def test_memory_estimate_orders_as_it_must():
 
 
 def test_memory_estimate_is_near_what_was_measured():
-    """Every run of the benchmark that takes the fast layers: 16, 8 and 4 bits, short and long, with recomputation."""
+    """Each benchmark run with the fast layers: 16, 8 and 4 bits, short and long, with gradient checkpointing."""
     measured = json.loads(
         (recipes.ROOT / "finlora" / "plan" / "train_throughput_h200.json").read_text(encoding="utf-8")
     )["rows"]

@@ -62,7 +62,7 @@ def what_fits(
     written: dict[str, Any] | None = None,
     longest: int = 0,
 ) -> str:
-    """The keys that make the recipe take at most `free` GiB: gradient checkpointing, then more but shorter packs a step.
+    """What to set so that the recipe takes at most `free` GiB: gradient checkpointing, then more, shorter packs a step.
 
     written: the recipe as in its file, where `recipe` is as distributed processes run it; a step keeps its tokens.
     longest: the longest row's tokens, where they are known; a shorter pack would be refused it.
