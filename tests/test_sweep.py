@@ -388,7 +388,7 @@ def stand_in(tmp_path, monkeypatch):
 
 def test_points_run_one_after_another_and_each_fails_alone(stand_in, tmp_path, capfd):
     oom = "run.yaml: out of memory on NVIDIA A100: a step needs more than 44.0 of 40.0 GiB; set sequence_len: 128"
-    above = "error: axolotl train point.yaml failed with exit code 1; the reason stands above"
+    above = "error: axolotl train point.yaml failed with exit code 1; " + train.SEE_ABOVE
     todo = [
         stand_in("good"),
         stand_in("memory", (1, "  12%|#2   | step", f"error: {sweep.ROOT}/{oom}", above)),
@@ -606,7 +606,7 @@ def axolotl(command, config, args, local, lock) -> None:
     code, output = axolotl_command(command, str(config), *args)
     print(output, flush=True)
     if code:
-        sys.exit(f"error: axolotl {command} {config} failed with exit code {code}; the reason stands above")
+        sys.exit(f"error: axolotl {command} {config} failed with exit code {code}; {train.SEE_ABOVE}")
 
 
 def swept(house: Path, *argv: str) -> tuple[int, object]:

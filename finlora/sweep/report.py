@@ -1,4 +1,4 @@
-"""What a sweep found: one table and one plot, and which point is best where that can be told (finlora/sweep/run.py)."""
+"""The results of a sweep (finlora/sweep/run.py): one table, one plot, and the best point where it can be told."""
 
 import math
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from finlora.evaluate.results import pair, read, show
 from finlora.evaluate.statistics import paired
 from finlora.recipes import bases
 
-# Keys that are one thing to a reader; every other key stands for itself.
+# Keys that make one column together; every other key is a column of its own.
 COLUMNS = {
     "lora_r": "rank",
     "lora_alpha": "alpha",

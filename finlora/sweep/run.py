@@ -7,7 +7,6 @@ axolotl does with it (`axolotl train --sweep`) shuffles the points into numbered
 and hides failures; here each point is a whole recipe in outputs/sweeps/<recipe>.<sweep>/ that `make train` trains.
 """
 
-import difflib
 import hashlib
 import itertools
 import json
@@ -27,7 +26,7 @@ import yaml
 from fastdora.plugin import safety
 from fastdora.plugin.keys import RecipeError, check_keys, read_recipe
 from finlora.core import files, machine
-from finlora.core.errors import UserError
+from finlora.core.errors import UserError, did_you_mean
 from finlora.core.files import replacing
 from finlora.core.paths import ROOT
 from finlora.data.tasks import load_tasks
@@ -81,7 +80,7 @@ def sweep(
     # Taken before a file is written, and with TINY=1 too: the recipes that another sweep still has to train lie there.
     # The tasks of an array (POINT=) share the folder.
     with runs.folder_lock(points[0]["path"].parent) if point is None else nullcontext() as lock:
-        claim(folder, recipe, file)
+        mark_folder(folder, recipe, file)
         for entry in points:
             entry["out"] = runs.output_folder(entry["recipe"], small)
             write(entry, recipe)
@@ -91,11 +90,11 @@ def sweep(
         print(f"{show(file)} on {recipe.stem}: {len(points)} points, {len(todo)} to run", flush=True)
         failed, blocked = {}, None
         try:
-            free = slots(gpus, points[0], small) if todo else []
+            gpu_slots = slots(gpus, points[0], small) if todo else []
         except UserError as error:
             blocked = error  # what is trained is shown all the same: an array's table may be made where no GPU is
         if todo and not blocked:
-            failed = work(todo, free, lock)
+            failed = work(todo, gpu_slots, lock)
         for entry in points:
             entry["run"] = train.finished_run(entry["path"], small, args)
             entry["failed"] = failed.get(entry["name"]) or (None if entry["run"] else reason(log_of(entry)))
@@ -115,9 +114,8 @@ def find(name: str) -> Path:
     if name and path.is_file():
         return path.absolute()
     known = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
-    near = difflib.get_close_matches(Path(name).stem, known, 1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise UserError(f"SWEEP={name}: no such sweep{hint}; there are {', '.join(known)}, and any YAML file by its path")
+    hint = did_you_mean(Path(name).stem, known)
+    raise UserError(f"SWEEP={name}: no such sweep; {hint}there are {', '.join(known)}, and any YAML file by its path")
 
 
 def plan(recipe: Path, file: Path) -> list[dict[str, Any]]:
@@ -144,7 +142,7 @@ def plan(recipe: Path, file: Path) -> list[dict[str, Any]]:
         for other in points:
             if alike(other["merged"], merged):
                 raise UserError(
-                    f"{show(file)}: points {other['number']} and {number} are equal ({said(changes)}); remove one"
+                    f"{show(file)}: points {other['number']} and {number} are equal ({in_text(changes)}); remove one"
                 )
             if other["name"] == name:
                 raise UserError(f"{show(file)}: points {other['number']} and {number} would both be {name}; rename one")
@@ -155,7 +153,7 @@ def plan(recipe: Path, file: Path) -> list[dict[str, Any]]:
             recipes.check_name(recipes.Recipe(path, whole))
         except UserError as error:
             reason = str(error).removeprefix(f"{path}: ")
-            raise UserError(f"{show(file)}: point {number} ({said(changes)}) would be {name}: {reason}") from error
+            raise UserError(f"{show(file)}: point {number} ({in_text(changes)}) would be {name}: {reason}") from error
         point = {"number": number, "name": name, "changes": changes, "merged": merged, "recipe": whole, "path": path}
         points.append(point | {"differs": {key: merged.get(key) for key in differing(base, merged)}})
     return points
@@ -186,7 +184,7 @@ def read(file: Path) -> list[dict[str, Any]]:
         if key in OWN:
             raise UserError(f"{show(file)}: key '{key}' is the sweep's own; remove it")
     if twice := [key for key in content if any(key in pair for pair in pairs or [])]:
-        raise UserError(f"{show(file)}: key '{twice[0]}' stands below '_' too; keep one")
+        raise UserError(f"{show(file)}: key '{twice[0]}' is below '_' too; keep one")
     combinations = itertools.product(*content.values())
     return [
         numbers(dict(zip(content, values, strict=True)) | pair) for values in combinations for pair in pairs or [{}]
@@ -225,13 +223,13 @@ def in_name(value: Any) -> str:
     return text
 
 
-def said(changes: dict[str, Any]) -> str:
+def in_text(changes: dict[str, Any]) -> str:
     return ", ".join(f"{key}: {json.dumps(value, default=str)}" for key, value in changes.items())
 
 
 def write(point: dict[str, Any], recipe: Path) -> None:
     """Write a point's recipe. Its text is a part of the run's identity, so it says nothing that an edit may change."""
-    text = f"# {show(recipe)}{' with ' if point['differs'] else ''}{said(point['differs'])}\n"
+    text = f"# {show(recipe)}{' with ' if point['differs'] else ''}{in_text(point['differs'])}\n"
     text += yaml.safe_dump(point["recipe"], sort_keys=False, width=120)
     if not point["path"].is_file() or point["path"].read_text(encoding="utf-8") != text:
         with replacing(point["path"]) as file:
@@ -265,7 +263,7 @@ def jobs_of(
     return commands
 
 
-def claim(folder: Path, recipe: Path, file: Path) -> None:
+def mark_folder(folder: Path, recipe: Path, file: Path) -> None:
     """Make the folder that of this recipe and sweep file; UserError where it is that of others of the same names."""
     mine = {"recipe": show(recipe), "sweep": show(file)}
     before = files.read_json(folder / "sweep.json")
@@ -354,7 +352,7 @@ def work(todo: list[tuple[dict[str, Any], list[list[str]]]], free: list[str | No
                     seconds = time.monotonic() - job["began"]
                     print(f"{name}: {f'failed: {failed[name]}' if code else 'done'} ({seconds:.0f} s)", flush=True)
     except (KeyboardInterrupt, SystemExit):
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        print("\ninterrupted; the same command resumes from here", file=sys.stderr, flush=True)
         try:
             end(running, signal.SIGTERM)
         except KeyboardInterrupt:
@@ -409,13 +407,13 @@ def why(log: Path, code: int) -> str:
 
 
 def reason(log: Path) -> str | None:
-    """Why a point failed, by its log: its first error line, or what stands above one that names no reason."""
+    """Why a point failed, by its log: its first error line, or the line above one that names no reason."""
     if not log.is_file():
         return None
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     for number, line in enumerate(lines):
         if line.startswith("error: "):
-            if "the reason stands above" in line and number:
+            if train.SEE_ABOVE in line and number:
                 line = lines[number - 1]
             return line.removeprefix("error: ").replace(f"{ROOT}/", "")
     return None
@@ -423,7 +421,7 @@ def reason(log: Path) -> str | None:
 
 def show_points(recipe: Path, file: Path) -> None:
     for point in plan(recipe, file):
-        print(f"{point['number']:>3}  {point['name']:<44}  {said(point['changes'])}")
+        print(f"{point['number']:>3}  {point['name']:<44}  {in_text(point['changes'])}")
 
 
 def options(recipe: Path, tasks: str | None, limit: int | None, labels: str | None) -> list[str]:

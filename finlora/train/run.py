@@ -30,6 +30,7 @@ from finlora.train.distributed import Launch
 from finlora.train.preflight import preflight, prepare_data
 from finlora.train.runs import RunFolder, claim_folder, config_file, difference, folder_lock, identify
 
+SEE_ABOVE = "its own messages above say why"  # finlora/sweep/run.py looks for the reason above such a line
 # Keys that a recipe's name decides: ARGS may not change them, or the folder and the adapter would not be the recipe's.
 NAMED = {key for part in ("bits", "r", "alpha", "method", "name") for key in recipe_names.DECIDED_BY[part]}
 ONE_PROCESS = Launch()
@@ -206,7 +207,7 @@ def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> N
         print(f"interrupted; run the same command again to resume from {out.relative_to(ROOT)}", file=sys.stderr)
         raise
     if code:
-        raise UserError(f"axolotl {command} {config} failed with exit code {code}; its own messages above say why")
+        raise UserError(f"axolotl {command} {config} failed with exit code {code}; {SEE_ABOVE}")
 
 
 def preprocess(config: Path, args: list[str], local: bool, lock, hint: str) -> None:
