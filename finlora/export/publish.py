@@ -246,7 +246,7 @@ def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: boo
         defects=defects(tests),
         corrections={file: load_corrections()[file] for file in files_of(parts, tests) if file in load_corrections()},
         # A sweep keeps its points' evaluations beside them.
-        subjects=scores(trained.facts["sha256"], results.RESULTS, trained.folder.parent / "results"),
+        evaluations=scores(trained.facts["sha256"], results.RESULTS, trained.folder.parent / "results"),
         percent=html.percent,
         signed=html.signed,
         metrics=record["metrics"],
@@ -282,17 +282,19 @@ def defects(tests: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def scores(sha256: str, *folders: Path) -> list[dict[str, Any]]:
-    """For each evaluation of this very adapter: its name, how it was run, a row for each test set, and its notes."""
-    found = {}
+    """For each evaluation of this very adapter: how it was run, a row for each test set, and its notes."""
+    evaluations = {}
     for folder in folders:
         with suppress(UserError):  # nothing is evaluated there
-            found |= results.read(folder)[0]
-    shown_ = []
-    for one in found.values():
-        if one.run.adapter_sha256 == sha256 and one.sets:
-            base = results.base_of(one, found)
-            others = base.sets if base else {}
-            answers = [answer for answer in one.sets.values() if not answer.forgetting]
-            rows = [row for answer in answers for row in report.lines(answer, others.get(answer.name))]
-            shown_.append({"facts": report.facts(one.run), "rows": rows, "notes": report.notes(one, base)})
-    return shown_
+            evaluations |= results.read(folder)[0]
+    tables = []
+    for evaluation in evaluations.values():
+        if evaluation.run.adapter_sha256 == sha256 and evaluation.sets:
+            base = results.base_of(evaluation, evaluations)
+            of_base = base.sets if base else {}
+            answered = [answers for answers in evaluation.sets.values() if not answers.forgetting]
+            rows = [row for answers in answered for row in report.lines(answers, of_base.get(answers.name))]
+            tables.append(
+                {"facts": report.facts(evaluation.run), "rows": rows, "notes": report.notes(evaluation, base)}
+            )
+    return tables
