@@ -1,6 +1,5 @@
 """Load a recipe that can be trusted, list the recipes, check them all (`make recipes`, `make check`)."""
 
-import difflib
 import hashlib
 import json
 import os
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastdora.plugin.keys import RecipeError, check_keys, input_schema, read_recipe
-from finlora.core.errors import UserError
+from finlora.core.errors import UserError, did_you_mean
 from finlora.core.files import replacing, sha256
 from finlora.core.paths import ROOT
 from finlora.recipes.bases import linear_layers, shape, trainable_parameters
@@ -287,10 +286,8 @@ def show(task: str | None) -> None:
     """Print the recipes, all of them or a task's."""
     tasks = sorted({parse_name(name)["task"] for name in names()})
     if task and task not in tasks:
-        near = difflib.get_close_matches(task, tasks, 3)
-        raise UserError(
-            f"TASK={task}: no such task; {'did you mean ' + near[0] if near else 'one of ' + ', '.join(tasks)}"
-        )
+        hint = did_you_mean(task, tasks) or f"one of {', '.join(tasks)}"
+        raise UserError(f"TASK={task}: no such task; {hint.strip()}")
     shown = [name for name in names() if not task or parse_name(name)["task"] == task]
     print(f"{'recipe':<34}{'task':<17}{'bits':>4}{'rank':>6}{'alpha':>7}  {'method':<8}{'trainable parameters':>20}")
     for name in shown:

@@ -4,12 +4,11 @@ A name is `<task>[_4bit|_bf16]_r<rank>[_a<alpha>]_<lora|dora|rslora>`; 8-bit and
 """
 
 import csv
-import difflib
 import re
 from pathlib import Path
 from typing import Any
 
-from finlora.core.errors import UserError
+from finlora.core.errors import UserError, did_you_mean
 from finlora.core.paths import ROOT
 
 RECIPES = ROOT / "recipes"
@@ -78,9 +77,8 @@ def find(recipe: str) -> Path:
     if re.fullmatch(r"\w+", recipe) and path.is_file():
         return path
     known = names() + list(finlora)
-    near = difflib.get_close_matches(recipe, known, 3, 0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else "`make recipes` lists them"
-    raise UserError(f"RECIPE={recipe}: no such recipe; {hint}")
+    hint = did_you_mean(recipe, known, 3, 0.5) or "`make recipes` lists them"
+    raise UserError(f"RECIPE={recipe}: no such recipe; {hint.strip()}")
 
 
 def finlora_runs() -> list[dict[str, str]]:
