@@ -45,12 +45,12 @@ def bertscore(
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", sys.maxsize))
 
     def embed(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Unit embeddings (texts, tokens, width); which tokens are there and which of them count (texts, tokens)."""
+        """Unit embeddings (texts, tokens, width); masks (texts, tokens): no padding, and neither [CLS] nor [SEP]."""
         inputs = tokenizer(texts, truncation=True, max_length=longest, padding=True, return_tensors="pt").to(device)
         states = model(**inputs, output_hidden_states=True).hidden_states[layer]
-        there = inputs["attention_mask"].bool()
+        mask = inputs["attention_mask"].bool()
         special = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id], device=device)
-        return states / states.norm(dim=-1, keepdim=True), there, there & ~torch.isin(inputs["input_ids"], special)
+        return states / states.norm(dim=-1, keepdim=True), mask, mask & ~torch.isin(inputs["input_ids"], special)
 
     scores = [0.0] * len(answers)
     pairs = list(zip(answers, targets, strict=True))
@@ -58,12 +58,13 @@ def bertscore(
     order = sorted(range(len(pairs)), key=lambda row: (len(pairs[row][1]), len(pairs[row][0])))
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        given, given_there, given_counts = embed([pairs[row][0] for row in rows])
-        wanted, wanted_there, wanted_counts = embed([pairs[row][1] for row in rows])
-        alike = given @ wanted.transpose(1, 2)
-        alike = alike.masked_fill(~(given_there[:, :, None] & wanted_there[:, None, :]), -torch.inf)
-        precision = _mean(alike.amax(dim=2), given_counts)
-        recall = _mean(alike.amax(dim=1), wanted_counts)
+        answer, answer_mask, answer_weight = embed([pairs[row][0] for row in rows])
+        target, target_mask, target_weight = embed([pairs[row][1] for row in rows])
+        # Cosine similarities (texts, answer tokens, target tokens), since embeddings have length 1.
+        similarity = answer @ target.transpose(1, 2)
+        similarity = similarity.masked_fill(~(answer_mask[:, :, None] & target_mask[:, None, :]), -torch.inf)
+        precision = _mean(similarity.amax(dim=2), answer_weight)
+        recall = _mean(similarity.amax(dim=1), target_weight)
         score = 2 * precision * recall / (precision + recall)
         # A mean over no tokens is not a number, and so not above 0.
         score = torch.where((precision > 0) & (recall > 0), score, 0.0).clamp(max=1.0)
@@ -72,12 +73,13 @@ def bertscore(
     return scores
 
 
-def _mean(values: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    return values.masked_fill(~counts, 0.0).sum(dim=1) / counts.sum(dim=1)
+def _mean(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens whose weight is true, a value for each text; not a number where there is none."""
+    return values.masked_fill(~weight, 0.0).sum(dim=1) / weight.sum(dim=1)
 
 
 def _load(encoder: str, layer: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The tokenizer and the encoder, checked to be whole: transformers makes up what it does not find in a folder."""
+    """The tokenizer and the encoder, checked to be whole: transformers initialises missing weights at random."""
     if (encoder.startswith((".", "~")) or encoder.count("/") > 1) and not Path(encoder).is_dir():
         raise UserError(f"{encoder}: is no folder with an encoder for BERTScore; {ADVICE}")
     try:
