@@ -189,7 +189,7 @@ def command(module: str, argv: list[str], cwd: str, env: dict[str, str], trainin
     found = importlib.import_module(module)
     assert found.__file__.startswith(cwd), f"{module} is not the copy's"
     sys.argv = [found.__file__, *argv]
-    importlib.import_module(f"{module}.cli").main()
+    (importlib.import_module(f"{module}.cli") if hasattr(found, "__path__") else found).main()
 
 
 def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> None:
