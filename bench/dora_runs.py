@@ -28,10 +28,11 @@ from transformers import (
 import fastdora
 from fastdora import quantized
 from fastdora.packing import ANSWERS, label_positions
+from finlora.data.tasks import TestSet
 from finlora.evaluate.scorers import finlora, strict
 
 LABELS = ("negative", "neutral", "positive")
-SPEC = {"metric": "accuracy_f1", "labels": list(LABELS)}
+SPEC = TestSet.model_construct(metric="accuracy_f1", labels=list(LABELS))
 TEST_BATCH = 256
 
 

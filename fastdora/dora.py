@@ -118,6 +118,16 @@ class _AdaptedLinear(torch.autograd.Function):
         return dx, da.to(a_dtype), db.to(b_dtype), dm, None, None, None, None, None, None, None
 
 
+def _adapted_linear(*args) -> torch.Tensor:
+    return _AdaptedLinear.apply(*args)
+
+
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+    # Dynamo of torch 2.11 turns the Function into one whose gradients are all zero, without a word; 2.13 compiles it
+    # rightly, and 2.12 was not tried. A compiled model runs it as it is.
+    _adapted_linear = torch.compiler.disable(_adapted_linear)
+
+
 class Fast:
     """Mixed into PEFT's LoRA layers by `accelerate`. Merged, disabled or several adapters at once go PEFT's own way."""
 
@@ -136,7 +146,7 @@ class Fast:
         x = quantized.in_compute_dtype(x)
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         seed = kernels.draw_seed() if p else (1, 0)
-        y = _AdaptedLinear.apply(flat, a, b, m, norm, mag_scale, layer, s, p, seed, getattr(layer, "fp8_matmul", False))
+        y = _adapted_linear(flat, a, b, m, norm, mag_scale, layer, s, p, seed, getattr(layer, "fp8_matmul", False))
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def dropout_probability(self, name: str) -> float:

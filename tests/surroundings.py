@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = 2 * 10**9  # bytes of temporary files at a time
 # Caches, which every run may fill and the next one uses; all are in .gitignore.
-CACHES = {".git", ".venv", ".venv-vllm", "__pycache__", ".cache", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+CACHES = {".git", ".venv", ".venv-vllm", "__pycache__", ".cache"}
+CACHES |= {".pytest_cache", ".ruff_cache", ".hypothesis", ".benchmarks"}
 # Where libraries keep what they have made ready, by default below HOME: new in each run, and its own.
 THEIR_CACHES = {"HF_DATASETS_CACHE": "c-datasets", "TRITON_CACHE_DIR": "c-triton", "TORCHINDUCTOR_CACHE_DIR": "c-torch"}
 

@@ -203,6 +203,7 @@ def test_each_zero_stage_trains_what_one_process_trains(train, stage):
     assert not beyond_rounding(train, train(2, **zero(stage)))
 
 
+@pytest.mark.slow
 def test_zero_3_on_4_bits(train):
     """bench/zero.py has all bits, methods and stages."""
     assert not beyond_rounding(train, train(2, **bits(4), **zero(3)), **bits(4))

@@ -557,9 +557,12 @@ def test_adapters_are_plain_peft_files(bits, tmp_path):
     plain = PeftModel.from_pretrained(quantised(copy.deepcopy(base), bits), tmp_path / "ours").eval()
     exact = fast(plain).eval()(x).detach()
     assert torch.equal(model.eval()(x), exact)
-    if bits == 8:  # bitsandbytes rounds each row of x to 8 bits, too
-        step = x.abs().amax(1, keepdim=True) / 127
-        lost = ((x / step).round() * step - x).norm() / x.norm()
+    if bits == 8:
+        # bitsandbytes rounds each row of x to 8 bits too, and its sums saturate on processors without VNNI: PEFT's
+        # output is as far off as its own base layer's.
+        frozen = layer(plain).base_layer
+        product = x.double() @ quantized.dequantize(frozen, torch.float64).t() + frozen.bias.double()
+        lost = (frozen(x) - product).norm() / product.norm()
         assert (plain(x) - exact).norm() / exact.norm() < FACTOR * lost
     else:
         assert not beyond_rounding(fast(plain), plain, x)
@@ -816,7 +819,7 @@ def test_fp8_costs_what_its_bits_cost(how, strided):
 
 def test_the_triton_kernels_compute_the_same_formulas():
     """In Triton's interpreter, in a process of its own; bench/gpu_check.py does the same on a GPU."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "interpreted.py"], env=env, capture_output=True, text=True, check=True
     )

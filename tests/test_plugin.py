@@ -74,7 +74,7 @@ def adapter_hash(tmp_path: Path) -> str:
     return hashlib.sha256((tmp_path / "out" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [pytest.param(16, marks=pytest.mark.slow), 8, pytest.param(4, marks=pytest.mark.slow)])
 def test_equal_runs_give_equal_adapters(axolotl, recipe, tmp_path, bits):
     changes = {
         "load_in_8bit": bits == 8,

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
+from finlora.data.tasks import TestSet
 from finlora.evaluate import statistics as stats
 from finlora.evaluate.scorers import bertscore_items, finlora, summary
 from finlora.evaluate.statistics import STATISTICS, _resampled, _totals, interval, paired
@@ -169,7 +170,7 @@ def test_figures_are_of_2000_resamples_from_seed_0():
 
 
 def test_rows_of_several_tags_are_compared_whole():
-    spec = {"metric": "tag_accuracy_f1", "labels": None}
+    spec = TestSet.model_construct(metric="tag_accuracy_f1", labels=None)
     targets = ["A,B,C"] * 40
     a, b = finlora(spec, ["A,x,x"] * 40, targets), finlora(spec, ["A,B,x"] * 39 + ["x"], targets)
     result = paired(a, b)
