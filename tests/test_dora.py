@@ -817,6 +817,7 @@ def test_fp8_costs_what_its_bits_cost(how, strided):
     assert empty["y"].shape == (0, 192) and not any(value.any() for value in empty.values())
 
 
+@pytest.mark.long
 def test_the_triton_kernels_compute_the_same_formulas():
     """In Triton's interpreter, in a process of its own; bench/gpu_check.py does the same on a GPU."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
