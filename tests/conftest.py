@@ -1,11 +1,14 @@
 """Shared by the tests: a copy of the house to run commands in, and the real FinLoRA rows where they are at hand."""
 
+import contextlib
+import fcntl
 import gc
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import weakref
 from pathlib import Path
 
@@ -55,12 +58,24 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    items.sort(key=start_order)
+
+
+def start_order(item: pytest.Item) -> tuple[int, bool]:
+    """First what does not wait for the tiny base model, then long tests and groups: no worker waits at either end."""
+    long, grouped = item.get_closest_marker("long"), item.get_closest_marker("xdist_group")
+    if not grouped and "tiny_base" not in item.fixturenames:
+        return 0, long is None
+    return (1 if long else 2 if grouped else 3), True
 
 
 def pytest_collection_finish(session):
-    if any("command" in getattr(item, "fixturenames", ()) for item in session.items):
-        commands.begin(SESSION)  # its imports take the time of some tests
+    """Start in the background what many tests wait for: the tiny base model, and the process that runs commands."""
+    fixtures = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    if "tiny_base" in fixtures:
+        begin_tiny_base()
+    if "command" in fixtures:
+        commands.begin(SESSION)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -69,6 +84,7 @@ def pytest_sessionfinish(session):
     result = yield
     if not WORKER and BEFORE in session.config.stash:
         commands.end()
+        tiny_base_lock().unlink(missing_ok=True)
         weakref.finalize._exitfunc()  # of temporary folders: without xdist the tests' modules are in this process
         if "forked" in sys.modules:
             sys.modules["forked"].clear_up()
@@ -88,10 +104,27 @@ def pytest_unconfigure(config):
         shutil.rmtree(config.stash[BEFORE][0], ignore_errors=True)
 
 
+TINY = [sys.executable, "-m", "finlora.train.tiny"]
+
+
+def tiny_base_lock() -> Path:
+    return Path(tempfile.gettempdir()) / "tiny_base.lock"
+
+
+def begin_tiny_base() -> None:
+    """Build it unless another worker has begun to; the child keeps the lock until it ends."""
+    with tiny_base_lock().open("w") as lock, contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        quiet = subprocess.DEVNULL
+        subprocess.Popen(TINY, cwd=ROOT, stdin=quiet, stdout=quiet, stderr=quiet, pass_fds=[lock.fileno()])
+
+
 @pytest.fixture(scope="session")
 def tiny_base() -> Path:
     """The tiny base model that TINY=1 and the demo share, built once for all workers."""
-    subprocess.run([sys.executable, "-m", "finlora.train.tiny"], cwd=ROOT, check=True, capture_output=True)
+    with tiny_base_lock().open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run(TINY, cwd=ROOT, check=True, capture_output=True)  # done already, or it says why it failed
     return (ROOT / ".cache" / "tiny").resolve()
 
 

@@ -34,7 +34,8 @@ def check() -> None:
         need = f"{free / 1e9:.1f} GB are free and the tests need {NEEDED / 1e9:.0f}"
         raise Unfit(f"{place}: {need}; free some space or set TMPDIR")
     remedies = {place: "set TMPDIR to a folder that can be", ROOT: "mend its permissions or test a copy of it"}
-    for folder, remedy in (remedies | {ROOT / ".cache": remedies[ROOT]}).items():
+    remedies |= {ROOT / ".cache": remedies[ROOT], Path.home(): "set HOME to a folder that can be"}
+    for folder, remedy in remedies.items():
         if folder.exists() and (reason := unwritable(folder)):
             raise Unfit(f"{folder}: cannot be written ({reason}); {remedy}")
 

@@ -79,3 +79,9 @@ def test_where_no_temporary_file_can_be_made(monkeypatch):
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
     with pytest.raises(surroundings.Unfit, match="TMPDIR"):
         surroundings.check()
+
+
+def test_a_home_that_cannot_be_written_is_told_before_any_test(monkeypatch):
+    monkeypatch.setenv("HOME", "/proc")
+    with pytest.raises(surroundings.Unfit, match="^/proc: .*HOME"):
+        surroundings.check()
