@@ -153,14 +153,19 @@ def test_rows_too_long_are_refused(axolotl, recipe, tmp_path):
 
 
 def test_rows_without_an_answer_are_refused(axolotl, recipe, tmp_path):
-    write_rows(tmp_path / "train.jsonl", 40, lambda i: "" if i == 7 else "up")
-    path = Path(recipe())
-    wanted = yaml.safe_load(path.read_text(encoding="utf-8"))
-    wanted["datasets"][0]["train_on_eos"] = "none"
-    path.write_text(yaml.safe_dump(wanted), encoding="utf-8")
-    code, output = axolotl("preprocess", str(path))
+    path, rows = recipe(), tmp_path / "train.jsonl"
+    write_rows(rows, 40, lambda i: "gone" if i == 7 else "up")
+    rows.write_text(rows.read_text().replace('"assistant", "content": "gone"', '"user", "content": "gone"'))
+    code, output = axolotl("preprocess", path)
     assert code == 1
     refused(output, "1 of 40 train rows", "would not train", file=path)
+
+
+def test_a_prompt_that_teaches_no_end_is_refused_before_the_rows_are_tokenized(axolotl, recipe, tmp_path):
+    path = recipe(special_tokens={"eos_token": "<|end_of_text|>"})  # as the base model's tokenizer has it
+    code, output = axolotl("train", path, "--launcher", "python")
+    assert code == 1 and not (tmp_path / "tokenised").exists()
+    refused(output, "<|eot_id|>", "no answer would end", "set eot_tokens", file=path, key="datasets.0")
 
 
 def test_a_changed_data_file_is_never_trained_from_the_cache(axolotl, recipe, tmp_path):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from axolotl.cli.config import gpu_capabilities
 from axolotl.integrations.base import BasePlugin
+from axolotl.loaders.tokenizer import load_tokenizer
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
@@ -17,7 +18,20 @@ from pydantic import ValidationError
 from transformers import set_seed
 
 from fastdora import attention, dora, graphs, packing, quantized
-from fastdora.plugin import adapted, curves, epochs, fsdp2, metrics, peft_int8, resume, rows, safety, watchdog, zero3
+from fastdora.plugin import (
+    adapted,
+    curves,
+    epochs,
+    fsdp2,
+    metrics,
+    peft_int8,
+    prompts,
+    resume,
+    rows,
+    safety,
+    watchdog,
+    zero3,
+)
 from fastdora.plugin.keys import RecipeError, check_keys, input_schema, read_recipe
 
 LOG = get_logger("axolotl.fastdora")
@@ -54,6 +68,7 @@ class FastDoraPlugin(BasePlugin):
 
     def load_datasets(self, cfg, preprocess: bool = False):
         with one_line_errors():
+            prompts.check(cfg, load_tokenizer(cfg), cfg.axolotl_config_path)
             return rows.load(cfg)
 
     def pre_model_load(self, cfg) -> None:

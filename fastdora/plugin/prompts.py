@@ -1,0 +1,134 @@
+"""Chat templates: which tokens end an answer, and whether training's prompt is the one that will be served."""
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from fastdora.plugin.keys import RecipeError
+
+# Axolotl (0.19.0) looks for the end of a turn among the token after the answer and the three that follow it.
+END_WITHIN = 4
+ROWS = 32  # of each file are rendered, spread over it evenly: seconds, however long the file is
+SHOWN = 12  # tokens of a prompt that an error shows
+
+
+def end_of_turn_tokens(tokenizer, eot_tokens: Sequence[str] = ()) -> list[int]:
+    """The token ids at which an answer ends: what the chat template writes after it, and the end of sequence.
+
+    eot_tokens: axolotl's key of a recipe, which may name more. A model's generation_config.json may list others still.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ends = {vocabulary.get(token) for token in eot_tokens} | {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        try:
+            ends.add(end_of_turn(tokenizer))
+        except (TemplateError, TypeError):  # a template that has no place for an answer can still ask for one
+            pass
+    return sorted(ends - {None})
+
+
+def end_of_turn(tokenizer, chat_template: str | None = None, **arguments: Any) -> int | None:
+    """The id of the token that a chat template writes after an answer; None where it is not one token of its own.
+
+    chat_template: another than the tokenizer's. arguments: the template's. Raises TemplateError or TypeError where it
+    cannot be rendered.
+    """
+    answer = "positive"
+    turns = [{"role": "user", "content": "Sales rose."}, {"role": "assistant", "content": answer}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False, chat_template=chat_template, **arguments)
+    after = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+    own = {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}
+    return next((token for token in after[:END_WITHIN] if token in own), None)
+
+
+def check(cfg, tokenizer, source: str) -> None:
+    """Raise RecipeError where training has another prompt than serving, or does not teach an answer's end.
+
+    cfg: axolotl's configuration, with the paths of `datasets` and `test_datasets` as they can be opened from here.
+    tokenizer: axolotl's for this recipe, whose chat template is the served one. source: what an error begins with.
+
+    Some rows of each file go through axolotl's own prompt strategy. What stands before an answer's first label must be,
+    token for token, what `add_generation_prompt` renders, and the token that ends the answer must have a label.
+    """
+    # Imported here: it takes as long as transformers does, which what only generates does not need.
+    from axolotl.prompt_strategies.chat_template import load
+
+    for key in ("datasets", "test_datasets"):
+        for number, entry in enumerate(cfg.get(key) or []):
+            file = Path(entry["path"])
+            if entry.get("type") != "chat_template" or not file.is_file():
+                continue  # others are refused, or read, by who loads them
+            strategy = load(tokenizer, cfg, ds_cfg=dict(entry))
+            for line, row in _some_rows(file):
+                where = f"{source}: key '{key}.{number}': {entry['path']}:{line}"
+                try:
+                    _check_row(strategy, tokenizer, row, where)
+                except (TemplateError, TypeError, KeyError, ValueError) as error:
+                    raise RecipeError(
+                        f"{where}: key 'chat_template' cannot be rendered ({_first_line(error)}); set the token "
+                        "that it needs under special_tokens, to one that the tokenizer has, or choose another template"
+                    ) from error
+
+
+def _some_rows(file: Path):
+    """(line, row) of at most ROWS rows, spread evenly over a file of JSON lines."""
+    with file.open("rb") as lines:
+        count = sum(1 for _ in lines)
+    with file.open("rb") as lines:
+        for line, text in islice(enumerate(lines, 1), 0, None, -(-count // ROWS) or 1):
+            if text.strip():
+                yield line, json.loads(text)
+
+
+def _check_row(strategy, tokenizer, row: dict[str, Any], where: str) -> None:
+    prompter = strategy.prompter
+    trained = strategy.tokenize_prompt(dict(row))
+    ids, labels = trained["input_ids"], trained["labels"]
+    turns, tools = strategy.get_conversation_thread(row), row.get(prompter.field_tools)
+    if not str(turns[-1].get("content") or "").strip():
+        return  # fastdora/plugin/rows.py counts rows without an answer
+    earlier = _tokens(tokenizer, turns[:-1], tools=tools, chat_template=prompter.chat_template)
+    begins = _common(ids, earlier)  # the last turn does; labels before it are other turns'
+    start = next((i for i in range(begins, len(ids)) if labels[i] != -100), None)
+    if start is None:
+        raise RecipeError(
+            f"{where}: no token of the last message trains; make it the assistant's, and roles_to_train too"
+        )
+    served = _tokens(tokenizer, turns[:-1], tools=tools, add_generation_prompt=True)
+    if ids[:start] != served:
+        same = max(0, _common(ids[:start], served) - 3)
+        before, asked = (tokenizer.decode(tokens[same : same + SHOWN]) for tokens in (ids[:start], served))
+        raise RecipeError(
+            f"{where}: key 'chat_template': trains an answer after ...{before!r}, and will be asked for one after "
+            f"...{asked!r}; choose a template (chat_template: jinja) in which both are the same"
+        )
+    end = end_of_turn(tokenizer, prompter.chat_template, **prompter.chat_template_kwargs)
+    if end is None:
+        raise RecipeError(
+            f"{where}: key 'chat_template': after an answer it writes no token of this tokenizer's own, so that no "
+            "answer would end; choose a template of this base model's"
+        )
+    if end not in labels[start:]:
+        name = tokenizer.convert_ids_to_tokens(end)
+        raise RecipeError(
+            f"{where}: {name} ends an answer and has no label, so that no answer would end; set "
+            f"eot_tokens: ['{name}'], and leave train_on_eos and train_on_eot out"
+        )
+
+
+def _tokens(tokenizer, turns: list[dict[str, Any]], **arguments: Any) -> list[int]:
+    return tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False, **arguments) if turns else []
+
+
+def _common(some: list[int], others: list[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(some, others, strict=False))
+    return next((number for number, (one, other) in pairs if one != other), min(len(some), len(others)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
