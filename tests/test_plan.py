@@ -245,7 +245,7 @@ BAD = {
         {"base_model": "a/b"},
         OWN_PATH,
         "base_model",
-        ["a/b", "finlora/recipes/base_models.yaml", "make demo"],
+        ["a/b", "recipes/bases.yaml", "make demo"],
     ),
     "an unknown layer": (
         {"lora_target_modules": ["q_proj", "w1"]},

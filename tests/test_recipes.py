@@ -19,7 +19,7 @@ from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 from finlora.recipes.memory import memory_estimate
 
-ALL = {path.stem: recipes.load(path).keys for path in sorted(recipe_names.RECIPES.glob("*.yaml"))}
+ALL = {path.stem: recipes.load(path).keys for path in map(recipe_names.find, recipe_names.names())}
 TASKS = ["sentiment", "headline", "ner", "finer", "xbrl_term", "xbrl_extract", "formula", "financebench", "cfa"]
 MIXTURES = ["general_multi", "reporting_multi", "analysis_multi"]
 

@@ -405,7 +405,7 @@ def make_plan(
     if not shape:
         raise UserError(
             f"{path}: key 'base_model': the sizes of {recipe['base_model']} are not known here; add them to "
-            "finlora/recipes/base_models.yaml, or run `make demo` for .cache/tiny"
+            "recipes/bases.yaml, or run `make demo` for .cache/tiny"
         )
     recipes.check_targets(str(path), recipes.Recipe(path, recipe))
     key, gpu = find_gpu(gpu_name)

@@ -8,11 +8,11 @@ import yaml
 
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
+from finlora.recipes.names import BASES
 
 
 def shape(base_model: str) -> dict[str, Any] | None:
-    """The sizes in a base model's config: a local folder's config.json, else finlora/recipes/base_models.yaml, else
-    None.
+    """The sizes in a base model's config: a local folder's config.json, else recipes/bases.yaml, else None.
 
     Raises UserError where the folder's does not have a Llama's.
     """
@@ -26,7 +26,7 @@ def shape(base_model: str) -> dict[str, Any] | None:
         if not isinstance(sizes, dict) or not all(isinstance(sizes.get(key), int) for key in needed):
             raise UserError(f"{config}: has not {', '.join(needed)}; take a model of Llama's kind")
         return sizes
-    return yaml.safe_load(Path(__file__).with_name("base_models.yaml").read_text(encoding="utf-8")).get(base_model)
+    return yaml.safe_load(BASES.read_text(encoding="utf-8")).get(base_model)
 
 
 def linear_layers(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:

@@ -13,6 +13,7 @@ from finlora.core.paths import ROOT
 
 RECIPES = ROOT / "recipes"
 FINLORA_RUNS = RECIPES / "finlora_runs.csv"
+BASES = RECIPES / "bases.yaml"  # the sizes of base models; no recipe
 NAME = re.compile(
     r"(?P<task>[a-z_]+?)(?:_(?P<bits>4bit|bf16))?_r(?P<r>\d+)(?:_a(?P<alpha>\d+))?_(?P<method>lora|dora|rslora)"
 )
@@ -60,7 +61,7 @@ def compose_name(task: str, recipe: dict[str, Any]) -> str:
 
 
 def names() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return sorted(path.stem for path in RECIPES.glob("*.yaml") if path != BASES)
 
 
 def find(recipe: str) -> Path:
