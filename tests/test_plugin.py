@@ -180,6 +180,29 @@ def test_a_changed_data_file_is_never_trained_from_the_cache(axolotl, recipe, tm
     assert code == 0 and "train: 44 rows" in output
 
 
+def test_a_changed_template_or_tokenizer_has_a_cache_of_its_own(tmp_path, monkeypatch):
+    """Axolotl's own key has a template's path, not its text: another prompt's tokens would train."""
+    from axolotl.utils.dict import DictDefault
+
+    from fastdora.plugin import rows
+
+    monkeypatch.chdir(tmp_path)
+    files = [
+        tmp_path / "prompt.jinja",
+        tmp_path / "base" / "tokenizer.json",
+        tmp_path / "base" / "tokenizer_config.json",
+    ]
+    (tmp_path / "base").mkdir()
+    cfg = DictDefault({"base_model": "base", "chat_template_jinja": "prompt.jinja", "dataset_prepared_path": "tokens"})
+    folders = [rows._content_addressed(cfg)]
+    for file in files:
+        file.write_text("{{ messages }}", encoding="utf-8")
+        folders.append(rows._content_addressed(cfg))
+    files[0].write_text("{{ messages[0] }}", encoding="utf-8")
+    folders.append(rows._content_addressed(cfg))
+    assert len(set(folders)) == len(folders) == 5 and rows._content_addressed(cfg) == folders[-1]
+
+
 def test_rows_and_tokens_are_stated(axolotl, recipe):
     code, output = axolotl("preprocess", recipe())
     assert code == 0 and "train: 40 rows, " in output and "validation: 12 rows, " in output

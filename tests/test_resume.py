@@ -101,6 +101,30 @@ def test_another_run_does_not_go_on_from_a_checkpoint(runs):
     says(error_of(output), f"{out}/checkpoint-4 is of", "train.jsonl changed", "change them back", file=path)
 
 
+LOADED = "8-bit DoRA"  # which layers the loaded model has
+
+
+def test_a_checkpoint_elsewhere_is_checked_before_the_model_is_loaded(runs):
+    """`resume_from_checkpoint`: an equal run's is resumed from, one of other keys or with a changed byte is not."""
+    from forked import axolotl_command
+
+    folder, write = runs
+    elsewhere = folder / "elsewhere" / "checkpoint-4"
+    shutil.copytree(folder / "whole" / "checkpoint-4", elsewhere)
+    given = {"resume_from_checkpoint": str(elsewhere), "auto_resume_from_checkpoints": False}
+    assert LOADED in train(write("given", **given))
+    metrics = json.loads((folder / "given" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["steps_this_run"] == 8 and digest(folder / "given") == digest(folder / "whole")
+    path = write("given2", learning_rate=0.002, **given)
+    code, output = axolotl_command("train", str(path), "--launcher", "python")
+    assert code == 1 and LOADED not in output
+    says(error_of(output), "was 0.003 and is 0.002", "remove resume_from", file=path, key="learning_rate")
+    name = damage(elsewhere, "changed", random.Random(1))
+    code, output = axolotl_command("train", str(write("given2", **given)), "--launcher", "python")
+    assert code == 1 and LOADED not in output
+    says(error_of(output), f"{elsewhere} cannot", f"{name} has changed", file=path, key="resume_from_checkpoint")
+
+
 def test_a_full_disk_costs_that_checkpoint_only(runs):
     """checkpoint-4's optimizer goes to /dev/full, where every write fails as on a full disk."""
     folder, write = runs
@@ -113,7 +137,8 @@ def test_a_full_disk_costs_that_checkpoint_only(runs):
     assert digest(out) == digest(folder / "whole")
 
 
-IDENTITY = {"recipe": "learning_rate: 0.1\n", "args": [], "data": {"train.jsonl": "1"}}
+RECIPE = "learning_rate: 0.1\nauto_resume_from_checkpoints: true\n"
+IDENTITY = {"recipe": RECIPE, "args": [], "data": {"train.jsonl": "1"}, "start": {}}
 
 
 def test_make_train_claims_a_folder_again_however_early_it_was_killed(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from failures import refuses
 
+from fastdora.plugin import checkpoints
 from finlora.core import machine
 from finlora.core.errors import UserError
 from finlora.recipes import bases, memory
@@ -228,7 +229,7 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
     assert 1 <= steps < 60 and (out / f"checkpoint-{steps}" / "optimizer.pt").exists()
 
     changed = command("finlora", "train", *long, "--learning-rate", "0.01")
-    assert re.search("unfinished run .*other options", failure(changed))
+    assert re.search("unfinished run .*learning_rate: .* -> 0.01", failure(changed))
 
     done = command("finlora", "train", *long)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -270,11 +271,14 @@ def test_a_folder_with_other_files_is_left_alone(command, house):
 
 
 def identity(text: str, **others) -> dict:
-    return {"recipe": text, "args": [], "data": {"data/own.jsonl": "0" * 64}} | others
+    return {"recipe": text, "args": [], "data": {"data/own.jsonl": "0" * 64}, "start": {"base": {"a": "0"}}} | others
 
 
 def test_a_run_is_told_by_keys_and_values_not_by_comments(tmp_path, monkeypatch):
-    """A finished and an unfinished run of a recipe that has since been commented and reordered are still its runs."""
+    """A finished and an unfinished run of a recipe that has since been commented and reordered are still its runs.
+
+    So are those of a recipe that logs or saves more often, whether the recipe says so or an option does.
+    """
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     out, path = tmp_path / "outputs" / "own", tmp_path / "own.yaml"
     out.mkdir(parents=True)
@@ -282,15 +286,95 @@ def test_a_run_is_told_by_keys_and_values_not_by_comments(tmp_path, monkeypatch)
     assert runs.claim_folder(path, out, old, force=False) is None
     assert runs.claim_folder(path, out, new, force=False) is None and not list(out.parent.glob("own.*"))
     (out / "run.json").write_text('{"recipe": "own"}', encoding="utf-8")
-    assert runs.claim_folder(path, out, new, force=False) == {"recipe": "own"}
+    before_2026_11 = {key: value for key, value in new.items() if key != "start"}
+    for equal in (
+        new,
+        before_2026_11,
+        identity(new["recipe"] + "logging_steps: 5\nsave_total_limit: 1\noutput_dir: elsewhere\n"),
+        identity("seed: 7\nlora_r: 8\n", args=["--seed", "42", "--logging-steps=5", "--no-use-tensorboard"]),
+        identity(new["recipe"], start={"base": {"a": "0"}, "fetched/since": {"b": "1"}}),
+    ):
+        assert runs.claim_folder(path, out, equal, force=False) == {"recipe": "own"}
     for changed, words in (
         (identity("lora_r: 8\nseed: 43\n"), ["seed: 42 -> 43"]),
-        (identity(new["recipe"], args=["--max-steps", "3"]), ["other options", "--max-steps 3"]),
+        (identity(new["recipe"], args=["--max-steps", "3"]), ["max_steps: None -> 3"]),
+        (identity(new["recipe"], args=["--learning-rate=1e-4"]), ["learning_rate: None -> 0.0001"]),
+        (identity(new["recipe"], args=["--no-sample-packing"]), ["sample_packing: None -> False"]),
         (identity(new["recipe"], data={"data/own.jsonl": "1" * 64}), ["other data", "data/own.jsonl"]),
         (identity(new["recipe"], data={}), ["other data", "data/own.jsonl"]),
+        (identity(new["recipe"], start={"base": {"a": "1"}}), ["start", "base/a"]),
+        (identity(new["recipe"], start={"base": {"a": "0", "b": "0"}}), ["start", "base/b"]),
     ):
         with refuses("finished run", *words, "FORCE=1", file="outputs/own"):
             runs.claim_folder(path, out, changed, force=False)
+
+
+def checkpoint(folder: Path, run: dict) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "optimizer.pt").write_bytes(b"state")
+    checkpoints.seal(folder, run)
+    return folder
+
+
+AUTO = "auto_resume_from_checkpoints: true\n"
+
+
+def test_a_run_that_goes_on_is_recorded_as_it_now_is(tmp_path, monkeypatch):
+    """Its recipe.yaml and started.json follow a changed comment and logging_steps: axolotl reads the former."""
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    out, new = tmp_path / "outputs" / "own", identity(AUTO + "lora_r: 8  # the rank\nlogging_steps: 1\n")
+    assert runs.claim_folder(tmp_path / "own.yaml", out, identity(AUTO + "lora_r: 8\n"), force=False) is None
+    checkpoint(out / "checkpoint-2", {})
+    assert runs.claim_folder(tmp_path / "own.yaml", out, new, force=False) is None
+    assert (out / "recipe.yaml").read_text(encoding="utf-8") == new["recipe"]
+    assert runs.RunFolder(out).identity == new and (out / "checkpoint-2").is_dir()
+
+
+def test_a_run_that_does_not_resume_is_set_aside(tmp_path, monkeypatch, capsys):
+    """Rotation would delete its new checkpoints, which have smaller numbers than those of the run before."""
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    out, own = tmp_path / "outputs" / "own", identity("lora_r: 8\nauto_resume_from_checkpoints: false\n")
+    assert runs.claim_folder(tmp_path / "own.yaml", out, own, force=False) is None
+    checkpoint(out / "checkpoint-2", {})
+    assert runs.claim_folder(tmp_path / "own.yaml", out, own, force=False) is None
+    assert not (out / "checkpoint-2").exists() and list(out.parent.glob("own.*/checkpoint-2"))
+    assert "resuming" not in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    """`resume_from_checkpoint` in a recipe or among axolotl's options; the plugin compares all keys once more."""
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    recipe, out = "lora_r: 8\nseed: 42\n", tmp_path / "outputs" / "own"
+    data, start = identity("")["data"], identity("")["start"]
+    equal = checkpoint(tmp_path / "equal" / "checkpoint-2", {"data": data, "start": start})
+    data_changed = checkpoint(tmp_path / "data" / "checkpoint-2", {"data": {"data/own.jsonl": "1" * 64}})
+    base_changed = checkpoint(tmp_path / "base" / "checkpoint-2", {"data": data, "start": {"base": {"a": "1"}}})
+    seed_changed = checkpoint(tmp_path / "seed" / "checkpoint-2", {"data": data})
+    runs.write_identity(seed_changed.parent, identity("lora_r: 8\nseed: 43\n"))
+    damaged = checkpoint(tmp_path / "damaged" / "checkpoint-2", {"data": data})
+    (damaged / "optimizer.pt").write_bytes(b"stale")
+    unsealed = checkpoint(tmp_path / "unsealed" / "checkpoint-2", {"data": data})
+    (unsealed / checkpoints.SEAL).unlink()
+
+    def options(folder: Path, force: bool = False) -> list[str]:
+        own = identity(recipe, args=["--resume-from-checkpoint", str(folder.relative_to(tmp_path))])
+        return runs.resume_options(Path("own.yaml"), out, own, force)
+
+    assert options(equal) == []
+    for folder, *words in (
+        (data_changed, "data/own.jsonl changed", "equal"),
+        (base_changed, "base/a changed", "equal"),
+        (seed_changed, "seed: 43 -> 42", "equal"),
+        (damaged, "optimizer.pt has changed", "name a complete"),
+        (unsealed, "seal.json", "name a complete"),
+        (tmp_path / "nowhere", "no such folder", "name a complete"),
+    ):
+        with refuses(*words, "lora_model_dir", file="own.yaml", key="resume_from_checkpoint"):
+            options(folder)
+    own = checkpoint(out / "checkpoint-4", {})
+    assert options(equal) == ["--resume-from-checkpoint", str(own)]  # interrupted, the run resumes from its own
+    assert options(own) == [] and options(equal, force=True) == []
+    assert runs.resume_options(Path("own.yaml"), out, identity(recipe), False) == []
 
 
 ADAPTER_FAULTS = {

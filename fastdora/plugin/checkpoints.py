@@ -5,7 +5,6 @@ without its optimizer and without an error. Here the last file is `seal.json`: s
 run's recipe and data. Needs neither torch nor axolotl.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -13,7 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fastdora.plugin.checksums import changed_files, sha256
+
 SEAL, PREFIX = "seal.json", "checkpoint-"
+# Keys that may change between a run and its resumption: paths and devices, logging, how often it saves.
+MAY_CHANGE = re.compile(
+    r"axolotl_config_path|output_dir|dataset_prepared_path|dataset_num_proc|dataset_processes|capabilities|"
+    r"env_capabilities|device|device_map|local_rank|resume_from_checkpoint|auto_resume_from_checkpoints|logging_.*|"
+    r"include_tkps|include_tokens_per_second|saves?_.*|dataloader_.*|ddp_timeout|"
+    r"use_(tensorboard|wandb|mlflow|comet|trackio)|wandb_.*|(hf_)?mlflow_.*|comet_.*|trackio_.*|.*(token|api_key|password|secret)"
+)
 
 
 class BrokenCheckpoint(Exception):
@@ -38,7 +46,8 @@ def check(folder: Path) -> dict[str, Any]:
         sealed, run = content["files"], content["run"]
         files = {name: (entry["bytes"], entry["sha256"]) for name, entry in sealed.items()}
     except FileNotFoundError:
-        raise BrokenCheckpoint("the run was ended while it was written") from None
+        reason = f"it has no {SEAL}: the run was ended while it was written" if folder.is_dir() else "no such folder"
+        raise BrokenCheckpoint(reason) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BrokenCheckpoint(f"{SEAL} cannot be read") from None
     for name, (size, digest) in files.items():
@@ -74,6 +83,14 @@ def last_whole(out: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     return None, {}, lines
 
 
+def not_resumable(folder: Path, error: BrokenCheckpoint) -> str:
+    """What to say of a checkpoint that `resume_from_checkpoint` names."""
+    return (
+        f"key 'resume_from_checkpoint': {folder} cannot be resumed from ({error}); name a complete checkpoint, or set "
+        "lora_model_dir to start from an adapter"
+    )
+
+
 def plain(value: Any) -> Any:
     """The value as JSON reads it back, so that it can be compared with a seal's."""
     return json.loads(json.dumps(value, default=str, sort_keys=True))
@@ -93,18 +110,18 @@ def _names(folder: Path) -> list[str]:
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """How two runs differ: up to three recipe keys, else the data files; None where they do not."""
+    """How two runs differ: up to three recipe keys, else the files; None where they do not.
+
+    Files that a run starts from are compared where both have them: seals of before 2026-11 name none.
+    """
     old, new = before.get("recipe", {}), now.get("recipe", {})
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     if keys:
         return ", ".join(f"key '{key}' was {old.get(key)} and is {new.get(key)}" for key in keys[:3])
     files = [name for name, digest in now.get("data", {}).items() if before.get("data", {}).get(name) != digest]
+    files += changed_files(before.get("start", {}), now.get("start", {}))
     return f"{', '.join(files)} changed" if files else None

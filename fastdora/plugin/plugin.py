@@ -79,6 +79,7 @@ class FastDoraPlugin(BasePlugin):
         peft_int8.patch()
         epochs.patch()
         with one_line_errors():
+            resume.check(cfg)
             zero3.prepare(cfg)
             fsdp2.prepare(cfg)
 

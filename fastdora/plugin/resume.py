@@ -1,7 +1,5 @@
 """Checkpoints while axolotl trains: sealed when complete, then rotated; only an equal run's is resumed."""
 
-import hashlib
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,20 +10,38 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import rotate_checkpoints
 
 from fastdora.plugin import checkpoints, fsdp2
+from fastdora.plugin.checksums import sha256, starting_files
 from fastdora.plugin.keys import RecipeError
 
 LOG = get_logger("axolotl.fastdora")
-# Keys that may change between a run and its resumption: paths and devices, logging, how often it saves.
-MAY_CHANGE = re.compile(
-    r"axolotl_config_path|output_dir|dataset_prepared_path|dataset_num_proc|dataset_processes|capabilities|"
-    r"env_capabilities|device|device_map|local_rank|resume_from_checkpoint|auto_resume_from_checkpoints|logging_steps|"
-    r"saves?_.*|dataloader_.*|use_(tensorboard|wandb|mlflow|comet|trackio)|wandb_.*|(hf_)?mlflow_.*|comet_.*|trackio_.*|"
-    r".*(token|api_key|password|secret)"
-)
+
+
+def check(cfg) -> None:
+    """Raise RecipeError where `resume_from_checkpoint` names a checkpoint that is damaged or of another run.
+
+    Call it before the model is loaded. The run's own checkpoints are checked by `guard`, which sets broken ones aside.
+    """
+    if not cfg.resume_from_checkpoint:
+        return
+    folder = Path(cfg.resume_from_checkpoint)
+    try:
+        before = checkpoints.check(folder)
+    except checkpoints.BrokenCheckpoint as error:
+        raise RecipeError(f"{cfg.axolotl_config_path}: {checkpoints.not_resumable(folder, error)}") from error
+    check_equal(cfg, folder, before, "remove resume_from_checkpoint")
+
+
+def check_equal(cfg, folder: Path, before: dict[str, Any], otherwise: str) -> None:
+    """Raise RecipeError where the run of a checkpoint, as its seal has it, differs from this one."""
+    if changed := checkpoints.difference(before, identity(cfg)):
+        raise RecipeError(
+            f"{cfg.axolotl_config_path}: {folder} is of a run with other settings ({changed}); change them back "
+            f"or {otherwise}"
+        )
 
 
 def guard(cfg, trainer) -> None:
-    """Check the checkpoint that the run would resume from, and seal each checkpoint that it writes.
+    """Check the run's own checkpoint that it would resume from, and seal each checkpoint that it writes.
 
     Raises RecipeError where the last complete checkpoint belongs to a run of other keys or data. A single process
     skips a checkpoint that cannot be written (a full disk). Distributed processes cannot continue without each other:
@@ -37,12 +53,8 @@ def guard(cfg, trainer) -> None:
             LOG.warning(line)
     wait()
     folder, before, _ = checkpoints.last_whole(out)
-    if folder and (cfg.auto_resume_from_checkpoints or cfg.resume_from_checkpoint):
-        if changed := checkpoints.difference(before, run):
-            raise RecipeError(
-                f"{cfg.axolotl_config_path}: {folder} is of a run with other settings ({changed}); change them back "
-                "or set another output_dir"
-            )
+    if folder and cfg.auto_resume_from_checkpoints and not cfg.resume_from_checkpoint:
+        check_equal(cfg, folder, before, "set another output_dir")
     save = trainer._save_checkpoint
 
     def sealed(*args, **kwargs) -> None:
@@ -82,11 +94,15 @@ def guard(cfg, trainer) -> None:
 
 
 def identity(cfg) -> dict[str, Any]:
-    """What must be equal to resume a run: the keys that training depends on, and the SHA-256 of each data file."""
-    recipe = {key: value for key, value in cfg.to_dict().items() if value is not None and not MAY_CHANGE.fullmatch(key)}
+    """What must be equal to resume a run: the keys that training depends on, and the SHA-256 of each file it reads."""
+    recipe = {
+        key: value
+        for key, value in cfg.to_dict().items()
+        if value is not None and not checkpoints.MAY_CHANGE.fullmatch(key)
+    }
     files = [Path(entry["path"]) for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])]]
-    data = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
-    return checkpoints.plain({"recipe": recipe, "data": data})
+    data = {str(path): sha256(path) for path in files if path.is_file()}
+    return checkpoints.plain({"recipe": recipe, "data": data, "start": starting_files(cfg)})
 
 
 def finite(model, device: torch.device) -> bool:

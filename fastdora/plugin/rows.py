@@ -1,6 +1,7 @@
 """Counts the rows and tokens that train: axolotl drops rows, or keeps them without a label, without an error."""
 
 import hashlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 from axolotl.common.datasets import TrainDatasetMeta, load_datasets
 from axolotl.utils.logging import get_logger
 
+from fastdora.plugin.checksums import add_content, text_files
 from fastdora.plugin.keys import RecipeError
 
 LOG = get_logger("axolotl.fastdora.rows")
@@ -45,14 +47,10 @@ def _content_addressed(cfg) -> Path:
     for path in [Path(entry["path"]) for entry in [*(cfg.datasets or []), *(cfg.test_datasets or [])]]:
         digest.update(f"{path}\0".encode())
         if path.is_file():
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
+            add_content(digest, path)
     for key in ("seed", "sequence_len", "excess_length_strategy", "base_model", "chat_template", "chat_template_jinja"):
         digest.update(f"{key}={cfg[key]}\0".encode())
-    tokenizer = Path(cfg.base_model) / "tokenizer.json"
-    if tokenizer.is_file():
-        digest.update(tokenizer.read_bytes())
+    digest.update(json.dumps(text_files(cfg)).encode())  # of the tokenizer, and of a template in a file of its own
     parent = Path(cfg.dataset_prepared_path or "last_run_prepared")
     if re.fullmatch("[0-9a-f]{16}", parent.name):
         parent = parent.parent

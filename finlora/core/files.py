@@ -1,6 +1,5 @@
 """Files that are never half-written, their checksums, and JSON that may not be there."""
 
-import hashlib
 import json
 import os
 import tempfile
@@ -9,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from fastdora.plugin.checksums import add_content as add_content
+from fastdora.plugin.checksums import sha256 as sha256
 from finlora.core.errors import UserError
 
 
@@ -45,19 +46,6 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal digits; OSError where it cannot be read."""
-    return add_content(hashlib.sha256(), path).hexdigest()
-
-
-def add_content(digest: Any, path: Path) -> Any:
-    """The digest after the file's bytes, a mebibyte at a time. hashlib.file_digest needs Python 3.11."""
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest
 
 
 def read_json(path: Path) -> Any:

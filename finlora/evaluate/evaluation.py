@@ -11,7 +11,7 @@ from finlora.data.test_sets import all_sets, choose
 from finlora.evaluate import forgetting
 from finlora.evaluate.results import RESULTS, Run
 from finlora.models.load import adapter_facts, prompts, resolve_adapter
-from finlora.train.runs import of_recipe
+from finlora.train.runs import check_start, of_recipe
 
 
 @dataclass
@@ -102,6 +102,7 @@ def resolve(request: Request) -> Evaluation:
     model, adapter, tiny = trained.get("model", request.model), trained.get("adapter"), trained.get("tiny", False)
     if request.adapter:
         adapter = resolve_adapter(request.adapter)
+        check_start(adapter, request.model)
     facts = adapter_facts(adapter) if adapter else None
     if facts and not model:
         model = facts["base"]

@@ -12,7 +12,7 @@ from finlora.core.files import read_json, sha256
 from finlora.core.paths import shown, slug
 from finlora.models.load import adapter_facts, resolve_adapter
 from finlora.recipes.bases import fetch_base
-from finlora.train.runs import OUTPUTS, of_recipe
+from finlora.train.runs import OUTPUTS, check_start, of_recipe
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,6 @@ def _of_recipe(recipe: str, tiny: bool, options: str) -> TrainedModel:
     run = of_recipe(recipe, tiny)
     folder = run["adapter"]
     facts, record = adapter_facts(folder), read_json(folder / "run.json")
-    if facts["sha256"] != record["adapter"]["sha256"]:
-        raise UserError(
-            f"{shown(str(folder))}: the adapter is not the one that run.json records; "
-            f"run `make train {options} FORCE=1`"
-        )
     return TrainedModel(
         name=run["recipe"],
         options=options,
@@ -88,6 +83,7 @@ def _of_adapter(adapter: str, model: str | None, bits: int | None, options: str)
     facts = adapter_facts(folder)
     if not (model or facts["base"]):
         raise UserError(f"{adapter}: does not say which base it was trained on; name it with MODEL=")
+    check_start(folder, model)
     return TrainedModel(
         name=slug(adapter),
         options=options,

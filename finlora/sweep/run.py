@@ -68,7 +68,7 @@ def sweep(
     """
     args = args or []
     points = plan(recipe, file)
-    for key in train.option_names(args):
+    for key in runs.option_values(args):
         if key in train.NAMED or any(key in entry["changes"] for entry in points):
             raise UserError(f"ARGS={shlex.join(args)}: {key} is what the points differ by; change {show(file)}")
     if point is not None and not 1 <= point <= len(points):

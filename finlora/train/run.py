@@ -28,7 +28,17 @@ from finlora.train import distributed, tiny
 from finlora.train import tracking as track
 from finlora.train.distributed import Launch
 from finlora.train.preflight import preflight, prepare_data
-from finlora.train.runs import RunFolder, claim_folder, config_file, difference, folder_lock, identify
+from finlora.train.runs import (
+    RunFolder,
+    claim_folder,
+    config_file,
+    difference,
+    folder_lock,
+    identify,
+    option_values,
+    resume_options,
+    write_identity,
+)
 
 SEE_ABOVE = "its own messages above say why"  # finlora/sweep/run.py looks for the reason above such a line
 # Keys that a recipe's name decides: ARGS may not change them, or the folder and the adapter would not be the recipe's.
@@ -60,21 +70,25 @@ def train(
     hint, zero = distributed.shorter_packs_hint(written, as_run), distributed.stage(as_run.keys)
     launcher, launcher_args = distributed.launcher(launch)
     out, rank = as_run.output_folder, launch.rank
-    train_args = [*launcher, *args, *track.options(tracker, out), *launcher_args]
+    tracking = track.options(tracker, out)
     with folder_lock(out, rank, make=False) as lock:
         trained = not force and RunFolder(out).record is not None
         needs_gpu, origin = preflight(as_run, launch, small, trained)
         if message:
             print(message, flush=True)
         identity, config = identify(recipe, as_run, args), config_file(out, rank)
+        resume_args = [] if trained else resume_options(path, out, identity, force)
         record = claim_folder(path, out, identity, force, rank)
         if record:
             print(f"{out.relative_to(ROOT)} is already trained with this recipe and data; FORCE=1 trains again")
         else:
             fetch_base(path, as_run.keys)
+            identity = identify(recipe, as_run, args)  # with a hub's model that was fetched
             started = datetime.datetime.now(datetime.timezone.utc)
             if not rank:
+                write_identity(out, identity)
                 preprocess(config, args, not needs_gpu, lock, hint)
+            train_args = [*launcher, *args, *tracking, *resume_args, *launcher_args]
             axolotl("train", config, train_args, not needs_gpu, lock)
             if rank:
                 print(f"node {rank} of {launch.nodes} is done; the first node checks the adapter and reports")
@@ -113,6 +127,7 @@ def finish(
         "args": identity["args"],
         "adapter": folder.adapter,
         "data": identity["data"],
+        "start": identity["start"],
         "metrics": {key: value for key, value in metrics.items() if key != "log"},
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
@@ -140,14 +155,9 @@ def finished_run(path: Path, small: bool, args: list[str]) -> dict[str, Any] | N
 
 def check_args(path: Path, args: list[str]) -> None:
     """UserError where an option of axolotl changes what the recipe's name says."""
-    for key in option_names(args):
+    for key in option_values(args):
         if key in NAMED:
             raise UserError(f"ARGS={shlex.join(args)}: {key} belongs to the recipe's name; copy {path} and edit that")
-
-
-def option_names(args: list[str]) -> list[str]:
-    """The recipe keys that axolotl's options change (and their values, which are no keys)."""
-    return [arg.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_") for arg in args]
 
 
 def tiny_base() -> str:

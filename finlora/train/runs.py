@@ -3,7 +3,6 @@
 import datetime
 import fcntl
 import json
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 import yaml
 
 from fastdora.plugin import checkpoints
+from fastdora.plugin.checksums import changed_files, changed_weights, starting_files
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, replacing, sha256
-from finlora.core.paths import ROOT
+from finlora.core.paths import ROOT, shown
 from finlora.data.neardup import normalise
 from finlora.data.tasks import load_tasks
 from finlora.data.test_sets import choose
@@ -57,12 +57,13 @@ class RunFolder:
 
 
 def identify(written: Recipe, as_run: Recipe, args: list[str]) -> dict[str, Any]:
-    """What makes a run this one and no other: the recipe's text as run, axolotl's options, the data's SHA-256."""
+    """What makes a run this one and no other: the recipe's text as run, axolotl's options, the files' SHA-256."""
     unchanged = as_run.keys == written.keys
     return {
         "recipe": written.path.read_text(encoding="utf-8") if unchanged else dump(written.path, as_run.keys),
         "args": args,
         "data": as_run.data_sha256,
+        "start": starting_files(as_run.keys | option_values(args), ROOT),
     }
 
 
@@ -89,36 +90,41 @@ def claim_folder(path: Path, out: Path, identity: dict[str, Any], force: bool, r
     changed = difference(before, identity) if before else None
     same = bool(before) and not changed
     if not rank:
-        if same and not force:
-            if record:
-                return record
-            if resumes(out):
-                return None
-        # Files that begin with a dot are this command's own, left where it was killed.
-        foreign = before is None and any(not file.name.startswith(".") for file in out.iterdir())
-        done = (out / "run.json").is_file()
-        precious = done or any(out.glob("checkpoint-*")) or foreign
-        if precious and not same and not force:
-            state = "a finished run" if done else "an unfinished run"
-            state = f"{state} with {changed}" if before else "files that this command did not write"
-            raise UserError(
-                f"{out.relative_to(ROOT)}: holds {state}; FORCE=1 sets it aside and trains {path.stem} anew"
-            )
-        if precious:
-            stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-            out.rename(aside := out.with_name(f"{out.name}.{stamp}"))
-            print(f"set aside: {aside.relative_to(ROOT)}")
-            out.mkdir()
-        with replacing(out / "started.json") as file:  # first: a folder with it is this run's, however early it ends
-            json.dump(identity, file, indent=1)
-            file.write("\n")
+        if same and record and not force:
+            return record
+        if not (same and not force and resumes(out, identity)):
+            # Files that begin with a dot are this command's own, left where it was killed.
+            foreign = before is None and any(not file.name.startswith(".") for file in out.iterdir())
+            done = (out / "run.json").is_file()
+            precious = done or any(out.glob("checkpoint-*")) or foreign
+            if precious and not same and not force:
+                state = "a finished run" if done else "an unfinished run"
+                state = f"{state} with {changed}" if before else "files that this command did not write"
+                raise UserError(
+                    f"{out.relative_to(ROOT)}: holds {state}; FORCE=1 sets it aside and trains {path.stem} anew"
+                )
+            if precious:
+                stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+                out.rename(aside := out.with_name(f"{out.name}.{stamp}"))
+                print(f"set aside: {aside.relative_to(ROOT)}")
+                out.mkdir()
+        write_identity(out, identity)  # first: a folder with it is this run's, however early it ends
     with replacing(config_file(out, rank)) as file:
         file.write(identity["recipe"])
     return None
 
 
-def resumes(out: Path) -> bool:
-    """Whether a complete checkpoint is left to resume from; broken ones are named and set aside."""
+def write_identity(out: Path, identity: dict[str, Any]) -> None:
+    with replacing(out / "started.json") as file:
+        json.dump(identity, file, indent=1)
+        file.write("\n")
+
+
+def resumes(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether axolotl will resume from a checkpoint of the folder; broken ones are named and set aside."""
+    keys = settings(identity)
+    if not (keys.get("auto_resume_from_checkpoints") or keys.get("resume_from_checkpoint")):
+        return False
     last, _, broken = checkpoints.last_whole(out)
     for line in broken:
         print(f"warning: {line}", file=sys.stderr)
@@ -129,22 +135,74 @@ def resumes(out: Path) -> bool:
     return bool(last)
 
 
-def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """What two runs' identities differ by, in a few words: recipe keys, data files or axolotl's options.
+def resume_options(path: Path, out: Path, identity: dict[str, Any], force: bool) -> list[str]:
+    """Axolotl's option where `resume_from_checkpoint` names a checkpoint elsewhere and the run has one of its own.
 
-    None where they are the same run: comments, and the order of keys, train nothing.
+    UserError where the one elsewhere, which the run begins with, is damaged or of a run with other settings.
     """
-    old, new = yaml.safe_load(before["recipe"]) or {}, yaml.safe_load(now["recipe"]) or {}
+    name = settings(identity).get("resume_from_checkpoint")
+    if not name or (folder := ROOT / name).resolve().parent == out.resolve():
+        return []
+    own = None if force else checkpoints.last_whole(out)[0]
+    if own:
+        return ["--resume-from-checkpoint", str(own)]
+    try:
+        sealed = checkpoints.check(folder)
+    except checkpoints.BrokenCheckpoint as error:
+        raise UserError(f"{path}: {checkpoints.not_resumable(name, error)}") from error
+    files = {key: identity[key] for key in ("data", "start")}
+    before = RunFolder(folder.parent).identity
+    if changed := (before and difference(before, identity)) or checkpoints.difference({**sealed, "recipe": {}}, files):
+        raise UserError(
+            f"{path}: key 'resume_from_checkpoint': {name} is of a run with {changed}; name a checkpoint of an equal "
+            "run, or set lora_model_dir to start from an adapter"
+        )
+    return []
+
+
+def settings(identity: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's keys with axolotl's options in their places."""
+    return (yaml.safe_load(identity["recipe"]) or {}) | option_values(identity["args"])
+
+
+def option_values(args: list[str]) -> dict[str, Any]:
+    """The recipe keys that axolotl's options set: `--learning-rate 0.1`, `--seed=1`, `--tf32`, `--no-tf32`."""
+    keys: dict[str, Any] = {}
+    for arg, following in zip(args, [*args[1:], "--"], strict=False):
+        if not arg.startswith("--"):
+            continue
+        name, equals, value = arg[2:].partition("=")
+        name = name.replace("-", "_")
+        if equals or not following.startswith("--"):
+            keys[name] = _value(value if equals else following)
+        else:
+            keys[name.removeprefix("no_")] = not name.startswith("no_")
+    return keys
+
+
+def _value(text: str) -> Any:
+    try:
+        return float(text) if "e" in text else yaml.safe_load(text)  # PyYAML takes 1e-4 for text
+    except (ValueError, yaml.YAMLError):
+        return text
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What two runs' identities differ by, in a few words: settings, data files, or the files that they start from.
+
+    None where they train the same: comments, the order of keys, and keys that say what is logged or saved do not count.
+    The started.json of before 2026-11 names no files to start from.
+    """
+    old, new = settings(before), settings(now)
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    if keys:
-        return "another recipe (" + ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys[:3]) + ")"
+    if keys := [key for key in keys if not checkpoints.MAY_CHANGE.fullmatch(key)]:
+        return "other settings (" + ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys[:3]) + ")"
     names = sorted(before["data"].keys() | now["data"].keys())
     files = [name for name in names if before["data"].get(name) != now["data"].get(name)]
     if files:
         return f"other data ({', '.join(files)} changed)"
-    if before["args"] != now["args"]:
-        return f"other options ({shlex.join(before['args']) or 'none'} -> {shlex.join(now['args']) or 'none'})"
-    return None
+    files = changed_files(before.get("start", {}), now.get("start", {}))
+    return f"another start ({', '.join(files)} changed)" if files else None
 
 
 def folder_lock(out: Path, rank: int = 0, make: bool = True):
@@ -174,10 +232,15 @@ def of_recipe(name: str, tiny: bool) -> dict[str, Any]:
     out = output_folder(recipes.load(path).keys, tiny)
     folder, as_run = RunFolder(out), config_file(out)
     record = folder.record
+    again = f"make train RECIPE={name}{' TINY=1' if tiny else ''}"
     if record is None or not as_run.is_file():
-        again = f"make train RECIPE={name}{' TINY=1' if tiny else ''}"
         state = "its training is unfinished" if any(out.glob("checkpoint-*")) else "is not trained"
         raise UserError(f"{out.relative_to(ROOT)}: {state}; run `{again}`" + ("" if tiny else ", or add TINY=1"))
+    if (out / "adapter_model.safetensors").is_file() and folder.adapter["sha256"] != record["adapter"]["sha256"]:
+        raise UserError(
+            f"{out.relative_to(ROOT)}: the adapter is not the one that run.json records; run `{again} FORCE=1`"
+        )
+    check_start(out)
     recipe = yaml.safe_load(as_run.read_text(encoding="utf-8"))
     parts = recipe_names.parse_name(path.stem) or {}
     small = tiny or recipe["base_model"].startswith(".cache/")
@@ -194,6 +257,29 @@ def of_recipe(name: str, tiny: bool) -> dict[str, Any]:
         "trained_on": trained_contexts(record),
         "default_sets": choose([parts["task"] if parts.get("task") in load_tasks() else "sentiment"]),
     }
+
+
+def check_start(out: Path, model: str | None = None) -> None:
+    """UserError where the base model's weights are not those that the run in `out` was trained on.
+
+    model: the base that is asked for (default: the run's own); another one is not compared. An adapter in
+    `lora_model_dir` that has changed is told in a warning: the trained adapter holds what it began with. Runs of before
+    2026-11 have no checksums, and what is gone is not compared.
+    """
+    record, file = RunFolder(out).record or {}, config_file(out)
+    if not (start := record.get("start")) or not file.is_file():
+        return
+    keys = yaml.safe_load(file.read_text(encoding="utf-8")) | option_values(record["args"])
+    base, first = record["base_model"], keys.get("lora_model_dir")
+    same = model is None or model == base or (ROOT / model).resolve() == (ROOT / base).resolve()
+    changed = changed_weights(start, keys["base_model"], base, ROOT, keys.get("revision_of_model")) if same else []
+    if changed:
+        raise UserError(
+            f"{shown(str(out))}: its base model has changed since it was trained ({', '.join(changed[:3])}); restore "
+            "it, or train again with FORCE=1"
+        )
+    if first and (changed := changed_files({first: start.get(first, {})}, starting_files(keys, ROOT))):
+        print(f"warning: {shown(str(out))}: {', '.join(changed)} changed since training began with it", file=sys.stderr)
 
 
 def trained_contexts(record: dict[str, Any]) -> set[str] | None:
