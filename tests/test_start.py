@@ -1,6 +1,7 @@
 """What a trained adapter started from is compared before it is evaluated, merged, chatted with or served."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import yaml
 from failures import refuses, says
 from runs import RECIPES
 
-from fastdora.plugin.checksums import starting_files
+from fastdora.plugin.checksums import starting_files, weights_sha256
+from finlora.core.paths import shown
 from finlora.evaluate.evaluation import Request, resolve
-from finlora.export.trained import load_trained
+from finlora.evaluate.runner import prepare_folder
+from finlora.export.trained import load_trained, merged_folder
 from finlora.train.runs import check_start
 
 pytestmark = pytest.mark.xdist_group("after")
@@ -71,3 +74,28 @@ def test_an_adapter_that_was_trained_anew_since_is_told(runs, capsys):
 def test_runs_of_before_have_no_checksums_and_stay_usable(runs):
     assert "start" not in json.loads((runs / NAME / "run.json").read_text(encoding="utf-8"))
     load_trained(NAME)
+
+
+def test_a_merge_into_weights_that_were_replaced_since_is_none(runs):
+    trained = load_trained(NAME)
+    about = {"adapter_sha256": trained.facts["sha256"], "base": shown(trained.base_model), "trained_bits": 8}
+    for digest, usable in ((None, True), (weights_sha256(trained.base_model), True), ("0" * 64, False)):
+        trained.merged.mkdir(exist_ok=True)
+        about |= {"base_sha256": digest, "weights": {}}
+        (trained.merged / "merge.json").write_text(json.dumps(about), encoding="utf-8")
+        assert bool(merged_folder(trained)) == usable
+
+
+def test_kept_answers_of_a_base_whose_weights_were_replaced_are_another_models(runs, tmp_path):
+    evaluation = resolve(Request(recipe=NAME, tasks="fpb", base=True, results=tmp_path / "results"))
+    base, adapter = evaluation.runs(None)
+    assert base.base_sha256 == adapter.base_sha256 == weights_sha256(evaluation.model)
+    prepare_folder(base, evaluation)
+    assert prepare_folder(base, evaluation) == ["fpb"]
+    with refuses("another model", "base_sha256", "FORCE=1"):
+        prepare_folder(replace(base, base_sha256="0" * 64), evaluation)
+    record = tmp_path / "results" / base.subject / "run.json"
+    kept = json.loads(record.read_text(encoding="utf-8"))
+    del kept["base_sha256"]  # of before 2026-11
+    record.write_text(json.dumps(kept), encoding="utf-8")
+    assert prepare_folder(base, evaluation) == ["fpb"]

@@ -68,6 +68,12 @@ def _named_files(recipe: dict[str, Any], root: Path = Path()) -> Digests:
     return {name: {"": cached_sha256(root / name, root)} for name in files}
 
 
+def weights_sha256(name: str, root: Path = Path()) -> str | None:
+    """One digest of a model's weights, a folder's or those in the hub's cache; None where it is not there."""
+    files = model_files(name, WEIGHTS, root)
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest() if files else None
+
+
 def changed_files(before: Digests, now: Digests) -> list[str]:
     """The files, as folder/name, that differ among the models and files which both have."""
     return [

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastdora.plugin.checksums import weights_sha256
 from finlora.core.errors import UserError
-from finlora.core.paths import RAW, SAMPLE, shown, slug
+from finlora.core.paths import RAW, ROOT, SAMPLE, shown, slug
 from finlora.data.test_sets import all_sets, choose
 from finlora.evaluate import forgetting
 from finlora.evaluate.results import RESULTS, Run
@@ -69,6 +70,7 @@ class Evaluation:
         quantised = self.bits != 16 and request.keep_quantised
         common: dict[str, Any] = {
             "model": shown(self.model),
+            "base_sha256": weights_sha256(self.model, ROOT),
             "bits": self.bits,
             "prompt": request.prompt,
             "template_sha256": template_sha256,

@@ -32,6 +32,7 @@ class Run:
     model: str
     adapter: str | None = None
     adapter_sha256: str | None = None
+    base_sha256: str | None = None  # of its base's weights
     bits: int | None = None
     method: str | None = None  # base, lora, dora or rslora
     r: int | None = None

@@ -32,7 +32,7 @@ from finlora.evaluate.scorers import bertscore_items, scorings, summary
 from finlora.models.load import check_fits, template_sha256
 
 # Answers in a folder whose run.json differs in one of these are another model's.
-IDENTITY = ("model", "adapter_sha256", "bits", "prompt", "template_sha256", "way", "backend")
+IDENTITY = ("model", "base_sha256", "adapter_sha256", "bits", "prompt", "template_sha256", "way", "backend")
 DISK_NEEDED = 64 * 2**20
 
 
@@ -107,6 +107,8 @@ def prepare_folder(run: Run, evaluation: Evaluation) -> list[str]:
     folder = request.results / run.subject
     before = read_json(folder / "run.json")
     changed = [key for key in IDENTITY if before and before.get(key) != getattr(run, key)]
+    if "base_sha256" in changed and not (run.base_sha256 and before.get("base_sha256")):
+        changed.remove("base_sha256")  # a hub's model before it was fetched, or answers of before 2026-11
     if folder.is_dir() and (request.force or changed):
         if changed and not request.force:
             values = [(key, str(before.get(key))[:40], str(getattr(run, key))[:40]) for key in changed[:2]]

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from fastdora.plugin.checksums import weights_sha256
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
 from finlora.core.machine import GIB, gpus
@@ -198,6 +199,7 @@ def write(trained: TrainedModel, into: str | None, limit: int, tokenizer, folder
             "adapter": shown(str(trained.adapter)),
             "adapter_sha256": trained.facts["sha256"],
             "base": shown(trained.base_model),
+            "base_sha256": weights_sha256(trained.base_model, ROOT),
             **{key: trained.facts[key] for key in ("method", "r", "alpha")},
             "trained_bits": trained.bits,
             "asked_for": into,

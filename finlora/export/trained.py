@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
+from fastdora.plugin.checksums import weights_sha256
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
-from finlora.core.paths import shown, slug
+from finlora.core.paths import ROOT, shown, slug
 from finlora.models.load import adapter_facts, resolve_adapter
 from finlora.recipes.bases import fetch_base
 from finlora.train.runs import OUTPUTS, check_start, of_recipe
@@ -104,6 +105,9 @@ def merged_folder(trained: TrainedModel) -> Path | None:
         "trained_bits": trained.bits,
     }
     if not about or any(about.get(key) != value for key, value in expected.items()):
+        return None
+    base = weights_sha256(trained.base_model, ROOT)  # None where it is gone: the merged model is whole without it
+    if base and about.get("base_sha256") not in (None, base):
         return None
     return trained.merged if all((trained.merged / name).is_file() for name in about["weights"]) else None
 
