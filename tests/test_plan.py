@@ -247,12 +247,6 @@ BAD = {
         "base_model",
         ["a/b", "recipes/bases.yaml", "make demo"],
     ),
-    "an unknown layer": (
-        {"lora_target_modules": ["q_proj", "w1"]},
-        OWN_PATH,
-        "lora_target_modules",
-        ["w1", "q_proj, k_proj, "],
-    ),
     "rows that are not here": (
         {"datasets": [{"path": "data/mine.jsonl"}]},
         OWN_PATH,

@@ -169,8 +169,8 @@ BAD = {
     "the sweep's own": ("output_dir: [outputs/a]", "output_dir", ["remove"]),
     "half of 4 bits": (
         "load_in_4bit: [true]",
-        "load_in_8bit",
-        ["point 1", "load_in_4bit: true", "sentiment_4bit_r8_dora", "true", "name"],
+        "load_in_4bit",
+        ["point 1", "is true", "load_in_8bit", "keep one"],
     ),
     "not YAML": ("lora_r: [4", None, ["YAML"]),
     "a number for a key": ("8: [4]\nlora_r: [4]", "8", ["unknown", "remove"]),

@@ -407,7 +407,6 @@ def make_plan(
             f"{path}: key 'base_model': the sizes of {recipe['base_model']} are not known here; add them to "
             "recipes/bases.yaml, or run `make demo` for .cache/tiny"
         )
-    recipes.check_targets(str(path), recipes.Recipe(path, recipe))
     key, gpu = find_gpu(gpu_name)
     if recipe.get("fastdora_fp8") and not gpu["fp8"]:
         raise UserError(

@@ -16,39 +16,13 @@ from finlora.core.paths import ROOT
 from finlora.recipes.bases import linear_layers, shape, trainable_parameters
 from finlora.recipes.factorise import comments, factorise
 from finlora.recipes.memory import memory_estimate, on_cpu
-from finlora.recipes.names import DECIDED_BY, RECIPES, names, parse_name
+from finlora.recipes.names import RECIPES, names, parse_name
+from finlora.recipes.rules import validate
 
 CACHE = ROOT / ".cache"
 PLUGIN = ROOT / "fastdora" / "plugin"  # whose keys are part of the schema
-ABOVE_ZERO = (
-    "lora_r",
-    "lora_alpha",
-    "sequence_len",
-    "micro_batch_size",
-    "gradient_accumulation_steps",
-    "num_epochs",
-    "learning_rate",
-)
-# Axolotl has a default for each of these; a recipe states them, so that it and its adapter can be checked.
-NEEDED = (
-    *DECIDED_BY["bits"],
-    *DECIDED_BY["method"],
-    *DECIDED_BY["name"],
-    "lora_r",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_target_modules",
-    "datasets",
-    "sequence_len",
-    "micro_batch_size",
-    "gradient_accumulation_steps",
-    "num_epochs",
-)
-
-
 # TINY=1 shortens packs and steps to what a CPU does in seconds.
 TINY_LENGTH, TINY_STEPS = 512, 2
-MOST_LAYERS = 200  # of any Llama; a base model of unknown sizes may have so many
 
 
 @dataclass(frozen=True)
@@ -116,7 +90,7 @@ def load(path: Path) -> Recipe:
         raise UserError(str(error)) from error
     recipe = Recipe(path, keys)
     check_name(recipe)
-    check_needed(str(path), recipe)
+    validate(str(path), keys, recipe.layers)
     return recipe
 
 
@@ -132,7 +106,7 @@ def on_tiny_base(recipe: Recipe, base: str) -> Recipe:
         "dataset_prepared_path": f"{out}/tokenised",
     }
     tiny = Recipe(recipe.path, keys)
-    check_targets(str(recipe.path), tiny)  # its layers may be others than the recipe's base model has
+    validate(str(recipe.path), keys, tiny.layers)  # they may be others than the recipe's base model has
     return tiny
 
 
@@ -195,60 +169,6 @@ def check_paths(recipe: Recipe) -> None:
             raise UserError(f"{recipe.path}: key '{key}': {name} leads out of the repository; copy it to data/")
 
 
-def check_needed(source: str, recipe: Recipe) -> None:
-    """Raise UserError where what the checks before and after a run read is missing, or is no size.
-
-    source: what an error's line begins with: the recipe's path, or a sweep's file and point.
-    """
-    keys = recipe.keys
-    for key in NEEDED:
-        if keys.get(key) is None:
-            raise UserError(f"{source}: key '{key}' is missing; give it a value")
-    for key in ABOVE_ZERO:
-        if isinstance(keys.get(key), int | float) and not keys[key] > 0:
-            raise UserError(f"{source}: key '{key}' is {keys[key]}; give it a value above 0")
-    if keys.get("lora_target_linear"):
-        raise UserError(f"{source}: key 'lora_target_linear': list the modules in lora_target_modules and remove it")
-    check_targets(source, recipe)
-    check_groups(source, keys)
-
-
-def check_targets(source: str, recipe: Recipe) -> None:
-    """Raise UserError where `lora_target_modules` is no list, or names a layer twice or none of the base model's."""
-    targets, layers = recipe.keys["lora_target_modules"], recipe.layers
-    where = f"{source}: key 'lora_target_modules'"
-    if not isinstance(targets, list) or not targets:
-        raise UserError(f"{where} is {json.dumps(targets)}; write a list, as in [q_proj, v_proj]")
-    for number, target in enumerate(targets):
-        if target in targets[:number]:
-            raise UserError(f"{where}: {target} is listed twice; keep one")
-        if layers and target not in layers:
-            raise UserError(f"{where}: {target} is none of {', '.join(layers)}")
-
-
-def check_groups(source: str, recipe: dict[str, Any]) -> None:
-    """Raise UserError for a module of `lr_groups` that no trained parameter has in its name: axolotl ignores it."""
-    if not recipe.get("lr_groups"):
-        return
-    parts = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(recipe.get("peft_use_dora"))]
-    blocks = [f"layers.{layer}.{module}" for layer in range(MOST_LAYERS) for module in ("self_attn", "mlp")]
-    trained = [
-        f"base_model.model.model.{block}.{target}.{part}.default.weight"
-        for block in blocks
-        for target in recipe["lora_target_modules"]
-        for part in parts
-    ]
-    for group in recipe["lr_groups"]:
-        for module in group["modules"]:
-            if not any(module in name for name in trained):
-                if "magnitude" in module and not recipe.get("peft_use_dora"):
-                    raise UserError(f"{source}: key 'lr_groups': LoRA has no {module}; take a recipe with DoRA")
-                raise UserError(
-                    f"{source}: key 'lr_groups': {module} is in the name of nothing that is trained; take a part of "
-                    f"{trained[0]}, say {', '.join([*recipe['lora_target_modules'], *parts])}"
-                )
-
-
 def axolotl_schema(plugins: Any) -> dict[str, Any]:
     """The strict JSON schema of axolotl and `plugins`; importing axolotl takes ten seconds, so it is kept in `.cache`.
 
@@ -269,12 +189,10 @@ def axolotl_schema(plugins: Any) -> dict[str, Any]:
 
 def check() -> None:
     """Check every recipe's keys, types, name and factorisation."""
-    recipes = {path.stem: load(path).keys for path in sorted(RECIPES.glob("*.yaml"))}
-    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(RECIPES.glob("*.yaml"))}
-    problems = [
-        *factorise(recipes),
-        *factorise({name: comments(text) for name, text in texts.items()}, "comment on key"),
-    ]
+    paths = {name: RECIPES / f"{name}.yaml" for name in names()}
+    recipes = {name: load(path).keys for name, path in paths.items()}
+    texts = {name: comments(path.read_text(encoding="utf-8")) for name, path in paths.items()}
+    problems = [*factorise(recipes), *factorise(texts, "comment on key")]
     if problems:
         raise UserError("\nerror: ".join(problems))
     print(

@@ -36,6 +36,7 @@ from finlora.evaluate.results import show
 from finlora.recipes import bases, memory
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
+from finlora.recipes.rules import validate
 from finlora.sweep import report as sweep_report
 from finlora.train import run as train
 from finlora.train import runs, tracking
@@ -137,7 +138,7 @@ def plan(recipe: Path, file: Path) -> list[dict[str, Any]]:
             check_keys(merged, show(file), schema)
         except RecipeError as error:
             raise UserError(str(error)) from error
-        recipes.check_needed(f"{show(file)}: point {number}", recipes.Recipe(recipe, merged))
+        validate(f"{show(file)}: point {number}", merged, recipes.Recipe(recipe, merged).layers)
         name = name_of(recipe.stem, base, merged)
         for other in points:
             if alike(other["merged"], merged):
