@@ -84,7 +84,7 @@ def files(folder: Path = ROOT) -> Iterator[str]:
                 yield from files(Path(entry.path))
     if folder == ROOT and (ROOT / ".cache").is_dir():
         for path in (ROOT / ".cache").iterdir():
-            if not path.name.startswith(("tiny", "axolotl-schema-")):
+            if not path.name.startswith(("tiny", "axolotl-schema-", "transformers-4")):
                 yield str(path)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import requests
 
+from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 from finlora.evaluate.evaluation import Evaluation
@@ -43,6 +44,7 @@ def merged(evaluation: Evaluation, run: Run, tokenizer) -> Path:
         whole = Path(beside) / "model"
         model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
+        make_compatible(whole)
         whole.rename(folder)
     return folder
 

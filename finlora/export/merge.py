@@ -27,6 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fastdora.plugin.checksums import weights_sha256
+from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
 from finlora.core.machine import GIB, gpus
@@ -302,6 +303,7 @@ def save(merged, tokenizer, folder: Path) -> None:
     )
     merged.save_pretrained(folder, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
+    make_compatible(folder)
 
 
 def verify(saved, rows: list[list[int]], expected: torch.Tensor) -> Distance:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError
 from finlora.core.files import replacing
 from finlora.core.paths import ROOT
@@ -119,6 +120,7 @@ def finish(
             f"{folder.path.relative_to(ROOT)}: training ended before its last step; run the same command to resume"
         )
     check_adapter(recipe, folder, metrics)
+    make_compatible(folder.path)  # the tokenizer beside the adapter
     seconds = (datetime.datetime.now(datetime.timezone.utc) - started).total_seconds()
     record = about | {
         "recipe": recipe.path.stem,
