@@ -70,10 +70,10 @@ check: $(READY) ## check every recipe: keys, types, names, factorisation
 	@$(FINLORA) check
 
 data: $(READY) ## fetch and prepare TASK= (all without); FILE=<your rows> TASK=cfa for rows of your own; LABELS=published
-	@$(FINLORA) data $(TASK) $(call options,FILE LABELS) $(ARGS)
+	@$(FINLORA) data $(TASK) $(call options,FILE LABELS MIXTURE) $(ARGS)
 
-audit: $(READY) ## what is in the fetched files: labels, duplicates, leaks, lengths; TASK= for one
-	@$(FINLORA) audit $(TASK) $(ARGS)
+audit: $(READY) ## what is in the fetched files: labels, duplicates, leaks, lengths; TASK= for one, FILE=<your rows>
+	@$(FINLORA) audit $(TASK) $(call options,FILE) $(ARGS)
 
 pictures: $(READY) ## draw docs/speed.svg and docs/scores.svg from the recorded results
 	@$(FINLORA) pictures

@@ -50,6 +50,11 @@ class Labels(str, Enum):
     published = "published"
 
 
+class Mixing(str, Enum):
+    balanced = "balanced"
+    finlora = "finlora"
+
+
 class Into(str, Enum):
     full = "full"
     dequantised = "dequantised"
@@ -89,6 +94,9 @@ AnyLabel = Annotated[bool, typer.Option("--any-label", help="accept answers in -
 Out = Annotated[Path | None, typer.Option(help="the folder to write to (default data/prepared/TASK)")]
 Seed = Annotated[int, typer.Option(help="random seed of the validation split")]
 Validation = Annotated[float, typer.Option(help="the share of rows that are held out")]
+Mixture = Annotated[
+    Mixing, typer.Option(help="rows of a mixture's tasks: all as many as the largest, or as FinLoRA's script has them")
+]
 Timeout = Annotated[float, typer.Option(click_type=Number(float), help="seconds without data until a retry")]
 Retries = Annotated[int, typer.Option(help="failed attempts in a row before a file is given up")]
 Backoff = Annotated[float, typer.Option(help="seconds before the first retry")]
@@ -400,11 +408,12 @@ def data(
     seed: Seed = 42,
     validation: Validation = 0.02,
     labels: LabelsUsed = Labels.corrected,
+    mixture: Mixture = Mixing.balanced,
 ) -> None:
     """Fetch and prepare tasks; with --file prepare rows of your own."""
     if not file:
         fetch(tasks, raw=raw)
-    prepare(tasks, raw, out, file, context_column, target_column, any_label, seed, validation, labels)
+    prepare(tasks, raw, out, file, context_column, target_column, any_label, seed, validation, labels, mixture)
 
 
 @app.command()
@@ -434,22 +443,22 @@ def prepare(
     seed: Seed = 42,
     validation: Validation = 0.02,
     labels: LabelsUsed = Labels.corrected,
+    mixture: Mixture = Mixing.balanced,
 ) -> None:
     """Prepare fetched files, or rows of your own, for training."""
     from finlora.data import prepare
 
-    prepare.run(
-        tasks or [],
-        raw,
-        out,
-        file=file,
+    options = prepare.Options(
+        file=str(file.absolute()) if file else None,
         context_column=context_column,
         target_column=target_column,
         any_label=any_label,
         seed=seed,
         validation=validation,
         labels=labels.value,
+        mixture=mixture.value,
     )
+    prepare.run(tasks or [], raw, out, options)
 
 
 @app.command()

@@ -39,7 +39,9 @@ def demo(data: Path | None = None) -> dict[str, float]:
         held_out = [(row.context, row.target) for row in rows.read_rows(HELD_OUT)]
         base, recipe = tiny.build(tiny.sample_texts()), RECIPE
     else:
-        prepare.prepare("sentiment", out=folder, file=data, any_label=True, validation=0.2)
+        prepare.prepare(
+            "sentiment", out=folder, options=prepare.Options(file=str(data.absolute()), any_label=True, validation=0.2)
+        )
         held_out = list(read_pairs(folder / "validation.jsonl"))
         # The base model learns from the train rows' prompts alone, never from an answer or a held-out row.
         base, recipe = tiny.build([prompt for prompt, _ in read_pairs(folder / "train.jsonl")]), RECIPE

@@ -22,12 +22,21 @@ from hypothesis import strategies as st
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 from finlora.data import corrections
+from finlora.data import prepare as preparing
 from finlora.data.neardup import near_duplicate_groups, normalise
-from finlora.data.prepare import _choose_groups, is_current, prepare, refresh, why_stale
+from finlora.data.prepare import Options, _choose_groups, is_current, refresh, why_stale
 from finlora.data.tasks import load_tasks
 
 SHARED = ROOT.parent / "shared" / "finlora" / "data"
 SAMPLE = ROOT / "data" / "sample"
+NO_MIXTURE = {"repeated": 0, "not_sampled": 0}
+
+
+def prepare(task: str, raw: Path | None = None, out: Path | None = None, **options: object) -> dict:
+    """What prepared.json holds."""
+    if "file" in options:
+        options["file"] = str(options["file"])
+    return preparing.prepare(task, raw, out, Options(**options)).model_dump()
 
 
 def rows_of(path: Path) -> list[tuple[str, str]]:
@@ -72,7 +81,7 @@ def test_messages_counts_and_checksums(tmp_path):
     raw = published(tmp_path, rows)
     record = prepare("xbrl_term", raw, tmp_path / "out")
     train, validation = rows_of(tmp_path / "out" / "train.jsonl"), rows_of(tmp_path / "out" / "validation.jsonl")
-    assert record["rows"] == {"read": 100, "left_out": 0, "repeated": 0, "train": 98, "validation": 2}
+    assert record["rows"] == {"read": 100, "left_out": 0, **NO_MIXTURE, "train": 98, "validation": 2}
     assert train == [row for row in rows if row not in validation]  # in file order
     assert sorted(train + validation) == sorted(rows)
     assert record == json.loads((tmp_path / "out" / "prepared.json").read_text())
@@ -116,7 +125,7 @@ def test_bytes_do_not_change_unseen(tmp_path):
     """If this fails because the output is meant to differ, raise finlora.data.prepare.FORMAT and renew the
     checksums."""
     record = prepare("xbrl_term", published(tmp_path, distinct_rows(50)), tmp_path / "out")
-    assert record["format"] == 1
+    assert record["format"] == 2
     assert record["outputs"] == GOLDEN
 
 
@@ -215,15 +224,17 @@ def test_published_defects_are_left_out_and_counted(tmp_path):
     for line in range(5, 20):
         rows[line] = (rows[line][0], " ")
     rows[20] = ("Say <|eot_id|> now", "positive")
+    rows[21] = (rows[21][0], "nan")
     raw = published(tmp_path, rows)
     done = command("xbrl_term", "--raw", raw, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "prepared.json").read_text())
-    assert record["rows"] == {"read": 40, "left_out": 17, "repeated": 0, "train": 22, "validation": 1}
+    assert record["rows"] == {"read": 40, "left_out": 18, **NO_MIXTURE, "train": 21, "validation": 1}
     assert record["sources"][0]["left_out"] == {
         "empty context": {"rows": 1, "first_lines": [4]},
         "empty target": {"rows": 15, "first_lines": list(range(6, 16))},
-        "holds the chat's control token <|eot_id|>": {"rows": 1, "first_lines": [21]},
+        "context holds the chat's control token <|eot_id|>": {"rows": 1, "first_lines": [21]},
+        "missing target ('nan')": {"rows": 1, "first_lines": [22]},
     }
     said = [line for line in done.stdout.splitlines() if "train/xbrl_term_train.jsonl" in line and "empty" in line]
     says(said[0], "1 row", "empty context", "4")
@@ -273,6 +284,31 @@ def test_mixture_takes_its_own_file_when_it_is_there(tmp_path):
     assert (record["origin"], record["rows"]["read"]) == ("published file", 12)
 
 
+@pytest.mark.parametrize(
+    ("task", "counts", "rows"),
+    [
+        # As data/create_multitask_datasets.py of FinLoRA: to the rows of NER; to those of the others' largest.
+        ("general_multi", {"sentiment": 90, "headline": 60, "ner": 40}, {"repeated": 0, "not_sampled": 70}),
+        ("analysis_multi", {"financebench": 30, "xbrl_extract": 70, "formula": 50}, {"repeated": 60, "not_sampled": 0}),
+    ],
+)
+def test_mixture_as_finloras_script_makes_it(task, counts, rows, tmp_path):
+    raw = mixture(tmp_path, **counts)
+    write_rows(raw / load_tasks()[task].train, distinct_rows(12))  # FinLoRA's own file is left aside
+    record = prepare(task, raw, tmp_path / "out", validation=0, mixture="finlora")
+    assert record["origin"] == "single tasks" and {key: record["rows"][key] for key in rows} == rows
+    train = rows_of(tmp_path / "out" / "train.jsonl")
+    each = min(counts.values()) if rows["not_sampled"] else max(counts.values())
+    assert Counter(context.split()[0] for context, _ in train) == dict.fromkeys(counts, each)
+    if rows["not_sampled"]:
+        assert len(set(train)) == len(train)  # a sample
+    else:
+        first, *_ = train
+        assert train[:70] == train[:30] * 2 + train[:10] and train[0] == first  # whole copies, then the first rows
+    with refuses(GONE, "`make data TASK=finer`", file=raw / "train" / "finer_train_batched.jsonl"):
+        prepare("reporting_multi", raw, tmp_path / "other", mixture="finlora")
+
+
 def test_mixture_with_a_task_missing(tmp_path):
     raw = mixture(tmp_path, finer=20)
     with refuses(
@@ -302,7 +338,7 @@ def test_corrected_and_published_labels(tmp_path, monkeypatch):
     table.write_text(text.replace(pinned, blob), encoding="utf-8")
     load = corrections.load_corrections
     monkeypatch.setattr(corrections, "load_corrections", lambda: load(table))
-    monkeypatch.setattr("finlora.data.prepare.CORRECTIONS", table)
+    monkeypatch.setattr(preparing, "CORRECTIONS", table)
 
     exchanged = {"neutral": "positive", "positive": "neutral", "negative": "negative"}
     expected = [(context, exchanged[target]) for context, target in rows[:30]] + rows[30:]
@@ -372,7 +408,8 @@ OWN_MISTAKES = {
     "label with a space": ([("a", "A ")], 1, None, "'A '", *LABELS),
     "long label": ([("a", "x" * 41)], 1, None, f"'{'x' * 40}'", *LABELS),
     "empty answer": ([("a", "A"), ("b", "B"), ("c", "")], 3, "target", "empty", "fill", "remove"),
-    "control token": ([("a", "A"), ("<|start_header_id|>system", "A")], 2, None, "<|start_header_id|>", "remove"),
+    "missing answer": ([("a", "A"), ("b", "nan")], 2, "target", "'nan'", "missing", "remove"),
+    "control token": ([("a", "A"), ("<|start_header_id|>system", "A")], 2, "context", "<|start_header_id|>", "remove"),
 }
 
 
@@ -390,6 +427,43 @@ def test_any_label(tmp_path):
     assert prepare("cfa", file=own, out=tmp_path / "out", any_label=True)["rows"]["train"] == 2
 
 
+def test_own_rows_that_are_test_rows_are_told_with_their_lines(tmp_path):
+    raw, own = tmp_path / "raw", tmp_path / "own.csv"
+    test = distinct_rows(35, seed=8)
+    write_rows(raw / load_tasks()["sentiment"].tests["fpb"].file, test)
+    mine = [*distinct_rows(30, seed=9), *((context.upper(), target) for context, target in test[:3])]
+    mine += [(f"{test[3][0]} more", "neutral")]
+    with open(own, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("context", "target"), *mine])
+    done = command("sentiment", "--file", own, "--raw", raw, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    (line,) = [line.strip() for line in done.stdout.splitlines() if "test set" in line]
+    says(line, "! 4 ", "fpb", "3 in the same words", "32, 33, 34, 35", "remove")
+    in_tests = json.loads((tmp_path / "out" / "prepared.json").read_text())["in_tests"]
+    assert in_tests == {"fpb": {"same_words": 3, "near": 4, "first_lines": [32, 33, 34, 35]}}
+
+
+def test_columns_that_are_not_used_are_named(tmp_path):
+    own = tmp_path / "own.csv"
+    own.write_text("id,context,target,url\n1,a,A,x\n2,b,B,y\n")
+    done = command("cfa", "--file", own, "--out", tmp_path / "out")
+    (line,) = [line for line in done.stdout.splitlines() if "not used" in line]
+    says(line.strip(), "id, url")
+
+
+def test_a_record_of_an_earlier_format_keeps_its_options(tmp_path):
+    """FORMAT 1 had no `mixture`, `unused` and `in_tests`; the own rows and options are taken again."""
+    own, out = write_rows(tmp_path / "own.jsonl", distinct_rows(20)), tmp_path / "out"
+    prepare("xbrl_term", out=out, file=own, seed=7)
+    record = json.loads((out / "prepared.json").read_text()) | {"format": 1}
+    del record["in_tests"], record["settings"]["mixture"], record["sources"][0]["unused"]
+    (out / "prepared.json").write_text(json.dumps(record))
+    says(why_stale("xbrl_term", out=out), "version", "validation split", file=out / "prepared.json")
+    again = refresh("xbrl_term", out=out)
+    assert (again.settings.file, again.settings.seed, again.format) == (str(own), 7, 2)
+    assert is_current("xbrl_term", out=out)
+
+
 def test_own_rows_are_not_replaced_unasked(tmp_path):
     raw = published(tmp_path, distinct_rows(20))
     own = write_rows(tmp_path / "own.jsonl", distinct_rows(12, seed=5))
@@ -401,14 +475,14 @@ def test_own_rows_are_not_replaced_unasked(tmp_path):
     write_rows(own, distinct_rows(14, seed=5))
     says(why_stale("xbrl_term", raw, out), "changed", "xbrl_term", file=own)
     record = refresh("xbrl_term", raw, out)
-    assert record["sources"][0]["rows"] == 14 and record["settings"]["seed"] == 7
+    assert record.sources[0].rows == 14 and record.settings.seed == 7
     own.unlink()
     says(why_stale("xbrl_term", raw, out), GONE, "check the path", file=own)
 
 
 def test_refresh_without_a_record_takes_the_published_file(tmp_path):
     raw = published(tmp_path, distinct_rows(20))
-    assert refresh("xbrl_term", raw, tmp_path / "out")["origin"] == "published file"
+    assert refresh("xbrl_term", raw, tmp_path / "out").origin == "published file"
 
 
 # What counts as current
@@ -424,12 +498,8 @@ def test_current_until_something_changes(tmp_path):
     says(why_stale("xbrl_term", raw, out), GONE, file=prepared)
     record = prepare("xbrl_term", raw, out)
     assert is_current("xbrl_term", raw, out)
-    assert why_stale("xbrl_term", raw, out, record["settings"]) is None
-    says(
-        why_stale("xbrl_term", raw, out, record["settings"] | {"seed": 1}),
-        "other options|different options",
-        file=prepared,
-    )
+    assert why_stale("xbrl_term", raw, out, Options()) is None
+    says(why_stale("xbrl_term", raw, out, Options(seed=1)), "other options|different options", file=prepared)
     says(why_stale("headline", raw, out), "version", "task", file=prepared)
 
     os.utime(source, (1, 1))
@@ -481,7 +551,9 @@ def test_same_command_twice_does_nothing(tmp_path):
     again = command("xbrl_term", "--raw", raw, "--out", out)
     assert again.stdout == f"{first.stdout.rstrip()} (already there)\n"
     assert stamps == {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert "(already there)" not in command("xbrl_term", "--raw", raw, "--out", out, "--seed", 1).stdout
+    other = command("xbrl_term", "--raw", raw, "--out", out, "--seed", 1).stdout
+    assert "(already there)" not in other
+    says(other.splitlines()[0], "options", "again", file=out / "prepared.json")
 
 
 # Mistakes of the person who types
@@ -500,8 +572,6 @@ def test_mistakes_in_the_options(tmp_path):
     for share in 0.51, -0.01, float("nan"):
         with refuses("validation|--validation", f"{share}", "0 to 0.5"):
             prepare("xbrl_term", raw, out, validation=share)
-    with refuses("labels|--labels", "'right'", "corrected", "published"):
-        prepare("xbrl_term", raw, out, labels="right")
     assert prepare("xbrl_term", raw, out, validation=0.5)["rows"]["validation"] == 15
 
 
@@ -542,7 +612,7 @@ def test_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
             os.utime(source, (number, number))
         return groups
 
-    monkeypatch.setattr("finlora.data.prepare.near_duplicate_groups", touching)
+    monkeypatch.setattr(preparing, "near_duplicate_groups", touching)
     with refuses("changed", "again", file=source):
         prepare("xbrl_term", raw, out)
     assert not list(out.iterdir())
@@ -626,19 +696,22 @@ def test_killed_at_any_moment(tmp_path, least):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="FinLoRA's files are not beside the project")
-@pytest.mark.parametrize("task, rows, held_out", [("formula", 800, 16), ("financebench", 86, 2)])
-def test_real_files(task, rows, held_out, tmp_path):
+@pytest.mark.parametrize(
+    "task, rows, left_out, held_out", [("formula", 800, 0, 16), ("financebench", 86, 0, 2), ("xbrl_term", 5856, 6, 117)]
+)
+def test_real_files(task, rows, left_out, held_out, tmp_path):
     record = prepare(task, SHARED, tmp_path)
     assert record["rows"] == {
         "read": rows,
-        "left_out": 0,
-        "repeated": 0,
-        "train": rows - held_out,
+        "left_out": left_out,
+        **NO_MIXTURE,
+        "train": rows - left_out - held_out,
         "validation": held_out,
     }
     published_rows = []
     with open(SHARED / load_tasks()[task].train, encoding="utf-8") as file:
         for line in file:
             row = json.loads(line)
-            published_rows.append((row["context"], str(row["target"])))
+            if row["target"] != "nan":
+                published_rows.append((row["context"], str(row["target"])))
     assert sorted(rows_of(tmp_path / "train.jsonl") + rows_of(tmp_path / "validation.jsonl")) == sorted(published_rows)

@@ -211,11 +211,50 @@ MALFORMED = {
     "CSV without header": (
         *("a.csv", b"Is it up?,yes\nIs it down?,no\n", 1, "context", "column", "Is it up?, yes", "--context-column"),
     ),
-    "CSV with semicolons": (
-        *("a.csv", b"context;target\na;yes\n", 1, "context", "column", "'context;target'", "--context-column"),
+    "CSV with semicolons": (*("a.csv", b"context;target\na;yes\n", 1, None, "semicolon|';'", "comma"),),
+    "CSV with semicolons, as Excel marks them": (
+        *("a.csv", b"sep=;\r\ncontext;target\r\na;yes\r\n", 1, None, "semicolon|';'", "comma"),
     ),
+    "CSV with tabs": ("a.csv", b"context\ttarget\na\tyes\n", 1, None, "separated", "comma"),
     "CSV without the target": ("a.csv", b"context,answer\na,b\n", 1, "target", "'context, answer'", "--target-column"),
     "CSV column twice": ("a.csv", b"context,target,target\na,b,c\n", 1, "target", "column", TWICE, "keep|remove"),
+    "SQuAD's question": (
+        *("a.jsonl", b'{"id": "1", "title": "t", "question": "q?", "context": "a", "target": "b"}\n'),
+        *(1, "question", "key", "lost|ignored", "'context'", "remove"),
+    ),
+    "options beside the question": (
+        *("a.csv", b"context,Option A,Option B,target\nq,a,b,c\n", 1, "Option A", "column", "lost|ignored"),
+    ),
+    "a part of a prompt that only some rows have": (
+        *("a.jsonl", GOOD * 2 + b'{"context": "a", "Passage_2": "p", "target": "b"}\n'),
+        *(3, "Passage_2", "key", "lost|ignored"),
+    ),
+    "a column in two spellings": (
+        *("a.csv", b"context,target,Context\na,b,c\n", 1, "Context", "column", "lost|ignored"),
+    ),
+    "two CSV files joined": (
+        *("a.csv", b"context,target\na,yes\ncontext,target\nb,no\n", 3, None, "header", "joined", "remove"),
+    ),
+    "two CSV files joined, with a byte order mark": (
+        *("a.csv", b"context,target\na,yes\n\xef\xbb\xbfContext, target \nb,no\n", 3, None, "header", "remove"),
+    ),
+    "a header among JSON lines": (
+        *("a.jsonl", GOOD + b'{"context": "context", "target": "target"}\n', 2, None, "header", "remove"),
+    ),
+    "target nan": ("a.jsonl", b'{"context": "a", "target": "nan"}\n', 1, "target", "'nan'", "missing", "remove"),
+    "target None": ("a.csv", b"context,target\na,None\n", 2, "target", "'None'", "missing", "fill", "remove"),
+    "target <NA>": (
+        *("a.parquet", parquet({"context": ["a"], "target": ["<NA>"]}), 1, "target", "'<NA>'", "missing", "remove"),
+    ),
+    "context null as text": ("a.csv", b"context,target\nnull,yes\n", 2, "context", "'null'", "missing", "remove"),
+    "Excel's error as an answer": ("a.csv", b"context,target\na,#N/A\n", 2, "target", "'#N/A'", "missing", "remove"),
+    "control token": (
+        *("a.jsonl", b'{"context": "a<|eot_id|>", "target": "yes"}\n'),
+        *(1, "context", "control token", "<|eot_id|>", "correct", "remove"),
+    ),
+    "ChatML's control token": (
+        *("a.jsonl", b'{"context": "a", "target": "yes<|im_end|>"}\n', 1, "target", "control token", "<|im_end|>"),
+    ),
     "CSV header only": ("a.csv", b"context,target\n", None, None, "no rows", "whole"),
     "CSV blank line": ("a.csv", b"context,target\n\na,yes\n", 2, None, "blank", "remove"),
     "CSV empty target": ("a.csv", b"context,target\na,\n", 2, "target", "empty", "fill", "remove"),
@@ -272,7 +311,7 @@ MALFORMED = {
 }
 
 
-CAPITALS = {"CRC", "CRLF", "CSV", "JSON", "LF", "LFS", "NUL", "UTF"}  # names; all else of a line is in lower case
+CAPITALS = {"CRC", "CRLF", "CSV", "JSON", "LF", "LFS", "NA", "NUL", "UTF"}  # names; all else of a line is in lower case
 
 
 def complaint(path: Path, *words: str, shown: object = None, line: int | None = None, key: str | None = None, **given):
@@ -297,8 +336,9 @@ def test_a_part_of_a_prompt_beside_the_texts(key, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(f"{key},context,target\na,b,c\n")
     complaint(path, "column", "lost|ignored", line=1, key=key)
+    complaint(path, "column", "lost|ignored", line=1, key="context", context=key)
+    path.write_text(f"{key},target\na,c\n")
     assert list(read_rows(path, context=key)) == [Row(2, "a", "c")]
-    assert list(read_rows(path, target=key)) == [Row(2, "b", "a")]
 
 
 def test_paths_that_are_no_data_file(tmp_path):
@@ -460,6 +500,36 @@ def test_last_line_may_lack_its_end(tmp_path):
     assert len(list(read_rows(path))) == 2
 
 
+def test_columns_that_are_not_used_are_named_with_their_first_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        GOOD + b'{"id": 1, "context": "a", "target": "b"}\n{"id": 2, "page": 3, "context": "a", "target": "b"}\n'
+    )
+    unused = {}
+    assert len(list(read_rows(path, unused=unused))) == 3
+    assert unused == {"id": 2, "page": 3}
+    for name, content in (
+        ("a.csv", b"id,context,target,url\n1,a,b,c\n"),
+        ("a.parquet", parquet({"id": [1], "context": ["a"], "target": ["b"], "url": ["c"]})),
+    ):
+        path, unused = tmp_path / name, {}
+        path.write_bytes(content)
+        assert list(read_rows(path, unused=unused)) and list(unused) == ["id", "url"]
+
+
+@pytest.mark.parametrize("name", ["A", "d", "option_1", "Choice B", "opb", "Question", "system prompt", "Distractor2"])
+def test_what_looks_like_a_part_of_the_prompt(name, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"text of it,{name},label\nx,y,z\n")
+    complaint(path, "column", "lost|ignored", line=1, key=name, context="text of it", target="label")
+
+
+def test_a_label_that_is_called_as_a_missing_value_is_written_otherwise(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("context,target\na,none\nb,N/A\nc,nan or not\n")
+    assert [row.target for row in read_rows(path)] == ["none", "N/A", "nan or not"]
+
+
 def test_other_names_and_ignored_columns(tmp_path):
     path = tmp_path / "A.CSV"
     path.write_text("id,Q,A\n1,Is it up?,0\n")
@@ -519,14 +589,20 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="FinLoRA's files are not beside the project")
 def test_real_files():
-    counts = {path.name: sum(1 for _ in read_rows(path)) for path in SHARED.glob("*/*.jsonl")}
-    assert counts["tfns_test.jsonl"] == 2388 and counts["fpb_test.jsonl"] == 1212
+    nan = {"xbrl_term_train.jsonl": [142, 890, 1589, 1630, 2973, 3828]}  # targets that are the text nan
     for path in SHARED.glob("*/*.jsonl"):
+        left_out, unused = [], {}
+        rows = list(read_rows(path, left_out=left_out, unused=unused))
         with open(path, encoding="utf-8") as file:
-            plain = [json.loads(line) for line in file]
-        assert [(row.context, row.target) for row in read_rows(path)] == [
-            (row["context"], str(row["target"])) for row in plain
+            plain = {line: json.loads(text) for line, text in enumerate(file, 1)}
+        assert [row.line for row in left_out] == nan.get(path.name, [])
+        assert sorted(unused) == (["pages", "url"] if path.name.startswith("financebench") else [])
+        for row in left_out:
+            assert plain.pop(row.line)["target"] == "nan"
+        assert [(row.context, row.target) for row in rows] == [
+            (row["context"], str(row["target"])) for row in plain.values()
         ]
+    assert len(list(read_rows(SHARED / "test" / "tfns_test.jsonl"))) == 2388
 
 
 # Any text that can be written as UTF-8 and is neither blank nor holds a NUL.

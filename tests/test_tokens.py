@@ -14,7 +14,7 @@ import yaml
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from finlora.data.prepare import prepare
+from finlora.data.prepare import Options, prepare
 from finlora.data.rows import read_rows
 from finlora.data.tasks import load_tasks
 
@@ -104,7 +104,8 @@ def load(tokenizer, folder: Path, sources: dict[str, tuple[str, dict]]) -> dict[
 
     settings, entries = {}, {"datasets": [], "test_datasets": []}
     for name, (task, options) in sources.items():
-        prepare(task, out=folder / name, **options)
+        raw = options.pop("raw", None)
+        prepare(task, raw, folder / name, Options(**options))
         settings = recipe(task)
         for key, file in FILES.items():
             entries[key].append(settings[key][0] | {"path": str(folder / name / file)})
@@ -167,7 +168,7 @@ def trained_on(tokenizer, tmp_path_factory):
     rows = [{"context": context, "target": target} for context, target in AWKWARD]
     own.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     sources = {task: (task, {"raw": SAMPLE}) for task in FEW}
-    sources["awkward"] = "cfa", {"file": own, "any_label": True}
+    sources["awkward"] = "cfa", {"file": str(own), "any_label": True}
     if SHARED.is_dir():
         sources["real"] = "financebench", {"raw": SHARED}
     return load(tokenizer, folder, sources)

@@ -9,75 +9,167 @@ and near-duplicates of a row are on the same side of the split. prepared.json re
 written last: without it, or where a checksum differs, nothing counts as prepared.
 """
 
-import hashlib
 import json
 import os
 import random
-import re
 import tempfile
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Literal
 
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
 from finlora.core.errors import UserError
-from finlora.core.files import replacing, sha256
+from finlora.core.files import read_json, replacing, sha256
 from finlora.core.paths import PREPARED, RAW
 from finlora.data.corrections import TABLE as CORRECTIONS
 from finlora.data.corrections import applies, corrected_target, standing
-from finlora.data.neardup import near_duplicate_groups
-from finlora.data.rows import LeftOut, Row, check_regular_file, read_rows
+from finlora.data.neardup import duplicate_groups, near_duplicate_groups
+from finlora.data.rows import LeftOut, check_regular_file, read_rows
 from finlora.data.tasks import Mixture, Task, load_tasks
 from finlora.data.tasks import task as find_task
 
-LABELS = ("corrected", "published")
-FORMAT = 1  # of the prepared files; raise it whenever the same sources would give other bytes
+FORMAT = 2  # of the prepared files; raise it whenever the same sources would give other bytes
 SMALLEST_TO_SPLIT = 10  # rows; a validation loss over less than one row in ten says nothing
 LINES_SHOWN = 10
 
-# A text that holds one of these would end the turn or open another one.
-CONTROL_TOKEN = re.compile(
-    r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id|python_tag"
-    r"|finetune_right_pad_id|reserved_special_token_\d+)\|>"
-)
 _encode = json.JSONEncoder().encode  # escapes all but ASCII, so that no reader takes U+2028 for the end of a line
 
 
-def prepare(
-    task: str,
-    raw: Path | None = None,
-    out: Path | None = None,
-    *,
-    file: Path | None = None,
-    context_column: str = "context",
-    target_column: str = "target",
-    any_label: bool = False,
-    seed: int = 42,
-    validation: float = 0.02,
-    labels: str = "corrected",
-) -> dict[str, Any]:
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Options(_Record):
+    """How a task is prepared.
+
+    file: one's own rows (JSON lines, CSV or Parquet) in place of FinLoRA's, with the names of its columns; its answers
+    must be among the task's labels unless any_label. validation: the share of rows held out, 0 for none; fewer than 10
+    rows are all trained on. labels: "corrected" (data/corrections.yaml) or "published", for FinLoRA's files. mixture:
+    how many rows each task gives where a mixture is built from its tasks: "balanced", as many as the largest has, or
+    "finlora", as FinLoRA's script does (`published_rows` in data/tasks.yaml).
+    """
+
+    file: str | None = None
+    context_column: str = "context"
+    target_column: str = "target"
+    any_label: bool = False
+    seed: int = 42
+    validation: float = 0.02
+    labels: Literal["corrected", "published"] = "corrected"
+    mixture: Literal["balanced", "finlora"] = "balanced"
+
+
+class LeftOutRows(_Record):
+    """How many rows are left out for one reason, and the first lines."""
+
+    rows: int
+    first_lines: list[int]
+
+
+class Source(_Record):
+    """A file that rows come from. corrected: rows whose label was exchanged; unsure: rows that may have the defect that
+    corrections.yaml describes, kept as published; unused: columns that are not read."""
+
+    path: str
+    sha256: str
+    rows: int
+    left_out: dict[str, LeftOutRows]
+    kept: int
+    corrected: int
+    unsure: int
+    unused: list[str] = []
+
+
+class InTest(_Record):
+    """Own rows that a test set holds too: in the same words, and nearly (those included) with the first lines."""
+
+    same_words: int
+    near: int
+    first_lines: list[int]
+
+
+class Prepared(_Record):
+    """prepared.json: what went in and came out. outputs: the files' SHA-256 by name."""
+
+    task: str
+    format: int
+    origin: str
+    settings: Options
+    corrections_sha256: str | None
+    sources: list[Source]
+    rows: dict[str, int]
+    near_duplicate_groups: int
+    outputs: dict[str, str]
+    in_tests: dict[str, InTest] = {}
+
+
+def prepare(task: str, raw: Path | None = None, out: Path | None = None, options: Options | None = None) -> Prepared:
     """Write `out`/train.jsonl, validation.jsonl and prepared.json for a task and return what prepared.json holds.
 
-    raw: the folder of fetched files (default data/raw); out: default data/prepared/TASK. With `file` (JSON lines, CSV
-    or Parquet) the rows come from the user's own file, whose answers must be among the task's labels unless
-    `any_label`. validation: the share of rows held out, 0 for none; fewer than 10 rows are all trained on. labels:
-    "corrected" (data/corrections.yaml) or "published", for FinLoRA's files. A mixture comes from its own file where
-    that is in `raw`, and is built from its tasks' files otherwise.
+    raw: the folder of fetched files (default data/raw); out: default data/prepared/TASK. A mixture comes from its own
+    file where that is in `raw` (and options.mixture is "balanced"), and is built from its tasks' files otherwise.
     Raises UserError for an unknown task, a missing or malformed source, or a split that cannot be made.
     """
-    return _prepare(task, raw, out, _settings(file, context_column, target_column, any_label, seed, validation, labels))
+    entry, options = find_task(task), options or Options()
+    raw, out = Path(raw or RAW), Path(out or PREPARED / task)
+    if not 0 <= options.validation <= 0.5:
+        raise UserError(f"validation {options.validation}: give a share of the rows from 0 to 0.5")
+    origin, paths = _sources(task, entry, raw, options)
+    corrections = _sha256(CORRECTIONS) if options.labels == "corrected" and not options.file else None
+    sources: list[Source] = []
+    lines = array("q")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        with tempfile.TemporaryFile(dir=out) as spool:
+            groups = near_duplicate_groups(_spool(entry, raw, paths, options, spool, sources, lines))
+            in_tests = _in_tests(entry, raw, spool, lines) if options.file else {}
+            held_out = _choose_groups(task, groups, options.validation, options.seed)
+            smallest = options.mixture == "finlora" and entry.published_rows == "smallest"
+            rows = _write(out, spool, sources, groups, held_out, options, smallest)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); free some space or choose --out") from error
+    read = sum(source.rows for source in sources)
+    record = Prepared(
+        task=task,
+        format=FORMAT,
+        origin=origin,
+        settings=options,
+        corrections_sha256=corrections,
+        sources=sources,
+        rows={"read": read, "left_out": read - len(groups)} | rows,
+        near_duplicate_groups=len(set(groups)),
+        outputs={name: _sha256(out / name) for name in ("train.jsonl", "validation.jsonl")[: 1 + bool(held_out)]},
+        in_tests=in_tests,
+    )
+    with replacing(out / "prepared.json") as handle:
+        json.dump(record.model_dump(), handle, indent=1, ensure_ascii=False)
+        handle.write("\n")
+    return record
 
 
-def refresh(task: str, raw: Path | None = None, out: Path | None = None) -> dict[str, Any]:
+def refresh(task: str, raw: Path | None = None, out: Path | None = None) -> Prepared:
     """Prepare a task again from what it was prepared from last, the user's own file and all options included.
 
     A task that was never prepared (or whose prepared.json cannot be read) is prepared from FinLoRA's file.
     """
-    record = _record_or_none(Path(out or PREPARED / task) / "prepared.json")
-    return _prepare(task, raw, out, record["settings"] if record else _settings())
+    record = read_prepared(out or PREPARED / task)
+    return prepare(task, raw, out, record.settings if record else None)
+
+
+def read_prepared(folder: Path) -> Prepared | None:
+    """What the prepared.json of a folder holds, also of an earlier format; None where it cannot be read."""
+    try:
+        return Prepared.model_validate(read_json(Path(folder) / "prepared.json"))
+    except ValidationError:
+        return None
 
 
 def is_current(task: str, raw: Path | None = None, out: Path | None = None) -> bool:
@@ -86,152 +178,81 @@ def is_current(task: str, raw: Path | None = None, out: Path | None = None) -> b
 
 
 def why_stale(
-    task: str, raw: Path | None = None, out: Path | None = None, settings: dict[str, Any] | None = None
+    task: str, raw: Path | None = None, out: Path | None = None, options: Options | None = None
 ) -> str | None:
     """Return why a task has to be prepared (again), in one line, or None where its files are current.
 
-    Sources, corrections and outputs are compared by content. With `settings` (as in prepared.json) those must be equal.
+    Sources, corrections and outputs are compared by content. With `options` those must be equal.
     """
     entry = find_task(task)
     raw, out = Path(raw or RAW), Path(out or PREPARED / task)
-    path = out / "prepared.json"
+    path, record = out / "prepared.json", read_prepared(out)
+    if record is None:
+        return f"{path}: {'cannot be read' if path.exists() else 'is not there'}"
+    if record.format != FORMAT or record.task != task:
+        return f"{path}: was made by another version, whose validation split may differ, or for another task"
+    if options is not None and record.settings != options:
+        return f"{path}: was made with other options"
     try:
-        record = _read_record(path)
-        if record["format"] != FORMAT or record["task"] != task:
-            return f"{path}: was made by another version or for another task"
-        if settings is not None and record["settings"] != settings:
-            return f"{path}: was made with other options"
-        _, expected = _sources(task, entry, raw, record["settings"])
-        if [source["path"] for source in expected] != [source["path"] for source in record["sources"]]:
+        _, paths = _sources(task, entry, raw, record.settings)
+        if paths != [source.path for source in record.sources]:
             return f"{path}: was made from other files"
-        checks = [(raw / source["path"], source["sha256"]) for source in record["sources"]]
-        if record["corrections_sha256"] is not None:
-            checks.append((CORRECTIONS, record["corrections_sha256"]))
-        checks += [(out / name, digest) for name, digest in record["outputs"].items()]
+        checks = [(raw / source.path, source.sha256) for source in record.sources]
+        if record.corrections_sha256 is not None:
+            checks.append((CORRECTIONS, record.corrections_sha256))
+        checks += [(out / name, digest) for name, digest in record.outputs.items()]
         for checked, digest in checks:
             if _sha256(checked) != digest:
                 return f"{checked}: has changed since {task} was prepared"
-    except FileNotFoundError:
-        return f"{path}: is not there"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{path}: cannot be read"
     except UserError as error:
         return str(error)
     return None
 
 
-def _prepare(task: str, raw: Path | None, out: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
-    entry = find_task(task)
-    raw, out = Path(raw or RAW), Path(out or PREPARED / task)
-    if not 0 <= settings["validation"] <= 0.5:
-        raise UserError(f"validation {settings['validation']}: give a share of the rows from 0 to 0.5")
-    if settings["labels"] not in LABELS:
-        raise UserError(f"labels {settings['labels']!r}: choose {' or '.join(LABELS)}")
-    origin, sources = _sources(task, entry, raw, settings)
-    own = settings["file"] is not None
-    corrections = _sha256(CORRECTIONS) if settings["labels"] == "corrected" and not own else None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out)
-        with tempfile.TemporaryFile(dir=out) as spool:
-            allowed = entry.labels if own and not settings["any_label"] else None
-            groups = near_duplicate_groups(_spool(sources, raw, spool, settings, allowed))
-            held_out = _choose_groups(task, groups, settings["validation"], settings["seed"])
-            rows, outputs = _write(out, spool, sources, groups, held_out, settings["seed"])
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); free some space or choose --out") from error
-    record = {
-        "task": task,
-        "format": FORMAT,
-        "origin": origin,
-        "settings": settings,
-        "corrections_sha256": corrections,
-        "sources": sources,
-        "rows": rows,
-        "near_duplicate_groups": len(set(groups)),
-        "outputs": outputs,
-    }
-    with replacing(out / "prepared.json") as handle:
-        json.dump(record, handle, indent=1, ensure_ascii=False)
-        handle.write("\n")
-    return record
-
-
-def _settings(
-    file: Path | None = None,
-    context_column: str = "context",
-    target_column: str = "target",
-    any_label: bool = False,
-    seed: int = 42,
-    validation: float = 0.02,
-    labels: str = "corrected",
-) -> dict[str, Any]:
-    return {
-        "file": None if file is None else os.path.abspath(file),
-        "context_column": context_column,
-        "target_column": target_column,
-        "any_label": any_label,
-        "seed": seed,
-        "validation": validation,
-        "labels": labels,
-    }
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if record["settings"].keys() != _settings().keys():
-        raise KeyError("settings")
-    return record
-
-
-def _record_or_none(path: Path) -> dict[str, Any] | None:
-    try:
-        return _read_record(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _sources(task: str, entry: Task | Mixture, raw: Path, settings: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """Where the rows come from, in words, and the files with their paths under `raw` (absolute for an own file)."""
-    if settings["file"] is not None:
-        return "own file", [{"path": settings["file"]}]
-    paths = [entry.train]
+def _sources(task: str, entry: Task | Mixture, raw: Path, options: Options) -> tuple[str, list[str]]:
+    """Where the rows come from, in words, and the files' paths under `raw` (absolute for an own file)."""
+    if options.file is not None:
+        return "own file", [options.file]
+    files = {task: entry.train}
     origin = "published file"
-    if entry.mixture_of and not os.path.lexists(raw / entry.train):
-        paths = [find_task(part).train for part in entry.mixture_of]
+    if entry.mixture_of and (options.mixture == "finlora" or not os.path.lexists(raw / entry.train)):
+        files = {part: find_task(part).train for part in entry.mixture_of}
         origin = "single tasks"
-    for path in paths:
+    for part, path in files.items():
         if not os.path.lexists(raw / path):
-            if entry.released:
-                raise UserError(f"{raw / path}: is not there; run `make data TASK={task}`")
-            raise UserError(f"{raw / path}: is not released; run `make data TASK={task} FILE=your_rows.jsonl`")
-    return origin, [{"path": path} for path in paths]
+            if not entry.released:
+                raise UserError(f"{raw / path}: is not released; run `make data TASK={task} FILE=your_rows.jsonl`")
+            # FinLoRA's own file of a mixture would do too, unless the mixture is to be built.
+            name = part if options.mixture == "finlora" else task
+            raise UserError(f"{raw / path}: is not there; run `make data TASK={name}`")
+    return origin, list(files.values())
 
 
 def _spool(
-    sources: list[dict[str, Any]], raw: Path, spool: IO[bytes], settings: dict[str, Any], allowed: list[str] | None
+    entry: Task | Mixture,
+    raw: Path,
+    names: list[str],
+    options: Options,
+    spool: IO[bytes],
+    sources: list[Source],
+    lines: array,
 ) -> Iterator[str]:
     """Read every source, write its rows as chat messages to `spool` and yield their contexts, in the same order.
 
-    Each source gains its checksum and its counts: rows (read), left_out (reason -> rows and lines), kept, and those of
-    the labels: corrected, and unsure (may carry the defect that corrections.yaml describes, kept as published).
+    `sources` gains each file's record, and `lines` the line of each row that is kept.
     """
-    own = settings["file"] is not None
-    for source in sources:
-        path = raw / source["path"]
-        source["sha256"], before = _sha256(path), _stamp(path)
-        columns = (settings["context_column"], settings["target_column"]) if own else ("context", "target")
-        correcting = settings["labels"] == "corrected" and not own and applies(source["path"], path)
+    own = options.file is not None
+    allowed = entry.labels if own and not options.any_label else None
+    columns = (options.context_column, options.target_column) if own else ("context", "target")
+    for name in names:
+        path = raw / name
+        digest, before = _sha256(path), _stamp(path)
+        correcting = options.labels == "corrected" and not own and applies(name, path)
         left_out: list[LeftOut] = []
-        kept = corrected = unsure = 0
-        rows = read_rows(path, *columns, left_out=None if own else left_out)
+        unused: dict[str, int] = {}
+        first, corrected, unsure = len(lines), 0, 0
+        rows = read_rows(path, *columns, left_out=None if own else left_out, unused=unused)
         for row in tqdm(rows, desc=path.name, unit=" rows", disable=None, leave=False):
-            complaint = _control_token(row)
-            if complaint and own:
-                raise UserError(f"{path}:{row.line}: {complaint}; remove it")
-            if complaint:
-                left_out.append(LeftOut(row.line, complaint))
-                continue
             target = row.target
             if allowed and target not in allowed:
                 raise UserError(
@@ -239,16 +260,26 @@ def _spool(
                     " correct it or pass --any-label"
                 )
             if correcting:
-                target = corrected_target(source["path"], row)
+                target = corrected_target(name, row)
                 corrected += target != row.target
-                unsure += standing(source["path"], row) == "unsure"
-            kept += 1
+                unsure += standing(name, row) == "unsure"
+            lines.append(row.line)
             spool.write(_message_line(row.context, target))
             yield row.context
         if _stamp(path) != before:
             raise UserError(f"{path}: changed while it was read; run this again when it is whole")
-        source |= {"rows": kept + len(left_out), "left_out": _reasons(left_out), "kept": kept}
-        source |= {"corrected": corrected, "unsure": unsure}
+        sources.append(
+            Source(
+                path=name,
+                sha256=digest,
+                rows=len(lines) - first + len(left_out),
+                left_out=_reasons(left_out),
+                kept=len(lines) - first,
+                corrected=corrected,
+                unsure=unsure,
+                unused=list(unused),
+            )
+        )
 
 
 def _message_line(context: str, target: str) -> bytes:
@@ -258,22 +289,36 @@ def _message_line(context: str, target: str) -> bytes:
     ).encode()
 
 
-def _control_token(row: Row) -> str | None:
-    for text in row.context, row.target:
-        if "<|" in text and (found := CONTROL_TOKEN.search(text)):
-            return f"holds the chat's control token {found[0]}"
-    return None
-
-
-def _reasons(left_out: list[LeftOut]) -> dict[str, dict[str, Any]]:
+def _reasons(left_out: list[LeftOut]) -> dict[str, LeftOutRows]:
     lines: dict[str, list[int]] = {}
     for line, reason in left_out:
         lines.setdefault(reason, []).append(line)
-    return {reason: {"rows": len(found), "first_lines": found[:LINES_SHOWN]} for reason, found in lines.items()}
+    return {reason: LeftOutRows(rows=len(each), first_lines=each[:LINES_SHOWN]) for reason, each in lines.items()}
+
+
+def _in_tests(entry: Task | Mixture, raw: Path, spool: IO[bytes], lines: array) -> dict[str, InTest]:
+    """Of each test set that is in `raw`, the rows of an own file that it holds too."""
+    files = {name: raw / test.file for name, test in entry.tests.items() if (raw / test.file).exists()}
+    tests = {name: [row.context for row in read_rows(path)] for name, path in files.items()}
+    if not tests:
+        return {}
+    spool.seek(0)
+    own = (json.loads(line)["messages"][0]["content"] for line in spool)
+    same, near = duplicate_groups(chain(own, *tests.values()))
+    found, start = {}, len(lines)
+    for name, contexts in tests.items():
+        end = start + len(contexts)
+        rows = np.flatnonzero(np.isin(near[: len(lines)], near[start:end])).tolist()
+        if rows:
+            equal = int(np.isin(same[: len(lines)], same[start:end]).sum())
+            first = [lines[row] for row in rows[:LINES_SHOWN]]
+            found[name] = InTest(same_words=equal, near=len(rows), first_lines=first)
+        start = end
+    return found
 
 
 def _choose_groups(task: str, groups: list[int], share: float, seed: int) -> set[int]:
-    """Choose whole near-duplicate groups, in a seeded order, that together hold at most the share of rows wanted."""
+    """Choose whole near-duplicate groups, in a seeded order, that together hold at most this share of the rows."""
     sizes = Counter(groups)
     if not share or len(groups) < SMALLEST_TO_SPLIT:
         return set()
@@ -297,60 +342,58 @@ def _choose_groups(task: str, groups: list[int], share: float, seed: int) -> set
 
 
 def _write(
-    out: Path, spool: IO[bytes], sources: list[dict[str, Any]], groups: list[int], held_out: set[int], seed: int
-) -> tuple[dict[str, int], dict[str, str]]:
-    """Write both files from the spooled rows; return the counts and the files' checksums.
+    out: Path,
+    spool: IO[bytes],
+    sources: list[Source],
+    groups: list[int],
+    held_out: set[int],
+    options: Options,
+    smallest: bool,
+) -> dict[str, int]:
+    """Write both files from the spooled rows and return the counts.
 
     Of several sources (a mixture) each gives as many train rows as the largest: smaller ones are repeated whole, and a
-    seeded sample of their rows fills what is left over. Validation rows are never repeated.
+    seeded sample of their rows fills what is left over (with options.mixture "finlora" their first rows, as FinLoRA's
+    script does). smallest: each gives as many as the smallest instead, a seeded sample. Validation rows are never
+    repeated.
     """
-    train_rows = []
-    first = 0
+    counts, first = [], 0
     for source in sources:
-        own_groups = groups[first : first + source["kept"]]
-        train_rows.append(sum(group not in held_out for group in own_groups))
-        first += source["kept"]
-    largest = max(train_rows)
-    if not all(train_rows):
-        raise UserError(f"{sources[train_rows.index(0)]['path']}: leaves no rows to train on; add rows")
-
-    rows = {"read": sum(source["rows"] for source in sources), "left_out": 0, "repeated": 0, "train": 0}
-    rows |= {"left_out": rows["read"] - len(groups), "validation": len(groups) - sum(train_rows)}
-    digests = {"train.jsonl": hashlib.sha256()}
-    if held_out:
-        digests["validation.jsonl"] = hashlib.sha256()
-    else:
-        (out / "validation.jsonl").unlink(missing_ok=True)
-
+        counts.append(sum(group not in held_out for group in groups[first : first + source.kept]))
+        first += source.kept
+    if not all(counts):
+        raise UserError(f"{sources[counts.index(0)].path}: leaves no rows to train on; add rows")
+    each = min(counts) if smallest else max(counts)
     spool.seek(0)
     with replacing(out / "train.jsonl", "wb") as train:
         if held_out:
             with replacing(out / "validation.jsonl", "wb") as validation:
-                for line, group in zip(spool, groups, strict=True):
-                    if group in held_out:
-                        validation.write(line)
-                        digests["validation.jsonl"].update(line)
+                validation.writelines(line for line, group in zip(spool, groups, strict=True) if group in held_out)
         spool.seek(0)
         first = 0
-        for source, count in zip(sources, train_rows, strict=True):
-            copies, rest = divmod(largest, count)
-            extra = set(random.Random(seed).sample(range(count), rest))
+        for source, count in zip(sources, counts, strict=True):
+            copies, rest = divmod(each, count)
+            head = options.mixture == "finlora" and copies
+            extra = set(range(rest) if head else random.Random(options.seed).sample(range(count), rest))
             start = spool.tell()
             for copy in range(copies + bool(rest)):
                 spool.seek(start)
                 number = 0
-                for group in groups[first : first + source["kept"]]:
+                for group in groups[first : first + source.kept]:
                     line = spool.readline()
-                    if group in held_out:
-                        continue
-                    if copy < copies or number in extra:
-                        train.write(line)
-                        digests["train.jsonl"].update(line)
-                        rows["train"] += 1
-                    number += 1
-            first += source["kept"]
-    rows["repeated"] = rows["train"] - sum(train_rows)
-    return rows, {name: digest.hexdigest() for name, digest in digests.items()}
+                    if group not in held_out:
+                        if copy < copies or number in extra:
+                            train.write(line)
+                        number += 1
+            first += source.kept
+    if not held_out:
+        (out / "validation.jsonl").unlink(missing_ok=True)
+    return {
+        "repeated": sum(max(0, each - count) for count in counts),
+        "not_sampled": sum(max(0, count - each) for count in counts),
+        "train": each * len(sources),
+        "validation": len(groups) - sum(counts),
+    }
 
 
 def _remove_leftovers(out: Path) -> None:
@@ -379,42 +422,52 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def run(tasks: Sequence[str], raw: Path | None, out: Path | None, **given: Any) -> None:
-    """Prepare tasks that are not prepared yet, and say what is there. given: the options of `prepare`."""
-    if (given["file"] or out) and len(tasks) != 1:
+def run(tasks: Sequence[str], raw: Path | None, out: Path | None, options: Options) -> None:
+    """Prepare tasks that are not prepared yet, and say what is there."""
+    if (options.file or out) and len(tasks) != 1:
         raise UserError("--file and --out: name the one task that they are for (TASK=...)")
     for task in tasks or [name for name, entry in load_tasks().items() if entry.released]:
-        _prepare_one(task, raw, out, given)
+        find_task(task)
+        folder = out or PREPARED / task
+        record = read_prepared(folder)
+        if record and record.settings.file and not options.file:
+            raise UserError(
+                f"{folder}: was prepared from your own file {record.settings.file}; name it again with --file, "
+                "or remove the folder to go back to FinLoRA's rows"
+            )
+        reason = why_stale(task, raw, out, options)
+        if record and reason is None:
+            print(f"{_summary(record, folder)} (already there)")
+            continue
+        if record:
+            print(f"{reason}: prepared again")
+        print(_summary(prepare(task, raw, out, options), folder))
 
 
-def _prepare_one(task: str, raw: Path | None, out: Path | None, given: dict[str, Any]) -> None:
-    find_task(task)
-    settings = _settings(**given)
-    folder = out or PREPARED / task
-    record = _record_or_none(folder / "prepared.json")
-    if record and record["settings"]["file"] and not settings["file"]:
-        raise UserError(
-            f"{folder}: was prepared from your own file {record['settings']['file']}; name it again with --file, "
-            "or remove the folder to go back to FinLoRA's rows"
+def _summary(record: Prepared, out: Path) -> str:
+    rows = record.rows
+    lines = [f"{record.task}: {rows['read']} rows from {', '.join(source.path for source in record.sources)}"]
+    for source in record.sources:
+        for reason, left_out in source.left_out.items():
+            lines.append(f"  left out of {source.path}: {left_out.rows} rows, {reason} ({_shown(left_out)})")
+        if source.unused:
+            lines.append(f"  not used of {source.path}: {', '.join(source.unused)} (neither context nor target)")
+        if source.corrected or source.unsure:
+            counts = f"{source.corrected} corrected, {source.unsure} unsure and kept"
+            lines.append(f"  labels of {source.path}: {counts}")
+    for name, found in record.in_tests.items():
+        lines.append(
+            f"  ! {found.near} of these rows are in the test set {name} too, {found.same_words} in the same words "
+            f"({_shown(found)}): remove them, or the score on {name} is memory"
         )
-    if why_stale(task, raw, out, settings) is None:
-        print(f"{_summary(record, folder)} (already there)")
-    else:
-        print(_summary(_prepare(task, raw, out, settings), folder))
-
-
-def _summary(record: dict[str, Any], out: Path) -> str:
-    rows = record["rows"]
-    lines = [f"{record['task']}: {rows['read']} rows from {', '.join(source['path'] for source in record['sources'])}"]
-    for source in record["sources"]:
-        for reason, found in source["left_out"].items():
-            shown = ", ".join(map(str, found["first_lines"]))
-            more = ", ..." if found["rows"] > len(found["first_lines"]) else ""
-            lines.append(f"  left out of {source['path']}: {found['rows']} rows, {reason} (lines {shown}{more})")
-        if source["corrected"] or source["unsure"]:
-            counts = f"{source['corrected']} corrected, {source['unsure']} unsure and kept"
-            lines.append(f"  labels of {source['path']}: {counts}")
     if rows["repeated"]:
         lines.append(f"  repeated to balance the tasks: {rows['repeated']} rows")
+    if rows["not_sampled"]:
+        lines.append(f"  not drawn, to balance the tasks: {rows['not_sampled']} rows")
     lines.append(f"  {rows['train']} train and {rows['validation']} validation rows -> {out}")
     return "\n".join(lines)
+
+
+def _shown(rows: LeftOutRows | InTest) -> str:
+    count = rows.rows if isinstance(rows, LeftOutRows) else rows.near
+    return f"lines {', '.join(map(str, rows.first_lines))}{', ...' if count > len(rows.first_lines) else ''}"

@@ -2,7 +2,7 @@
 
 What is accepted beside the plain case: a UTF-8 byte order mark at the very start (Excel writes one) is dropped; CRLF
 line ends are line ends; a number as target is kept as its text in the file (0, 15092.44 and 1e3 stay as written);
-other keys or columns are ignored, unless one of them holds a part of a prompt (PROMPT_KEYS), which would be lost.
+other keys or columns are not read, unless their name says that they are a part of the prompt, which would be lost.
 Everything else that is not two texts raises finlora.core.errors.UserError with one line that names the file and the
 line.
 """
@@ -15,14 +15,30 @@ import re
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from finlora.core.errors import UserError
 
 LIMIT = 16 * 2**20  # bytes of a line or field; FinLoRA's longest line is below 1 MiB
-PROMPT_KEYS = frozenset({"conversations", "history", "input", "instruction", "messages", "prompt", "system", "tools"})
 EXAMPLE = '{"context": "...", "target": "..."}'
+
+# Names of columns that hold a part of a question, in lower case and without what stands between and after their words:
+# chat formats, SQuAD and its kin, multiple choice (A, option_1, opb, Choice C).
+PROMPT_NAMES = frozenset(
+    "article background body choice choices content context conversation conversations distractor document documents "
+    "endings evidence exhibit facts headline history human hypothesis input inputs instruction instructions message "
+    "messages news option options paragraph passage passages premise prompt query question questions sentence "
+    "statement system systemprompt table text tool tools tweet user userprompt vignette".split()
+)
+CHOICE = re.compile("(answer|choice|op|opt|option)?[a-h]")
+
+# How programs write a value that is not there: pandas, Python, JSON, Excel. Any other spelling may be an answer.
+MISSING = frozenset("nan NaN NAN NaT <NA> None null NULL #N/A #NAME? #REF! #VALUE! #DIV/0! #NUM! #NULL!".split())
+
+# A text that holds one of these would end the turn or open another one: Llama-3, ChatML (Qwen) and Gemma.
+CONTROL_TOKEN = re.compile(r"<\|[a-zA-Z0-9_]+\|>|<(?:start|end)_of_turn>")
 
 # How files begin that are something other than their name says.
 MAGIC = [
@@ -54,13 +70,55 @@ class Number(str):
     """The text of a JSON number, kept as written."""
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The names of the two columns or keys that are read, and, by name, the first line of each that is not."""
+
+    context: str
+    target: str
+    unused: dict[str, int]
+
+    def check(self, where: str, line: int, kind: str, names: Iterable[str]) -> None:
+        """Raise UserError unless both are there, each name once, and no other one is a part of the prompt."""
+        names = list(names)
+        doubled = next((name for name in names if names.count(name) > 1), None)
+        if doubled is not None:
+            raise UserError(f"{where}: the {kind} {_show(doubled)} is there twice; keep one")
+        for name, option in (self.context, "--context-column"), (self.target, "--target-column"):
+            if name not in names:
+                has = _show(", ".join(names), 80)
+                raise UserError(f"{where}: has no {kind} {_show(name)} (it has {has}); rename it or pass {option}")
+        others = [name for name in names if name not in (self.context, self.target)]
+        for name in sorted(others):
+            if _is_prompt(name):
+                raise UserError(
+                    f"{where}: the {kind} {_show(name)} would be lost from the prompt; "
+                    f"put its text into {_show(self.context)}, or remove it"
+                )
+        for name in others:
+            self.unused.setdefault(name, line)
+
+    def is_header(self, context: str, target: str) -> bool:
+        """Whether a row holds the two names: the header of a second file, which may begin with a byte order mark."""
+        return _plain(target) == _plain(self.target) and _plain(context) == _plain(self.context)
+
+
+# Of each row, unchecked: its line, the place as errors name it, and its two values.
+Values = Iterator[tuple[int, str, object, object]]
+
+
 def read_rows(
-    path: Path | str, context: str = "context", target: str = "target", left_out: list[LeftOut] | None = None
+    path: Path | str,
+    context: str = "context",
+    target: str = "target",
+    left_out: list[LeftOut] | None = None,
+    unused: dict[str, int] | None = None,
 ) -> Iterator[Row]:
     """Yield the rows of a .jsonl, .csv (both also .gz) or .parquet file in file order.
 
-    `context` and `target` are the names of the two keys or columns. Rows whose context or target is empty, blank or
-    null raise like any other mistake; where a list `left_out` is given they are noted there and passed over instead.
+    context, target: the names of the two keys or columns. Rows with nothing to learn (a text that is empty or a missing
+    value, a chat's control token) raise like any other mistake; where a list `left_out` is given they are noted there
+    and passed over instead. unused: gains the names of the other keys or columns with their first line.
     Raises UserError (one line: file, line or row, what is wrong, what to do), also when there is no row at all.
     """
     path = Path(path)
@@ -72,11 +130,22 @@ def read_rows(
         hint = "if it holds one JSON object a line, rename it to .jsonl" if kind == ".json" else "rename or convert it"
         raise UserError(f"{_name(path)}: the name must end in .jsonl, .jsonl.gz, .csv, .csv.gz or .parquet; {hint}")
     check_regular_file(path)
-    found = False
-    for row in READERS[kind](path, context, target, left_out):
-        found = True
-        yield row
-    if not found and not left_out:
+    columns = Columns(context, target, {} if unused is None else unused)
+    empty = True
+    for line, where, *values in READERS[kind](path, columns):
+        empty = False
+        texts = _text(where, context, values[0], False), _text(where, target, values[1], True)
+        if columns.is_header(*texts):
+            raise UserError(f"{where}: is the header again (were two files joined?); remove the line")
+        reason = _reason(context, texts[0]) or _reason(target, texts[1])
+        if reason is None:
+            yield Row(line, *texts)
+        elif left_out is None:
+            remedy = "fill it in" if reason.startswith(("empty", "missing")) else "correct it"
+            raise UserError(f"{where}: {reason}; {remedy} or remove the row")
+        else:
+            left_out.append(LeftOut(line, reason))
+    if empty:
         raise UserError(f"{_name(path)}: holds no rows; check that it was written whole")
 
 
@@ -91,11 +160,11 @@ def check_regular_file(path: Path) -> None:
         raise UserError(f"{_name(path)}: is {what}; name a data file")
 
 
-def _jsonl(path: Path, context: str, target: str, left_out: list[LeftOut] | None) -> Iterator[Row]:
+def _jsonl(path: Path, columns: Columns) -> Values:
     decode = json.JSONDecoder(
         object_pairs_hook=_unique_keys, parse_int=Number, parse_float=Number, parse_constant=_no_constant
     ).decode
-    name = _name(path)
+    name, names = _name(path), None
     for line, text in _lines(path):
         where = f"{name}:{line}"
         try:
@@ -104,17 +173,13 @@ def _jsonl(path: Path, context: str, target: str, left_out: list[LeftOut] | None
             raise UserError(f"{where}: {_json_complaint(text, line, error)}") from error
         if type(row) is not dict:
             raise UserError(f"{where}: is {_kind(row)} and not an object; write {EXAMPLE} on each line")
-        if len(row) != 2 or context not in row or target not in row:
-            _check_names(where, "key", list(row), context, target)
-        # Only an escape can bring in a lone surrogate or a NUL: the raw line was checked when it was decoded.
-        checked = _check(where, row[context], row[target], context, target, "\\u" in text)
-        if type(checked) is str:
-            _leave_out(where, line, checked, left_out)
-        else:
-            yield Row(line, *checked)
+        if row.keys() != names:
+            names = row.keys()
+            columns.check(where, line, "key", names)
+        yield line, where, row[columns.context], row[columns.target]
 
 
-def _csv(path: Path, context: str, target: str, left_out: list[LeftOut] | None) -> Iterator[Row]:
+def _csv(path: Path, columns: Columns) -> Values:
     csv.field_size_limit(LIMIT)
     reader = csv.reader((text for _, text in _lines(path)), strict=True)
     name = _name(path)
@@ -132,30 +197,28 @@ def _csv(path: Path, context: str, target: str, left_out: list[LeftOut] | None) 
             raise UserError(f"{where}: is a blank line; remove it")
         if not header:
             header = fields
-            _check_names(where, "column", header, context, target)
-            places = header.index(context), header.index(target)
+            separator = re.fullmatch(r"(?:sep=|[^;\t|]+)([;\t|]).*", header[0], re.DOTALL) if len(header) == 1 else None
+            if separator:
+                raise UserError(f"{where}: its columns are separated by {_show(separator[1])}; save it with commas")
+            columns.check(where, line, "column", header)
+            places = header.index(columns.context), header.index(columns.target)
             continue
         if len(fields) != len(header):
             counts = f"has {len(fields)} fields and the header {len(header)}"
             raise UserError(f"{where}: {counts}; put fields with commas in double quotes")
-        checked = _check(where, fields[places[0]], fields[places[1]], context, target, False)
-        if type(checked) is str:
-            _leave_out(where, line, checked, left_out)
-        else:
-            yield Row(line, *checked)
+        yield line, where, fields[places[0]], fields[places[1]]
 
 
-def _parquet(path: Path, context: str, target: str, left_out: list[LeftOut] | None) -> Iterator[Row]:
+def _parquet(path: Path, columns: Columns) -> Values:
     import pyarrow  # slow to import, and needed for this kind of file only
     import pyarrow.parquet
 
-    file_name = _name(path)
-    number = 0
+    file_name, number = _name(path), 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            _check_names(file_name, "column", schema.names, context, target)
-            for name, numbers in (context, False), (target, True):
+            columns.check(file_name, 1, "column", schema.names)
+            for name, numbers in (columns.context, False), (columns.target, True):
                 kind = schema.field(name).type
                 text = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
                 if not (
@@ -165,20 +228,15 @@ def _parquet(path: Path, context: str, target: str, left_out: list[LeftOut] | No
                 ):
                     what = f"the column {_show(name)} is {_show(str(kind), 60)} and not text"
                     raise UserError(f"{file_name}: {what}; save it as strings")
-            for batch in file.iter_batches(batch_size=1024, columns=[context, target]):
-                for one, other in zip(_values(batch[context]), _values(batch[target]), strict=True):
+            for batch in file.iter_batches(batch_size=1024, columns=[columns.context, columns.target]):
+                for context, target in zip(*(_values(batch[name]) for name in batch.schema.names), strict=True):
                     number += 1
                     where = f"{file_name}: row {number}"
-                    if other is not None and type(other) is not str:
-                        other = str(other)
-                    for name, value in (context, one), (target, other):
+                    target = Number(target) if target is not None and type(target) is not str else target
+                    for name, value in (columns.context, context), (columns.target, target):
                         if value is not None and len(value) > LIMIT:
                             raise UserError(f"{where}: {_show(name)} is longer than {LIMIT >> 20} MiB; cut the row")
-                    checked = _check(where, one, other, context, target, True)
-                    if type(checked) is str:
-                        _leave_out(where, number, checked, left_out)
-                    else:
-                        yield Row(number, *checked)
+                    yield number, where, context, target
     except UnicodeDecodeError as error:
         raise UserError(f"{file_name}: row {number + 1}: is not UTF-8 text; save it as UTF-8") from error
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
@@ -208,22 +266,22 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             _check_magic(path, file)
             while raw := file.readline(LIMIT + 1):
                 number += 1
+                where = f"{_name(path)}:{number}"
                 if len(raw) > LIMIT:
-                    what = f"the line is longer than {LIMIT >> 20} MiB"
-                    raise UserError(f"{_name(path)}:{number}: {what}; is it one row? split or cut it")
+                    raise UserError(
+                        f"{where}: the line is longer than {LIMIT >> 20} MiB; is it one row? split or cut it"
+                    )
                 if number == 1 and raw.startswith(b"\xef\xbb\xbf"):
                     raw = raw[3:]
                     if not raw:
                         return
                 if b"\0" in raw:
-                    raise UserError(
-                        f"{_name(path)}:{number}: holds a NUL byte; the file is damaged or UTF-16: save it as UTF-8"
-                    )
+                    raise UserError(f"{where}: holds a NUL byte; the file is damaged or UTF-16: save it as UTF-8")
                 try:
                     yield number, raw.decode()
                 except UnicodeDecodeError as error:
                     raise UserError(
-                        f"{_name(path)}:{number}: is not UTF-8 at byte {error.start + 1} of the line "
+                        f"{where}: is not UTF-8 at byte {error.start + 1} of the line "
                         f"(0x{raw[error.start]:02x}); save the file as UTF-8"
                     ) from error
     except EOFError as error:
@@ -246,55 +304,41 @@ def _check_magic(path: Path, file: IO[bytes]) -> None:
         raise UserError(f"{_name(path)}: is a web page and not data; fetch it again")
 
 
-def _check(
-    where: str, context: object, target: object, context_name: str, target_name: str, escapes: bool
-) -> tuple[str, str] | str:
-    """Return the two texts, or the reason for which the row has nothing to learn from; raise where it is wrong."""
-    if type(context) is not str and context is not None:
-        raise UserError(f"{where}: {_show(context_name)} is {_kind(context)} and not text; write it as a string")
-    if type(target) is not str and target is not None:
-        if type(target) is not Number:
-            raise UserError(f"{where}: {_show(target_name)} is {_kind(target)} and not text; write it as a string")
-        target = str(target)
-    if escapes:
-        for name, text in (context_name, context), (target_name, target):
-            _check_characters(where, name, text or "")
-    if not context or context.isspace():
-        return f"empty {context_name}"
-    if not target or target.isspace():
-        return f"empty {target_name}"
-    return context, target
-
-
-def _check_characters(where: str, name: str, text: str) -> None:
-    if "\0" in text:
+def _text(where: str, name: str, value: object, numbers: bool) -> str:
+    """A value as text, "" for null; UserError where it is something else or could not be written as UTF-8."""
+    if value is None:
+        return ""
+    if type(value) is not str and not (numbers and type(value) is Number):
+        raise UserError(f"{where}: {_show(name)} is {_kind(value)} and not text; write it as a string")
+    # The raw line was checked when it was decoded: these come from a JSON escape or from Parquet.
+    if "\0" in value:
         raise UserError(f"{where}: {_show(name)} holds a NUL character; remove it")
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as error:
-        what = f"half a character (\\u{ord(text[error.start]):04x}, a lone surrogate)"
+        what = f"half a character (\\u{ord(value[error.start]):04x}, a lone surrogate)"
         raise UserError(f"{where}: {_show(name)} holds {what}; replace it") from error
+    return str(value)
 
 
-def _check_names(where: str, what: str, names: list[str], context: str, target: str) -> None:
-    doubled = next((name for name in names if names.count(name) > 1), None)
-    if doubled is not None:
-        raise UserError(f"{where}: the {what} {_show(doubled)} is there twice; keep one")
-    for name, option in (context, "--context-column"), (target, "--target-column"):
-        if name not in names:
-            has = _show(", ".join(names), 80)
-            raise UserError(f"{where}: has no {what} {_show(name)} (it has {has}); rename it or pass {option}")
-    lost = sorted((PROMPT_KEYS & set(names)) - {context, target})
-    if lost:
-        raise UserError(
-            f"{where}: the {what} {_show(lost[0])} would be lost from the prompt; put its text into {_show(context)}"
-        )
+def _reason(name: str, text: str) -> str | None:
+    """Why a row with this text has nothing to learn from; None where it has."""
+    if not text or text.isspace():
+        return f"empty {name}"
+    if text in MISSING:
+        return f"missing {name} ({text!r})"
+    if "<" in text and (token := CONTROL_TOKEN.search(text)):
+        return f"{name} holds the chat's control token {token[0]}"
+    return None
 
 
-def _leave_out(where: str, line: int, reason: str, left_out: list[LeftOut] | None) -> None:
-    if left_out is None:
-        raise UserError(f"{where}: {reason}; fill it in or remove the row")
-    left_out.append(LeftOut(line, reason))
+def _is_prompt(name: str) -> bool:
+    letters = re.sub(r"[\W\d_]+", "", name.casefold())
+    return letters in PROMPT_NAMES or CHOICE.fullmatch(letters) is not None
+
+
+def _plain(text: str) -> str:
+    return text.strip("\ufeff \t").casefold()
 
 
 class _DuplicateKey(ValueError):

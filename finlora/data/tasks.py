@@ -79,6 +79,7 @@ class Task(_Common):
     """A task with a train file and test sets of its own."""
 
     mixture_of: ClassVar[tuple[str, ...]] = ()
+    published_rows: ClassVar[None] = None
     tokens_about: int | None = None
     labels: Labels
     metric: MetricName
@@ -98,6 +99,7 @@ class Mixture(_Common):
     """Several tasks trained as one: it has their test sets, no labels, and the longest of their max_new_tokens."""
 
     mixture_of: Annotated[list[str], expecting("a list of tasks")]
+    published_rows: Annotated[Literal["smallest", "largest"], expecting("smallest or largest")] = "largest"
     labels: ClassVar[None] = None
     metric: ClassVar[None] = None
     _parts: tuple[Task, ...] = PrivateAttr(())

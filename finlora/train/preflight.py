@@ -107,7 +107,7 @@ def prepare_data(recipe: Recipe, small: bool) -> str:
                 if prepare.why_stale(task, SAMPLE, out):
                     # Enough rows to fill one pack of the validation set, and no more: each validation reads them all.
                     share = 0.02 if "sentiment" in (load_tasks()[task].mixture_of or [task]) else 0.2
-                    prepare.prepare(task, SAMPLE, out, validation=share)
+                    prepare.prepare(task, SAMPLE, out, prepare.Options(validation=share))
                 entry["path"] = str((out / file.name).relative_to(ROOT))
                 origin = "sample"
             else:
