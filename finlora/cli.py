@@ -471,20 +471,28 @@ def audit(
     file: OwnRows = None,
     context_column: ContextColumn = "context",
     target_column: TargetColumn = "target",
-    tokenizer: Annotated[Path | None, typer.Option(help="a folder with tokenizer.json to count tokens with")] = None,
+    any_label: AnyLabel = False,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="a folder with tokenizer.json, or Llama-3's tokenizer.model, to count tokens with"),
+    ] = None,
     sequence_len: Annotated[int | None, typer.Option(help="sequence length (default: the recipe's)")] = None,
     no_tokens: Annotated[bool, typer.Option("--no-tokens", help="do not count tokens")] = False,
 ) -> None:
     """Report labels, duplicates, leaks and lengths of the fetched files. Exit code 1 where one needs attention."""
     from finlora.data import audit
 
+    own = audit.Options(
+        file=str(file.absolute()) if file else None,
+        context_column=context_column,
+        target_column=target_column,
+        any_label=any_label,
+    )
     attention = audit.run(
         tasks or [],
         raw or audit.RAW,
         json or audit.OUT,
-        file=file,
-        context_column=context_column,
-        target_column=target_column,
+        own if file else None,
         tokenizer=tokenizer,
         sequence_len=sequence_len,
         count_tokens=not no_tokens,

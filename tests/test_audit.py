@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from finlora import cli
 from finlora.data import audit as data_audit
 from finlora.data import corrections
-from finlora.data.audit import CHAT, audit, find_exchange, looks_garbled, render
+from finlora.data.audit import audit, find_exchange, looks_garbled, render
 from finlora.data.corrections import load_corrections
 from finlora.data.fetch import checksum
+from finlora.data.prepare import Options, prepare
 from finlora.data.tasks import load_tasks
+from finlora.data.tokens import chat
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "finlora" / "data"
@@ -205,6 +207,38 @@ def test_rows_with_nothing_to_learn_need_attention_and_the_others_are_read(tmp_p
     assert found(report, "1 row", "empty context")["attention"]
 
 
+def test_own_rows_that_are_test_rows_need_attention_with_their_own_lines(tmp_path):
+    rng = random.Random(12)
+    test = [(words(rng, 20), "neutral") for _ in range(35)]
+    write(tmp_path / "test/fpb_test.jsonl", test)
+    own = write(tmp_path / "own.jsonl", [(words(rng, 20), "neutral"), *((text.title(), label) for text, label in test)])
+    finding = found(look("sentiment", tmp_path, own=Options(file=str(own))), "test/fpb_test.jsonl")
+    assert finding["attention"] and finding["file"] == str(own)
+    assert figures(finding) == [35, 35] and finding["first_lines"] == [2, 3, 4, 5, 6]
+    says(finding["done"], "remove", "fpb")
+
+
+def test_columns_that_are_not_read_are_named(tmp_path):
+    (tmp_path / "own.csv").write_text("id,context,target,url\n1,what is one,A,x\n")
+    finding = found(look("cfa", tmp_path, own=Options(file=str(tmp_path / "own.csv"))), "id, url")
+    assert not finding["attention"]
+
+
+def test_the_rows_that_would_train_are_audited(tmp_path, monkeypatch, capsys):
+    """After `make data FILE=` those are the own rows, without being named again."""
+    monkeypatch.setattr(data_audit, "RAW", tmp_path / "raw")
+    monkeypatch.setattr(data_audit, "PREPARED", tmp_path / "prepared")
+    (tmp_path / "own.csv").write_text("Q,A\nwhat is one,A\nwhat is two,none of these\n")
+    own = Options(file=str(tmp_path / "own.csv"), context_column="Q", target_column="A", any_label=True)
+    prepare("cfa", tmp_path / "raw", tmp_path / "prepared" / "cfa", own)
+    assert data_audit.run(["cfa"], data_audit.RAW, tmp_path / "out", count_tokens=False) == 0
+    assert entry(json.loads((tmp_path / "out/cfa.json").read_text()), "train")["labels"] == {"A": 1, "none of these": 1}
+    says(capsys.readouterr().out.splitlines()[0], "your own rows", file="cfa")
+    (tmp_path / "own.csv").unlink()
+    with refuses("is not there|not found", file=tmp_path / "own.csv"):
+        data_audit.run(["cfa"], data_audit.RAW, tmp_path / "out", count_tokens=False)
+
+
 def test_a_broken_file_is_audited_up_to_its_flaw(tmp_path):
     path = write(tmp_path / "train/headline_train.jsonl", [("a", "Yes"), ("b", "No")])
     path.write_text(path.read_text() + '{"context": "c"\n')
@@ -327,8 +361,7 @@ def test_tokens_are_those_of_the_whole_chat(tmp_path, tokenizer):
     rows = [(words(rng, rng.randrange(1, 60)) + " {braces} é ", f"{rng.randrange(10**6)}") for _ in range(50)]
     write(tmp_path / "train/formula_train.jsonl", rows)
     encode = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode
-    chats = [CHAT.format(context.strip(), target) for context, target in rows]
-    lengths = [len(encode(chat, add_special_tokens=False)) for chat in chats]
+    lengths = [len(encode(chat(*row), add_special_tokens=False)) for row in rows]
     limit = sorted(lengths)[-4]
     report = look("formula", tmp_path, tokenizer=tokenizer, sequence_len=limit, count_tokens=True)
     tokens = entry(report, "train")["tokens"]
@@ -359,7 +392,7 @@ def test_the_command_writes_json_prints_a_table_and_fails_only_for_attention(tmp
     assert done.returncode == 0, done.stderr
     assert "mine.jsonl" in done.stdout and "cfa_level1_test.jsonl" in done.stdout and "not released" in done.stdout
     report = json.loads((tmp_path / "out/cfa.json").read_text(encoding="utf-8"))
-    assert report == json.loads(json.dumps(audit("cfa", tmp_path, file=own, count_tokens=False)))
+    assert report == json.loads(json.dumps(audit("cfa", tmp_path, Options(file=str(own)), count_tokens=False)))
     assert os.listdir(tmp_path / "out") == ["cfa.json"]
     write(own, [*rows, ("what is three", "Z")])
     done = command("cfa", "--file", own, "--raw", tmp_path, "--json", tmp_path / "out", "--no-tokens")
@@ -396,7 +429,11 @@ def test_own_columns_are_read_from_csv(tmp_path, run_main):
     [
         (["sentimnt"], None, ["tasks.yaml", "'sentimnt'", "sentiment?"]),
         (["sentiment", "ner", "--file", "x.jsonl"], "--file", ["one task"]),
-        (["cfa", "--file", "nowhere.jsonl"], "nowhere.jsonl", ["is not there|not found", "check the path"]),
+        (
+            ["cfa", "--file", "nowhere.jsonl"],
+            str(Path("nowhere.jsonl").absolute()),
+            ["is not there|not found", "check the path"],
+        ),
         (["headline", "--raw", "nowhere"], "nowhere", ["no file of headline", "`make data`"]),
     ],
 )
@@ -421,7 +458,7 @@ def test_absent_files_are_named_with_the_command_that_brings_them(tmp_path):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> dict[str, dict]:
-    """The reports of the eight files of data/README.md's figures: which rows are alike depends on the files at hand."""
+    """The reports of the files of data/README.md's figures: which rows are alike depends on the files at hand."""
     if not REAL.is_dir():
         pytest.skip("../shared/finlora/data is not here: the real FinLoRA rows were not audited")
     raw = tmp_path_factory.mktemp("real")
@@ -432,8 +469,9 @@ def real(tmp_path_factory) -> dict[str, dict]:
 
 
 REAL_FILES = [
-    *(f"test/{name}_test.jsonl" for name in ("fpb", "fiqa", "tfns", "xbrl_term", "formula", "financebench")),
-    *(f"train/{name}_train.jsonl" for name in ("formula", "financebench")),
+    *(f"test/{name}_test.jsonl" for name in ("fpb", "fiqa", "tfns", "nwgi", "ner")),
+    *(f"test/{name}_test.jsonl" for name in ("xbrl_term", "formula", "financebench")),
+    *(f"train/{name}_train.jsonl" for name in ("xbrl_term", "formula", "financebench")),
 ]
 
 
@@ -453,10 +491,13 @@ def test_nothing_in_the_real_files_is_unknown(real):
 @pytest.mark.parametrize(
     ("task", "role", "rows", "repeats", "garbled", "numbers"),
     [
+        ("sentiment", "nwgi", 4047, (0, 0, 3), 0, 0),
+        ("ner", "ner", 3502, (561, 561, 1578), 85, 0),
+        ("xbrl_term", "train", 5850, (6, 10, 360), 0, 0),
         ("sentiment", "fpb", 1212, (2, 2, 4), 24, 0),
         ("sentiment", "fiqa", 235, (2, 2, 2), 2, 0),
-        ("sentiment", "tfns", 2388, (0, 11, 15), 11, 0),
-        ("xbrl_term", "xbrl_term", 651, (0, 0, 3), 0, 0),
+        ("sentiment", "tfns", 2388, (0, 11, 14), 11, 0),
+        ("xbrl_term", "xbrl_term", 651, (0, 0, 13), 0, 0),
         ("formula", "train", 800, (0, 0, 0), 0, 800),
         ("formula", "formula", 200, (0, 0, 0), 0, 200),
         ("financebench", "train", 86, (0, 0, 6), 0, 31),
@@ -466,12 +507,16 @@ def test_nothing_in_the_real_files_is_unknown(real):
 def test_the_figures_of_the_readme_hold(real, task, role, rows, repeats, garbled, numbers):
     file = entry(real[task], role)
     assert (file["rows"], file["garbled"], file["answers_that_are_numbers"]) == (rows, garbled, numbers)
-    assert tuple(file["repeats"].values()) == repeats and file["conflicts"] == 0
+    assert tuple(file["repeats"].values()) == repeats
+    assert file["conflicts"] == (10 if (task, role) == ("xbrl_term", "train") else 0)
 
 
 def test_leaks_and_ties_of_the_real_files(real):
     assert entry(real["formula"], "formula")["in_train"] == {"same_words": 0, "near": 0}
     assert entry(real["financebench"], "financebench")["in_train"] == {"same_words": 0, "near": 3}
+    assert entry(real["xbrl_term"], "xbrl_term")["in_train"] == {"same_words": 2, "near": 71}
+    nan = found(real["xbrl_term"], "missing target", "'nan'")
+    assert figures(nan) == [6] and nan["first_lines"] == [142, 890, 1589, 1630, 2973] and not nan["attention"]
     assert figures(found(real["formula"], "begins with")) == [37]
 
 

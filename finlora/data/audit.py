@@ -14,7 +14,7 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,29 +22,24 @@ from typing import Any
 import numpy as np
 import yaml
 from ftfy.badness import is_bad
-from huggingface_hub import try_to_load_from_cache
 from tqdm import tqdm
 
 from finlora.core.errors import UserError
 from finlora.core.files import replacing
-from finlora.core.paths import RAW, ROOT
+from finlora.core.paths import PREPARED, RAW, ROOT
 from finlora.data.corrections import Correction, applies, corrected_target, load_corrections, standing
 from finlora.data.fetch import is_right, read_manifest
 from finlora.data.neardup import duplicate_groups
+from finlora.data.prepare import Options, read_prepared
 from finlora.data.rows import LeftOut, Row, read_rows
 from finlora.data.tasks import Mixture, Task, TestSet, load_tasks
 from finlora.data.tasks import task as find_task
+from finlora.data.tokens import BATCH, Count, chat, find_measure
 
 OUT = ROOT / "data" / "audit"
-TINY = ROOT / ".cache" / "tiny"
 COUNTED = 10_000  # different answers of a file that are counted one by one
 FEW = 12  # different answers that the table shows
 SHOWN = 5  # lines that a finding names
-BATCH = 2**20  # characters that are tokenised at once
-CHAT = (
-    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>"
-)
 NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(\.\d+)?([eE][-+]?\d+)?%?")
 # What ftfy does not look for: UTF-8 shown as code page 850 ("J+ñtehuolto", "Lemmink+ñinen -¦ s"), UTF-8 shown as GBK
 # ("Boeing鈥檚"), and characters that are lost for good.
@@ -52,9 +47,6 @@ GARBLED = re.compile(r"\+(?!£\d)[¡-ÿ]|-¦|鈥|\ufffd")
 AROUND = re.compile(r"[\x00-\x7f]{0,5}[^\x00-\x7f]+[\x00-\x7f]{0,5}")
 STANDINGS = ("other", "certain", "unsure")
 
-
-# Counts the tokens of each row as a chat.
-Count = Callable[[list[Row]], list[int]]
 # By role: the group of each row, of those in the same words and of near-duplicates.
 Groups = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -77,8 +69,9 @@ class File:
     name: str
     role: str  # "train", or the test set's name
     path: Path
-    columns: tuple[str, str]
     labels: list[str] | None
+    own: bool = False  # the user's rows in place of the train file
+    columns: tuple[str, str] = ("context", "target")
     status: str = "read"
     rows: int = 0
     lines: array = field(default_factory=lambda: array("Q"))
@@ -91,6 +84,7 @@ class File:
     certain: Counter = field(default_factory=Counter)  # published labels of the rows that are corrected
     outside: dict[str, list[int]] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
+    unused: dict[str, int] = field(default_factory=dict)  # columns that are not read
     garbled: list[int] = field(default_factory=list)
     numbers: int = 0
     longest: tuple[int, int, int] = (0, 0, 0)  # bytes, words, line
@@ -105,40 +99,38 @@ class File:
 def audit(
     task: str,
     raw: Path = RAW,
+    own: Options | None = None,
     *,
-    file: Path | None = None,
-    context_column: str = "context",
-    target_column: str = "target",
     tokenizer: Path | None = None,
     sequence_len: int | None = None,
     count_tokens: bool = True,
 ) -> dict[str, Any]:
-    """Read every file of a task once and return what is found, as it goes into <task>.json.
+    """Read every file of a task once and return what they show, as it goes into <task>.json.
 
-    `raw` holds the files; `file`, with its column names, stands in for the train file. Tokens are counted with
+    `raw` holds the files; own.file, with its column names, stands in for the train file. Tokens are counted with
     `tokenizer` (a folder or a tokenizer.json), else with that of the base model of the recipe <task>_r8_dora where it
     is on this machine, else with the tiny one; sequence_len is the recipe's unless given.
     Raises UserError for an unknown task and for a tokenizer that is not there.
     """
     entry = find_task(task)
-    measure, encode = _measure(task, tokenizer, sequence_len) if count_tokens else ({}, None)
-    columns = (context_column, target_column) if file else ("context", "target")
-    files = [File(str(file or entry.train), "train", file or raw / entry.train, columns, entry.labels)]
-    for name, test in entry.tests.items():
-        files.append(File(test.file, name, raw / test.file, ("context", "target"), test.labels))
+    measure, count = _measure(task, tokenizer, sequence_len) if count_tokens else ({}, None)
+    train = File(entry.train, "train", raw / entry.train, entry.labels)
+    if own:
+        columns = (own.context_column, own.target_column)
+        train = File(own.file, "train", Path(own.file), None if own.any_label else entry.labels, True, columns)
+    files = [train, *(File(test.file, name, raw / test.file, test.labels) for name, test in entry.tests.items())]
     for each in files:
         if not each.path.exists():
             each.status = "absent"
-    groups = _duplicate_groups([each for each in files if each.status == "read"], encode)
+    groups = _duplicate_groups([each for each in files if each.status == "read"], count)
     table = []
     for each in files:
         if each.status == "absent":
             table.append({"file": each.name, "role": each.role, "status": each.status})
-        else:
-            published = each.role != "train" or file is None
-            table.append(_examine(each, entry, groups, measure, published))
-            if each.role != "train" and "train" in groups:
-                table[-1]["in_train"] = _overlap(each, files[0], groups)
+            continue
+        table.append(_examine(each, entry, groups, measure))
+        if each is not train and "train" in groups:
+            table[-1]["in_train"] = _overlap(each, train, groups)
     return {
         "task": task,
         "released": entry.released,
@@ -148,9 +140,20 @@ def audit(
     }
 
 
-def _duplicate_groups(files: list[File], encode: Count | None) -> Groups:
+def _measure(task: str, tokenizer: Path | None, sequence_len: int | None) -> tuple[dict[str, Any], Count | None]:
+    """What tokens are counted with and the length that they are compared with, and the function that counts."""
+    recipe_path = ROOT / "recipes" / f"{task}_r8_dora.yaml"
+    recipe = yaml.safe_load(recipe_path.read_text(encoding="utf-8")) if recipe_path.exists() else {}
+    measure = find_measure(recipe.get("base_model"), tokenizer)
+    if measure is None:
+        return {}, None
+    length = sequence_len or recipe.get("sequence_len")
+    return {"tokenizer": measure.tokenizer, "stand_in": measure.stand_in, "sequence_len": length}, measure.count
+
+
+def _duplicate_groups(files: list[File], count: Count | None) -> Groups:
     """Read the files, gathering what each row shows; by role, the groups of its rows in the same words and near."""
-    same, near = duplicate_groups(text for file in files for text in _contexts(file, encode))
+    same, near = duplicate_groups(text for file in files for text in _contexts(file, count))
     groups, start = {}, 0
     for file in files:
         end = start + file.rows
@@ -159,9 +162,7 @@ def _duplicate_groups(files: list[File], encode: Count | None) -> Groups:
     return groups
 
 
-def _examine(
-    file: File, entry: Task | Mixture, groups: Groups, measure: dict[str, Any], published: bool
-) -> dict[str, Any]:
+def _examine(file: File, entry: Task | Mixture, groups: Groups, measure: dict[str, Any]) -> dict[str, Any]:
     """Add what one file shows to its findings and return its entry of the table."""
     same, near = groups[file.role]
     test = entry.tests.get(file.role)
@@ -169,9 +170,8 @@ def _examine(
     summary = _summary(file, same, near, len(conflicts), measure.get("sequence_len"))
     if test and entry.mixture_of:
         return summary  # the findings about a mixture's test sets are those of their own tasks
-    if published:
-        _compare(file, test.rows if test else entry.train_rows, test)
-    _judge(file, summary["repeats"], near, conflicts)
+    pinned = not file.own and _compare(file, test.rows if test else entry.train_rows, test)
+    _judge(file, summary["repeats"], near, conflicts, pinned)
     if test and test.metric in ("accuracy", "accuracy_f1"):
         _judge_scoring(file)
     if file.tokens:
@@ -201,72 +201,26 @@ def looks_garbled(text: str) -> bool:
     return bool(GARBLED.search(text)) or is_bad("\n".join(["", *AROUND.findall(text)]))
 
 
-def _measure(task: str, tokenizer: Path | None, sequence_len: int | None) -> tuple[dict[str, Any], Count | None]:
-    """What tokens are counted with and the length they are held against, and the function that counts."""
-    recipe_path = ROOT / "recipes" / f"{task}_r8_dora.yaml"
-    recipe = yaml.safe_load(recipe_path.read_text(encoding="utf-8")) if recipe_path.exists() else {}
-    base = recipe.get("base_model")
-    places = [(tokenizer_of(base), f"{base}'s tokenizer", False), (TINY, "the tiny tokenizer", True)]
-    if tokenizer:
-        places = [(tokenizer, "the tokenizer given", False)]
-    length = sequence_len or recipe.get("sequence_len")
-    for place, name, stand_in in places:
-        path = place / "tokenizer.json" if place and place.is_dir() else place
-        if path and path.is_file():
-            return {"tokenizer": name, "stand_in": stand_in, "sequence_len": length}, _counter(path)
-    if tokenizer:
-        raise UserError(f"{tokenizer}: holds no tokenizer.json; name a model's folder or its tokenizer.json")
-    return {}, None
-
-
-def tokenizer_of(base: str | None) -> Path | None:
-    """The tokenizer of a base model, if it is a folder or has been downloaded before; nothing is fetched."""
-    if not base:
-        return None
-    if (ROOT / base).is_dir():
-        return ROOT / base
-    cached = try_to_load_from_cache(base, "tokenizer.json") if base.count("/") == 1 else None
-    return Path(cached) if isinstance(cached, str) else None
-
-
-def _counter(path: Path) -> Count:
-    from tokenizers import Tokenizer  # takes a second to import, and is not needed without a tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{path}: is not a tokenizer ({error}); name a model's folder or its tokenizer.json") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-
-    def count(rows: list[Row]) -> list[int]:
-        # As the plain Llama-3 template has it, which trims both texts.
-        chats = [CHAT.format(row.context.strip(), row.target.strip()) for row in rows]
-        return [len(encoding.ids) for encoding in tokenizer.encode_batch_fast(chats, add_special_tokens=False)]
-
-    return count
-
-
-def _contexts(file: File, encode: Count | None) -> Iterator[str]:
+def _contexts(file: File, count: Count | None) -> Iterator[str]:
     """Yield the file's contexts while everything else about its rows is gathered; a broken file ends at its flaw."""
-    rows = read_rows(file.path, *file.columns, left_out=file.left_out)
-    ruled = applies(file.name, file.path)
+    rows = read_rows(file.path, *file.columns, left_out=file.left_out, unused=file.unused)
+    ruled = not file.own and applies(file.name, file.path)
     batch, room = [], BATCH
     try:
         for row in tqdm(rows, desc=file.path.name, unit=" rows", disable=None, leave=False):
             _note(file, row, ruled)
-            if encode:
-                batch.append(row)
-                room -= len(row.context)
+            if count:
+                batch.append(chat(row.context, row.target))
+                room -= len(batch[-1])
                 if room < 0:
-                    file.tokens.extend(encode(batch))
+                    file.tokens.extend(count(batch))
                     batch, room = [], BATCH
             yield row.context
     except UserError as error:
         file.status = "broken"
         file.find(f"cannot be read to its end: {error}", "fix the file: nothing can be trained on it", attention=True)
     if batch:
-        file.tokens.extend(encode(batch))
+        file.tokens.extend(count(batch))
 
 
 def _note(file: File, row: Row, ruled: bool) -> None:
@@ -337,10 +291,11 @@ def _numbers(values: array) -> np.ndarray:
     return np.frombuffer(values, values.typecode) if values else np.zeros(0, values.typecode)
 
 
-def _compare(file: File, rows: int | None, test: TestSet | None) -> None:
-    """Hold a published file against the manifest, the task table and the corrections."""
-    pinned = {entry["path"]: entry for entry in read_manifest()["files"]}.get(f"data/{file.name}")
-    if pinned and not is_right(file.path, pinned):
+def _compare(file: File, rows: int | None, test: TestSet | None) -> bool:
+    """Compare a published file with the manifest, the task table and the corrections; whether it is the pinned one."""
+    entry = {entry["path"]: entry for entry in read_manifest()["files"]}.get(f"data/{file.name}")
+    pinned = entry is not None and is_right(file.path, entry)
+    if entry and not pinned:
         file.find("its checksum is not the manifest's", "fetch it again, or pass your own as FILE=", attention=True)
     found = file.rows + len(file.left_out)
     if rows and found != rows and file.status == "read":
@@ -353,6 +308,7 @@ def _compare(file: File, rows: int | None, test: TestSet | None) -> None:
         file.find(text, "its labels are taken as they stand", attention=True)
     elif correction and correction.rows:
         _compare_rows(file, correction)
+    return pinned
 
 
 def _compare_counts(file: File, documented: dict[str, int]) -> None:
@@ -407,8 +363,11 @@ def _distance(one: dict[str, int], other: dict[str, int]) -> float:
     return sum(abs(one.get(key, 0) / first - other.get(key, 0) / second) for key in one.keys() | other.keys()) / 2
 
 
-def _judge(file: File, repeats: dict[str, int], near: np.ndarray, conflicts: np.ndarray) -> None:
+def _judge(file: File, repeats: dict[str, int], near: np.ndarray, conflicts: np.ndarray, pinned: bool) -> None:
     """Add what the rows of one file show by themselves."""
+    if file.unused:
+        text = f"columns that are neither context nor target: {', '.join(file.unused)}"
+        file.find(text, "not read", file.unused.values())
     for target, lines in list(file.outside.items())[:SHOWN]:
         text = f"{target[:60]!r} is none of the task's labels ({_rows(len(lines))})"
         file.find(text, "correct the rows, or the labels in data/tasks.yaml", lines, attention=True)
@@ -417,11 +376,14 @@ def _judge(file: File, repeats: dict[str, int], near: np.ndarray, conflicts: np.
         file.find(text, "as above", attention=True)
     for reason in sorted({reason for _, reason in file.left_out}):
         lines = [line for line, why in file.left_out if why == reason]
-        file.find(f"{_rows(len(lines))}: {reason}", "left out and counted by `make data`", lines, attention=True)
+        done = "correct or remove them: `make data` refuses them" if file.own else "left out and counted by `make data`"
+        file.find(f"{_rows(len(lines))}: {reason}", done, lines, attention=not pinned)
     if repeats["near"]:
         text = f"{_rows(repeats['near'])} nearly the same as an earlier one, {repeats['same_words']:,} of them in the "
         text += f"same words, {repeats['exact']:,} letter for letter"
-        if file.role == "train":
+        if file.own:
+            done = "kept: validation rows have no copy or near-duplicate in training"
+        elif file.role == "train":
             done = "kept: FinLoRA repeats rows for balance; validation rows have no copy or near-duplicate in training"
         else:
             done = "kept: the published scores count them"
@@ -477,16 +439,18 @@ def _judge_length(file: File, tokens: dict[str, Any], measure: dict[str, Any]) -
 
 
 def _overlap(test: File, train: File, groups: Groups) -> dict[str, int]:
-    """Count the test rows whose text also stands in the train file, in the same words and nearly."""
-    found = {}
-    for index, kind in enumerate(("same_words", "near")):
-        found[kind] = np.flatnonzero(np.isin(groups[test.role][index], groups["train"][index]))
-    if len(found["near"]):
-        text = f"{_rows(len(found['near']))} nearly the same as one of {train.name}, "
-        text += f"{len(found['same_words']):,} of them in the same words"
+    """Count the test rows whose text is in the train file too, in the same words and nearly; of own rows, those."""
+    inside, outside = (train, test) if train.own else (test, train)
+    same, near = (
+        np.flatnonzero(np.isin(groups[inside.role][index], groups[outside.role][index])) for index in range(2)
+    )
+    if len(near):
+        text = f"{_rows(len(near))} nearly the same as one of {outside.name}, {len(same):,} of them in the same words"
         done = "kept in both, as published: a good score on them may be memory"
-        test.find(text, done, _numbers(test.lines)[found["near"]])
-    return {kind: len(rows) for kind, rows in found.items()}
+        if train.own:
+            done = f"remove them: they are test rows, and a score on {test.role} would be memory"
+        inside.find(text, done, _numbers(inside.lines)[near], attention=train.own)
+    return {"same_words": len(same), "near": len(near)}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -494,7 +458,7 @@ def render(report: dict[str, Any]) -> str:
     measure = report["measure"]
     tokens = "tokens were not counted; --tokenizer names what to count them with"
     if measure:
-        length = f", held against {measure['sequence_len']:,}" if measure["sequence_len"] else ""
+        length = f", at most {measure['sequence_len']:,} a row" if measure["sequence_len"] else ""
         more = ", more than by Llama's" if measure["stand_in"] else ""
         tokens = f"tokens by {measure['tokenizer']}{more}{length}"
     head = ["file", "rows", "answers", "= text", "= words", "near", "conflict", "in train", "garbled", "longest"]
@@ -556,28 +520,31 @@ def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{label} {count:,}" for label, count in sorted(counts.items()))
 
 
-def run(tasks: Sequence[str], raw: Path, json_folder: Path, *, file: Path | None = None, **options: Any) -> int:
-    """Print the audit of tasks and keep it in a folder; return how many findings need attention."""
+def run(tasks: Sequence[str], raw: Path, json_folder: Path, own: Options | None = None, **options: Any) -> int:
+    """Print the audit of tasks and keep it in a folder; return how many findings need attention.
+
+    own: the user's rows for the one task. A task that `make data FILE=` prepared has those without being told.
+    """
     tasks = tasks or list(load_tasks())
-    if file and len(tasks) != 1:
+    if own and len(tasks) != 1:
         raise UserError("--file: name the one task that the rows are for")
-    if file and not file.exists():
-        raise UserError(f"{file}: is not there; check the path")
-    attention = found = 0
+    attention = read = 0
     for name in tasks:
-        report = audit(
-            name,
-            raw,
-            file=file,
-            **options,
-        )
+        find_task(name)
+        rows = own
+        if not own and raw == RAW and (prepared := read_prepared(PREPARED / name)) and prepared.settings.file:
+            rows = prepared.settings
+            print(f"{name}: your own rows, as they were prepared")
+        if rows and not Path(rows.file).exists():
+            raise UserError(f"{rows.file}: is not there; check the path")
+        report = audit(name, raw, rows, **options)
         with replacing(json_folder / f"{name}.json") as out:
             json.dump(report, out, indent=1, ensure_ascii=False)
             out.write("\n")
         print(render(report), end="\n\n", flush=True)
         attention += sum(finding["attention"] for finding in report["findings"])
-        found += sum(file["status"] != "absent" for file in report["files"])
-    if not found:
+        read += sum(file["status"] != "absent" for file in report["files"])
+    if not read:
         raise UserError(f"{raw}: holds no file of {', '.join(tasks)}; run `make data`")
-    print(f"{found} files, {attention} findings need attention" + (" (marked !)" if attention else ""))
+    print(f"{read} files, {attention} findings need attention" + (" (marked !)" if attention else ""))
     return attention

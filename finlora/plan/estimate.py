@@ -24,7 +24,7 @@ from finlora.core import machine
 from finlora.core.errors import UserError
 from finlora.core.files import replacing
 from finlora.core.paths import ROOT
-from finlora.data.audit import tokenizer_of
+from finlora.data import tokens as data_tokens
 from finlora.data.tasks import load_tasks
 from finlora.recipes import bases
 from finlora.recipes import load as recipes
@@ -305,13 +305,10 @@ def rows_of(path: Path, recipe: dict[str, Any]) -> Rows:
             raise UserError(
                 f"{path}: key 'datasets': row {number} is not one of messages; `make train` says which"
             ) from error
-    folder = tokenizer_of(recipe["base_model"])
+    tokenizer = data_tokens.tokenizer_of(recipe["base_model"])
     names = ", ".join(os.path.relpath(file, ROOT) for file in files["datasets"])
-    if folder:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json" if folder.is_dir() else folder))
-        tokens = [len(encoding.ids) + 1 for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    if tokenizer:
+        tokens = [count + 1 for count in data_tokens.counter(tokenizer)(texts)]
         how = f"{len(tokens):,} rows counted by the base model's tokenizer"
     else:
         tokens = [math.ceil(len(text) / 4) for text in texts]

@@ -1,0 +1,115 @@
+"""Counting tokens as the model's own tokenizer does, without a model and without a network.
+
+Llama-3's tokenizer is gated on the Hub. PyPI's llama-models carries the same one (Llama's licence):
+
+    pip install --no-deps llama-models==0.3.0
+"""
+
+import base64
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import try_to_load_from_cache
+
+from finlora.core.errors import UserError
+from finlora.core.paths import ROOT
+
+TINY = ROOT / ".cache" / "tiny"
+BATCH = 2**20  # characters that are tokenised at once
+CHAT = (
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>"
+)
+# How Llama-3 cuts text before byte-pair encoding, and the special tokens that follow the 128,000 merges in order
+# (llama_models/llama3/tokenizer.py); tokenizer.model holds the merges alone.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL = (
+    "<|begin_of_text|> <|end_of_text|> <|reserved_special_token_0|> <|reserved_special_token_1|> "
+    "<|finetune_right_pad_id|> <|step_id|> <|start_header_id|> <|end_header_id|> <|eom_id|> <|eot_id|> <|python_tag|>"
+).split()
+
+Count = Callable[[list[str]], list[int]]  # the tokens of each text, special tokens recognised and none added
+
+
+class Measure(NamedTuple):
+    """What tokens are counted with. stand_in: the tiny tokenizer, which needs more tokens than the base model's."""
+
+    tokenizer: str
+    stand_in: bool
+    count: Count
+
+
+def chat(context: str, target: str) -> str:
+    """A row as it is trained on: Llama-3's plain chat template, which trims both texts."""
+    return CHAT.format(context.strip(), target.strip())
+
+
+def find_measure(base: str | None, given: Path | None = None) -> Measure | None:
+    """The tokenizer that was given, else the base model's, else the tiny one; None where there is none.
+
+    given: a folder with tokenizer.json, or a tokenizer.json or tokenizer.model. Raises UserError where it is none.
+    """
+    if given:
+        path = given / "tokenizer.json" if given.is_dir() else given
+        if not path.is_file():
+            raise UserError(f"{given}: holds no tokenizer.json; name a model's folder or its tokenizer.json")
+        return Measure("the tokenizer given", False, counter(path))
+    own = tokenizer_of(base)
+    if own:
+        return Measure(f"{base}'s tokenizer", False, counter(own))
+    if (TINY / "tokenizer.json").is_file():
+        return Measure("the tiny tokenizer", True, counter(TINY / "tokenizer.json"))
+    return None
+
+
+def tokenizer_of(base: str | None) -> Path | None:
+    """The tokenizer file of a base model: in its folder, as downloaded before, or for Llama 3 as llama-models has it.
+
+    Nothing is fetched.
+    """
+    if not base:
+        return None
+    if (ROOT / base).is_dir():
+        path = ROOT / base / "tokenizer.json"
+        return path if path.is_file() else None
+    cached = try_to_load_from_cache(base, "tokenizer.json") if base.count("/") == 1 else None
+    if isinstance(cached, str):
+        return Path(cached)
+    package = importlib.util.find_spec("llama_models") if "llama-3" in base.lower() else None
+    path = Path(package.origin).parent / "llama3" / "tokenizer.model" if package and package.origin else None
+    return path if path and path.is_file() else None
+
+
+def counter(path: Path) -> Count:
+    """What counts tokens by a tokenizer.json, or by Llama-3's tokenizer.model; UserError where it is neither."""
+    try:
+        return _tiktoken_counter(path) if path.suffix == ".model" else _json_counter(path)
+    except Exception as error:  # the libraries raise plain Exception and ValueError
+        raise UserError(f"{path}: is not a tokenizer ({error}); name a model's folder or its tokenizer.json") from error
+
+
+def _json_counter(path: Path) -> Count:
+    from tokenizers import Tokenizer  # takes a second to import, and is not needed without a tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda texts: [
+        len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    ]
+
+
+def _tiktoken_counter(path: Path) -> Count:
+    import tiktoken  # not needed where a tokenizer.json is there
+
+    # Not tiktoken.load.load_tiktoken_bpe: it keeps a copy by the file's name and would not see another content.
+    lines = (line.split() for line in path.read_bytes().splitlines())
+    merges = {base64.b64decode(token): int(rank) for token, rank in lines}
+    special = {token: len(merges) + place for place, token in enumerate(SPECIAL)}
+    tokenizer = tiktoken.Encoding(path.name, pat_str=WORDS, mergeable_ranks=merges, special_tokens=special)
+    return lambda texts: [len(tokens) for tokens in tokenizer.encode_batch(texts, allowed_special="all")]
