@@ -22,10 +22,10 @@ demo: $(READY) ## the whole path on a CPU in three minutes; DATA=rows.jsonl for 
 	@$(FINLORA) demo $(call options,DATA)
 
 test: $(READY) ## lint and the tests, about 7 minutes on two cores; ARGS= for pytest
-	@$(PY) tests/surroundings.py && $(PY) -m ruff check . && $(PY) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+	@$(PY) tests/surroundings.py && $(PY) -m ruff check . && $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow" $(ARGS)
 
 test-all: $(READY) ## all tests: every recipe, every way of distributing, more drawn examples
-	@$(PY) tests/surroundings.py && $(PY) -m ruff check . && $(PY) -m pytest -n 2 --dist loadgroup --hypothesis-profile=all $(ARGS)
+	@$(PY) tests/surroundings.py && $(PY) -m ruff check . && $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder --hypothesis-profile=all $(ARGS)
 
 fuzz: $(READY) ## the property-based tests on new examples for SECONDS=300; prints failures as @example(...) to paste
 	@$(PY) tests/fuzz.py $(if $(SECONDS),--seconds "$(SECONDS)") $(ARGS)

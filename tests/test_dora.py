@@ -902,8 +902,13 @@ def kernel_signatures(block_r: int, read: bool):
     yield "_dequantize_int8", dict(weight="*i8", scales=P, out=H, columns=INT), dict(BLOCK=4096)
 
 
-@pytest.mark.parametrize("block_r", [16, 64, 256])
-@pytest.mark.parametrize("capability", [80, 90])
+CARDS = [(80, 16), (90, 256)]
+OTHER_CARDS = [(80, 64), (80, 256), (90, 16), (90, 64)]
+
+
+@pytest.mark.parametrize(
+    "capability, block_r", [*CARDS, *(pytest.param(*card, marks=pytest.mark.slow) for card in OTHER_CARDS)]
+)
 def test_the_triton_kernels_compile_for_cards_that_are_not_here(capability, block_r):
     """For an A100 (sm_80) and an H100, within the shared memory of the 24 GB cards (99 KiB a block)."""
     triton = pytest.importorskip("triton")
