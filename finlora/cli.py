@@ -186,14 +186,15 @@ def sweep(
 ) -> None:
     """Train a recipe at each point of a sweep file, then one table and one plot."""
     from finlora.recipes import names
+    from finlora.sweep import points
     from finlora.sweep import run as sweeps
 
-    path, file = names.find(recipe).absolute(), sweeps.find(sweep)
+    path, file = names.find(recipe).absolute(), points.find(sweep)
     if list:
         sweeps.show_points(path, file)
         return
-    ask = sweeps.options(path, tasks, limit, labels and labels.value) if eval else None
-    sweeps.sweep(path, file, small=tiny, force=force, gpus=gpus, point=point, ask=ask, track=track, args=context.obj)
+    evaluate = sweeps.eval_options(path, tasks, limit, labels and labels.value) if eval else None
+    sweeps.sweep(path, file, sweeps.Options(tiny, force, gpus, point, evaluate, track, context.obj))
 
 
 @app.command("eval")

@@ -14,11 +14,13 @@ import made
 import pytest
 from failures import refuses, says
 
-from finlora.core.html import number, percent, signed, ticks, visible
+from finlora.core.html import Table, number, percent, signed, templates, visible
+from finlora.core.plot import ticks
 from finlora.data.tasks import load_tasks
+from finlora.evaluate import report as report_module
 from finlora.evaluate import results
 from finlora.evaluate.published import BESIDE, PUBLISHED, published, published_average
-from finlora.evaluate.report import curve, report
+from finlora.evaluate.report import Average, Model, Report, ScoreRow, curve, report
 from finlora.evaluate.scorers import finlora, summary
 from finlora.evaluate.statistics import interval, paired
 
@@ -44,15 +46,32 @@ def page(folder: Path) -> str:
     return (folder / "index.html").read_text(encoding="utf-8")
 
 
-def rows_of(shown: dict, subject: str, name: str) -> list[dict]:
-    entry = next(entry for entry in shown["subjects"] if entry["name"] == subject)
-    return [row for row in entry["rows"] if row["set"] == name]
+def model(shown: Report, name: str) -> Model:
+    return next(model for model in shown.models if model.name == name)
 
 
-def notes(shown: dict, subject: str, *words: str) -> int:
-    """How many of the notes on a subject hold all these words."""
-    found = next(entry["notes"] for entry in shown["subjects"] if entry["name"] == subject)
-    return sum(all(re.search(rf"(?<!\w)({word})", note, re.IGNORECASE) for word in words) for note in found)
+def rows_of(shown: Report, name: str, test: str) -> list[ScoreRow]:
+    return [row for row in model(shown, name).rows if row.set == test]
+
+
+def notes(shown: Report, name: str, *words: str) -> int:
+    """How many of the notes on a model hold all these words."""
+    return sum(
+        all(re.search(rf"(?<!\w)({word})", note, re.IGNORECASE) for word in words) for note in model(shown, name).notes
+    )
+
+
+def overview(shown: Report, title: str) -> dict[str, dict[str, str]]:
+    """The table at the top whose title begins so: row -> column -> text. Empty where there is none."""
+    table = next((table for heading, table in shown.overview if heading.startswith(title)), Table([], []))
+    heads, *rows = table.texts()
+    return {row[0]: dict(zip(heads[1:], row[1:], strict=True)) for row in rows}
+
+
+def answers_of(folder: Path, name: str, test: str) -> list[list]:
+    """The rows that the page of all answers embeds: line, prompt, right, answer, prediction, scores, marks."""
+    text = (folder / name / test / "answers.html").read_text(encoding="utf-8")
+    return json.loads(re.search(r'id="rows">(.*?)</script>', text, re.S)[1])
 
 
 def warned(capsys) -> list[str]:
@@ -81,7 +100,20 @@ def test_every_printed_average_but_one_is_the_mean_of_its_column():
 
 def test_the_published_table_covers_the_19_test_sets():
     assert set(published()) - {"overall"} == set(SETS) and len(SETS) == 19
-    assert all(set(BESIDE.values()) <= set(models) for models in published().values())
+    beside = {name for name in BESIDE.values() if "shot" not in name and "multi" not in name}
+    assert all(beside <= set(models) for models in published().values())
+
+
+def test_what_was_not_published_has_no_average():
+    """FinLoRA's rebuttal has neither CFA nor CPA."""
+    rebuttal = {BESIDE[name] for name in ("base, 3-shot", "LoRA, multi-task")}
+    missing = {name for name, models in published().items() if not rebuttal <= set(models)}
+    assert missing == {"cfa_level1", "cfa_level2", "cfa_level3", "cpa_reg", "overall"}
+    for name in rebuttal:
+        assert published_average(name) is None
+        assert published_average(name, ["fpb", "tfns"]) == pytest.approx(
+            (published()["fpb"][name][0] + published()["tfns"][name][0]) / 2
+        )
 
 
 def test_the_published_figures_are_those_of_finlora():
@@ -100,40 +132,43 @@ def test_a_score_its_interval_and_its_difference_are_those_of_the_scorers(report
     folder, shown = reported
     row = rows_of(shown, "sentiment_r8_dora", "fpb")[0]
 
-    def items(subject):
-        lines = [json.loads(line) for line in open(folder / subject / "fpb" / "answers.jsonl")]
+    def items(name):
+        lines = [json.loads(line) for line in open(folder / name / "fpb" / "answers.jsonl")]
         return finlora(SETS["fpb"], [line["answer"] for line in lines], [line["target"] for line in lines])
 
     ours, base = items("sentiment_r8_dora"), items(BASE)
-    assert row["score"]["accuracy"] == summary(ours)["accuracy"]
-    assert (row["score"]["low"], row["score"]["high"]) == interval(ours)
-    assert row["difference"] == paired(base, ours)
-    expected = f"{percent(row['score']['accuracy'])} [{percent(row['score']['low'], 1)}, "
+    assert row.score.accuracy == summary(ours)["accuracy"]
+    assert (row.score.low, row.score.high) == interval(ours)
+    assert row.f1 == interval(ours, "weighted_f1")
+    assert row.difference == paired(base, ours)
+    expected = f"{percent(row.score.accuracy)} [{percent(row.score.low, 1)}, "
     assert expected in (folder / "README.md").read_text()
-    assert f"<b>{percent(row['score']['accuracy'])}</b>" in page(folder)
+    assert f"<b>{percent(row.score.accuracy)}</b>" in page(folder)
 
 
-def test_both_label_versions_stand_side_by_side_and_the_defect_is_explained(reported):
+def test_both_label_versions_are_beside_each_other_and_the_defect_is_explained(reported):
     folder, shown = reported
     corrected, as_published = rows_of(shown, "sentiment_r8_dora", "tfns")
-    assert (corrected["labels"], as_published["labels"]) == ("corrected", "published")
-    assert corrected["score"]["accuracy"] > 0.8 > 0.5 > as_published["score"]["accuracy"]
-    assert not corrected["published"] and as_published["published"]["DoRA"] == (59.09, 0.702)
+    assert (corrected.labels, as_published.labels) == ("corrected", "published")
+    assert corrected.score.accuracy > 0.8 > 0.5 > as_published.score.accuracy
+    theirs = overview(shown, "Models")["FinLoRA DoRA (published)"]
+    assert theirs["tfns (corrected labels)"] == "–" and theirs["tfns (published labels)"] == "59.09 (0.702)"
     for text in page(folder), (folder / "README.md").read_text():
         assert re.search(r"475 positive .*neutral.* 1,566 neutral .*positive.* 2,041 ", " ".join(text.split()))
-    assert "<b>corrected " in page(folder) and "<b>published " in page(folder)
+    labels = [table.caption.split(" labels")[0] for one in shown.models[0].details for table in one.matrices]
+    assert labels[1:] == ["corrected", "published"]
 
 
 def test_published_labels_come_first_where_they_were_asked_for(everything):
     for path in everything.glob("*/tfns/set.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"labels_used": "published"}))
-    assert [row["labels"] for row in rows_of(report(everything), BASE, "tfns")] == ["published", "corrected"]
+    assert [row.labels for row in rows_of(report(everything), BASE, "tfns")] == ["published", "corrected"]
 
 
 def test_rows_that_were_trained_on_are_left_out_of_a_line_of_their_own(reported):
     whole, unseen = rows_of(reported[1], "sentiment_r8_dora", "fpb")
-    assert (whole["rows"], unseen["rows"]) == (240, 216) and unseen["only"] and not whole["only"]
-    assert unseen["difference"]["rows"] == 216 and not unseen["published"]
+    assert (whole.rows, unseen.rows) == (240, 216) and unseen.only and not whole.only
+    assert unseen.difference["rows"] == 216 and whole.comparable and not unseen.comparable
 
 
 def test_so_they_are_under_both_versions_of_the_labels(tmp_path):
@@ -141,30 +176,102 @@ def test_so_they_are_under_both_versions_of_the_labels(tmp_path):
     rows = [row | {"seen": number % 2 == 0} for number, row in enumerate(made.label_rows(60, 0.9, exchanged=True))]
     made.answered(folder, "tfns", rows)
     rows = rows_of(report(tmp_path), "a", "tfns")
-    found = [(row["labels"], bool(row["only"]), row["rows"]) for row in rows]
+    lines = [(row.labels, bool(row.only), row.rows) for row in rows]
     without = [("corrected", True, 30), ("published", True, 30)]
-    assert found == [("corrected", False, 60), ("published", False, 60), *without]
-    assert f"{rows[3]['only']}, published " in page(tmp_path)
+    assert lines == [("corrected", False, 60), ("published", False, 60), *without]
+    assert f"{rows[3].only}, published " in page(tmp_path)
 
 
 def test_strict_scores_appear_where_they_differ(reported):
     shown = reported[1]
     fpb, formula = (rows_of(shown, "sentiment_r8_dora", name)[0] for name in ("fpb", "formula"))
-    assert fpb["strict"]["accuracy"] < fpb["score"]["accuracy"]  # "The sentiment is neutral" holds the label
-    assert formula["strict"] is None and formula["unparsed"] == 5
+    assert fpb.strict.accuracy < fpb.score.accuracy  # "The sentiment is neutral" holds the label
+    assert formula.strict is None and formula.unparsed == 5
 
 
-def test_an_average_stands_beside_the_published_one_over_the_same_sets(reported):
-    entry = reported[1]["subjects"][0]
-    corrected, as_published = entry["averages"]
-    names = ["fpb", "tfns", "xbrl_term", "formula"]
-    assert as_published["sets"] == names and not as_published["whole"]
-    assert as_published["published"]["DoRA"] == pytest.approx((81.93 + 59.09 + 60.6 + 28.5) / 4)
-    rows = {(row["set"], row["labels"]): row["score"]["accuracy"] for row in entry["rows"] if not row["only"]}
-    rest = sum(rows[name, "published"] for name in names if name != "tfns")
-    assert as_published["value"] == pytest.approx((rest + rows["tfns", "published"]) / 4)
-    assert corrected["value"] == pytest.approx((rest + rows["tfns", "corrected"]) / 4)
-    assert not corrected["published"]
+def test_models_by_sets_with_finloras_figures_and_the_measure_of_each_set(reported):
+    table = overview(reported[1], "Models")
+    names = [name for name in table if not name.startswith("FinLoRA")]
+    assert names == ["sentiment_r8_dora", "sentiment_r8_lora", BASE]
+    assert [name for name in table if name not in names] == [f"FinLoRA {name} (published)" for name in BESIDE]
+    heads = ["fpb", "tfns (corrected labels)", "tfns (published labels)", "xbrl_term (BERTScore F1)", "formula"]
+    assert list(table[BASE]) == [*heads, "mmlu (general task)"]
+    row = rows_of(reported[1], BASE, "fpb")[0]
+    assert table[BASE]["fpb"].startswith(f"{percent(row.score.accuracy)} [{percent(row.score.low, 1)}, ")
+    assert table["FinLoRA base, 3-shot (published)"]["fpb"] == "76.40"
+    assert table["FinLoRA LoRA, multi-task (published)"]["xbrl_term (BERTScore F1)"] == "67.60 (0.676)"
+
+
+@pytest.mark.parametrize(
+    "change", [{"published_file": False}, {"published_file": None}, {"rows": 1212}], ids=["own", "unknown", "some rows"]
+)
+def test_other_rows_than_the_published_ones_share_no_table_with_finloras_figures(tmp_path, change):
+    """Nor an axis, which each table has of its own; nor an average."""
+    folder = made.subject(tmp_path, "sample_r8_dora")
+    made.answered(folder, "fpb", made.label_rows(48, 0.86), **change)
+    made.answered(folder, "fiqa", made.label_rows(40, 0.8), **change)
+    shown = report(tmp_path)
+    assert overview(shown, "Models") == {}
+    (name,) = other = overview(shown, "On other rows")
+    assert name == folder.name and re.search(r"\] of 48 rows", other[name]["fpb"])
+    (mean,) = overview(shown, "Averages").values()
+    assert all(figure == "–" for column, figure in mean.items() if column.startswith("FinLoRA"))
+    for text in page(tmp_path), (tmp_path / "README.md").read_text():
+        assert "85.64" not in text and "81.93" not in text  # FinLoRA's figures of fpb
+
+
+def test_both_kinds_of_rows_at_once_are_two_tables(everything):
+    path = everything / "sentiment_r8_lora" / "fpb" / "set.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"published_file": False}))
+    shown = report(everything)
+    assert overview(shown, "Models")["sentiment_r8_lora"]["fpb"] == "–"
+    assert list(overview(shown, "On other rows")) == ["sentiment_r8_lora"]
+
+
+def test_any_two_adapters_have_their_paired_difference(everything):
+    made.answered(made.subject(everything, "third"), "fpb", made.label_rows(48, 0.3, seed=9))
+    other = made.subject(everything, "other-file")
+    made.answered(other, "fpb", made.label_rows(48, 0.3, seed=9), sha256="other")
+    shown = report(everything)
+    table = overview(shown, "Differences")
+    names = ["other-file", "sentiment_r8_dora", "sentiment_r8_lora", "third"]
+    assert list(table) == [f"{b} − {a}" for place, a in enumerate(names) for b in names[place + 1 :]]
+    subjects, _ = results.read(everything)
+    a, b = (subjects[name].sets["fpb"] for name in ("sentiment_r8_lora", "third"))
+    expected = paired(*results.pair(a, b, "published")[1:])
+    cell = table["third − sentiment_r8_lora"]["fpb"]
+    assert cell.startswith(f"{signed(expected['difference'])} ▼ [{signed(expected['low'], 1)}, ")
+    assert table["third − other-file"]["fpb"] == "–" and "SHA-256" in page(everything)
+    assert table["third − sentiment_r8_lora"]["formula"] == "–"
+
+
+def averages(shown: Report, name: str, **of) -> list[Average]:
+    means = report_module.averages(model(shown, name).rows, comparable=True)
+    return [mean for mean in means if all(getattr(mean, key) == value for key, value in of.items())]
+
+
+def test_accuracy_and_bertscore_are_averaged_apart_beside_finloras_mixed_average(reported):
+    rows = model(reported[1], "sentiment_r8_dora").rows
+    scores = {(row.set, row.labels): row.score for row in rows if not row.only}
+    means = {(mean.of, mean.labels): mean for mean in averages(reported[1], "sentiment_r8_dora")}
+    kinds = [("accuracy", "corrected"), ("both, as FinLoRA's", "corrected")]
+    kinds += [("accuracy", "published"), ("BERTScore F1", "published"), ("both, as FinLoRA's", "published")]
+    assert list(means) == kinds
+    for labels in "corrected", "published":
+        accuracy = [scores[name, "published"] for name in ("fpb", "formula")] + [scores["tfns", labels]]
+        mean, both = means["accuracy", labels], means["both, as FinLoRA's", labels]
+        assert mean.accuracy == pytest.approx(sum(score.accuracy for score in accuracy) / 3)
+        term = scores["xbrl_term", "published"]
+        assert both.accuracy == pytest.approx((3 * mean.accuracy + term.accuracy) / 4)
+        # Independent intervals combine by their squares (MOVER).
+        below = sum((score.accuracy - score.low) ** 2 for score in accuracy) ** 0.5 / 3
+        assert mean.accuracy - mean.low == pytest.approx(below)
+        assert bool(both.published) == (labels == "published")
+    both = means["both, as FinLoRA's", "published"]
+    assert both.sets == ["fpb", "tfns", "xbrl_term", "formula"]
+    assert both.published["DoRA"] == pytest.approx((81.93 + 59.09 + 60.6 + 28.5) / 4)
+    assert means["accuracy", "published"].published["DoRA"] == pytest.approx((81.93 + 59.09 + 28.5) / 3)
+    assert means["BERTScore F1", "published"].published["DoRA"] == pytest.approx(60.6)
 
 
 def test_with_all_19_sets_it_is_finloras_overall_average(tmp_path):
@@ -174,38 +281,60 @@ def test_with_all_19_sets_it_is_finloras_overall_average(tmp_path):
         if spec.metric == "bertscore_f1":
             rows = [row | {"bertscore": 0.5} for row in rows]
         made.answered(folder, name, rows, metric=spec.metric, labels=spec.labels)
-    (average,) = report(tmp_path)["subjects"][0]["averages"]
-    assert average["whole"] and average["published"]["base"] == pytest.approx(37.05, abs=0.005)
-    assert average["value"] == pytest.approx((17 * 1 + 2 * 0.5) / 19)
+    shown = report(tmp_path)
+    (mean,) = averages(shown, "all_r8_dora", of="FinLoRA's overall average")
+    assert mean.published["base"] == pytest.approx(37.05, abs=0.005) and mean.published["base, 3-shot"] is None
+    assert mean.accuracy == pytest.approx((17 * 1 + 2 * 0.5) / 19)
     assert re.search(r"average\W+19 ", (tmp_path / "README.md").read_text())
 
 
-def test_forgetting_is_paired_with_the_base(reported):
-    entry = reported[1]["subjects"][0]
-    (row,) = entry["forgetting"]
-    assert row["set"] == "mmlu" and row["base"]["accuracy"] == pytest.approx(0.675)
-    assert row["difference"]["difference"] == pytest.approx(row["score"]["accuracy"] - row["base"]["accuracy"])
-    assert row["difference"]["rows"] == 120
+def test_a_general_task_is_paired_with_the_base(reported):
+    row, base = (rows_of(reported[1], name, "mmlu")[0] for name in ("sentiment_r8_dora", BASE))
+    assert base.score.accuracy == pytest.approx(0.675) and row.kind == "general task"
+    assert row.difference["difference"] == pytest.approx(row.score.accuracy - base.score.accuracy)
+    assert row.difference["rows"] == 120
 
 
 def test_a_confusion_matrix_counts_every_row_once(reported):
-    entry = reported[1]["subjects"][0]
-    (fpb,) = next(one for one in entry["details"] if one["set"] == "fpb")["matrices"]
-    assert fpb["columns"] == [*made.THREE, "unparsed"]
-    assert sum(sum(row["counts"]) for row in fpb["rows"]) == 240
-    right = sum(row["right"] for row in fpb["rows"])
-    assert right == round(rows_of(reported[1], "sentiment_r8_dora", "fpb")[0]["strict"]["accuracy"] * 240)
+    shown = reported[1]
+    (table,) = next(one for one in shown.models[0].details if one.set == "fpb").matrices
+    heads, *rows = table.texts()
+    assert heads == ["right", *made.THREE, "unparsed", "rows"]
+    assert sum(int(count) for row in rows for count in row[1:-1]) == 240 == sum(int(row[-1]) for row in rows)
+    right = sum(int(row[heads.index(row[0])]) for row in rows)
+    assert right == round(rows_of(shown, "sentiment_r8_dora", "fpb")[0].strict.accuracy * 240)
 
 
-def test_the_most_frequent_errors_and_the_lowest_values_come_first(reported):
+def test_all_answers_can_be_looked_through_right_and_wrong(reported):
     folder, shown = reported
-    entry = shown["subjects"][0]
-    details = {one["set"]: one for one in entry["details"]}
-    counts = [error["count"] for error in details["fpb"]["errors"]]
-    assert counts == sorted(counts, reverse=True) and details["fpb"]["wrong"] >= sum(counts)
-    first = details["xbrl_term"]["errors"][0]["examples"][0]
-    assert (first["row"], first["answer"], first["marks"]) == (8, "", ["BERTScore F1 0.00"])
-    assert "<i>(empty)</i>" in page(folder)
+    link = next(one for one in shown.models[0].details if one.set == "fpb").answers
+    assert f'href="{link}"' in page(folder) and (folder / link).is_file()
+    rows = answers_of(folder, "sentiment_r8_dora", "fpb")
+    kept = [json.loads(line) for line in open(folder / "sentiment_r8_dora" / "fpb" / "answers.jsonl")]
+    assert [(row[0], row[2], row[3]) for row in rows] == [(row["row"], row["target"], row["answer"]) for row in kept]
+    scores = rows_of(shown, "sentiment_r8_dora", "fpb")[0]
+    assert sum(row[5][0] for row in rows) == pytest.approx(scores.score.accuracy * 240)
+    assert sum(row[5][1] for row in rows) == pytest.approx(scores.strict.accuracy * 240)
+    assert "seen in training" in rows[0][6] and not any("seen" in mark for mark in rows[1][6])
+    assert {row[4] for row in rows if row[3] == "I think it is mixed."} == {"unparsed"}
+    empty = answers_of(folder, "sentiment_r8_dora", "xbrl_term")[7]
+    assert (empty[0], empty[3], empty[5], empty[6]) == (8, "", [0.0], ["empty"])
+    question = answers_of(folder, "sentiment_r8_dora", "mmlu")[0]
+    assert question[0] == "mmlu/1" and question[5] in ([0.0], [1.0])
+
+
+def test_an_answer_of_several_tags_is_one_row(tmp_path):
+    folder = made.subject(tmp_path, "one")
+    made.answered(folder, "finer", [{"target": "A,B", "answer": "A,C"}, {"target": "B", "answer": "B"}])
+    report(tmp_path)
+    rows = answers_of(tmp_path, "one", "finer")
+    assert [(row[0], row[5][0]) for row in rows] == [(1, 0.5), (2, 1.0)]
+
+
+def test_corrected_labels_and_what_was_published_are_both_on_the_page_of_answers(reported):
+    rows = answers_of(reported[0], "sentiment_r8_dora", "tfns")
+    assert {row[6][-1] for row in rows if row[2] == "neutral"} == {"published label: positive"}
+    assert not any("published" in mark for row in rows if row[2] == "negative" for mark in row[6])
 
 
 def test_format_time_and_tokens(tmp_path):
@@ -214,9 +343,10 @@ def test_format_time_and_tokens(tmp_path):
     rows[0] |= {"answer": " ", "stopped": False}
     rows[1] |= {"answer": "It is mixed"}
     made.answered(folder, "fpb", rows, seconds=4.0)
-    (entry,) = report(tmp_path)["subjects"][0]["format"]
-    assert (entry["unparsed"], entry["cut"], entry["empty"], entry["speed"]) == (2, 1, 1, 2.0)
-    assert (entry["prompt_tokens"], entry["answer_tokens"]) == (480, 16)
+    (heads, row) = dict(report(tmp_path).models[0].tables)["Format and time"].texts()
+    shown = dict(zip(heads, row, strict=True))
+    assert (shown["unparsed"], shown["cut"]) == ("2 (25.0%)", "1 (12.5%, at 10)")
+    assert (shown["empty"], shown["rows/s"], shown["prompt tokens"], shown["answer tokens"]) == ("1", "2", "480", "16")
 
 
 def test_the_same_results_give_the_same_bytes(everything):
@@ -243,13 +373,10 @@ def test_a_tiny_model_other_files_and_limit_are_said(tmp_path):
     made.answered(folder, "fpb", made.label_rows(5, 1.0), rows=1212, limit=5, published_file=False)
     made.answered(folder, "fiqa", made.label_rows(5, 1.0))
     shown = report(tmp_path)
-    (average,) = shown["subjects"][0]["averages"]
-    assert average["published"] == {}  # another file: no average of FinLoRA's to set beside it
     for words in ("tiny",), ("published", "fpb$|fpb\\W"), ("fpb 5 of 1,212",), ("commit",), ("BASE=1",):
         assert notes(shown, folder.name, *words) == 1, words
-    text = " ".join(page(tmp_path).split())
-    assert "5 <small>of 1,212</small>" in text and re.search(r"2 sets, published [^<]*LIMIT", text)
-    assert [row["other_file"] for row in shown["subjects"][0]["rows"]] == [True, False]  # fpb, fiqa
+    assert "5 <small>of 1,212</small>" in " ".join(page(tmp_path).split())
+    assert [row.comparable for row in shown.models[0].rows] == [False, True]  # fpb, fiqa
 
 
 def test_it_is_said_where_nobody_knows_what_was_trained_on(tmp_path):
@@ -281,7 +408,7 @@ def test_only_rows_that_both_answered_are_compared(everything):
     about = json.loads((folder / "set.json").read_text())
     (folder / "set.json").write_text(json.dumps(about | {"evaluated": 30, "limit": 30}))
     row = rows_of(report(everything), "sentiment_r8_dora", "fpb")[0]
-    assert (row["rows"], row["difference"]["rows"]) == (48, 30)
+    assert (row.rows, row.difference["rows"]) == (48, 30)
     assert re.search(r"\b30 rows", (everything / "README.md").read_text())
 
 
@@ -296,7 +423,7 @@ def test_a_base_that_answered_something_else_gives_no_difference(everything, nam
     path = everything / BASE / name / "set.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     shown = report(everything)
-    assert rows_of(shown, "sentiment_r8_dora", name)[0]["difference"] is None
+    assert rows_of(shown, "sentiment_r8_dora", name)[0].difference is None
     assert notes(shown, "sentiment_r8_dora", name, BASE, reason) == 1
 
 
@@ -384,7 +511,7 @@ def test_a_missing_bertscore_is_named(everything, capsys):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model": 3}'])
 def test_a_broken_run_json_is_named(everything, capsys, text):
     (everything / "sentiment_r8_lora" / "run.json").write_text(text)
-    assert len(report(everything)["subjects"]) == 2
+    assert len(report(everything).models) == 2
     (line,) = warned(capsys)
     says(line, "evaluate", file=everything / "sentiment_r8_lora" / "run.json")
 
@@ -402,7 +529,7 @@ def test_results_set_aside_and_stray_files_are_passed_over(everything, capsys):
     shutil.copytree(everything / BASE, everything / "aside" / "earlier")
     (everything / ".hidden").mkdir()
     (everything / "notes.txt").write_text("mine")
-    assert len(report(everything)["subjects"]) == 3
+    assert len(report(everything).models) == 3
     assert capsys.readouterr().err == ""
 
 
@@ -423,7 +550,7 @@ def test_nothing_to_report_on_is_one_line_that_says_what_to_do(tmp_path):
 class Strict(HTMLParser):
     """Fails at a tag that is not closed, closed twice or closed in another order; collects texts and ids."""
 
-    VOID = {"meta", "link", "br", "wbr"}
+    VOID = {"meta", "link", "br", "wbr", "input"}
 
     def __init__(self, text: str):
         super().__init__()
@@ -442,7 +569,7 @@ class Strict(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
-        assert tag in ("line", "circle", "path"), f"<{tag}/> is no closed element in HTML"
+        assert tag in ("line", "circle", "polyline"), f"<{tag}/> is no closed element in HTML"
 
     def handle_endtag(self, tag):
         assert self.open and self.open[-1] == tag, f"</{tag}> at {self.getpos()} closes {self.open[-1:]}"
@@ -453,15 +580,19 @@ class Strict(HTMLParser):
 
 
 def test_the_page_is_whole_html_that_needs_nothing_else(reported):
-    text = page(reported[0])
-    assert text.startswith('<!doctype html>\n<html lang="en">')
-    parsed = Strict(text)
-    assert len(parsed.ids) == len(set(parsed.ids))
-    for href in parsed.hrefs:
-        assert href == "data:," or href[1:] in parsed.ids, href
-    assert "http" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S) and "@import" not in text
-    levels = [int(tag[1]) for tag in parsed.tags if re.fullmatch(r"h[1-6]", tag)]
-    assert levels[0] == 1 and all(below - above <= 1 for above, below in zip(levels, levels[1:], strict=False))
+    folder = reported[0]
+    pages = [folder / "index.html", *folder.glob("*/*/answers.html")]
+    assert len(pages) == 1 + 3 * 5
+    for path in pages:
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith('<!doctype html>\n<html lang="en">')
+        parsed = Strict(text)
+        assert len(parsed.ids) == len(set(parsed.ids))
+        for href in parsed.hrefs:
+            assert href == "data:," or href[1:] in parsed.ids or (path.parent / href).is_file(), href
+        assert "http" not in re.sub(r"<style>.*?</style>", "", text, flags=re.S) and "@import" not in text
+        levels = [int(tag[1]) for tag in parsed.tags if re.fullmatch(r"h[1-6]", tag)]
+        assert levels[0] == 1 and all(below - above <= 1 for above, below in zip(levels, levels[1:], strict=False))
 
 
 HOSTILE = [
@@ -493,16 +624,17 @@ def hostile(everything):
 
 def test_texts_of_the_model_and_the_data_stay_text(hostile):
     report(hostile)
-    text = page(hostile)
-    parsed = Strict(text)
-    assert "script" not in parsed.tags and "i" in parsed.tags and "u" not in parsed.tags
-    assert parsed.tags.count("h1") == 1
-    shown = "".join(parsed.texts)
-    for part in HOSTILE[0], "</pre></details><h1>gone</h1>", "positive\\u202e\\u200b\\u0000\\u001b[31m", "\\ud800 half":
-        assert part in shown
-    assert "{{ 7 * 7 }} {% raw %}" in shown
-    assert "</style>" in shown
+    (folder,) = hostile.glob("a_very_long_name_*")
+    parsed = Strict(page(hostile))
+    assert (parsed.tags.count("script"), parsed.tags.count("h1")) == (1, 1) and not {"i", "u"} & set(parsed.tags)
+    assert "<script>.jsonl" in "".join(parsed.texts) and "</style>" in "".join(parsed.texts)
     assert "<b>" not in (hostile / "README.md").read_text()
+    for name in "fpb", "xbrl_term":
+        parsed = Strict((folder / name / "answers.html").read_text(encoding="utf-8"))
+        assert parsed.tags.count("script") == 3 and parsed.tags.count("h1") == 1
+        shown = answers_of(hostile, folder.name, name)
+        answers = [HOSTILE[0], HOSTILE[1], "positive\\u202e\\u200b\\u0000\\u001b[31m", "\\ud800 half a character"]
+        assert [row[3] for row in shown] == [*answers, *HOSTILE[4:]]
 
 
 def test_what_hides_in_a_text_is_made_visible():
@@ -541,16 +673,14 @@ def test_no_curve_without_two_logged_steps(log):
 
 
 def test_a_curve_lies_in_its_box():
-    found = curve({"log": made.training_log()})
-    loss, validation = found.panels[0].series
-    assert validation.points[-1].value == pytest.approx(made.training_log()[-1]["eval_loss"])
-    assert (found.axis.low, found.axis.high, len(validation.points)) == (0, 400, 5)
-    drawn = found.svg()
-    width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', drawn).groups())
-    lines = re.findall(r'class="course" d="M([^"]+)"', drawn)
-    assert [line.count("L") + 1 for line in lines] == [len(loss.points), len(validation.points)]
-    for x, y in (point.split() for line in lines for point in line.split("L")):
-        assert 0 <= float(x) <= width and 0 <= float(y) <= height
+    plot = curve({"log": made.training_log()})
+    loss, validation = plot.panels[0].series
+    assert validation.points[-1].y == pytest.approx(made.training_log()[-1]["eval_loss"])
+    assert (plot.axis.low, plot.axis.high, len(validation.points)) == (0, 400, 5)
+    drawn = templates().get_template("core/plot.svg.jinja").module.plot(plot)
+    lines = [line.split() for line in re.findall(r'points="([^"]+)"', drawn)]
+    assert [len(line) for line in lines] == [len(loss.points), len(validation.points)]
+    assert all(0 <= float(place) <= 1 for line in lines for point in line for place in point.split(","))
 
 
 # A real browser
@@ -597,6 +727,88 @@ def test_a_browser_shows_the_page_without_errors_and_without_sideways_scrolling(
     wide, window = map(int, re.search(r"<title>measured (\d+) (\d+)</title>", dom).groups())
     assert window == width and wide <= window
     assert len(said) == 1 and "the console is read" in said[0]
+
+
+USE_TABLE = """<script>
+const all = selector => [...document.querySelectorAll(selector)], table = all("table")[0];
+const names = () => [...table.tBodies[0].rows].filter(row => !row.hidden).map(row => row.cells[0].innerText.trim());
+const head = text => all("table thead th").find(head => head.textContent.startsWith(text));
+const type = (which, text) => {
+  const input = document.querySelector(`[data-filters=${which}]`);
+  input.value = text;
+  input.dispatchEvent(new Event("input"));
+};
+const found = {};
+head("fpb").querySelector("button").click();
+found.highest = names();
+head("fpb").querySelector("button").click();
+found.lowest = names();
+head("model").querySelector("button").click();
+found.named = names();
+type("rows", "r8_dora rslora");
+found.filtered = names();
+type("columns", "bertscore, formula");
+found.columns = [...table.tHead.rows[0].cells].filter(cell => !cell.hidden)
+  .map(cell => cell.firstChild.firstChild.textContent.trim());
+type("columns", "");
+type("rows", "");
+found.hints = all(".hint").filter(hint => hint.offsetHeight > 0).length;
+found.wider = all(".box").filter(box => box.offsetHeight > 0 && box.scrollWidth > box.clientWidth).length;
+parent.document.title = JSON.stringify(found);
+</script>"""
+
+USE_ANSWERS = """<script>
+const choose = (id, value) => { at(id).value = value; at(id).dispatchEvent(new Event("input")); };
+const found = {all: at("count").textContent, first: document.querySelectorAll("article").length};
+at("next").click();
+found.next = at("count").textContent;
+choose("which", "wrong");
+found.wrong = at("count").textContent;
+choose("scoring", "1");
+found.strict = at("count").textContent;
+found.pair = at("pair").options[1].textContent;
+choose("pair", at("pair").options[1].value);
+found.of_pair = at("count").textContent;
+choose("words", "no such words");
+found.none = at("count").textContent;
+parent.document.title = JSON.stringify(found);
+</script>"""
+
+
+def in_frame(browser, folder: Path, file: Path, script: str, width: int) -> dict:
+    """What the script says after it has used the page, in a frame of this width."""
+    inside = escape(file.read_text(encoding="utf-8").replace("</body>", f"{script}</body>"))
+    probe = folder / "probe.html"
+    frame = f'<!doctype html><iframe srcdoc="{inside}" style="width: {width}px; height: 900px; border: 0"></iframe>'
+    probe.write_text(frame, encoding="utf-8")
+    dom, said = browser(probe, "--window-size=1400,1000", "--dump-dom")
+    assert said == []
+    return json.loads(unescape(re.search(r"<title>(.*?)</title>", dom)[1]))
+
+
+@pytest.mark.parametrize("width", [400, pytest.param(1280, marks=pytest.mark.slow)])
+def test_a_browser_sorts_and_filters_and_hints_at_what_is_out_of_sight(reported, browser, tmp_path, width):
+    folder, shown = reported
+    found = in_frame(browser, tmp_path, folder / "index.html", USE_TABLE, width)
+    table = overview(shown, "Models")
+    by_score = sorted(table, key=lambda name: float(table[name]["fpb"].split()[0]))
+    plain = [re.sub(r"[()]", "", name) for name in by_score]
+    assert found["lowest"] == plain and found["highest"] == plain[::-1]
+    assert found["named"][-1] == "sentiment_r8_lora" and sorted(found["named"]) == sorted(plain)
+    assert found["filtered"] == ["FinLoRA rsLoRA published", "sentiment_r8_dora"]
+    assert found["columns"] == ["model", "xbrl_term", "formula"]
+    assert found["hints"] == found["wider"] and (found["wider"] > 0 or width > 400)
+
+
+def test_a_browser_looks_through_the_answers(reported, browser, tmp_path):
+    folder, shown = reported
+    found = in_frame(browser, tmp_path, folder / "sentiment_r8_dora" / "fpb" / "answers.html", USE_ANSWERS, 400)
+    row = rows_of(shown, "sentiment_r8_dora", "fpb")[0]
+    wrong, strict = (round(240 * (1 - score.accuracy)) for score in (row.score, row.strict))
+    assert (found["all"], found["first"], found["next"]) == ("1 to 50 of 240", 50, "51 to 100 of 240")
+    assert (found["wrong"], found["strict"]) == (f"1 to {wrong} of {wrong}", f"1 to {min(strict, 50)} of {strict}")
+    count = re.search(r" → .* \((\d+)\)$", found["pair"])[1]
+    assert found["of_pair"] == f"1 to {count} of {count}" and found["none"] == "none"
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,20 +27,24 @@ from finlora.recipes import bases
 from finlora.recipes import load as recipes
 from finlora.recipes import memory as recipes_memory
 from finlora.recipes import names as recipe_names
+from finlora.sweep import points as sweep_points
 from finlora.sweep import report as sweep_report
 from finlora.sweep import run as sweep
+from finlora.sweep.points import SweepPoint
+from finlora.sweep.report import Outcome
+from finlora.sweep.run import Job, Options
 from finlora.train import run as train
 from finlora.train import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = recipe_names.RECIPES / "sentiment_r8_dora.yaml"
-SHIPPED = sorted(path.stem for path in sweep.SWEEPS.glob("*.yaml"))
-README = (sweep.SWEEPS / "README.md").read_text(encoding="utf-8")
+SHIPPED = sorted(path.stem for path in sweep_points.SWEEPS.glob("*.yaml"))
+README = (sweep_points.SWEEPS / "README.md").read_text(encoding="utf-8")
 
 
-def points(folder: Path, text: str, recipe: Path = RECIPE) -> list[dict]:
+def points(folder: Path, text: str, recipe: Path = RECIPE) -> list[SweepPoint]:
     (folder / "mine.yaml").write_text(text, encoding="utf-8")
-    return sweep.plan(recipe, folder / "mine.yaml")
+    return sweep_points.plan(recipe, folder / "mine.yaml")
 
 
 def axolotls_own(content: dict) -> list[dict]:
@@ -63,7 +68,7 @@ def test_a_sweep_file_means_what_it_means_to_axolotl(tmp_path_factory, content, 
     file = tmp_path_factory.mktemp("sweep") / "any.yaml"
     whole = content | ({"_": pairs} if pairs else {})
     file.write_text(yaml.safe_dump(whole, sort_keys=False), encoding="utf-8")
-    ours = sweep.read(file)
+    ours = sweep_points.read(file)
     assert sorted(map(repr, ours)) == sorted(map(repr, axolotls_own(whole)))
     first = next(iter(content))  # unshuffled: the first key changes last
     each = len(ours) // len(content[first])
@@ -72,13 +77,13 @@ def test_a_sweep_file_means_what_it_means_to_axolotl(tmp_path_factory, content, 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_each_shipped_sweep_has_points_that_are_recipes(name):
-    found = sweep.plan(RECIPE, sweep.find(name))
-    assert len(found) >= 3 and len({point["name"] for point in found}) == len(found)
-    assert [point for point in found if point["name"] == RECIPE.stem], "the recipe itself is a point to compare with"
-    for point in found:
-        out = f"outputs/sweeps/sentiment_r8_dora.{name}/{point['name']}"
-        assert point["recipe"]["output_dir"] == out and point["path"] == ROOT / f"{out}.yaml"
-        recipes.check_name(recipes.Recipe(point["path"], point["recipe"]))
+    planned = sweep_points.plan(RECIPE, sweep_points.find(name))
+    assert len(planned) >= 3 and len({point.name for point in planned}) == len(planned)
+    assert [point for point in planned if point.name == RECIPE.stem], "the recipe itself is a point to compare with"
+    for point in planned:
+        out = f"outputs/sweeps/sentiment_r8_dora.{name}/{point.name}"
+        assert point.recipe["output_dir"] == out and point.path == ROOT / f"{out}.yaml"
+        recipes.check_name(recipes.Recipe(point.path, point.recipe))
 
 
 NAMES = {
@@ -96,16 +101,16 @@ NAMES = {
 
 @pytest.mark.parametrize("text", NAMES)
 def test_a_points_name_says_what_differs(text, tmp_path):
-    assert [point["name"] for point in points(tmp_path, text)] == [NAMES[text]]
+    assert [point.name for point in points(tmp_path, text)] == [NAMES[text]]
 
 
 def test_other_values_and_other_recipes_have_names_too(tmp_path):
     (point,) = points(tmp_path, "chat_template_kwargs: [{thinking: 'no / never'}]")
-    assert re.fullmatch(r"sentiment_r8_dora\.chat_template_kwargs-[0-9a-f]{8}", point["name"])
+    assert re.fullmatch(r"sentiment_r8_dora\.chat_template_kwargs-[0-9a-f]{8}", point.name)
     own = tmp_path / "our own.yaml"
     recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8")) | {"output_dir": "outputs/own"}
     own.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    assert points(tmp_path, "lora_r: [4]", own)[0]["name"] == "our own.lora_r-4"
+    assert points(tmp_path, "lora_r: [4]", own)[0].name == "our own.lora_r-4"
 
 
 def test_a_points_text_does_not_follow_the_order_of_the_sweep_file(tmp_path):
@@ -115,9 +120,9 @@ def test_a_points_text_does_not_follow_the_order_of_the_sweep_file(tmp_path):
         "lora_r: [8]\n_: [{lr_scheduler: linear, seed: 7}]",
     ):
         (point,) = points(tmp_path, text)
-        point["path"] = tmp_path / "point.yaml"
-        sweep.write(point, RECIPE)
-        texts.append(point["path"].read_text(encoding="utf-8"))
+        point = replace(point, path=tmp_path / "point.yaml")
+        point.write(RECIPE)
+        texts.append(point.path.read_text(encoding="utf-8"))
     assert texts[0] == texts[1]
     assert texts[0].startswith('# recipes/sentiment_r8_dora.yaml with lr_scheduler: "linear", seed: 7\nbase_model: ')
 
@@ -208,21 +213,21 @@ def test_any_other_file_ends_in_points_or_in_one_line(tmp_path_factory, content)
 
 def test_what_is_not_there_is_said_with_what_is(tmp_path):
     with refuses("rank?", ", ".join(SHIPPED), "YAML file", file="SWEEP=rnak"):
-        sweep.find("rnak")
+        sweep_points.find("rnak")
     for name in ("", str(tmp_path / "other.yaml"), "../rank"):
         with refuses(", ".join(SHIPPED), "YAML file", file=f"SWEEP={name}"):
-            sweep.find(name)
+            sweep_points.find(name)
     with refuses("sentiment_r8_dora", file="RECIPE=sentiment_r9_dora"):
         recipe_names.find("sentiment_r9_dora")
-    magnitude = sweep.find("magnitude")
+    magnitude = sweep_points.find("magnitude")
     with refuses("point 2", "LoRA", "lora_magnitude_vector", "recipe", key="lr_groups"):
-        sweep.plan(recipe_names.find("sentiment_r8_lora"), magnitude)
+        sweep_points.plan(recipe_names.find("sentiment_r8_lora"), magnitude)
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A folder in the checkout's place, so that a sweep's points and locks stay out of the real outputs."""
-    for module in (sweep, runs, recipes):
+    for module in (sweep, sweep_points, runs, recipes):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     return tmp_path
 
@@ -231,56 +236,56 @@ def test_options_that_the_points_differ_by_and_points_that_are_not_there(tmp_pat
     (tmp_path / "mine.yaml").write_text("learning_rate: [0.1, 0.2]", encoding="utf-8")
     for args, key in ((["--learning-rate", "0.3"], "learning_rate"), (["--lora-r=4"], "lora_r")):
         with refuses("change", str(tmp_path / "mine.yaml"), key=key, file=f"ARGS={' '.join(args)}"):
-            sweep.sweep(RECIPE, tmp_path / "mine.yaml", args=args)
+            sweep.sweep(RECIPE, tmp_path / "mine.yaml", Options(args=args))
     with refuses("mine.yaml", "1 to 2", "LIST=1", file="POINT=3"):
-        sweep.sweep(RECIPE, tmp_path / "mine.yaml", point=3)
+        sweep.sweep(RECIPE, tmp_path / "mine.yaml", Options(point=3))
     with refuses("'fbp'", "fpb", file="TASKS=fbp"):
-        sweep.sweep(RECIPE, tmp_path / "mine.yaml", ask=["--tasks", "fbp"])
+        sweep.sweep(RECIPE, tmp_path / "mine.yaml", Options(evaluate={"tasks": "fbp"}))
     with refuses("wandb, mlflow, none", "TensorBoard", file="TRACK=foo"):
-        sweep.sweep(RECIPE, tmp_path / "mine.yaml", track="foo")
+        sweep.sweep(RECIPE, tmp_path / "mine.yaml", Options(track="foo"))
 
 
-def test_gpus_are_shared_out_and_missed(monkeypatch):
-    point = {"recipe": {"base_model": "meta-llama/Llama-3.1-8B-Instruct"}}
+def test_gpus_are_shared_out_and_missed(tmp_path, monkeypatch):
+    (point,) = points(tmp_path, "lora_r: [4]")
     monkeypatch.setattr(machine, "gpus", lambda: [("NVIDIA A100", 80, 79)] * 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert sweep.slots(1, point, small=False) == [None]
-    assert sweep.slots(2, point, small=False) == ["0", "1"]
-    assert sweep.slots(3, point, small=True) == ["0", "1", "2"]
+    assert sweep.slots(Options(), point) == [None]
+    assert sweep.slots(Options(gpus=2), point) == ["0", "1"]
+    assert sweep.slots(Options(gpus=3, tiny=True), point) == ["0", "1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7f")
-    assert sweep.slots(2, point, small=False) == ["5", "GPU-7f"]
+    assert sweep.slots(Options(gpus=2), point) == ["5", "GPU-7f"]
     with refuses("CUDA_VISIBLE_DEVICES=5,GPU-7f", "name 3", "GPUS=1", file="GPUS=3"):
-        sweep.slots(3, point, small=True)
+        sweep.slots(Options(gpus=3, tiny=True), point)
     with refuses("GPU", "2 ", "TINY=1", file="GPUS=4"):
-        sweep.slots(4, point, small=False)
+        sweep.slots(Options(gpus=4), point)
     monkeypatch.setattr(machine, "gpus", list)
     with refuses("GPU", "none|no ", "TINY=1", file="GPUS=1"):
-        sweep.slots(1, point, small=False)
+        sweep.slots(Options(), point)
 
 
 def test_without_a_gpu_the_table_of_what_is_trained_is_written_all_the_same(ranks, checkout, monkeypatch):
     """As on a login node, after an array of which one task failed. A sweep that was refused lets go of its folder."""
-    done = {point["name"]: point["run"] for point in ranks[:3]}
+    done = {outcome.point.name: outcome.run for outcome in ranks[:3]}
     folder = checkout / "outputs" / "sweeps" / "sentiment_r8_dora.mine"
     folder.mkdir(parents=True)
     (folder / "sentiment_r16_dora.log").write_text("error: out of memory\n", encoding="utf-8")
     monkeypatch.setattr(machine, "gpus", list)
     monkeypatch.setattr(train, "finished_run", lambda path, *options: done.get(path.stem))
     with pytest.raises(UserError) as refused:  # its traceback stays alive until the test ends
-        sweep.sweep(RECIPE, checkout / "mine.yaml")
+        sweep.sweep(RECIPE, checkout / "mine.yaml", Options())
     says(str(refused.value), "GPU", "none|no ", "TINY=1", file="GPUS=1")
     table = (folder / "table.md").read_text(encoding="utf-8")
     assert re.search(r"^\| 1 \| sentiment_r2_dora \|", table, re.M) and "out of memory |" in table
-    done[ranks[3]["name"]] = ranks[3]["run"]
-    shown = sweep.sweep(RECIPE, checkout / "mine.yaml")
-    assert all(row["finished"] and not row["note"] for row in shown["rows"])
+    done[ranks[3].point.name] = ranks[3].run
+    shown = sweep.sweep(RECIPE, checkout / "mine.yaml", Options())
+    assert [line[1] for line in shown.table.texts()[1:]] == list(done) and "note" not in shown.table.heads
 
 
 def test_sweeps_of_equal_names_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "gpus", list)
     monkeypatch.setattr(runs, "output_folder", lambda recipe, small: tmp_path / "out" / Path(recipe["output_dir"]).name)
     monkeypatch.setattr(train, "finished_run", lambda path, *options: None)
-    monkeypatch.setattr(sweep, "write", lambda *point: None)
+    monkeypatch.setattr(SweepPoint, "write", lambda *point: None)
     first, second = (tmp_path / name / "mine.yaml" for name in "ab")
     own = tmp_path / "a" / RECIPE.name
     for file in (first, second):
@@ -290,7 +295,7 @@ def test_sweeps_of_equal_names_do_not_share_a_folder(tmp_path, monkeypatch):
 
     def refused(recipe, file):
         with pytest.raises(UserError) as error:
-            sweep.sweep(recipe, file, point=1)
+            sweep.sweep(recipe, file, Options(point=1))
         return str(error.value)
 
     out, no_gpu = tmp_path / "out", "GPUS=1: "
@@ -308,25 +313,25 @@ def test_sweeps_of_equal_names_do_not_share_a_folder(tmp_path, monkeypatch):
 
 def test_only_what_is_new_is_run(ranks, tmp_path, monkeypatch):
     evaluate(tmp_path, {"sentiment_r2_dora": 0.5})
-    point, run, done = ranks[0], ranks[0]["run"], True
+    point, run, done = ranks[0].point, ranks[0].run, True
     monkeypatch.setattr(train, "finished_run", lambda *point: run)
-    monkeypatch.setattr(sweep, "answered", lambda wanted: done)
+    monkeypatch.setattr(sweep, "answered", lambda request: done)
 
-    def commands(ask=("--limit", "9"), force=False, track=None) -> list[str]:
-        given = {"small": False, "force": force, "ask": ask, "track": track, "args": ["--max-steps", "9"]}
-        found = [" ".join(command) for command in sweep.jobs_of(point, tmp_path, **given)]
-        return [text.replace(str(point["path"]), "P").replace(str(tmp_path), "F") for text in found]
+    def commands(evaluate=True, **options) -> list[str]:
+        options |= {"evaluate": {"limit": 9} if evaluate else None, "args": ["--max-steps", "9"]}
+        lines = [" ".join(command) for command in sweep.commands_of(point, tmp_path, Options(**options))]
+        return [text.replace(str(point.path), "P").replace(str(tmp_path), "F") for text in lines]
 
     ask = "eval --recipe P --results F/results --limit 9"
-    assert commands() == commands(ask=None) == []
+    assert commands() == commands(evaluate=False) == []
     assert commands(force=True) == ["train P --force -- --max-steps 9", f"{ask} --force"]
     done = False
-    assert commands() == [ask] and commands(ask=None) == []
+    assert commands() == [ask] and commands(evaluate=False) == []
     run = run | {"adapter": {"sha256": "of another training"}}
     assert commands() == [f"{ask} --force"]  # those answers are another adapter's: set aside
     run = None
     assert commands(track="wandb") == ["train P --track wandb -- --max-steps 9", f"{ask} --force"]
-    point = ranks[1]
+    point = ranks[1].point
     assert commands() == ["train P -- --max-steps 9", ask]
 
 
@@ -378,9 +383,9 @@ def stand_in(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "FINLORA", (sys.executable, "-m"))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
-    def point(name: str, *processes: tuple) -> tuple[dict, list[list[str]]]:
+    def point(name: str, *processes: tuple) -> Job:
         commands = [["stand_in", name, *map(str, ends)] for ends in processes or [(0,)]]
-        return {"name": name, "out": tmp_path / name}, commands
+        return Job(name, tmp_path / f"{name}.log", commands)
 
     point.notes = lambda: [json.loads(line) for line in (tmp_path / "notes.jsonl").read_text().splitlines()]
     return point
@@ -439,13 +444,13 @@ def test_an_interrupted_sweep_lets_its_points_save(stand_in, tmp_path, capfd):
 SHA = "bf3aa00778540de5d89cbd18164a2a1c35a96d7dd079a6931ea57d0948acb754"  # made.subject's
 
 
-def trained(point: dict, **metrics) -> dict:
+def trained(point: SweepPoint, **metrics) -> Outcome:
     """The point with run.json of a finished run on a GPU."""
-    rank = point["recipe"]["lora_r"]
+    rank = point.recipe["lora_r"]
     figures = {"steps": 400, "steps_this_run": 400, "seconds": 200.0 + rank, "samples_per_second": 160.0 - rank}
     figures |= {"final_eval_loss": 0.21 + rank / 1000, "peak_memory_gib": 26 + rank / 10}
-    run = {"base_model": point["recipe"]["base_model"], "metrics": figures | metrics, "adapter": {"sha256": SHA}}
-    return point | {"run": run | {"device": "NVIDIA H100", "tiny": False}, "failed": None}
+    run = {"base_model": point.recipe["base_model"], "metrics": figures | metrics, "adapter": {"sha256": SHA}}
+    return Outcome(point, run | {"device": "NVIDIA H100", "tiny": False}, None)
 
 
 def evaluate(folder: Path, shares: dict[str, float]) -> None:
@@ -465,8 +470,8 @@ def test_the_best_point_is_named_only_where_it_is_distinguishable(ranks, tmp_pat
     evaluate(tmp_path, {"sentiment_r2_dora": 0.5, "sentiment_r4_dora": 0.65, "sentiment_r8_dora": 0.9})
     shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
     verdict = r"Best: sentiment_r8_dora, \d\d\.\d\d, .*\b500 .*fpb, tfns.* 95% .*\b2 .*sentiment_r16_dora\."
-    assert re.fullmatch(verdict, shown["verdict"])
-    heads, *lines = shown["table"].texts()
+    assert re.fullmatch(verdict, shown.verdict)
+    heads, *lines = shown.table.texts()
     assert heads == (
         ["", "point", "rank", "score", "vs best", "fpb", "tfns", "validation loss", "trainable parameters"]
         + ["seconds", "samples/s", "peak GiB"]
@@ -478,37 +483,37 @@ def test_the_best_point_is_named_only_where_it_is_distinguishable(ranks, tmp_pat
     assert expected.items() <= by_rank["8"].items()
     assert by_rank["8"]["trainable parameters"] == "4,915,200"
     assert (tmp_path / "table.md").read_text(encoding="utf-8") in capsys.readouterr().out
-    (score, time_, memory) = [panel.series[0].points for panel in shown["plot"].panels]
+    (score, time_, memory) = [panel.series[0].points for panel in shown.plot.panels]
     assert [len(points) for points in (score, time_, memory)] == [3, 4, 4]
-    assert all(point.low < point.value < point.high for point in score)
-    places = [shown["plot"].axis.at(point.x) for point in time_]
-    assert places == pytest.approx([0, 1 / 3, 2 / 3, 1]) and shown["plot"].title == "rank, log scale"
+    assert all(point.low < point.y < point.high for point in score)
+    places = [shown.plot.axis.share(point.x) for point in time_]
+    assert places == pytest.approx([0, 1 / 3, 2 / 3, 1]) and shown.plot.title == "rank, log scale"
     page = (tmp_path / "index.html").read_text(encoding="utf-8")
-    assert page.count("<circle") == 11 and shown["verdict"] in page and "<script" not in page
+    assert page.count("<circle") == 11 and shown.verdict in page and "http" not in page
 
 
 def test_no_point_is_named_best_by_luck_or_by_a_loss(ranks, tmp_path):
     shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
-    assert not shown["verdict"].startswith("Best") and "0.212 (sentiment_r2_dora)" in shown["verdict"]
-    assert [panel.title for panel in shown["plot"].panels] == [
+    assert not shown.verdict.startswith("Best") and "0.212 (sentiment_r2_dora)" in shown.verdict
+    assert [panel.title for panel in shown.plot.panels] == [
         "validation loss",
         "training, s",
         "peak memory, GiB",
     ]
     evaluate(tmp_path, {"sentiment_r2_dora": 0.84, "sentiment_r4_dora": 0.8, "sentiment_r8_dora": 0.4})
     shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
-    assert not shown["verdict"].startswith("Best")
-    assert re.findall(r"sentiment_r[248]_dora", shown["verdict"].split("(paired")[0]) in (
+    assert not shown.verdict.startswith("Best")
+    assert re.findall(r"sentiment_r[248]_dora", shown.verdict.split("(paired")[0]) in (
         ["sentiment_r2_dora", "sentiment_r4_dora"],
         ["sentiment_r4_dora", "sentiment_r2_dora"],
     )
 
 
 def test_what_failed_is_unfinished_or_went_on_stands_in_the_table(ranks, tmp_path):
-    ranks[0] |= {"run": None, "failed": "out of memory | on NVIDIA T4"}
-    ranks[1] |= {"run": None}
-    ranks[2] = trained(ranks[2], steps_this_run=100, seconds=50.0)
-    heads, *lines = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)["table"].texts()
+    ranks[0] = Outcome(ranks[0].point, None, "out of memory | on NVIDIA T4")
+    ranks[1] = Outcome(ranks[1].point, None, None)
+    ranks[2] = trained(ranks[2].point, steps_this_run=100, seconds=50.0)
+    heads, *lines = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path).table.texts()
     assert re.search(r"fail.*out of memory \| on NVIDIA T4$", lines[0][-1]) and re.search("finished", lines[1][-1])
     assert re.search("interrupt|resum", lines[2][-1]) and lines[2][heads.index("seconds")] == "200.0"
     assert "out of memory \\| on" in (tmp_path / "table.md").read_text(encoding="utf-8")
@@ -519,13 +524,13 @@ def test_answers_that_cannot_be_compared_name_no_best_point(ranks, tmp_path):
     about = tmp_path / "results" / "sentiment_r2_dora" / "fpb" / "set.json"
     about.write_text(about.read_text().replace("0123456789abcdef", "f" * 16), encoding="utf-8")
     shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
-    assert not shown["verdict"].startswith("Best") and "compare" in shown["verdict"]
-    assert any(re.search("sentiment_r[24]_dora.*SHA-256", note) for note in shown["notes"])
-    ranks[0]["run"]["adapter"] = {"sha256": "of another training"}
+    assert not shown.verdict.startswith("Best") and "compare" in shown.verdict
+    assert any(re.search("sentiment_r[24]_dora.*SHA-256", note) for note in shown.notes)
+    ranks[0].run["adapter"] = {"sha256": "of another training"}
     shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", ranks, tmp_path)
-    assert not shown["verdict"].startswith("Best")
-    assert re.findall(r"sentiment_r\d_dora", shown["verdict"]) == ["sentiment_r4_dora"]
-    assert any(re.match("sentiment_r2_dora: .*another adapter", note) for note in shown["notes"])
+    assert not shown.verdict.startswith("Best")
+    assert re.findall(r"sentiment_r\d_dora", shown.verdict) == ["sentiment_r4_dora"]
+    assert any(re.match("sentiment_r2_dora: .*another adapter", note) for note in shown.notes)
 
 
 AXES = {
@@ -553,13 +558,12 @@ AXES = {
 @pytest.mark.parametrize("text", AXES)
 def test_the_axis_is_what_varies_first(text, tmp_path):
     done = [trained(point) for point in points(tmp_path, text)]
-    plot = sweep_report.report(RECIPE, tmp_path / "mine.yaml", done, tmp_path)["plot"]
+    plot = sweep_report.report(RECIPE, tmp_path / "mine.yaml", done, tmp_path).plot
     names = [name for name in plot.names if name]
     assert (plot.title, [text for _, text in plot.axis.labels], names) == AXES[text]
-    drawn = plot.svg()
-    width, height = map(float, re.search(r'viewBox="0 0 (\S+) (\S+)"', drawn).groups())
-    circles = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="(\S+)" cy="(\S+)"', drawn)]
-    assert len(circles) == 3 * len(done) and all(0 <= x <= width and 0 <= y <= height for x, y in circles)
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    circles = re.findall(r'<circle cx="(\S+)%" cy="(\S+)%"', page)
+    assert len(circles) == 3 * len(done) and all(0 <= float(x) <= 100 and 0 <= float(y) <= 100 for x, y in circles)
 
 
 def test_the_slurm_file_runs_one_point_a_task(tmp_path):

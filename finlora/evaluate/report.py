@@ -1,31 +1,33 @@
-"""The report on everything under results/: index.html, self-contained, and README.md (`make report`).
+"""The report on everything under results/ (`make report`): index.html, README.md, and each set's answers.html.
 
 finlora report [--results DIR]
 
-Scores are percent: right answers under FinLoRA's rules, or BERTScore F1 x 100. The same results give the same bytes.
+Scores are percent: right answers under FinLoRA's rules, or BERTScore F1 x 100. FinLoRA's figures are beside answers to
+all rows of its published files alone. The same results give the same bytes.
 """
 
+import itertools
 import math
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
-from finlora.core import html
 from finlora.core.errors import UserError
 from finlora.core.files import replacing
-from finlora.core.html import Axis, Cell, Panel, Plot, Point, Row, Series, Table, number, p_value, percent, signed
+from finlora.core.html import Cell, Table, number, p_value, percent, render, signed, visible
+from finlora.core.plot import Axis, Panel, Plot, Point, Series
 from finlora.data.corrections import load_corrections
+from finlora.data.test_sets import all_sets, groups
+from finlora.evaluate import results
 from finlora.evaluate.published import BESIDE, published, published_average
-from finlora.evaluate.results import RESULTS, Answers, Run, Subject, base_of, keep, pair, read, set_order, show, unlike
+from finlora.evaluate.results import RESULTS, Answers, Run, Subject, base_of, keep, pair, set_order, show, unlike
 from finlora.evaluate.scorers import summary
 from finlora.evaluate.statistics import interval, paired
 
-LETTERS = {"base": "B", "LoRA": "L", "QLoRA": "Q", "DoRA": "D", "rsLoRA": "R"}
 PROMPTS = {
     "saved": "the chat template saved with the model",
     "finlora_inst": "FinLoRA's [INST] form",
@@ -33,69 +35,141 @@ PROMPTS = {
     "endpoint": "the endpoint's own",
 }
 METHODS = {"base": "base model", "lora": "LoRA", "dora": "DoRA", "rslora": "rsLoRA"}
-MOST_LABELS, CONFUSIONS, EXAMPLES, LOWEST = 12, 6, 2, 6
+KINDS = {"bertscore_f1": "BERTScore F1", "tag_accuracy_f1": "each tag", "lm_eval": "general task"}
+MOST_LABELS = 12  # of a test set with a confusion matrix: more do not fit a page
+SCORE_AXIS = Axis(0, 1, [])
+VERSIONS = ("corrected", "published")  # of labels
 
 
-def report(folder: Path = RESULTS) -> dict[str, Any]:
-    """Write index.html and README.md into the results' folder; return what they show.
+@dataclass(frozen=True)
+class Score:
+    """A score and its 95% interval, F1, and how many of the items are no valid answer under strict scoring; 0 to 1."""
+
+    accuracy: float
+    low: float
+    high: float
+    weighted_f1: float | None
+    macro_f1: float | None
+    unparsed: int
+    items: int
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A model's answers to a test set under one version of the labels, all of them or some."""
+
+    set: str
+    kind: str  # BERTScore F1, each tag, general task, or nothing
+    labels: str
+    versions: int  # of the labels
+    only: str  # which rows, where not all
+    rows: int
+    of: int  # rows that the file has
+    comparable: bool  # all rows of FinLoRA's published file, or of a general task
+    score: Score
+    f1: tuple[float, float] | None  # the interval of the weighted F1
+    strict: Score | None  # where it differs
+    unparsed: int | None
+    difference: dict[str, Any] | None  # from the base: finlora.evaluate.statistics.paired
+
+
+@dataclass(frozen=True)
+class Average:
+    """The plain mean of the scores of several test sets, with its 95% interval, and FinLoRA's over the same sets."""
+
+    of: str  # accuracy, BERTScore F1, or both mixed as in FinLoRA's overall average
+    labels: str
+    sets: list[str]
+    accuracy: float
+    low: float
+    high: float
+    published: dict[str, float | None]  # percent; empty where the rows or labels are not FinLoRA's
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the report shows of a model's answers to one set."""
+
+    set: str
+    source: str
+    matrices: list[Table]
+    scorings: Table
+    answers: str  # the page that lists them, relative to the report
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the report shows of one model."""
+
+    id: str
+    name: str
+    is_adapter: bool
+    facts: str
+    more_facts: list[tuple[str, str]]
+    prompt: str
+    notes: list[str]
+    rows: list[ScoreRow]
+    tables: list[tuple[str, Table]]
+    details: list[Details]
+    curve: Plot | None
+
+
+@dataclass(frozen=True)
+class Report:
+    models: list[Model]
+    warnings: list[str]
+    exchanged: list[dict[str, str]]
+    overview: list[tuple[str, Table]]  # models by sets, averages, and the paired differences of the adapters
+
+
+def report(folder: Path = RESULTS) -> Report:
+    """Write index.html, README.md and each set's answers.html into the results' folder; return what they show.
 
     What cannot be used is named on stderr and in both files. Raises UserError where nothing is finished.
     """
-    subjects, warnings = read(folder)
+    subjects, warnings = results.read(folder)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     subjects = {name: subject for name, subject in subjects.items() if subject.sets}
     if not subjects:
         raise UserError(f"{show(folder)}: no evaluation is finished; run make eval RECIPE=sentiment_r8_dora to its end")
-    shown = gather(subjects, warnings)
-    page = html.render("evaluate/report.html.jinja", shown)
-    tables = readme(shown)
-    with replacing(folder / "index.html") as file:
-        file.write(page)
-    with replacing(folder / "README.md") as file:
-        file.write(tables)
+    adapters = [subject for subject in subjects.values() if subject.run.adapter]
+    ordered = [*adapters, *(subject for subject in subjects.values() if not subject.run.adapter)]
+    models = [describe(f"m{place}", model, base_of(model, subjects)) for place, model in enumerate(ordered, 1)]
+    shown = Report(models, warnings, exchanged(ordered), list(overview(models, adapters)))
+    for subject in ordered:
+        for answers in subject.sets.values():
+            write(answers.folder / "answers.html", answers_page(subject.name, answers))
+    write(folder / "index.html", render("evaluate/report.html.jinja", report=shown, axis=SCORE_AXIS))
+    write(folder / "README.md", render("evaluate/report.md.jinja", report=shown))
     return shown
 
 
-def gather(subjects: dict[str, Subject], warnings: list[str]) -> dict[str, Any]:
-    """Everything that the report shows, as plain values: the template and the tables only lay it out."""
-    adapters = [subject for subject in subjects.values() if subject.run.adapter]
-    bases = [subject for subject in subjects.values() if not subject.run.adapter]
-    about = [describe(subject, base_of(subject, subjects)) for subject in [*adapters, *bases]]
-    for index, entry in enumerate(about, 1):
-        entry["id"] = f"s{index}"
-    return {
-        "warnings": warnings,
-        "subjects": about,
-        "chart": chart([*about[len(adapters) :], *about[: len(adapters)]]),
-        "exchanged": exchanged(subjects),
-        "letters": LETTERS,
-    }
+def write(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text)
 
 
-def describe(subject: Subject, base: Subject | None) -> dict[str, Any]:
+def describe(id: str, subject: Subject, base: Subject | None) -> Model:
     run = subject.run
+    of_base = base.sets if base else {}
+    rows = [row for answers in subject.sets.values() for row in lines(answers, of_base.get(answers.name))]
     tests = [answers for answers in subject.sets.values() if not answers.forgetting]
-    forgetting = [answers for answers in subject.sets.values() if answers.forgetting]
-    others = base.sets if base else {}
-    rows = [line for answers in tests for line in lines(answers, others.get(answers.name))]
-    shown = {
-        "name": subject.name,
-        "run": run,
-        "is_base": not run.adapter,
-        "base": base.name if base else None,
-        "facts": facts(run),
-        "more_facts": more_facts(run),
-        "prompt": PROMPTS.get(run.prompt, run.prompt or "not recorded"),
-        "notes": notes(subject, base),
-        "rows": rows,
-        "averages": averages(rows),
-        "forgetting": [forgotten(answers, others.get(answers.name)) for answers in forgetting],
-        "format": [formatting(answers) for answers in tests],
-        "details": [details(answers) for answers in tests],
-        "curve": curve(run.training or {}),
-    }
-    return shown | {"tables": list(tables(shown))}
+    tables = [("", score_table(subject.name, base.name if base else "", rows))]
+    tables += [("Format and time", format_table(subject.name, tests))] if tests else []
+    return Model(
+        id=id,
+        name=subject.name,
+        is_adapter=bool(run.adapter),
+        facts=facts(run),
+        more_facts=more_facts(run),
+        prompt=PROMPTS.get(run.prompt, run.prompt or "not recorded"),
+        notes=list(notes(subject, base)),
+        rows=rows,
+        tables=tables,
+        details=[details(answers) for answers in subject.sets.values()],
+        curve=curve(run.training or {}),
+    )
 
 
 def facts(run: Run) -> str:
@@ -107,215 +181,244 @@ def facts(run: Run) -> str:
 
 
 def more_facts(run: Run) -> list[tuple[str, str]]:
-    training, git = run.training or {}, run.git or {}
-    measured = training.get("metrics")
-    training = training | (measured if isinstance(measured, dict) else {})
-    pairs = [
-        ("recipe", run.recipe),
-        ("model", run.model),
-        ("adapter", run.adapter),
-        ("adapter SHA-256", run.adapter_sha256),
-        ("prompt", run.prompt),
-        ("template SHA-256", run.template_sha256),
-        ("way", run.way),
-        ("backend", run.backend),
-        ("device", run.device),
-        ("started", run.started),
-        ("git", f"{git['commit']}{', with changes' if git.get('changed') else ''}" if git.get("commit") else None),
-        ("versions", ", ".join(f"{name} {version}" for name, version in sorted((run.versions or {}).items()))),
-        (
-            "training",
-            ", ".join(
-                f"{name.replace('_', ' ')} {number(value)}"
-                for name, value in training.items()
-                if isinstance(value, NUMBERS) and not isinstance(value, bool)
-            ),
-        ),
-    ]
-    return [(name, str(value)) for name, value in pairs if value]
+    """All of run.json that a line can show; of the training its figures."""
+    entries = asdict(run)
+    training = entries.pop("training") or {}
+    metrics = training.get("metrics")
+    entries["training"] = training | (metrics if isinstance(metrics, dict) else {})
+    pairs = []
+    for name, value in entries.items():
+        if isinstance(value, dict):
+            shown = {key: number(one) if is_number(one) else one for key, one in sorted(value.items())}
+            value = ", ".join(f"{key.replace('_', ' ')} {one}" for key, one in shown.items() if isinstance(one, str))
+        pairs += [(name.replace("_", " "), str(value))] if value else []
+    return pairs
 
 
-NUMBERS = (int, float)
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def notes(subject: Subject, base: Subject | None) -> list[str]:
-    """What a reader must know before trusting this subject's numbers, one sentence each."""
-    run, said = subject.run, []
+def notes(subject: Subject, base: Subject | None) -> Iterator[str]:
+    """What a reader must know before trusting this model's numbers, one sentence each."""
+    run = subject.run
     if run.tiny:
-        said.append("A tiny stand-in model, made to try the way: its scores say nothing about the recipe.")
+        yield "A tiny stand-in model, made to try the commands: its scores say nothing about the recipe."
     tests = [answers for answers in subject.sets.values() if not answers.forgetting]
-    other = [answers.name for answers in tests if answers.about.published_file is False]
-    if other:
-        said.append(f"Not FinLoRA's published files (own or synthetic rows), so not comparable: {', '.join(other)}.")
-    cut = [
+    if other := [answers.name for answers in tests if not answers.about.published_file]:
+        yield f"Not FinLoRA's published files (own or synthetic rows), so not comparable: {', '.join(other)}."
+    some = [
         f"{answers.name} {len(answers.rows):,} of {answers.about.rows:,}"
         for answers in tests
         if answers.about.rows and len(answers.rows) < answers.about.rows
     ]
-    cut += [
-        f"{answers.name} {answers.about.limit:,} a task"
-        for answers in subject.sets.values()
-        if answers.forgetting and answers.about.limit
-    ]
-    if cut:
-        said.append(f"LIMIT: only some rows were answered ({', '.join(cut)}).")
+    general = [answers for answers in subject.sets.values() if answers.forgetting and answers.about.limit]
+    some += [f"{answers.name} {answers.about.limit:,} a task" for answers in general]
+    if some:
+        yield f"LIMIT: only some rows were answered ({', '.join(some)})."
     seen = {answers.name: sum(bool(row["seen"]) for row in answers.rows.values()) for answers in tests}
-    seen = [f"{name} {count:,}" for name, count in seen.items() if count]
-    if seen:
-        said.append(f"Some rows were trained on ({', '.join(seen)}); the scores without them are listed too.")
+    if trained_on := [f"{name} {count:,}" for name, count in seen.items() if count]:
+        yield f"Some rows were trained on ({', '.join(trained_on)}); the scores without them are listed too."
     if run.adapter and any(row["seen"] is None for answers in tests for row in answers.rows.values()):
-        said.append("Whether rows were trained on is not known: the adapter's training data is not at hand.")
+        yield "Whether rows were trained on is not known: the adapter's training data is not at hand."
     if (run.git or {}).get("changed"):
-        said.append("The repository had changes that were not committed.")
+        yield "The repository had changes that were not committed."
     if run.adapter and not base:
-        said.append("No base to compare with: evaluate it too, with BASE=1.")
+        yield "No base to compare with: evaluate it too, with BASE=1."
     if base:
-        if base.run.prompt != run.prompt:
-            said.append(
-                f"{base.name} was asked with another prompt ({PROMPTS.get(base.run.prompt, base.run.prompt)}): "
-                "the differences are those of model and prompt together."
-            )
-        alone = [name for name in subject.sets if name not in base.sets]
-        if alone:
-            said.append(f"{base.name} has not answered: {', '.join(alone)}.")
-        for name in subject.sets:
-            if name in base.sets and (reason := unlike(base.sets[name], subject.sets[name])):
-                said.append(f"{name}: no difference from {base.name}, which answered {reason}.")
-    return said
+        yield from base_notes(subject, base)
 
 
-def lines(answers: Answers, base: Answers | None) -> Iterator[dict[str, Any]]:
-    """One line a version of the labels, the one that was asked for first; then those without rows seen in training."""
-    unseen = tuple(line for line, row in answers.rows.items() if not row["seen"])
+def base_notes(subject: Subject, base: Subject) -> Iterator[str]:
+    if base.run.prompt != subject.run.prompt:
+        yield (
+            f"{base.name} was asked with another prompt ({PROMPTS.get(base.run.prompt, base.run.prompt)}): "
+            "the differences are those of model and prompt together."
+        )
+    if alone := [name for name in subject.sets if name not in base.sets]:
+        yield f"{base.name} has not answered: {', '.join(alone)}."
+    for name in subject.sets:
+        if name in base.sets and (reason := unlike(base.sets[name], subject.sets[name])):
+            yield f"{name}: no difference from {base.name}, which answered {reason}."
+
+
+def lines(answers: Answers, base: Answers | None) -> Iterator[ScoreRow]:
+    """One row a version of the labels, the one that was asked for first; then those without rows seen in training."""
+    unseen = tuple(line for line, row in answers.rows.items() if not row.get("seen"))
     for only in ((), unseen) if 0 < len(unseen) < len(answers.rows) else ((),):
         for labels in answers.labels():
             yield measure(answers, base, labels, only)
 
 
-def measure(answers: Answers, base: Answers | None, labels: str, only: tuple = ()) -> dict[str, Any]:
+def measure(answers: Answers, base: Answers | None, labels: str, only: tuple) -> ScoreRow:
     """Score, interval and paired difference from the base under one version of the labels, on all or `only` some."""
+    all_rows, about, kept = tuple(answers.rows), answers.about, set(only)
 
     def chosen(items: dict[str, list], rows: tuple) -> dict[str, list]:
-        return keep(items, [place for place, line in enumerate(rows) if line in wanted]) if only else items
+        return keep(items, [place for place, line in enumerate(rows) if line in kept]) if only else items
 
-    wanted = set(only)
-    everything = tuple(answers.rows)
-    ways = list(answers.scorings())
-    primary = answers.items(labels)
-    strict = answers.items(labels, "strict") if "strict" in ways else None
-
-    def scored(items: dict[str, list], scoring: str | None) -> dict[str, Any]:
-        return score(chosen(items, everything)) if only else whole(answers, labels, scoring)
-
+    primary = chosen(answers.items(labels), all_rows)
+    strict = chosen(answers.items(labels, "strict"), all_rows) if "strict" in answers.scorings() else None
     difference = None
     if base and not unlike(base, answers):
-        rows, of_base, of_this = pair(base, answers, labels)
-        if not only or wanted & set(rows):
-            difference = paired(chosen(of_base, rows), chosen(of_this, rows))
-    return {
-        "set": answers.name,
-        "kind": {"bertscore_f1": "BERTScore F1", "tag_accuracy_f1": "each tag"}.get(answers.about.metric, ""),
-        "labels": labels,
-        "only": "not seen in training" if only else "",
-        "versions": len(answers.labels()),
-        "rows": len(only or everything),
-        "of": answers.about.rows or len(everything),
-        "score": scored(primary, ways[0] if ways else None),
-        "f1": not answers.bertscore,
-        "other_file": answers.about.published_file is False,
-        "strict": scored(strict, "strict") if strict and strict["right"] != primary["right"] else None,
-        "unparsed": summary(chosen(strict, everything))["unparsed"] if strict else None,
-        "difference": difference,
-        # FinLoRA measured with its own labels, on all rows.
-        "published": {
-            name: published()[answers.name][model]
-            for name, model in BESIDE.items()
-            if answers.name in published() and labels == "published" and not only
-        },
-    }
-
-
-def forgotten(answers: Answers, base: Answers | None) -> dict[str, Any]:
-    """The same for a general task, with the base's own score on the questions that both answered."""
-    line = measure(answers, base, "published")
-    return line | {"base": score(pair(base, answers, "published")[1]) if line["difference"] else None}
+        common, of_base, of_this = pair(base, answers, labels)
+        if not only or kept & set(common):
+            difference = paired(chosen(of_base, common), chosen(of_this, common))
+    count, of = len(only or all_rows), about.rows or len(all_rows)
+    return ScoreRow(
+        set=answers.name,
+        kind=KINDS.get(about.metric, ""),
+        labels=labels,
+        versions=len(answers.labels()),
+        only="not seen in training" if only else "",
+        rows=count,
+        of=of,
+        comparable=not about.limit if answers.forgetting else bool(about.published_file) and count == of,
+        score=score(primary),
+        f1=None if answers.bertscore or answers.forgetting else interval(primary, "weighted_f1"),
+        strict=score(strict) if strict and strict["right"] != primary["right"] else None,
+        unparsed=summary(strict)["unparsed"] if strict else None,
+        difference=difference,
+    )
 
 
 @cache
-def whole(answers: Answers, labels: str, scoring: str | None) -> dict[str, Any]:
+def whole(answers: Answers, labels: str, scoring: str) -> Score:
     return score(answers.items(labels, scoring))
 
 
-def score(items: dict[str, list]) -> dict[str, Any]:
+def score(items: dict[str, list]) -> Score:
     low, high = interval(items)
-    return summary(items) | {"low": low, "high": high}
+    return Score(low=low, high=high, **summary(items))
 
 
-def averages(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """FinLoRA's overall average over the sets that are here, once a version of the labels; theirs over the same sets.
+def averages(rows: Iterable[ScoreRow], comparable: bool) -> Iterator[Average]:
+    """Means over FinLoRA's sets: of accuracy, of BERTScore, and of both as FinLoRA takes its overall average.
 
-    Theirs stays out where a set was not measured on FinLoRA's own file.
+    They are once with each version of the labels; sets that have one version count in both. The sets' intervals are
+    independent: theirs are combined by squares of the distances to the ends (MOVER, Zou and Donner 2008).
     """
-    found = []
-    every = [name for name in published() if name != "overall"]
-    counted = [row for row in rows if row["set"] in every and not row["only"]]
-    versions = ["corrected", "published"] if any(row["labels"] == "corrected" for row in counted) else ["published"]
-    for labels in versions:
-        # The wanted version comes last and stays; sets with one version count in both averages.
-        chosen = {row["set"]: row for row in sorted(counted, key=lambda row: row["labels"] == labels)}
-        if len(chosen) < 2:
-            continue
-        sets = sorted(chosen, key=set_order)
-        other_file = any(row["other_file"] for row in chosen.values())
-        theirs = {} if labels == "corrected" or other_file else BESIDE
-        found.append(
-            {
-                "labels": labels,
-                "sets": sets,
-                "whole": len(sets) == len(every),
-                "limited": any(row["rows"] < row["of"] for row in chosen.values()),
-                "value": sum(row["score"]["accuracy"] for row in chosen.values()) / len(sets),
-                "published": {name: published_average(model, sets) for name, model in theirs.items()},
-            }
-        )
-    return found
+    rows = [row for row in rows if row.comparable == comparable and not row.only and row.set in published()]
+    for labels in VERSIONS:
+        of_labels = [row for row in rows if row.versions == 1 or row.labels == labels]
+        bertscore = [row for row in of_labels if row.kind == KINDS["bertscore_f1"]]
+        accuracy = [row for row in of_labels if row not in bertscore]
+        both = of_labels if accuracy and bertscore else []
+        for of, averaged in ("accuracy", accuracy), ("BERTScore F1", bertscore), ("both, as FinLoRA's", both):
+            if (
+                len(of_labels) < 2
+                or not averaged
+                or (labels == "corrected" and all(row.versions == 1 for row in averaged))
+            ):
+                continue  # where nothing is corrected they are under the published labels
+            sets, scores = [row.set for row in averaged], [row.score for row in averaged]
+            mean = math.fsum(one.accuracy for one in scores) / len(scores)
+            below = math.hypot(*(one.accuracy - one.low for one in scores)) / len(scores)
+            above = math.hypot(*(one.high - one.accuracy for one in scores)) / len(scores)
+            theirs = {}
+            if comparable and labels == "published":
+                theirs = {name: published_average(model, sets) for name, model in BESIDE.items()}
+            of = "FinLoRA's overall average" if len(sets) == len(all_sets()) else of
+            yield Average(of, labels, sets, mean, mean - below, mean + above, theirs)
 
 
-def formatting(answers: Answers) -> dict[str, Any]:
-    """How reliably the answers have the form that was asked for, and what they took."""
-    rows, about = answers.rows.values(), answers.about
-    strict = summary(answers.items(answers.labels()[0], "strict")) if "strict" in answers.scorings() else None
-    seconds = about.seconds
-    return {
-        "set": answers.name,
-        "rows": len(rows),
-        "unparsed": strict["unparsed"] if strict else None,
-        "items": strict["items"] if strict else len(rows),
-        "cut": sum(row["stopped"] is False for row in rows),
-        "max_new_tokens": about.max_new_tokens,
-        "empty": sum(not row["answer"].strip() for row in rows),
-        "seconds": seconds,
-        "speed": len(rows) / seconds if seconds else None,
-        "prompt_tokens": about.prompt_tokens,
-        "answer_tokens": about.answer_tokens,
-    }
+def overview(models: list[Model], adapters: list[Subject]) -> Iterator[tuple[str, Table]]:
+    """Models by sets: on FinLoRA's published files with its figures, on other rows; averages; adapters' differences."""
+    for comparable, title in (True, "Models by test sets"), (False, "On other rows: samples, own files, LIMIT="):
+        if table := models_by_sets(models, title, comparable):
+            yield title, table
+    if (table := average_table(models)).body:
+        yield "Averages", table
+    if (table := difference_table(adapters)).body:
+        yield "Differences between adapters", table
 
 
-def details(answers: Answers) -> dict[str, Any]:
-    versions, about = answers.labels(), answers.about
-    source = [about.file, about.sha256 and f"SHA-256 {about.sha256[:12]}"]
-    source += [about.encoder and f"encoder {about.encoder}"]
-    return {
-        "set": answers.name,
-        "source": " · ".join(filter(None, source)),
-        "scorings": scorings(answers),
-        "matrices": [matrix for labels in versions if (matrix := confusion_matrix(answers, labels))],
-        "labels": versions[0] if len(versions) > 1 else "",
-        "errors": lowest(answers) if answers.bertscore else confusions(answers, versions[0]),
-        "wrong": None
-        if answers.bertscore
-        else sum(right < 1 for right in answers.items(versions[0], "strict")["right"]),
-    }
+def models_by_sets(models: list[Model], title: str, comparable: bool) -> Table | None:
+    """A row a model, a column a set and version of its labels."""
+    shown = []
+    for model in models:
+        rows = [row for row in model.rows if row.comparable == comparable and not row.only]
+        shown += [(model, {(row.set, row.labels): row for row in rows})] if rows else []
+    every = {key: row for _, rows in shown for key, row in rows.items()}
+    columns = sorted(every, key=lambda key: (set_order(key[0]), key))
+    body = []
+    for model, rows in shown:
+        kind = "c0" if model.is_adapter else "base"
+        cells = [model_cell(rows[key], kind) if key in rows else Cell("–") for key in columns]
+        body.append([Cell(model.name, href=f"#{model.id}"), *cells])
+    for name, theirs in BESIDE.items() if comparable and body else ():
+        figures = [published().get(test, {}).get(theirs) if labels == "published" else None for test, labels in columns]
+        cells = [figure_cell(*figure, draw=True) if figure else Cell("–") for figure in figures]
+        body.append([Cell(f"FinLoRA {name}", "published", kind="quiet"), *cells])
+    heads = [
+        "model",
+        *(head(row.set, row.kind, row.labels if row.versions > 1 else "") for row in map(every.get, columns)),
+    ]
+    return Table(heads, body, title, MODELS_CAPTION[comparable]) if body else None
+
+
+MODELS_CAPTION = {
+    True: "All rows of FinLoRA's published files: scores with 95% intervals, and FinLoRA's figures with their F1. "
+    "Below each score its place from 0 to 100; hollow: a base model.",
+    False: "Rows that are not FinLoRA's published ones, or not all of them: its figures cannot be compared with these.",
+}
+
+
+def head(name: str, kind: str, labels: str) -> Cell:
+    """A column's head: the set, its measure and labels; a filter finds it by its groups and task too."""
+    small = ", ".join(filter(None, [kind, labels and f"{labels} labels"]))
+    return Cell(name, small, words=" ".join(group for group, sets in groups().items() if name in sets))
+
+
+def model_cell(row: ScoreRow, kind: str) -> Cell:
+    some = "" if row.comparable else f" of {row.rows:,} rows"
+    return replace(score_cell(row.score, kind), small=span(row.score.low, row.score.high) + some)
+
+
+def average_table(models: list[Model]) -> Table:
+    """A row for each average of each model, with FinLoRA's over the same sets."""
+    body = []
+    for model, comparable in itertools.product(models, (True, False)):
+        for mean in averages(model.rows, comparable):
+            small = f"{len(mean.sets)} sets, {mean.labels} labels" + (", other rows" if not comparable else "")
+            theirs = [figure_cell(mean.published.get(name)) for name in BESIDE]
+            body.append([Cell(model.name, href=f"#{model.id}"), Cell(mean.of, small, title=", ".join(mean.sets))])
+            body[-1] += [score_cell(mean), *theirs]
+    caption = "Means over data sets with 95% intervals, and FinLoRA's over the same sets; its overall average mixes "
+    caption += "accuracy and BERTScore F1."
+    heads = ["model", Cell("average", words="average"), "this model", *(f"FinLoRA {name}" for name in BESIDE)]
+    return Table(heads, body, "Averages", caption)
+
+
+def difference_table(adapters: list[Subject]) -> Table:
+    """For any two adapters the paired difference on each set that both answered."""
+    names = dict.fromkeys(name for adapter in adapters for name in adapter.sets)
+    heads, body = {}, []
+    for one, other in itertools.combinations(adapters, 2):
+        cells = {}
+        for name in (name for name in names if name in one.sets and name in other.sets):
+            a, b = one.sets[name], other.sets[name]
+            versions = {*a.labels(), *b.labels()}
+            labels = "corrected" if "corrected" in versions else "published"
+            heads[name] = head(name, KINDS.get(a.about.metric, ""), labels if len(versions) > 1 else "")
+            if reason := unlike(a, b):
+                cells[name] = Cell("–", title=f"answered {reason}")
+            else:
+                cells[name] = difference_cell(paired(*pair(a, b, labels)[1:]), max(len(a.rows), len(b.rows)))
+        body.append((f"{other.name} − {one.name}", cells))
+    sets = sorted(heads, key=lambda name: (set_order(name), name))
+    rows = [[name, *(cells.get(test, Cell("–")) for test in sets)] for name, cells in body if cells]
+    caption = "Percentage points with 95% intervals, paired on the rows that both answered: "
+    caption += "▲ the first is better, ▼ the second, ≈ cannot be told apart."
+    return Table(["adapters", *(heads[name] for name in sets)], rows, "Differences between adapters", caption)
+
+
+def details(answers: Answers) -> Details:
+    about = answers.about
+    source = [about.file, about.sha256 and f"SHA-256 {about.sha256[:12]}", about.encoder and f"encoder {about.encoder}"]
+    matrices = [matrix for labels in answers.labels() if (matrix := confusion_matrix(answers, labels))]
+    link = f"{answers.folder.parent.name}/{answers.folder.name}/answers.html"
+    return Details(answers.name, " · ".join(filter(None, source)), matrices, scorings(answers), link)
 
 
 def scorings(answers: Answers) -> Table:
@@ -323,298 +426,178 @@ def scorings(answers: Answers) -> Table:
     body = []
     for name in answers.scorings():
         for labels in answers.labels():
-            found = whole(answers, labels, name)
-            figures = [percent(found["weighted_f1"]), percent(found["macro_f1"])]
-            figures += [number(found["unparsed"]), number(found["items"])]
-            body.append([Cell(name, f"{labels} labels"), score_cell(found), *figures])
+            one = whole(answers, labels, name)
+            figures = [percent(one.weighted_f1), percent(one.macro_f1), number(one.unparsed), number(one.items)]
+            body.append([Cell(name, f"{labels} labels"), score_cell(one), *figures])
     heads = ["scoring", "score", "weighted F1", "macro F1", "unparsed", "answers"]
     return Table(heads, body, f"Every scoring of {answers.name}")
 
 
-def confusion_matrix(answers: Answers, labels: str) -> dict[str, Any] | None:
+def confusion_matrix(answers: Answers, labels: str) -> Table | None:
     """Rows: right answers; columns: strict predictions, then 'unparsed'. None without a small set of labels."""
-    known = answers.spec.labels
+    known = [] if answers.forgetting else answers.spec.labels
     if not known or len(known) > MOST_LABELS:
         return None
     items = answers.items(labels, "strict")
     counts = Counter(zip(items["target"], items["predicted"], strict=True))
-    columns = [*known, *sorted({p for _, p in counts} - {*known, "unparsed"}), "unparsed"]
-    rows, body = [], []
-    for target in [*known, *sorted({t for t, _ in counts} - set(known))]:
+    columns = [*known, *sorted({predicted for _, predicted in counts} - {*known, "unparsed"}), "unparsed"]
+    body = []
+    for target in [*known, *sorted({target for target, _ in counts} - set(known))]:
         row = [counts[target, column] for column in columns]
-        rows.append({"target": target, "counts": row, "right": counts[target, target]})
         cells = [
             Cell(number(count), kind="share right" if column == target else "share", share=count / max(sum(row), 1))
             for column, count in zip(columns, row, strict=True)
         ]
         body.append([target, *cells, number(sum(row))])
-    of = f"{labels} labels" if len(answers.labels()) > 1 else ""
-    caption = Markup("<b>{}</b>: ").format(of) if of else Markup("")
-    caption += "right answers by row, strict answers by column"
-    label = f"Confusion matrix of {answers.name}{', ' * bool(of)}{of}"
-    return {"columns": columns, "rows": rows, "table": Table(["right", *columns, "rows"], body, label, caption)}
+    version = f"{labels} labels" if len(answers.labels()) > 1 else ""
+    caption = ": ".join(filter(None, [version, "right answers by row, strict answers by column"]))
+    label = ", ".join(filter(None, [f"Confusion matrix of {answers.name}", version]))
+    return Table(["right", *columns, "rows"], body, label, caption)
 
 
-def confusions(answers: Answers, labels: str) -> list[dict[str, Any]]:
-    """The most frequent pairs of right answer and strict prediction that differ, each with its first rows."""
-    items, order = answers.items(labels, "strict"), tuple(answers.rows)
-    found: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for place, target, predicted, right in zip(
-        items["row"], items["target"], items["predicted"], items["right"], strict=True
-    ):
-        if right < 1:
-            found[target, predicted].append(order[place])
-    worst = sorted(found.items(), key=lambda pair: (-len(pair[1]), pair[1][0], pair[0]))[:CONFUSIONS]
-    lines = {line for _, rows in worst for line in list(dict.fromkeys(rows))[:EXAMPLES]}
-    prompts = answers.prompts(lines)
-    return [
-        {
-            "target": target,
-            "predicted": predicted,
-            "count": len(rows),
-            "examples": [example(answers, line, prompts[line]) for line in list(dict.fromkeys(rows))[:EXAMPLES]],
-        }
-        for (target, predicted), rows in worst
-    ]
+def answers_page(name: str, answers: Answers) -> str:
+    """The page that lists all answers of a model to one set, right and wrong."""
+    labels, ways = answers.labels()[0], list(answers.scorings()) or [answers.about.metric]
+    right, predicted = {}, {}
+    for way in ways:
+        items = answers.items(labels, way)
+        by_row: dict[int, list[int]] = {}
+        for place, row in enumerate(items["row"]):
+            by_row.setdefault(row, []).append(place)
+        right[way] = [math.fsum(items["right"][i] for i in places) / len(places) for places in by_row.values()]
+        predicted[way] = [", ".join(items["predicted"][i] for i in places) for places in by_row.values()]
+    rows = []
+    for place, row in enumerate(results.kept_rows(answers.folder)):
+        line = row["id" if answers.forgetting else "row"]
+        (target,) = answers.targets(labels, [line])
+        marks = ["cut at max_new_tokens"] if row.get("stopped") is False else []
+        marks += ["empty"] if not row["answer"].strip() else []
+        marks += ["seen in training"] if row.get("seen") else []
+        marks += [f"published label: {visible(row['target'])}"] if target != row["target"] else []
+        texts = [visible(text) for text in (row["prompt"], target, row["answer"])]
+        prediction = predicted["strict"][place] if "strict" in predicted else ""
+        rows.append([line, *texts, visible(prediction, 80, 20), [round(right[way][place], 4) for way in ways], marks])
+    return render("evaluate/answers.html.jinja", model=name, set=answers.name, labels=labels, scorings=ways, rows=rows)
 
 
-def lowest(answers: Answers) -> list[dict[str, Any]]:
-    """The rows with the lowest BERTScore F1."""
-    worst = sorted(answers.rows.values(), key=lambda row: (row["bertscore"], row["row"]))[:LOWEST]
-    prompts = answers.prompts([row["row"] for row in worst])
-    return [
-        {
-            "target": "",
-            "predicted": "",
-            "count": 1,
-            "examples": [example(answers, row["row"], prompts[row["row"]])],
-        }
-        for row in worst
-    ]
-
-
-def example(answers: Answers, line: int, prompt: str) -> dict[str, Any]:
-    row = answers.rows[line]
-    marks = [f"BERTScore F1 {percent(row['bertscore'])}"] if row["bertscore"] is not None else []
-    marks += ["cut at max_new_tokens"] if row["stopped"] is False else []
-    marks += ["seen in training"] if row["seen"] else []
-    differs = row["corrected"] != row["target"]
-    return {
-        "row": line,
-        "prompt": prompt,
-        "target": row["target"],
-        "corrected": row["corrected"] if differs else None,
-        "answer": row["answer"],
-        "marks": marks,
-    }
-
-
-def exchanged(subjects: dict[str, Subject]) -> list[dict[str, str]]:
+def exchanged(subjects: list[Subject]) -> list[dict[str, str]]:
     """The sets whose published labels are wrong for certain: what is wrong, by the counts, and why it is certain."""
-    found = {}
-    for subject in subjects.values():
-        for name, answers in subject.sets.items():
-            entry = load_corrections().get(answers.spec.file)
-            if name in found or entry is None or len(answers.labels()) == 1:
-                continue
-            counts = answers.spec.source_counts or {}
-            wrong = [
-                f"{counts[right]:,} {right} rows {label}" for label, right in entry.labels.items() if right in counts
-            ]
-            text = (
-                f"It calls {' and '.join(wrong)}: {sum(counts.get(label, 0) for label in entry.labels):,} of its "
-                f"{sum(counts.values()):,} rows. {entry.evidence} The table has both scores: corrected is what a "
-                "model can do, published is what FinLoRA's figures were measured with, and there a model that answers "
-                "rightly scores low, and one trained on the exchanged labels high."
-            )
-            found[name] = {"set": name, "title": f"{name}: labels are exchanged in FinLoRA's file.", "text": text}
-    return [found[name] for name in sorted(found, key=set_order)]
-
-
-def chart(about: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per set a plot in percent: each subject's score and interval, and FinLoRA's figures."""
-    sets: dict[str, dict[str, Any]] = {}
-    for subject in about:
-        for row in subject["rows"]:
-            if row["only"]:
-                continue
-            entry = sets.setdefault(row["set"], {"set": row["set"], "kind": row["kind"], "lines": []})
-            found, labels = row["score"], f", {row['labels']} labels" if row["versions"] > 1 else ""
-            point = Point(found["accuracy"], found["low"], found["high"], title=bracket(found))
-            colour = "base" if subject["is_base"] else "c0"
-            line = Row(subject["name"] + labels, [point], percent(point.value), "", colour, f"#{subject['id']}")
-            entry["lines"].append((labels, line))
-    axis = Axis(0, 1, [(share / 100, str(share)) for share in (0, 25, 50, 75, 100)])
-    for name, entry in sets.items():
-        rows = [line for _, line in sorted(entry["lines"], key=lambda pair: pair[0])]
-        if name in published():
-            figures = sorted((published()[name][model][0], short) for short, model in BESIDE.items())
-            points = [
-                Point(value / 100, title=f"{short} {value:.2f}", letter=LETTERS[short]) for value, short in figures
-            ]
-            rows.append(Row("FinLoRA, published", points, colour="c5"))
-        body, height = html.rows_plot(rows, axis)
-        scores = [f"{row.name} {row.points[0].title}" for row in rows if row.shown]
-        scores += [point.title for row in rows if not row.shown for point in row.points]
-        entry["svg"] = html.svg(body, height, "; ".join(scores))
-    return [sets[name] for name in sorted(sets, key=lambda name: (set_order(name), name))]
+    explained = {}
+    for answers in (answers for subject in subjects for answers in subject.sets.values()):
+        entry, name = load_corrections().get(answers.spec.file), answers.name
+        if name in explained or entry is None or len(answers.labels()) == 1:
+            continue
+        counts = answers.spec.source_counts or {}
+        wrong = [f"{counts[right]:,} {right} rows {label}" for label, right in entry.labels.items() if right in counts]
+        text = (
+            f"It calls {' and '.join(wrong)}: {sum(counts.get(label, 0) for label in entry.labels):,} of its "
+            f"{sum(counts.values()):,} rows. {entry.evidence} The table has both scores: corrected is what a "
+            "model can do, published is what FinLoRA's figures were measured with, and there a model that answers "
+            "rightly scores low, and one trained on the exchanged labels high."
+        )
+        explained[name] = {"set": name, "title": f"{name}: labels are exchanged in FinLoRA's file.", "text": text}
+    return [explained[name] for name in sorted(explained, key=set_order)]
 
 
 def curve(training: dict[str, Any]) -> Plot | None:
     """The logged losses against the step; None where fewer than two steps are logged."""
     log = training.get("log")
-    points: dict[str, list[Point]] = {"loss": [], "eval_loss": []}
-    for entry in log if isinstance(log, list) else []:
-        for key, found in points.items():
-            step, value = (entry.get("step"), entry.get(key)) if isinstance(entry, dict) else (None, None)
-            if all(isinstance(one, NUMBERS) and math.isfinite(one) for one in (step, value)):
-                found.append(Point(value, x=step, title=f"step {step}: {value:.4g}"))
-    steps = [point.x for found in points.values() for point in found]
+    entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
+    series = []
+    for key, name in ("loss", "loss"), ("eval_loss", "validation loss"):
+        logged = [
+            (entry["step"], entry[key]) for entry in entries if all(is_number(entry.get(k)) for k in ("step", key))
+        ]
+        points = [Point(value, step, title=f"step {step}: {value:.4g}") for step, value in logged]
+        if points:
+            series.append(Series(f"{name}, at the end {points[-1].y:.4g}", points, dots=key == "eval_loss"))
+    steps = [point.x for one in series for point in one.points]
     if len(set(steps)) < 2:
         return None
-    series = [
-        Series(f"{name}, at the end {found[-1].value:.4g}", found, dots=name != "loss")
-        for name, found in (("loss", points["loss"]), ("validation loss", points["eval_loss"]))
-        if found
-    ]
-    first, last = min(steps), max(steps)
-    return Plot([Panel("loss", series)], Axis(first, last, [(first, str(first)), (last, str(last))]), "step")
+    ends = min(steps), max(steps)
+    return Plot([Panel("loss", series)], Axis(*ends, [(step, str(step)) for step in ends]), "step")
 
 
-def readme(shown: dict[str, Any]) -> str:
-    """The tables as Markdown."""
-    out = [
-        "# Results",
-        "",
-        "Percent of right answers under FinLoRA's rules (the earliest label in the answer counts; at one position the",
-        "longest), or BERTScore F1 × 100, with 95% bootstrap intervals over rows. *vs base* is paired: the same rows",
-        "and labels; ≈ marks a difference that cannot be told from none. FinLoRA's figures are as published.",
-        "`index.html` has confusion matrices, the worst errors, training curves and all facts of each run.",
-    ]
-    if shown["warnings"]:
-        out += ["", "**Not in these tables:**", ""] + [f"- {html.plain(warning)}" for warning in shown["warnings"]]
-    for entry in shown["exchanged"]:
-        out += ["", f"**{entry['title']}** {entry['text']}"]
-    for subject in shown["subjects"]:
-        name, facts_, prompt = (html.plain(subject[key]) for key in ("name", "facts", "prompt"))
-        out += ["", f"## {name}", "", f"{facts_}. Prompt: {prompt}."]
-        if subject["notes"]:
-            out += [""] + [f"- **{html.plain(note)}**" for note in subject["notes"]]
-        for title, table in subject["tables"]:
-            out += ["", f"### {title}"] * bool(title) + ["", *html.markdown(table)]
-    return "\n".join(out) + "\n"
-
-
-def tables(subject: dict[str, Any]) -> Iterator[tuple[str, Table]]:
-    """What a subject's section shows as tables, each with its heading."""
-    if subject["rows"]:
-        yield "", score_table(subject)
-    if subject["forgetting"]:
-        yield "Forgetting", forgetting_table(subject)
-    if subject["format"]:
-        yield "Format and time", format_table(subject)
-
-
-def score_table(subject: dict[str, Any]) -> Table:
-    heads = ["data set", "score", "vs base", "weighted F1", "strict", "unparsed", "rows"]
-    heads += [f"FinLoRA {name}" for name in BESIDE]
-    body, before = [], None
-    for row in subject["rows"]:
-        strict = score_cell(row["strict"]) if row["strict"] else "–" if row["unparsed"] is None else "same"
-        f1 = percent(row["score"]["weighted_f1"]) if row["f1"] else "–"
-        beside = ["" for _ in BESIDE]
-        if row["published"]:
-            grey = "quiet" if row["other_file"] else ""
-            beside = [Cell(f"{score:.2f}", f"{f1:.3f}", grey) for score, f1 in row["published"].values()]
-        cells = [score_cell(row["score"]), difference_cell(row), f1, strict, number(row["unparsed"]), rows_cell(row)]
-        body.append([set_cell(row, again=row["set"] == before), *cells, *beside])
-        before = row["set"]
-    foot = []
-    for entry in subject["averages"]:
-        name = "FinLoRA's overall average" if entry["whole"] else "average"
-        small = f"{len(entry['sets'])} sets, {entry['labels']} labels" + (", LIMIT" if entry["limited"] else "")
-        beside = [f"{entry['published'][n]:.2f}" if entry["published"] else "" for n in BESIDE]
-        foot.append([Cell(name, small), percent(entry["value"]), *[""] * 5, *beside])
-    caption = "Scores"
-    if subject["base"]:
-        caption += f", and the paired difference from {subject['base']} on the rows that both answered"
-        caption += " (▲ better, ▼ worse, ≈ not distinguishable)"
-    caption += f". Prompt: {subject['prompt']}. FinLoRA's F1 in small"
-    caption += "; grey: not measured on this file." if any(row["other_file"] for row in subject["rows"]) else "."
-    return Table(heads, body, f"Scores of {subject['name']}", caption, foot=foot)
-
-
-def forgetting_table(subject: dict[str, Any]) -> Table:
-    body = [
-        [
-            row["set"],
-            rows_cell(row),
-            score_cell(row["base"]) if row["base"] else "–",
-            score_cell(row["score"]),
-            difference_cell(row),
-        ]
-        for row in subject["forgetting"]
-    ]
-    caption = "General tasks" + (f", and the paired difference from {subject['base']}" if subject["base"] else "")
-    heads = ["task", "rows", "base", "score", "vs base"]
-    return Table(heads, body, f"Forgetting, {subject['name']}", f"{caption}: what fine-tuning cost.")
-
-
-def format_table(subject: dict[str, Any]) -> Table:
-    heads = ["data set", "unparsed", "cut", "empty", "seconds", "rows/s", "prompt tokens", "answer tokens"]
+def score_table(name: str, base: str, rows: list[ScoreRow]) -> Table:
     body = []
-    for row in subject["format"]:
+    for row in rows:
+        strict = score_cell(row.strict) if row.strict else "–" if row.unparsed is None else "same"
+        f1 = Cell(percent(row.score.weighted_f1), span(*row.f1), value=row.score.weighted_f1) if row.f1 else "–"
+        count = Cell(number(row.rows), f"of {row.of:,}" if row.rows < row.of else "")
+        cells = [score_cell(row.score), difference_cell(row.difference, row.rows), f1, strict, number(row.unparsed)]
+        body.append([set_cell(row), *cells, count])
+    caption = "Scores"
+    if base:
+        caption += f", and the paired difference from {base} on the rows that both answered"
+        caption += " (▲ better, ▼ worse, ≈ not distinguishable)"
+    heads = ["data set", "score", "vs base", "weighted F1", "strict", "unparsed", "rows"]
+    return Table(heads, body, f"Scores of {name}", f"{caption}.")
+
+
+def format_table(name: str, tests: list[Answers]) -> Table:
+    """How reliably the answers have the form that was asked for, and what they took."""
+    body = []
+    for answers in tests:
+        rows, about = list(answers.rows.values()), answers.about
         unparsed = Cell("–")
-        if row["unparsed"] is not None:
-            unparsed = Cell(number(row["unparsed"]), f"{percent(row['unparsed'] / row['items'], 1)}%")
-        limit = f", at {row['max_new_tokens']}" if row["max_new_tokens"] else ""
-        cut = Cell(number(row["cut"]), f"{percent(row['cut'] / row['rows'], 1)}%{limit}")
-        figures = ("empty", "seconds", "speed", "prompt_tokens", "answer_tokens")
-        body.append([row["set"], unparsed, cut, *(number(row[key]) for key in figures)])
+        if "strict" in answers.scorings():
+            strict = whole(answers, answers.labels()[0], "strict")
+            unparsed = Cell(number(strict.unparsed), f"{percent(strict.unparsed / strict.items, 1)}%")
+        cut = sum(row["stopped"] is False for row in rows)
+        limit = f", at {about.max_new_tokens}" if about.max_new_tokens else ""
+        empty = sum(not row["answer"].strip() for row in rows)
+        speed = len(rows) / about.seconds if about.seconds else None
+        figures = (empty, about.seconds, speed, about.prompt_tokens, about.answer_tokens)
+        cut_cell = Cell(number(cut), f"{percent(cut / len(rows), 1)}%{limit}")
+        body.append([answers.name, unparsed, cut_cell, *(number(figure) for figure in figures)])
+    heads = ["data set", "unparsed", "cut", "empty", "seconds", "rows/s", "prompt tokens", "answer tokens"]
     caption = "Unparsed: no valid answer under strict scoring. Cut: the answer reached max_new_tokens."
-    return Table(heads, body, f"Format and time, {subject['name']}", caption)
+    return Table(heads, body, f"Format and time, {name}", caption)
 
 
-def set_cell(row: dict[str, Any], again: bool) -> Cell:
+def set_cell(row: ScoreRow) -> Cell:
     """The data set, and which of its rows and labels; with a link where its labels have two versions."""
-    labels, href = f"{row['labels']} labels", ""
-    if row["only"]:
-        small = row["only"] + (f", {labels}" if row["versions"] > 1 else "")
-    elif row["versions"] > 1:
-        small, href = labels, f"#exchanged-{row['set']}"
-    else:
-        small = row["kind"] or labels
-    return Cell(row["set"], small + (", other file" if row["other_file"] else ""), "more" if again else "", href=href)
+    labels = f"{row.labels} labels" if row.versions > 1 or not (row.only or row.kind) else ""
+    other = "" if row.comparable or row.only else "other rows"
+    small = ", ".join(filter(None, [row.only or row.kind, labels, other]))
+    return Cell(row.set, small, href=f"#exchanged-{row.set}" if row.versions > 1 else "")
 
 
-def rows_cell(row: dict[str, Any]) -> Cell:
-    return Cell(number(row["rows"]), f"of {row['of']:,}" if row["rows"] < row["of"] else "")
+def score_cell(score: Score | Average, kind: str = "") -> Cell:
+    """A score with its interval; with a kind also drawn, in that colour."""
+    point = Point(score.accuracy, low=score.low, high=score.high, kind=kind) if kind else None
+    return Cell(percent(score.accuracy), span(score.low, score.high), point=point, value=score.accuracy)
 
 
-def score_cell(score: dict[str, Any]) -> Cell:
-    return Cell(percent(score["accuracy"]), f"[{percent(score['low'], 1)}, {percent(score['high'], 1)}]")
-
-
-def bracket(score: dict[str, Any]) -> str:
-    return str(score_cell(score))
-
-
-def difference_cell(row: dict[str, Any]) -> Cell:
-    """The paired difference of a row with its interval; ▲ and ▼ where it is distinguishable, else ≈."""
-    found = row["difference"]
-    if not found:
+def figure_cell(figure: float | None, f1: float = math.nan, draw: bool = False) -> Cell:
+    """A figure of FinLoRA's in percent."""
+    if figure is None:
         return Cell("–")
-    kind, sign = ("up", "▲") if found["difference"] > 0 else ("down", "▼")
-    kind, sign = (kind, sign) if found["distinguishable"] else ("even", "≈")
-    small = f"[{signed(found['low'], 1)}, {signed(found['high'], 1)}]"
-    small += f", {found['rows']:,} rows" if found["rows"] < row["rows"] else ""
-    title = f"p {p_value(found['p'])}; right in one only: base {found['only_a']}, this {found['only_b']} of "
-    return Cell(f"{signed(found['difference'])} {sign}", small, kind, title + f"{found['rows']} rows")
+    point = Point(figure / 100, kind="c5") if draw else None
+    return Cell(f"{figure:.2f}", "" if math.isnan(f1) else f"{f1:.3f}", "quiet", point=point, value=figure / 100)
+
+
+def span(low: float, high: float) -> str:
+    return f"[{percent(low, 1)}, {percent(high, 1)}]"
+
+
+def difference_cell(paired: dict[str, Any] | None, rows: int = 0) -> Cell:
+    """A paired difference with its interval, and on how many rows where these are fewer than `rows`; ▲ and ▼ where it
+    is distinguishable, else ≈."""
+    if not paired:
+        return Cell("–")
+    kind, sign = ("up", "▲") if paired["difference"] > 0 else ("down", "▼")
+    kind, sign = (kind, sign) if paired["distinguishable"] else ("even", "≈")
+    small = f"[{signed(paired['low'], 1)}, {signed(paired['high'], 1)}]"
+    small += f", {paired['rows']:,} rows" if paired["rows"] < rows else ""
+    title = f"p {p_value(paired['p'])}; right in one only: {paired['only_a']} and {paired['only_b']} of "
+    text = f"{signed(paired['difference'])} {sign}"
+    return Cell(text, small, kind, f"{title}{paired['rows']} rows", value=paired["difference"])
 
 
 def run(folder: Path) -> None:
     """Write the report, and say where it is."""
     folder = folder.resolve()
-    shown = report(folder)
-    sets = {row["set"] for subject in shown["subjects"] for row in subject["rows"] + subject["forgetting"]}
-    print(f"{len(shown['subjects'])} models, {len(sets)} data sets: {show(folder / 'index.html')} and README.md")
+    models = report(folder).models
+    sets = {row.set for model in models for row in model.rows}
+    print(f"{len(models)} models, {len(sets)} data sets: {show(folder / 'index.html')} and README.md")

@@ -19,7 +19,6 @@ from finlora.data.test_sets import all_sets
 from finlora.evaluate import scorers
 
 RESULTS = ROOT / "results"
-FORGETTING = ("mmlu", "gsm8k")
 Record = TypeVar("Record")
 
 
@@ -165,15 +164,6 @@ class Answers:
                 items = ways[scoring]([row["answer"] for row in rows], self.targets(labels, lines))
             self._items[key] = items
         return self._items[key]
-
-    def prompts(self, lines: Collection[int]) -> dict[int, str]:
-        """The full prompts of some lines, read from disk."""
-        wanted = set(lines)
-        found = {}
-        for row in _json_lines(self.folder / "answers.jsonl"):
-            if row["row"] in wanted:
-                found[row["row"]] = row["prompt"]
-        return found
 
 
 @dataclass(eq=False)
