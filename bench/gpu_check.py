@@ -21,7 +21,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from triton.testing import do_bench
 
-from fastdora import attention, dora, graphs, kernels, packing, quantized
+from fastdora import attention, dora, dropout, graphs, kernels, packing, quantized, triton_kernels
 from fastdora.plugin import peft_int8
 from finlora.core.machine import gpus
 from finlora.core.paths import ROOT
@@ -58,7 +58,7 @@ def low_rank_rows(rank: int) -> dict[str, Row]:
     a, b, t = torch.randn(rank, K, **make), torch.randn(N, rank, **make), torch.randn(T, rank, **make)
     mag_scale, norm = torch.rand(N, device="cuda") + 0.5, torch.rand(N, device="cuda") + 1
     X, DY, BASE, A, B, D = (y.double() for y in (x, dy, base, a, b, t))
-    keep = kernels.keep_mask(SEED, (T, K), 0.05, x.device)
+    keep = dropout.keep_mask(SEED, (T, K), 0.05, x.device)
     dropped, z = X * keep / 0.95, BASE + 0.5 * D @ B.t()
     rows = {
         "low_rank": measured(x.nbytes, lambda: kernels.low_rank(x, a, 1.0, 0.0, SEED), X @ A.t()),
@@ -97,14 +97,14 @@ def weight_rows(rank: int) -> dict[str, Row]:
             bnb.functional.dequantize_4bit(packed, state),
         ),
     }
-    if rank <= kernels.LARGEST_RANK:
+    if rank <= triton_kernels.LARGEST_RANK:
         a, b = torch.randn(rank, K, device="cuda") / 64, torch.randn(N, rank, device="cuda")
         for kind, own, whole, factors in (("int8", weight, exact, scales), ("bf16", half, half.double(), None)):
             norm = (whole + 0.5 * b.double() @ a.double()).norm(dim=1)
             layer = kernels.NormInputs(own, factors, a, b, mag_scale, 0.5, (whole * whole).sum(1).float())
             one, many = (
-                functools.partial(kernels.row_norms, [layer]),
-                functools.partial(kernels.row_norms, [layer] * 32),
+                functools.partial(triton_kernels.row_norms, [layer]),
+                functools.partial(triton_kernels.row_norms, [layer] * 32),
             )
             rows[f"row_norms {kind}"] = measured(own.nbytes, lambda one=one: one()[0], norm, mag_scale / norm)
             rows[f"row_norms {kind} of 32 layers"] = measured(32 * own.nbytes, many)

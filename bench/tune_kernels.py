@@ -15,7 +15,8 @@ import os
 import torch
 from triton.testing import do_bench
 
-from fastdora import kernels
+from fastdora import triton_kernels
+from fastdora.triton_kernels import TILES, TILES_FILE, Tiles
 from finlora.core.files import replacing
 
 T, K, R = 5120, 4096, 8  # tokens of a pack, Llama-3.1-8B's hidden size, the recipe's rank
@@ -34,70 +35,52 @@ GRID = {
 }
 
 
-def candidates(name: str) -> list[dict[str, int]]:
+def candidates(name: str) -> list[Tiles]:
     """The present tiles of a kernel, then all others of its grid."""
-    grid, present = GRID[name], kernels.TILES[name][RANK]
+    grid, present = GRID[name], TILES[name][RANK]
     every = (dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values()))
     return [present, *(tiles for tiles in every if tiles != present)]
 
 
-def calls(name: str) -> list:
-    """The launches of a kernel for one layer, as functions without arguments."""
+def calls(name: str) -> list[tuple]:
+    """The arguments of a kernel's calls for one layer, forward or backward."""
     torch.manual_seed(0)
     make = dict(device="cuda", dtype=torch.bfloat16)
     x, dx, a, t = (torch.randn(*shape, **make) for shape in ((T, K), (T, K), (R, K), (T, R)))
-    launches = []
+    arguments = []
     for width in WIDTHS:
         base, dy, b = (torch.randn(*shape, **make) for shape in ((T, width), (T, width), (width, R)))
         mag_scale, norm = torch.rand(2, width, device="cuda").add_(0.5)
-        if name == "low_rank":
-            launches.append(lambda: kernels.low_rank(x, a, 1.0, 0.05, SEED))
-            launches.append(lambda dy=dy, b=b: kernels.low_rank(dy, b.t(), 0.5, 0.0, SEED))
-        elif name == "low_rank_backward":
-            launches.append(lambda: kernels.low_rank_backward(t, x, a, dx, 0.05, SEED))
-        elif name == "epilogue":
-            launches.append(
-                lambda base=base, b=b, mag_scale=mag_scale: kernels.epilogue(base, t, b, 0.5, mag_scale, None)
-            )
-        else:
-            launches.append(
-                lambda dy=dy, base=base, b=b, g=mag_scale, n=norm: kernels.epilogue_backward(dy, base, t, b, 0.5, g, n)
-            )
-    return launches
+        arguments += {
+            "low_rank": [(x, a, 1.0, 0.05, SEED), (dy, b.t(), 0.5, 0.0, SEED)],  # t, and dt in the backward pass
+            "low_rank_backward": [(t, x, a, dx, 0.05, SEED)],
+            "epilogue": [(base, t, b, 0.5, mag_scale, None)],
+            "epilogue_backward": [(dy, base, t, b, 0.5, mag_scale, norm)],
+        }[name]
+    return arguments
 
 
-def compile_one(job: tuple[str, dict[str, int]]) -> None:
+def compile_one(job: tuple[str, Tiles]) -> None:
     name, tiles = job
-    kernels.TILES[name][RANK] = tiles
     try:
-        for call in calls(name):
-            call()
+        for arguments in calls(name):
+            getattr(triton_kernels, name)(*arguments, tiles=tiles)
         torch.cuda.synchronize()
     except Exception:  # too large for the card: time_all reports it
         pass
 
 
-def time_all(name: str) -> list[tuple[float, dict[str, int]]]:
+def time_all(name: str) -> list[tuple[float, Tiles]]:
     """(milliseconds, tiles) of each candidate that the card can run, the present tiles first."""
-    launches, timed = calls(name), []
+    kernel, arguments, timed = getattr(triton_kernels, name), calls(name), []
     for tiles in candidates(name):
-        kernels.TILES[name][RANK] = tiles
         try:
-            ms = sum(do_bench(launch, warmup=3, rep=15, return_mode="median") for launch in launches)
+            ms = sum(do_bench(lambda: kernel(*each, tiles=tiles), 3, 15, return_mode="median") for each in arguments)  # noqa: B023
         except Exception as error:
             print(name, tiles, type(error).__name__)
         else:
             timed.append((ms, tiles))
     return timed
-
-
-def table(tiles: dict[str, dict[int, dict[str, int]]]) -> str:
-    """The text of fastdora/tiles.json: a line for each kernel and rank."""
-    entries = {
-        kernel: ",\n".join(f'  "{rank}": {json.dumps(sizes)}' for rank, sizes in by_rank.items())
-        for kernel, by_rank in tiles.items()
-    }
-    return "{\n" + ",\n".join(f' "{kernel}": {{\n{lines}\n }}' for kernel, lines in entries.items()) + "\n}\n"
 
 
 def main() -> None:
@@ -108,16 +91,18 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(max(1, (os.cpu_count() or 2) - 2)) as pool:
         for _ in pool.imap_unordered(compile_one, jobs, chunksize=4):
             pass
+    table = json.loads(TILES_FILE.read_text(encoding="utf-8"))
     for name in GRID:
         timed = time_all(name)
         print(name, "now", round(timed[0][0], 4), json.dumps(timed[0][1]), flush=True)
         best = sorted(timed, key=lambda pair: pair[0])[:3]
         for ms, tiles in best:
             print(name, round(ms, 4), json.dumps(tiles), flush=True)
-        kernels.TILES[name][RANK] = best[0][1]
+        table[name][str(RANK)] = best[0][1]
     if options.write:
-        with replacing(kernels.TILES_FILE) as file:
-            file.write(table(kernels.TILES))
+        with replacing(TILES_FILE) as file:
+            json.dump(table, file, indent=1)
+            file.write("\n")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def boundaries(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
     position_ids (B, S): 0 starts a sample, and so does each row.
     """
     starts = position_ids == 0
-    starts[:, 0] = True
+    starts[:, 0] = True  # whatever its first position is: a row never continues the one before
     edges = torch.cat([starts.flatten().nonzero().squeeze(1), starts.new_full((1,), starts.numel(), dtype=torch.long)])
     return edges.to(torch.int32), int(edges.diff().max())
 
@@ -56,6 +56,7 @@ def cache_boundaries(position_ids: torch.Tensor, edges: torch.Tensor, longest: i
 def cached_boundaries(position_ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, int]:
     """The boundaries of a batch of `rows` rows; computed where they are not cached, for which a GPU is synchronized."""
     version = _version(position_ids)
+    # The tensor itself, not its id or address, which a later tensor may have again.
     if _last[0]() is not position_ids or version is None or _last[1] != version:
         cache_boundaries(position_ids, *boundaries(position_ids.expand(rows, -1)))
     return _last[2]
@@ -73,6 +74,7 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
     a sliding window, which packs would ignore.
     """
     position_ids = kwargs.get("position_ids")
+    # Padded batches have a mask; in generation the cached keys are longer than the queries.
     if attention_mask is not None or position_ids is None or query.shape[2] != key.shape[2]:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -95,6 +97,7 @@ def _on_gpu(query, key, value, edges, longest, scale):
     )[0]
 
 
+# The reference: a call of sdpa per sample, in any dtype. Its loop would leave a GPU waiting for the CPU.
 def _one_by_one(query, key, value, edges, longest, scale):
     parts = []
     sizes = edges.diff().tolist()
@@ -107,5 +110,5 @@ def _one_by_one(query, key, value, edges, longest, scale):
 
 def _mask(batch_size, q_length, kv_length, *args, attention_mask=None, **kwargs):
     if attention_mask is None and q_length == kv_length:
-        return None
+        return None  # causal within samples, which varlen_attention needs no mask for
     return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **kwargs)

@@ -15,7 +15,7 @@ and g = m / ||W0 + s B A|| (`mag_scale` in the code), forward and backward are
 Dropout is applied on the low-rank path only (PEFT's DoRA applies it before the matmul with W0 too). Neither B A nor
 W0 + s B A is built; with w_i and b_i row i of W0 and B, the norm is expanded into
 
-    ||w_i + s b_i A||^2 = ||w_i||^2 + 2 s (W0 A^T)_i . b_i + s^2 b_i (A A^T) b_i^T      (float64; float32 in kernels.py)
+    ||w_i + s b_i A||^2 = ||w_i||^2 + 2 s (W0 A^T)_i . b_i + s^2 b_i (A A^T) b_i^T      (float64; float32 on a GPU)
 
 The first term is computed once and the others once per optimizer step. A cached norm is stale when the process's count
 of optimizer steps has moved, which a hook that torch calls after every optimizer's step increments (bitsandbytes',
@@ -39,12 +39,13 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastdora import kernels, quantized
+from fastdora import dropout, kernels, quantized
 
 # 4-bit weights that may be dequantized at once for their norms: 512 MiB, a few of an 8B model's largest layers.
 DEQUANTIZED_BYTES = 2**29
 
-_steps = 0  # optimizer steps in this process
+# Optimizer steps in this process. One counter for all models: another model's step recomputes some norms too often.
+_steps = 0
 
 
 def _count_step(*_) -> None:
@@ -79,6 +80,7 @@ def norm_and_scale(
     """
     unresolved = base_square.double() * 8 * torch.finfo(base_square.dtype).eps
     dtype, a, b = kernels.sum_dtype(a.dtype), a.double(), b.double()
+    # The header's expansion: 2 s (W0 A^T) . b + s^2 b (A A^T) b^T, with the common factor b taken out of both terms.
     wa = quantized.dequantize(layer, torch.float64) @ a.t()
     square = base_square.double() + ((2 * s * wa + s * s * (b @ (a @ a.t()))) * b).sum(1)
     norm = torch.maximum(square, unresolved).sqrt()
@@ -110,8 +112,9 @@ class _AdaptedLinear(torch.autograd.Function):
         x, a, b, norm, mag_scale, t, base = ctx.saved_tensors
         s, p, seed = ctx.s, ctx.p, ctx.seed
         a_dtype, b_dtype, m_dtype = ctx.dtypes
+        # Contiguous: a gradient from expand() or a transposed view has strides that the kernels do not read.
         dz, dm, db = kernels.epilogue_backward(dy.contiguous(), base, t, b, s, mag_scale, norm)
-        dt = kernels.low_rank(dz, b.t(), s, 0.0, seed)
+        dt = kernels.low_rank(dz, b.t(), s, 0.0, seed)  # s dz B is the same formula, with B^T for A
         dx = quantized.base_matmul_backward(dz, ctx.layer, ctx.fp8) if ctx.needs_input_grad[0] else None
         da = kernels.low_rank_backward(dt, x, a, dx, p, seed)
         dm = None if dm is None else dm.to(m_dtype)
@@ -129,7 +132,7 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
 
 
 class Fast:
-    """Mixed into PEFT's LoRA layers by `accelerate`. Merged, disabled or several adapters at once go PEFT's own way."""
+    """Mixed into PEFT's LoRA layers by `accelerate`. Merged, disabled or several adapters at once take PEFT's path."""
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -144,8 +147,9 @@ class Fast:
             m, cached = self.lora_magnitude_vector[name].weight, self.cached_norm(name)
             norm, mag_scale = cached.norm, cached.mag_scale
         x = quantized.in_compute_dtype(x)
+        # The kernels take one matrix of tokens, whatever the batch's shape.
         flat = x.reshape(-1, x.shape[-1]).contiguous()
-        seed = kernels.draw_seed() if p else (1, 0)
+        seed = dropout.draw_seed() if p else (1, 0)  # without dropout it is not read
         y = _adapted_linear(flat, a, b, m, norm, mag_scale, layer, s, p, seed, getattr(layer, "fp8_matmul", False))
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -179,6 +183,7 @@ class Fast:
         """What invalidates a norm when it changes: steps, scaling and version counters; and the tensors themselves."""
         tensors = self.lora_A[name].weight, self.lora_B[name].weight, self.lora_magnitude_vector[name].weight
         versions = (None if tensor.is_inference() else tensor._version for tensor in tensors)
+        # Versions notice load_state_dict and copy_ between steps; torch keeps none for tensors of inference mode.
         return (_steps, self.scaling[name], *versions), tensors
 
     def _norm_inputs(self, name: str) -> kernels.NormInputs:
@@ -186,7 +191,9 @@ class Fast:
         if self._base_square is None:
             weight = quantized.dequantize(layer, kernels.sum_dtype(a.dtype))
             square = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64).square()
+            # Summed in float64, since the adapter's terms may cancel most of it; the kernel reads float32.
             self._base_square = square.float() if kernels.use_triton(layer.weight) else square
+        # A 4-bit weight's scales are per block, not per row: the kernel takes it dequantized.
         if isinstance(layer.weight, bnb.nn.Params4bit) and a.is_cuda:
             weight, scales = quantized.dequantize(layer, torch.bfloat16), None
         else:
@@ -200,12 +207,13 @@ class Fast:
 
     def merge(self, *args, **kwargs) -> None:
         super().merge(*args, **kwargs)
-        self.invalidate()
+        self.invalidate()  # merging writes into the base weight, whose version is not part of the key
 
     def unmerge(self) -> None:
         super().unmerge()
         self.invalidate()
 
+    # PEFT calls it when an adapter is added to a layer that is already fast.
     def update_layer(self, adapter_name, r, lora_alpha, config, **kwargs) -> None:
         variant = self.resolve_lora_variant(config=config)
         _check_adapter(f"adapter '{adapter_name}'", adapter_name, variant, config.lora_bias, config.lora_dropout)
@@ -227,7 +235,7 @@ def _fits_kernel(inputs: kernels.NormInputs) -> bool:
     return (
         kernels.use_triton(inputs.weight)
         and inputs.weight.is_contiguous()
-        and inputs.a.shape[0] <= kernels.LARGEST_RANK
+        and inputs.a.shape[0] <= kernels.triton_kernels.LARGEST_RANK
         and all(x.dtype == torch.float32 and x.is_contiguous() for x in small)
     )
 
@@ -248,7 +256,9 @@ def _refresh_group(group: list["Fast"], name: str, like: kernels.NormInputs) -> 
     batch, dequantized = [], 0
 
     def flush() -> None:
-        for (module, _), pair in zip(batch, kernels.row_norms([inputs for _, inputs in batch]), strict=True):
+        for (module, _), pair in zip(
+            batch, kernels.triton_kernels.row_norms([inputs for _, inputs in batch]), strict=True
+        ):
             module._norm_cache[name] = _CachedNorm(*module._cache_key(name), *pair)
         batch.clear()
 
@@ -279,6 +289,7 @@ class FastLinear4bit(Fast, lora.Linear4bit):
     """LoRA or DoRA on bitsandbytes' Linear4bit."""
 
 
+# Layers of other versions may differ in what `Fast` reads and overrides: PEFT's variants, bitsandbytes' quant_state.
 SUPPORTED_VERSIONS = {"peft": "0.20", "bitsandbytes": "0.50"}
 FAST_CLASSES = {lora.Linear: FastLinear, lora.Linear8bitLt: FastLinear8bit, lora.Linear4bit: FastLinear4bit}
 PEFT_CLASSES = {nn.Linear: lora.Linear, bnb.nn.Linear8bitLt: lora.Linear8bitLt, bnb.nn.Linear4bit: lora.Linear4bit}
@@ -310,6 +321,7 @@ def accelerate(model: nn.Module, fp8: bool = False) -> str:
     for module in group:
         module._group = group
         if type(module) in FAST_CLASSES:
+            # The class alone is exchanged, as PEFT has no hook for it: parameters, names and adapter files stay.
             module.__class__ = FAST_CLASSES[type(module)]
             module.register_load_state_dict_post_hook(Fast.invalidate)
         module.invalidate()
@@ -340,8 +352,8 @@ def check_layers(model: nn.Module) -> list[LoraLayer]:
                 f"{name}: PEFT adapted {kind} as a layer of another number of bits; set the model's is_loaded_in_8bit "
                 "or is_loaded_in_4bit before adding the adapter"
             )
-        for adapter, dropout in module.lora_dropout.items():
-            probability = getattr(dropout, "p", 0.0)
+        for adapter, layer in module.lora_dropout.items():
+            probability = getattr(layer, "p", 0.0)  # an Identity where it is 0
             _check_adapter(name, adapter, module.lora_variant.get(adapter), module.lora_bias[adapter], probability)
         if module.base_layer.weight.requires_grad:
             raise Unsupported(f"{name}: a trainable base weight has no fast path; freeze it")
@@ -366,7 +378,7 @@ def _check_fp8(model: nn.Module) -> None:
     if not layers:
         raise Unsupported("no layer has 8-bit weights, which fp8 matmuls need; leave fp8 out")
     for name, layer in layers.items():
-        if layer.in_features % 16 or layer.out_features % 16:
+        if layer.in_features % 16 or layer.out_features % 16:  # torch._scaled_mm takes no other sizes
             sizes = f"{layer.in_features} x {layer.out_features}"
             raise Unsupported(f"{name}: fp8 matmuls take multiples of 16, not {sizes}; leave fp8 out")
     for device in {layer.weight.device for layer in layers.values()}:

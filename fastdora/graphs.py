@@ -17,7 +17,7 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from fastdora import attention, dora, kernels, quantized
+from fastdora import attention, dora, dropout, quantized
 
 WARM_UP = 2  # passes without graphs before the first recording: Triton compiles its kernels in them
 SPARE = 1.25  # room for a quarter more samples than the recorded batch has, so that few batches record anew
@@ -138,7 +138,7 @@ class Graphs:
         self.norms = self.latest = norms
         self.parameters = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
         drops = sum(layer.dropout_probability(name) > 0 for layer, name in self._active())
-        self.seeds = kernels.Seeds(drops, ids.device)
+        self.seeds = dropout.Seeds(drops, ids.device)
 
     def _copy_inputs(self, ids, positions, edges, norms) -> None:
         self.ids.copy_(ids)

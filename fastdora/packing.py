@@ -61,7 +61,7 @@ def read_label_positions(model: torch.nn.Module, answers: bool = False) -> Remov
         kwargs = dict(kwargs)
         edges, longest, positions = (kwargs.pop(name, None) for name in (EDGES, LONGEST, ANSWERS))
         labels = kwargs.get("labels")
-        if edges is not None:
+        if edges is not None:  # here, since the decoder's layers see the positions alone
             attention.cache_boundaries(kwargs["position_ids"], edges, longest)
         if positions is None and answers and labels is not None:
             positions = label_positions(labels)
@@ -72,6 +72,7 @@ def read_label_positions(model: torch.nn.Module, answers: bool = False) -> Remov
             and "logits_to_keep" not in kwargs
             and "shift_labels" not in kwargs
         ):
+            # shift_labels: transformers' loss would otherwise shift the labels that are kept by one position.
             kwargs |= {"logits_to_keep": positions, "shift_labels": _shifted(labels)[:, positions].contiguous()}
         return args, kwargs
 

@@ -19,6 +19,8 @@ from fastdora import kernels
 
 def int8_scales(layer: nn.Module) -> torch.Tensor:
     """The row scales (N,) of an int8 weight: bitsandbytes moves them to the layer's state at its own first forward."""
+    # bitsandbytes 0.50: Linear8bitLt.forward moves SCB from the weight to `state`; here that forward never runs, but a
+    # layer may have run before `accelerate`.
     scales = layer.weight.SCB if getattr(layer.weight, "SCB", None) is not None else layer.state.SCB
     return scales.to(layer.weight.device)
 
@@ -66,16 +68,13 @@ def dequantize(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     if is_int8(layer):
         return kernels.dequantize_int8(weight.data, int8_scales(layer), dtype)
     if isinstance(weight, bnb.nn.Params4bit):
-        state, packed = weight.quant_state, weight.data.view(torch.uint8)
-        if kernels.use_triton(packed):
-            return kernels.dequantize_4bit(packed, state, dtype)
-        return bnb.functional.dequantize_4bit(weight.data, state).to(dtype)
+        return kernels.dequantize_4bit(weight.data, weight.quant_state, dtype)
     return weight.detach().to(dtype)
 
 
 def base_matmul(x: torch.Tensor, layer: nn.Module, fp8: bool = False) -> torch.Tensor:
     """x W^T; x (T, K) -> (T, N) in x's dtype. fp8: int8 layers in e4m3, with one scale per row of x and of W."""
-    if fp8 and is_int8(layer) and x.numel():
+    if fp8 and is_int8(layer) and x.numel():  # torch._scaled_mm refuses empty matrices
         scales = _fp8_scales(layer).view(1, -1)
         return _scaled_matmul(*kernels.quantize_rows(x), kernels.int8_to_fp8(layer.weight.data), scales, x.dtype)
     return F.linear(x, dequantize(layer, x.dtype))
@@ -84,6 +83,7 @@ def base_matmul(x: torch.Tensor, layer: nn.Module, fp8: bool = False) -> torch.T
 def base_matmul_backward(dy: torch.Tensor, layer: nn.Module, fp8: bool = False) -> torch.Tensor:
     """dy W; dy (T, N) -> (T, K) in dy's dtype. fp8: W's row scales are multiplied into dy before it is quantized."""
     if fp8 and is_int8(layer) and dy.numel():
+        # A transposed copy: torch._scaled_mm takes its second operand in column-major order only.
         weight = kernels.int8_to_fp8(layer.weight.data, transpose=True)
         q, scale = kernels.quantize_rows(dy, _fp8_scales(layer))
         return _scaled_matmul(q, scale, weight, _ones(weight.shape[0], dy.device), dy.dtype)
@@ -108,6 +108,7 @@ def _scaled_matmul(
 ) -> torch.Tensor:
     """(x * x_scale) (w^T * w_scale); x (T, K) and w (N, K) in e4m3, scales (T, 1) and (1, N) -> (T, N)."""
     if x.is_cuda:
+        # Fast accumulation rounds sums to fewer bits than float32; e4m3's four significant bits cost far more.
         return torch._scaled_mm(x, w.t(), scale_a=x_scale, scale_b=w_scale, out_dtype=dtype, use_fast_accum=True)
     return ((x.float() @ w.float().t()) * x_scale * w_scale).to(dtype)
 
@@ -129,6 +130,7 @@ class _FrozenMatmul(torch.autograd.Function):
 def frozen_forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The forward of a quantised layer without an adapter: x W^T + bias; x (..., K) -> (..., N)."""
     x = in_compute_dtype(x)
+    # In place of bitsandbytes' forward, which for int8 would quantize the activations too.
     y = _FrozenMatmul.apply(x.reshape(-1, x.shape[-1]), layer, getattr(layer, "fp8_matmul", False))
     y = y.view(*x.shape[:-1], y.shape[-1])
     return y if layer.bias is None else y + layer.bias.to(y.dtype)

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastdora import dora, kernels, packing
+from fastdora import dora, kernels, packing, triton_kernels
 
 
 def both(function, *args):
@@ -97,7 +97,7 @@ def main() -> None:
                 square = (whole * whole).sum(1).float()
                 layers.append(kernels.NormInputs(w, f, a32, up, mag_scale[:count].contiguous(), s, square))
                 exact.append((whole + s * up.double() @ a32.double()).norm(dim=1))
-            for number, (found, expected) in enumerate(zip(kernels.row_norms(layers), exact, strict=True)):
+            for number, (found, expected) in enumerate(zip(triton_kernels.row_norms(layers), exact, strict=True)):
                 norm, gained = found
                 wrong = ((norm - expected) / expected).abs().max(), (gained * expected - layers[number].m).abs().max()
                 rows[f"row_norms {name} {number} {shape}"] = max(wrong).item()
@@ -120,7 +120,7 @@ def rows_without_direction() -> dict[str, float]:
     a, b, m = torch.zeros(1, 64), torch.zeros(32, 1), torch.ones(32)
     a[0], b[1] = weight[1].float(), -1.0
     square = (weight.float() ** 2).sum(1)
-    ((norm, mag_scale),) = kernels.row_norms([kernels.NormInputs(weight, None, a, b, m, 1.0, square)])
+    ((norm, mag_scale),) = triton_kernels.row_norms([kernels.NormInputs(weight, None, a, b, m, 1.0, square)])
     expected = square.sqrt()
     expected[1] *= 2**-10
     wrong = (

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rounding import FACTOR, apart, beyond, nudged, nudged_model, shaken
 from torch import nn
 
-from fastdora import dora, kernels, quantized
+from fastdora import dora, dropout, kernels, quantized
 from fastdora.plugin import peft_int8
 
 peft_int8.patch()
@@ -580,7 +580,7 @@ def test_dropout_touches_the_low_rank_path_only(p, seed, shape):
     torch.manual_seed(seed)
     y = model(x)
     torch.manual_seed(seed)
-    mask = kernels.keep_mask(kernels.draw_seed(), shape, p, x.device)
+    mask = dropout.keep_mask(dropout.draw_seed(), shape, p, x.device)
     weights = torch.randn_like(y)
 
     def inputs(model, x):
@@ -608,7 +608,7 @@ def test_dropout_touches_the_low_rank_path_only(p, seed, shape):
 def test_dropout_masks_are_fair_and_differ():
     """Its rate, its independence of place and of the call's seed: a chi-squared over bytes of the mask."""
     torch.manual_seed(0)
-    first, second = (kernels.keep_mask(kernels.draw_seed(), (512, 4096), 0.05, torch.device("cpu")) for _ in range(2))
+    first, second = (dropout.keep_mask(dropout.draw_seed(), (512, 4096), 0.05, torch.device("cpu")) for _ in range(2))
     for mask in (first, second):
         assert abs((~mask).float().mean() - 0.05) < 4 * (0.05 * 0.95 / mask.numel()) ** 0.5
         assert (~mask).float().mean(0).std() < 1.15 * (0.05 * 0.95 / 512) ** 0.5
@@ -832,16 +832,17 @@ def test_the_triton_kernels_compute_the_same_formulas():
         assert error < (single if "norms" in name or "lora" in name or "Liger" in name else half), name
 
 
-def test_the_tuner_writes_the_tile_table_as_it_is():
-    """bench/tune_kernels.py --write changes the lines of the tiles that it measured, and no other."""
+def test_the_tuner_tries_the_tiles_in_use_first():
     pytest.importorskip("triton")
     from bench import tune_kernels
 
-    assert tune_kernels.table(kernels.TILES) == kernels.TILES_FILE.read_text(encoding="utf-8")
     for name in tune_kernels.GRID:
         tiles = tune_kernels.candidates(name)
-        assert tiles[0] == kernels.TILES[name][tune_kernels.RANK] and len(tiles) > 10
-        assert all(each.keys() == tiles[0].keys() for each in tiles)
+        launched = kernels.triton_kernels.tiles_of(name, tune_kernels.R)
+        assert launched == tiles[0] | {"BLOCK_R": tune_kernels.RANK} and len(tiles) > 10
+        assert all(
+            kernels.triton_kernels.tiles_of(name, tune_kernels.R, each).keys() == launched.keys() for each in tiles
+        )
 
 
 F, INT, P, H = "fp32", "i32", "*fp32", "*bf16"
@@ -860,8 +861,8 @@ DROPOUT = dict(
 
 
 def kernel_signatures(block_r: int, read: bool):
-    """(kernel, types of its arguments, its constants), as fastdora/kernels.py launches them. read: seeds of graphs."""
-    tiles = {name: kernels._tiles(name, block_r) for name in kernels.TILES}
+    """(kernel, types of its arguments, its constants), as triton_kernels.py launches them. read: seeds of graphs."""
+    tiles = {name: kernels.triton_kernels.tiles_of(name, block_r) for name in kernels.triton_kernels.TILES}
     for name in tiles:
         tiles[name].pop("SPLITS", None)
     combined = dict(
