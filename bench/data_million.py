@@ -7,6 +7,8 @@ another row and a twentieth copied with a word changed; 10,000 of them reappear 
 """
 
 import argparse
+import collections
+import contextlib
 import json
 import os
 import random
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from string import ascii_lowercase
 
 import numpy as np
 
@@ -29,39 +32,29 @@ LABELS = ["negative", "neutral", "positive"]
 
 def generate(raw: Path, rows: int, seed: int = 0) -> int:
     """Write the train file and the test sets of the task under `raw`; return the bytes of the train file."""
-    draw = random.Random(seed)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 10))) for _ in range(30_000)]
-    numbers = np.random.default_rng(seed)
+    draw, numbers = random.Random(seed), np.random.default_rng(seed)
+    words = ["".join(draw.choices(ascii_lowercase, k=draw.randint(2, 10))) for _ in range(30_000)]
     # As in a language few words are frequent: the share of a word falls with its rank.
     edges = np.cumsum(1 / (np.arange(len(words)) + 10))
-    recent: list[str] = []
-    tests = [(raw / test.file) for test in task(TASK).tests.values()]
-    train = raw / task(TASK).train
+    recent: collections.deque[str] = collections.deque(maxlen=5000)
+    train, tests = raw / task(TASK).train, [raw / test.file for test in task(TASK).tests.values()]
     for path in train, *tests:
         path.parent.mkdir(parents=True, exist_ok=True)
-    apart = max(1, rows // 10_000)
-    handles = [open(path, "w", encoding="utf-8") for path in tests]
-    with open(train, "w", encoding="utf-8") as file:
+    with contextlib.ExitStack() as files:
+        file, *handles = (files.enter_context(path.open("w", encoding="utf-8")) for path in (train, *tests))
         for number in range(rows):
             kind = draw.random()
             if recent and kind < 0.15:
-                text = draw.choice(recent)
-                if kind < 0.05:
-                    text = f"{text} {draw.choice(words)}"
+                text = draw.choice(recent) + (f" {draw.choice(words)}" if kind < 0.05 else "")
             else:
                 chosen = np.searchsorted(edges, numbers.random(draw.randint(15, 60)) * edges[-1])
-                text = " ".join([words[place] for place in chosen.tolist()])
-                if len(recent) < 5000:
-                    recent.append(text)
-                else:
-                    recent[draw.randrange(5000)] = text
+                text = " ".join(words[index] for index in chosen.tolist())
+                recent.append(text)
             context = INSTRUCTION % (draw.choice(["news", "tweet"]), "/".join(LABELS), text)
             line = json.dumps({"context": context, "target": draw.choice(LABELS)}) + "\n"
             file.write(line)
-            if number % apart == 0:
-                handles[number // apart % len(handles)].write(line)
-    for handle in handles:
-        handle.close()
+            if number % max(1, rows // 10_000) == 0:
+                draw.choice(handles).write(line)
     return train.stat().st_size
 
 
@@ -79,11 +72,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--folder", type=Path, help="where the files go and stay (default: a temporary folder)")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = given.folder or Path(temporary)
-        size = generate(folder / "raw", given.rows)
-        print(f"{given.rows} rows, {size / 2**20:.0f} MiB, {os.cpu_count()} cores")
+        folder = options.folder or Path(temporary)
+        size = generate(folder / "raw", options.rows)
+        print(f"{options.rows} rows, {size / 2**20:.0f} MiB, {os.cpu_count()} cores")
         commands = {
             "prepare": (TASK, "--raw", folder / "raw", "--out", folder / "prepared"),
             "audit": (TASK, "--raw", folder / "raw", "--json", folder / "audit", "--no-tokens"),

@@ -9,6 +9,7 @@ random weights, so answers mean nothing and never end early.
 """
 
 import argparse
+import gc
 import json
 import subprocess
 import sys
@@ -16,6 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from fastdora.plugin import peft_int8
 from finlora.core.errors import run
@@ -25,20 +30,16 @@ from finlora.core.paths import ROOT
 from finlora.core.provenance import git_state, versions
 from finlora.data.test_sets import read_set
 
-NEW_TOKENS, SEED = 10, 0
+NEW_TOKENS, SEED, WARM_UP = 10, 0, 2
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def make_adapter(model: str, folder: Path) -> None:
     """A DoRA adapter that changes every layer: PEFT starts with B = 0 and m = ||W||, which would change none."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(SEED)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map={"": gpu_or_cpu()})
-    config = LoraConfig(
-        r=8, lora_alpha=16, use_dora=True, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"
-    )
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, device_map={"": DEVICE})
+    targets = ["q_proj", "k_proj", "v_proj"]
+    config = LoraConfig(r=8, lora_alpha=16, use_dora=True, target_modules=targets, task_type="CAUSAL_LM")
     adapted = get_peft_model(base, config)
     for name, tensor in adapted.named_parameters():
         if "lora_B" in name:
@@ -48,73 +49,50 @@ def make_adapter(model: str, folder: Path) -> None:
     adapted.save_pretrained(folder)
 
 
-def gpu_or_cpu() -> str:
-    import torch
-
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
-
-
-def finloras_way(model: str, adapter: Path, contexts: list[str], most: float, warm: int = 2) -> dict[str, float]:
-    """Samples a second at batch 1, the first `warm` ones left out, for at most so many seconds."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    if not torch.cuda.is_available():
-        peft_int8.patch()  # PEFT's own way fails on a CPU, where this benchmark is only tried out
+def finloras_way(model: str, adapter: Path, contexts: list[str], longest: float) -> dict[str, float]:
+    """Samples a second at batch 1, the first WARM_UP ones left out, for at most so many seconds."""
+    if DEVICE == "cpu":
+        peft_int8.patch()  # PEFT's own layers fail on a CPU, where this benchmark is only tried out
     tokenizer = AutoTokenizer.from_pretrained(model)
-    base = AutoModelForCausalLM.from_pretrained(
-        model,
-        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
-        device_map={"": gpu_or_cpu()},
-        dtype=torch.float16 if torch.cuda.is_available() else torch.float32,
-    )
-    adapted = PeftModel.from_pretrained(base, adapter).eval()
-    seconds = []
+    dtype = torch.float32 if DEVICE == "cpu" else torch.float16
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    base = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, device_map={"": DEVICE}, dtype=dtype)
+    adapted, seconds = PeftModel.from_pretrained(base, adapter).eval(), []
+    pad = tokenizer.pad_token_id or 0
     for context in contexts:
-        if sum(seconds) > most:
+        if sum(seconds) > longest:
             break
         inputs = tokenizer(context, return_tensors="pt").to(base.device)
         started = time.perf_counter()
         with torch.no_grad():
-            adapted.generate(
-                **inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id or 0
-            )
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            ids = adapted.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=pad)
+        ids.cpu()  # waits for the GPU
         seconds.append(time.perf_counter() - started)
-    kept = seconds[warm:]
-    return {"samples": len(kept), "seconds": round(sum(kept), 3), "samples_per_second": round(len(kept) / sum(kept), 4)}
+    timed = seconds[WARM_UP:]
+    rate = round(len(timed) / sum(timed), 4)
+    return {"samples": len(timed), "seconds": round(sum(timed), 3), "samples_per_second": rate}
 
 
 def ours(model: str, adapter: Path, tests: str, sets: str, *options: str) -> dict[str, float]:
     """The runner in a process of its own; seconds of asking, and of the whole command with loading."""
+    gc.collect()
+    if DEVICE != "cpu":
+        torch.cuda.empty_cache()  # the runner sizes its batches by the memory that is free
     with tempfile.TemporaryDirectory() as results:
         started = time.perf_counter()
-        command = [
-            "finlora",
-            "eval",
-            "--model",
-            model,
-            "--adapter",
-            str(adapter),
-            "--bits",
-            "8",
-            "--tasks",
-            sets,
-        ]
-        command += ["--tests", tests, "--prompt", "raw", "--results", results, *options]
-        subprocess.run([sys.executable, "-m", *command], cwd=ROOT, check=True)
+        command = ["-m", "finlora", "eval", "--bits", "8", "--prompt", "raw", "--tasks", sets, "--results", results]
+        command += ["--model", model, "--adapter", str(adapter), "--tests", tests, *options]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
         whole = time.perf_counter() - started
-        found = [json.loads(path.read_text()) for path in Path(results).glob("*/*/set.json")]
-    samples, seconds = sum(about["evaluated"] for about in found), sum(about["seconds"] for about in found)
+        records = [json.loads(path.read_text()) for path in Path(results).glob("*/*/set.json")]
+    total = {key: sum(each[key] for each in records) for key in ("evaluated", "prompt_tokens", "answer_tokens")}
+    seconds = sum(each["seconds"] for each in records)
     return {
-        "samples": samples,
-        "prompt_tokens": sum(about["prompt_tokens"] for about in found),
-        "answer_tokens": sum(about["answer_tokens"] for about in found),
+        "samples": total.pop("evaluated"),
+        **total,
         "seconds": round(seconds, 3),
         "seconds_with_loading": round(whole, 1),
-        "samples_per_second": round(samples / seconds, 2),
+        "samples_per_second": round(sum(each["evaluated"] for each in records) / seconds, 2),
     }
 
 
@@ -127,44 +105,26 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60, help="and the longest it may take")
     parser.add_argument("--quantised-rows", type=int, default=256, help="rows a set for --keep-quantised")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "eval_throughput.json")
-    given = parser.parse_args()
-    contexts = [row.context for name in given.sets.split(",") for row in read_set(name, Path(given.tests)).rows]
-    drawn = contexts[:: max(1, len(contexts) // given.rows)][: given.rows]
+    options = parser.parse_args()
+    contexts = [row.context for name in options.sets.split(",") for row in read_set(name, Path(options.tests)).rows]
+    drawn = contexts[:: max(1, len(contexts) // options.rows)][: options.rows]
     adapter = ROOT / ".cache" / "bench-adapter"
-    make_adapter(given.model, adapter)
-    free_gpu()
-    record = {
-        "what": f"python -m bench.eval_throughput: {__doc__.splitlines()[0]}",
-        "sets": given.sets,
-        "device": gpus()[0][0] if gpus() else "CPU",
-        "versions": versions(),
-        "git": git_state(),
-    }
+    make_adapter(options.model, adapter)
+    record = {"what": f"python -m bench.eval_throughput: {__doc__.splitlines()[0]}", "sets": options.sets}
+    record |= {"device": gpus()[0][0] if gpus() else "CPU", "versions": versions(), "git": git_state()}
 
     def note(key: str, value: Any) -> None:
         record[key] = value
         print(key, value, flush=True)
-        with replacing(given.out) as file:  # as each row comes: a run on a rented machine may be cut short
+        with replacing(options.out) as file:  # as each row comes: a run on a rented machine may be cut short
             json.dump(record, file, indent=1)
             file.write("\n")
 
-    limit = ("--limit", str(given.quantised_rows), "--keep-quantised")
-    note("ours", ours(given.model, adapter, given.tests, given.sets))
-    note("finlora", finloras_way(given.model, adapter, drawn, given.seconds))
+    arguments = options.model, adapter, options.tests, options.sets
+    note("ours", ours(*arguments))
+    note("finlora", finloras_way(options.model, adapter, drawn, options.seconds))
     note("times_as_fast", round(record["ours"]["samples_per_second"] / record["finlora"]["samples_per_second"], 1))
-    free_gpu()
-    note("ours_keep_quantised", ours(given.model, adapter, given.tests, given.sets, *limit))
-
-
-def free_gpu() -> None:
-    """The runner is a process of its own and sizes its batches by what is free."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    note("ours_keep_quantised", ours(*arguments, "--limit", str(options.quantised_rows), "--keep-quantised"))
 
 
 if __name__ == "__main__":

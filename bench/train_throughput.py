@@ -1,10 +1,10 @@
-"""Training rates of the recipes as shipped, through `axolotl train`, beside FinLoRA's own settings in the same call.
+"""Throughput of the recipes as shipped, through `axolotl train`, beside FinLoRA's own settings in the same call.
 
     python -m bench.train_throughput --base <folder of the 8B shape> --data <folder of FinLoRA's files> [--runs a,b]
 
 bench/train_throughput.yaml lists the runs. Sentiment rows: FPB, FiQA and TFNS test files. Long rows: FinanceBench
 prompts joined up to 7,500 and 15,000 tokens. Each row is written to --out as it comes; runs already there for the same
-commit are not run again, so that an interrupted benchmark goes on.
+commit are not run again, so that an interrupted benchmark continues.
 """
 
 import argparse
@@ -12,11 +12,13 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -28,22 +30,28 @@ from finlora.core.provenance import git_state, versions
 
 RUNS = ROOT / "bench" / "train_throughput.yaml"
 STEPS = 22
-LONG = {"8k": 7500, "16k": 15000}
+LONG = {"8k": 7500, "16k": 15000}  # tokens, within packs of 8,192 and 16,384
+# Axolotl's command line, which imports everything and then waits for its turn: a line on its standard input.
+LATER = (
+    "import sys, axolotl.train, axolotl.cli.train, axolotl.core.builders, fastdora.plugin.plugin; "
+    "from axolotl.cli import main; sys.stdin.readline() or sys.exit(1); main.main()"
+)
 
 
 def sentiment_rows(data: Path) -> list[tuple[str, str]]:
     """(context, target) of the three sentiment test files, in a fixed order that mixes them."""
     files = [data / "test" / f"{name}_test.jsonl" for name in ("fpb", "fiqa", "tfns")]
     rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    return [(row["context"], str(row["target"])) for row in sorted(rows, key=lambda row: hash_order(row["context"]))]
+    pairs = [(row["context"], str(row["target"])) for row in rows]
+    return sorted(pairs, key=lambda pair: hashlib.sha256(pair[0].encode()).hexdigest())
 
 
-def long_rows(given: argparse.Namespace, kind: str) -> list[tuple[str, str]]:
-    """32 rows of LONG[kind] tokens, made of FinanceBench prompts."""
+def long_rows(base: str, data: Path, tokens: int) -> list[tuple[str, str]]:
+    """32 rows of so many tokens, made of FinanceBench prompts."""
     from transformers import AutoTokenizer
 
-    tokenizer, tokens = AutoTokenizer.from_pretrained(given.base), LONG[kind]
-    lines = (given.data / "train" / "financebench_train.jsonl").read_text(encoding="utf-8").splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    lines = (data / "train" / "financebench_train.jsonl").read_text(encoding="utf-8").splitlines()
     contexts = [json.loads(line)["context"] for line in lines]
     rows, start = [], 0
     while len(rows) < 32:
@@ -55,78 +63,95 @@ def long_rows(given: argparse.Namespace, kind: str) -> list[tuple[str, str]]:
     return rows
 
 
-def hash_order(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_rows(rows: list[tuple[str, str]], path: Path) -> None:
+def write_rows(rows: list[tuple[str, str]], path: Path) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for context, target in rows:
-            said = [{"role": "user", "content": context}, {"role": "assistant", "content": target}]
-            file.write(json.dumps({"messages": said}) + "\n")
+            turns = [{"role": "user", "content": context}, {"role": "assistant", "content": target}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
 
 
-def recipe_of(wanted: dict[str, Any], base: str, rows: Path, work: Path) -> dict[str, Any]:
-    """The run's recipe as shipped, with base, rows, steps and folders exchanged and no evaluation or checkpoint."""
-    recipe = yaml.safe_load((ROOT / "recipes" / f"{wanted['recipe']}.yaml").read_text(encoding="utf-8"))
-    changes = dict(wanted.get("set", {}))
-    for key in changes.pop("drop", []):
-        recipe.pop(key)
-    recipe |= changes
-    entry = recipe["datasets"][0] | {"path": str(rows)}
-    for key in ("test_datasets", "evals_per_epoch", "saves_per_epoch", "eval_sample_packing", "save_total_limit"):
-        recipe.pop(key, None)
-    return recipe | {
-        "base_model": base,
-        "plugins": [*recipe["plugins"], "bench.clock.Clock"],
-        "datasets": [entry],
+def shipped_recipe(name: str, base: str, rows: Path, work: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe as shipped, with base, rows and folders exchanged, and no evaluation or checkpoint. None drops a key."""
+    recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
+    exchanged = {
+        "base_model": str(base),
+        "datasets": [recipe["datasets"][0] | {"path": str(rows)}],
         "val_set_size": 0,
-        "max_steps": wanted.get("steps", STEPS),
         "num_epochs": 100,
         "save_strategy": "no",
         "auto_resume_from_checkpoints": False,
         "output_dir": str(work / "out"),
         "dataset_prepared_path": str(work / "tokenised"),
     }
+    dropped = ("test_datasets", "evals_per_epoch", "saves_per_epoch", "eval_sample_packing", "save_total_limit")
+    recipe |= dict.fromkeys(dropped) | exchanged | changes
+    return {key: value for key, value in recipe.items() if value is not None}
 
 
-# Axolotl's command line, which imports everything and then waits for its turn: a line on its standard input.
-LATER = (
-    "import sys, axolotl.train, axolotl.cli.train, axolotl.core.builders, "
-    "fastdora.plugin.plugin; from axolotl.cli import main"
-)
-LATER += "; sys.stdin.readline() or sys.exit(1); main.main()"
+class Run(NamedTuple):
+    """Processes of axolotl that have imported everything and wait for a line on their standard input.
+
+    The folder `work` has recipe.yaml, out/, and of process r log<r> and what bench.plugins.Clock measured, clock<r>.
+    """
+
+    work: Path
+    children: list[subprocess.Popen]
 
 
-def start(name: str, wanted: dict[str, Any], rows: Path, work: Path, given: argparse.Namespace) -> subprocess.Popen:
-    """A process that will train this run once it is told to."""
-    recipe = recipe_of(wanted, given.base, rows, work)
-    if given.steps:
-        recipe["max_steps"] = given.steps
-    config = work / f"{name}.yaml"
-    config.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    env = os.environ | {"CLOCK": str(work / "row.json"), "AXOLOTL_DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env["AXOLOTL_DATASET_NUM_PROC"] = "0"
-    if given.profile:
-        env["CLOCK_PROFILE"] = str(given.profile / f"{name}.txt")
-    command = [sys.executable, "-c", LATER, "train", str(config), "--launcher", "python"]
-    with (work / "log").open("wb") as log:
-        return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log)
+def start(recipe: dict[str, Any], work: Path, processes: int = 1, **env: str) -> Run:
+    """Start `axolotl train` in so many processes, with the environment that torchrun would give them."""
+    path = work / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    env = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "AXOLOTL_DATASET_NUM_PROC": "0"} | env
+    if processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    children = []
+    for rank in range(processes):
+        own = {"CLOCK": str(work / f"clock{rank}")}
+        own |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        command = [sys.executable, "-c", LATER, "train", str(path), "--launcher", "python"]
+        with (work / f"log{rank}").open("wb") as log:
+            # In ROOT, where Python imports `bench` from.
+            child = subprocess.Popen(command, cwd=ROOT, env=env | own, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        children.append(child)
+    return Run(work, children)
 
 
-def finish(child: subprocess.Popen, work: Path, timeout: float) -> dict[str, Any]:
-    """Let the process train; its row, or how it failed."""
-    try:
-        child.communicate(b"now\n", timeout)
-    except subprocess.TimeoutExpired:
+def finish(running: Run, timeout: float) -> str | None:
+    """Let the processes train; None, or why there is no result: the last line of the one that failed first."""
+    work, children = running
+    for child in children:
+        child.stdin.write(b"now\n")
+        child.stdin.close()
+    end = time.monotonic() + timeout
+    while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
+        if time.monotonic() > end:
+            stop(running)
+            return f"not done after {timeout:.0f} s"
+        time.sleep(0.05)
+    failed = next((rank for rank, child in enumerate(children) if child.poll()), None)
+    stop(running)  # the others of a failed one would wait for it
+    if failed is None:
+        return None
+    lines = [line for line in (work / f"log{failed}").read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][-400:] if lines else f"exit code {children[failed].returncode}"
+
+
+def stop(running: Run) -> None:
+    for child in running.children:
         child.kill()
-        child.communicate()
-    row = read_json(work / "row.json")
-    if row is None:
-        said = [line for line in (work / "log").read_text(errors="replace").splitlines() if line.strip()]
-        row = {"failed": child.returncode, "last": said[-1][-300:] if said else ""}
-    return row
+        child.wait()
+
+
+def keep_logs(running: Run, name: str, folder: Path | None) -> None:
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        for log in running.work.glob("log*"):
+            shutil.copy(log, folder / f"{name.replace(' ', '_')}.{log.name}")
 
 
 def main() -> None:
@@ -136,43 +161,52 @@ def main() -> None:
     parser.add_argument("--runs", help="names from bench/train_throughput.yaml; all without")
     parser.add_argument("--steps", type=int, help="for trying the benchmark itself out")
     parser.add_argument("--timeout", type=float, default=240, help="seconds that one run may take")
-    parser.add_argument("--profile", type=Path, help="folder for profiles; rates then mean little")
+    parser.add_argument("--profile", type=Path, help="folder for profiles; the throughput then means little")
     parser.add_argument("--logs", type=Path, help="folder for axolotl's output")
     parser.add_argument("--out", type=Path, default=ROOT / "finlora" / "plan" / "train_throughput.json")
-    given = parser.parse_args()
+    options = parser.parse_args()
     runs = yaml.safe_load(RUNS.read_text(encoding="utf-8"))
-    names = given.runs.split(",") if given.runs else list(runs)
+    names = options.runs.split(",") if options.runs else list(runs)
     if unknown := [name for name in names if name not in runs]:
         raise UserError(f"--runs {unknown[0]}: {RUNS.name} has {', '.join(runs)}")
     about = {"what": f"python -m bench.train_throughput: {__doc__.splitlines()[0]}", "git": git_state()}
     about |= {"device": gpus()[0][0] if gpus() else "CPU", "versions": versions()}
-    before = read_json(given.out)
+    before = read_json(options.out)
     rows = before["rows"] if before and all(before[key] == about[key] for key in ("git", "device", "versions")) else {}
-    names = [name for name in names if "samples_s" not in rows.get(name, {})]
-    with tempfile.TemporaryDirectory() as folder:
-        files, children = {}, {}
-        for name in names:
-            kind, work = runs[name]["rows"], Path(folder) / name
-            work.mkdir()
-            if kind not in files:
-                files[kind] = Path(folder) / f"{kind}.jsonl"
-                write_rows(sentiment_rows(given.data) if kind == "sentiment" else long_rows(given, kind), files[kind])
-            children[name] = start(name, runs[name], files[kind], work, given)
+    started: dict[str, Run] = {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         try:
-            for name, child in children.items():
-                row = finish(child, Path(folder) / name, given.timeout)
-                about_run = {key: runs[name].get(key, {}) for key in ("recipe", "set", "rows")}
-                rows[name] = about_run | row
+            for name in names:
+                if "samples_s" not in rows.get(name, {}):
+                    started[name] = start_named(name, runs[name], Path(folder), options)
+            for name, running in started.items():
+                failed = finish(running, options.timeout)
+                row = {"failed": failed} if failed else read_json(running.work / "clock0")
+                rows[name] = {key: runs[name].get(key, {}) for key in ("recipe", "set", "rows")} | row
                 print(name, json.dumps(row), flush=True)
-                if given.logs:
-                    given.logs.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(Path(folder) / name / "log", given.logs / f"{name}.log")
-                with replacing(given.out) as file:
+                keep_logs(running, name, options.logs)
+                with replacing(options.out) as file:
                     json.dump(about | {"rows": rows}, file, indent=1)
                     file.write("\n")
         finally:
-            for child in children.values():
-                child.kill()
+            for running in started.values():
+                stop(running)
+
+
+def start_named(name: str, entry: dict[str, Any], folder: Path, options: argparse.Namespace) -> Run:
+    """Start a run of bench/train_throughput.yaml; `folder` has its rows, written at first use, and its work."""
+    kind, work = entry["rows"], folder / name
+    work.mkdir()
+    rows = folder / f"{kind}.jsonl"
+    if not rows.exists():
+        contexts = sentiment_rows(options.data) if kind == "sentiment" else None
+        write_rows(contexts or long_rows(options.base, options.data, LONG[kind]), rows)
+    changes = dict(entry.get("set", {}))
+    changes |= dict.fromkeys(changes.pop("drop", [])) | {"max_steps": options.steps or entry.get("steps", STEPS)}
+    recipe = shipped_recipe(entry["recipe"], options.base, rows, work, **changes)
+    recipe["plugins"] = [*recipe["plugins"], "bench.plugins.Clock"]
+    profile = {"CLOCK_PROFILE": str(options.profile / f"{name}.txt")} if options.profile else {}
+    return start(recipe, work, **profile)
 
 
 if __name__ == "__main__":

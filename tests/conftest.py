@@ -35,7 +35,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 BEFORE = pytest.StashKey[tuple]()  # the run's folder, and the checkout's files before the tests
-FOLDERS = ("recipes", "finlora", "data", "fastdora", "eval", "tests")
+FOLDERS = ("recipes", "finlora", "data", "fastdora", "eval", "bench", "tests")
 FILES = ("Makefile", "pyproject.toml", "README.md")
 
 # A shell starts what it puts in the background with Ctrl-C ignored, and every child inherits that: tests send it.

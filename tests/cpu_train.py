@@ -1,6 +1,6 @@
 """`python tests/cpu_train.py ...` is `python -m finlora train ...` on a machine that seems to have eight GPUs.
 
-The recipe must name the plugin cpu_processes.CpuProcesses.
+The recipe must name the plugin bench.plugins.CpuProcesses.
 """
 
 import os

@@ -45,7 +45,7 @@ def axolotl_command(*argv: str) -> tuple[int, str]:
 def axolotl_processes(count: int, *argv: str) -> list[tuple[int, str]]:
     """Run `axolotl ARGV...` in `count` processes as torchrun would on one machine; each one's exit code and output.
 
-    The recipe must name the plugin cpu_processes.CpuProcesses. When one process fails the others are ended.
+    The recipe must name the plugin bench.plugins.CpuProcesses. When one process fails the others are ended.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -10,8 +10,8 @@ import pytest
 from failures import refuses, says
 from hypothesis import given
 from hypothesis import strategies as st
+from kills import DAMAGES, damage
 
-from bench.kills import DAMAGES, damage
 from fastdora.plugin import checkpoints
 from fastdora.plugin.checkpoints import SEAL, BrokenCheckpoint
 

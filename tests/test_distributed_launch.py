@@ -225,7 +225,7 @@ def test_two_nodes(house, tmp_path):
     Equal, bit for bit, to what one process makes of the same packs. Secrets in the environment are left nowhere.
     """
     recipe = RECIPE | {
-        "plugins": [*RECIPE["plugins"], "cpu_processes.CpuProcesses"],
+        "plugins": [*RECIPE["plugins"], "bench.plugins.CpuProcesses"],
         "base_model": ".cache/tiny",
         "sequence_len": 128,
         "gradient_accumulation_steps": 2,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 from failures import refuses, says
+from kills import damage, digest, killed, recipe
 
-from bench.kills import damage, digest, killed, recipe
 from fastdora.plugin import checkpoints
 from finlora.core import provenance
 from finlora.recipes import bases
@@ -45,14 +45,12 @@ def error_of(output: str) -> str:
 
 
 def test_killed_runs_end_with_the_same_adapter(runs):
-    """kill -9 within a step's time, within a checkpoint, and between; bench/kills.py does it twenty times."""
-    from forked import finish, start
-
+    """kill -9 within a step's time, within a checkpoint, and between; tests/kills.py does it twenty times."""
     folder, write = runs
     out, path = folder / "killed", write("killed", save_total_limit=2)
     in_checkpoint = 0
     for delay in (None, 0.2):
-        row = killed(start, finish, path, out, delay)
+        row = killed(path, out, delay)
         if row["ended"]:
             break
         in_checkpoint += row["in_checkpoint"]

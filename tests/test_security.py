@@ -12,8 +12,8 @@ import yaml
 from failures import refuses, says
 from hypothesis import given
 from hypothesis import strategies as st
+from kills import recipe as small_recipe
 
-from bench.kills import recipe as small_recipe
 from fastdora.plugin import safety
 from fastdora.plugin.keys import RecipeError
 from finlora.recipes import bases

@@ -9,8 +9,8 @@ import subprocess
 from types import SimpleNamespace
 
 import pytest
+from kills import digest, recipe
 
-from bench.kills import digest, recipe
 from fastdora.plugin.checkpoints import MAY_CHANGE
 from finlora.core.errors import UserError
 from finlora.train import tracking

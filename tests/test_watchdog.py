@@ -9,8 +9,8 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from kills import recipe
 
-from bench.kills import recipe
 from fastdora.plugin import checkpoints
 
 pytestmark = pytest.mark.xdist_group("axolotl")

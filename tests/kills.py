@@ -1,6 +1,6 @@
 """Kill a training run again and again, resume it, and compare its adapter with an uninterrupted run's.
 
-    PYTHONPATH=.:tests python bench/kills.py [--kills 20]
+    python tests/kills.py [--kills 20]
 
 Writes bench/kills.json. `kill -9` at random moments, every fourth one while a checkpoint is being written; before every
 third resume the newest checkpoint is damaged as well. Runs on a CPU with the tiny model, through the real axolotl.
@@ -21,6 +21,7 @@ from pathlib import Path
 import yaml
 
 from fastdora.plugin import checkpoints
+from finlora.train import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "rose fell gained lost grew shrank climbed slid".split()
@@ -60,11 +61,13 @@ def digest(out: Path) -> str:
     return hashlib.sha256((out / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def killed(start, finish, path: Path, out: Path, delay: float | None) -> dict:
+def killed(path: Path, out: Path, delay: float | None) -> dict:
     """Start a run and kill it: `delay` seconds after its first step began, or (None) while it writes a checkpoint.
 
-    start, finish: tests/forked.py's. Returns at which step it was killed and whether in a checkpoint, or ended=True.
+    Returns at which step it was killed and whether in a checkpoint, or ended=True.
     """
+    from forked import finish, start  # here, as in main: it imports axolotl, ten seconds
+
     (out / "stepping").unlink(missing_ok=True)
     child = start(["train", str(path), "--launcher", "python"])
     pid, began = child[0], None
@@ -111,8 +114,6 @@ def main() -> None:
     kills = parser.parse_args().kills
     from forked import finish, start
 
-    from finlora.train import tiny
-
     folder = Path(tempfile.mkdtemp(prefix="kills-"))
     base = tiny.build(tiny.sample_texts())
     choose, rows, runs, tried = random.Random(0), [], [], {kind: [0, 0] for kind in DAMAGES}
@@ -125,7 +126,7 @@ def main() -> None:
         path, out, mine = recipe(folder, name, base), folder / name, 0
         while True:
             delay = None if len(rows) % 4 == 3 else choose.uniform(0, seconds)
-            row = killed(start, finish, path, out, 1e9 if len(rows) == kills else delay)
+            row = killed(path, out, 1e9 if len(rows) == kills else delay)
             if row.pop("ended"):
                 break
             mine += 1
