@@ -1,11 +1,14 @@
 """Statistics of the study's rows, and docs/dora.md with its plots: each sentence with a figure follows from the record.
 
+    python -m bench.dora_page [OUT/rows.jsonl ...]    # records these rows first
+
 Intervals are 95% and over both seeds and test rows: each bootstrap draw takes seeds and rows anew, crosswise (Owen's
 pigeonhole bootstrap, which is rather too wide than too narrow). Comparisons use the seeds that both sides have, on the
 same rows; p is finlora.evaluate.statistics' paired sign-flip test over rows, Holm-adjusted within a question. A
 difference is called distinguishable only when its interval excludes 0 and the adjusted p is below 0.05.
 """
 
+import argparse
 import functools
 import itertools
 import json
@@ -17,8 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from bench.dora_study import best_rate, identity, planned_count, read_rows, resolved, variants
-from finlora.core.errors import UserError
+from bench.dora_study import (
+    PAGE,
+    RECORD,
+    best_rate,
+    identity,
+    planned_count,
+    read_rows,
+    read_study,
+    resolved,
+    variants,
+)
+from finlora.core.errors import UserError, run
 from finlora.core.files import replacing
 from finlora.evaluate import statistics as stats
 
@@ -234,7 +247,7 @@ def write(record: Path, page: Path) -> None:
     try:
         result = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{record}: cannot be read; make it with --page OUT/rows.jsonl") from error
+        raise UserError(f"{record}: cannot be read; make it with python -m bench.dora_page OUT/rows.jsonl") from error
     for name, drawing in plots(result).items():
         with replacing(page.with_name(name)) as file:
             file.write(drawing)
@@ -254,14 +267,14 @@ def text(result: dict[str, Any]) -> str:
     part = split["test"]
     parts = [
         "# DoRA under equal conditions",
-        "<!-- Written by `python -m bench.dora_study --page`; edit bench/dora_page.py. -->",
+        "<!-- Written by `python -m bench.dora_page`; edit bench/dora_page.py. -->",
         f"DoRA, LoRA, rsLoRA and full fine-tuning of one base model on the same rows, prompt, alpha, dropout, batch "
         f"and epochs: {len(result['runs'])} runs of {about['planned']} planned, on {_joined(about['devices'])}. "
         "[bench/dora_study.json](../bench/dora_study.json) has every run, with what it got right of the test rows; "
         "[bench/dora_study.yaml](../bench/dora_study.yaml) is what was asked.",
         "```\npython -m bench.dora_study --corpus KIT --data data/raw --texts TEXTS  # text and split\n"
         "python -m bench.dora_study --kit KIT --out OUT                          # base model and runs\n"
-        "python -m bench.dora_study --page OUT/rows.jsonl                        # this page\n```",
+        "python -m bench.dora_page OUT/rows.jsonl                                # this page\n```",
         "## What this can say",
         f"The base is a Llama of {base['parameters'] / 1e6:.1f} million parameters, trained from scratch on "
         f"{base['tokens'] / 1e6:.1f} million tokens (the stream has {about['kit']['tokens'] / 1e6:.1f} million: "
@@ -558,3 +571,16 @@ def _svg(title: str, width: float, height: float, body: list[str]) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("`", "").replace("&", "&amp;").replace("<", "&lt;")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("rows", nargs="*", type=Path, help="rows.jsonl files to make the record from; else it stays")
+    options = parser.parse_args()
+    if options.rows:
+        record(read_study(), options.rows, RECORD)
+    write(RECORD, PAGE)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -2,12 +2,12 @@
 
     python -m bench.dora_study --corpus KIT --data FOLDER --texts FOLDER     # text and split (bench/dora_corpus.py)
     python -m bench.dora_study --kit KIT --out OUT --seconds 330             # base model and runs, on all GPUs
-    python -m bench.dora_study --page OUT/rows.jsonl                         # the record, docs/dora.md and plots
-    python -m bench.dora_study --page                                        # the page again, from the recorded file
+    python -m bench.dora_page OUT/rows.jsonl                                 # the record, docs/dora.md and plots
+    python -m bench.dora_page                                                # the page again, from the recorded file
 
---toy takes the small sizes of bench/dora_study.yaml. The second command goes on where it ended: runs whose rows are in
-OUT/rows.jsonl are not run again, nor is a base model that is whole; --seconds counts from its start, and no run begins
-that could not end by then.
+--toy takes the small sizes of bench/dora_study.yaml. The second command continues where it ended: runs whose rows are
+in OUT/rows.jsonl are not run again, nor is a base model that is whole; --seconds counts from its start, and no run
+begins that could not end by then.
 
 OUT/rows.jsonl has a line for each run: settings (all that a run depends on beside base and kit; two questions that ask
 for the same settings share the run), parameters, steps, loss (mean of the first and last ten steps), validation and
@@ -308,7 +308,6 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=86400.0, help="end by then")
     parser.add_argument("--workers", type=int, default=0, help="processes a GPU (8) or on the CPU (1)")
-    parser.add_argument("--page", nargs="*", type=Path, metavar="ROWS", help="make the page, with these rows recorded")
     parser.add_argument("--toy", action="store_true", help="small sizes, for a CPU")
     given = parser.parse_args()
     study = read_study(given.toy)
@@ -324,14 +323,8 @@ def main() -> None:
 
         count = torch.cuda.device_count()
         conduct(study, given.kit, given.out, given.seconds, given.workers or (8 if count else 1), count)
-    if given.page is not None:
-        from bench import dora_page
-
-        if given.page:
-            dora_page.record(study, given.page, RECORD)
-        dora_page.write(RECORD, PAGE)
-    if not given.corpus and not given.kit and given.page is None:
-        parser.error("give --corpus, --kit or --page")
+    if not given.corpus and not given.kit:
+        parser.error("give --corpus or --kit")
 
 
 if __name__ == "__main__":
