@@ -1,8 +1,14 @@
-"""The package's README: its Python example runs as it stands, and its recipe keys are the plugin's."""
+"""The package by itself: it installs alone, its README's Python example runs, its recipe keys are the plugin's."""
 
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,8 +36,6 @@ def test_the_keys_are_the_plugins_with_their_defaults():
 
 
 def test_the_figures_are_the_recorded_ones():
-    import json
-
     lines = [line.split("|")[2:5] for line in README.splitlines() if line.startswith("| ") and "GiB" not in line]
     shown = [cells for cells in lines if cells[0].strip()[0].isdigit()]
     for column, record in enumerate(("train_throughput.json", "train_throughput_h200.json")):
@@ -56,8 +60,6 @@ def test_the_figures_are_the_recorded_ones():
 
 
 def test_the_shares_of_the_matrix_rate_follow_from_the_records():
-    import json
-
     rows, products = (
         json.loads((ROOT / f"{name}.json").read_text(encoding="utf-8"))["rows"]
         for name in ("finlora/plan/train_throughput_h200", "bench/gpu_check")
@@ -74,3 +76,30 @@ def test_the_shares_of_the_matrix_rate_follow_from_the_records():
     assert [int(one) for one in re.findall(r"(\d+)%", said)] == [round(share) for share in shares]
     assert f"the {products['bf16 5120x4096x4096']['tflop_s']} that" in said
     assert f"the {products['fp8 5120x4096x4096']['tflop_s']:,} of" in said
+
+
+@pytest.mark.slow  # ten seconds of installing and importing; `make lint` checks the imports
+def test_it_installs_and_works_alone(tmp_path):
+    """From its own pyproject.toml, without finlora and without axolotl, which its layers do not need."""
+    source, site = tmp_path / "fastdora", tmp_path / "site"
+    shutil.copytree(ROOT / "fastdora", source, ignore=shutil.ignore_patterns("__pycache__"))
+    options = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--no-compile", "--target", site]
+    done = subprocess.run([sys.executable, "-m", "pip", "install", *options, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept = {path.relative_to(ROOT) for path in (ROOT / "fastdora").rglob("*") if path.suffix in (".py", ".json")}
+    assert kept <= {path.relative_to(site) for path in site.rglob("*")}
+    code = """
+import sys
+sys.modules["finlora"] = sys.modules["axolotl"] = None  # importing them fails
+import torch, fastdora
+from fastdora import attention, graphs
+from peft import LoraConfig, get_peft_model
+net = torch.nn.Sequential(torch.nn.Linear(8, 8))
+model = get_peft_model(net, LoraConfig(r=2, use_dora=True, target_modules=["0"], init_lora_weights=False))
+expected = model(torch.ones(1, 8))
+print(fastdora.accelerate(model), torch.allclose(model(torch.ones(1, 8)), expected, atol=1e-5), fastdora.__file__)
+"""
+    env = os.environ | {"PYTHONPATH": str(site)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=site, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == f"1 16-bit DoRA layers; 16-bit matmuls True {site}/fastdora/__init__.py"

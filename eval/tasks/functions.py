@@ -11,26 +11,26 @@ from finlora.evaluate.scorers import scorings, summary
 
 
 def rows(test_set: str, folder: str = str(RAW), labels: str = "corrected", **_: Any) -> dict[str, Dataset]:
-    """One test set as lm-eval's `test` split: row, set, context, published, corrected, and target (as wanted)."""
-    found = read_set(test_set, Path(folder)).rows
-    return {
-        "test": Dataset.from_list(
-            [
-                {
-                    "row": row.row,
-                    "context": row.context,
-                    "published": row.target,
-                    "corrected": row.corrected,
-                    "target": row.corrected if labels == "corrected" else row.target,
-                    "set": test_set,
-                }
-                for row in found
-            ]
-        )
-    }
+    """One test set as lm-eval's `test` split.
+
+    Columns: row, set, context, published and corrected label, and target, which is the one that `labels` names.
+    """
+    documents = [
+        {
+            "row": row.row,
+            "context": row.context,
+            "published": row.target,
+            "corrected": row.corrected,
+            "target": row.corrected if labels == "corrected" else row.target,
+            "set": test_set,
+        }
+        for row in read_set(test_set, Path(folder)).rows
+    ]
+    return {"test": Dataset.from_list(documents)}
 
 
 def results(doc: dict[str, Any], answers: list[str]) -> dict[str, tuple[str, str, str]]:
+    """process_results: (set, answer, target) for each scoring; the aggregations below score a set as a whole."""
     answer = (doc["set"], answers[0], doc["target"])
     return {"finlora": answer, "strict": answer}
 
@@ -44,10 +44,12 @@ def strict(answers: list[tuple[str, str, str]]) -> float:
 
 
 def _accuracy(answers: list[tuple[str, str, str]], scoring: str) -> float:
-    """Accuracy over a set; NaN for sets that BERTScore judges (finlora.evaluate.runner adds it, since it needs an
-    encoder)."""
-    name = answers[0][0]
-    score = scorings(name, all_sets()[name]).get(scoring)
+    """Accuracy over a set by finlora.evaluate.scorers.
+
+    NaN for sets that BERTScore judges: finlora.evaluate.runner adds it, since it needs an encoder.
+    """
+    test_set = answers[0][0]
+    score = scorings(test_set, all_sets()[test_set]).get(scoring)
     if score is None:
         return float("nan")
     return summary(score([answer for _, answer, _ in answers], [target for *_, target in answers]))["accuracy"]
