@@ -91,18 +91,18 @@ def run(
         server.sendall(json.dumps(asked).encode())
         server.shutdown(socket.SHUT_WR)
         server.settimeout(timeout)
-        said = b""
+        answer = b""
         try:
             while part := server.recv(100):
-                said += part
+                answer += part
         except TimeoutError:
-            os.killpg(int(said.split()[0]), signal.SIGKILL)
+            os.killpg(int(answer.split()[0]), signal.SIGKILL)
             raise
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
-    return subprocess.CompletedProcess([module, *argv], int(said.split()[1]), *texts)
+    return subprocess.CompletedProcess([module, *argv], int(answer.split()[1]), *texts)
 
 
 def serve(session: int, lock: int) -> None:
@@ -186,10 +186,10 @@ def command(module: str, argv: list[str], cwd: str, env: dict[str, str], trainin
     if module == "-c":
         exec(compile(argv[0], "<string>", "exec"), {"__name__": "__main__"})
         return
-    found = importlib.import_module(module)
-    assert found.__file__.startswith(cwd), f"{module} is not the copy's"
-    sys.argv = [found.__file__, *argv]
-    (importlib.import_module(f"{module}.cli") if hasattr(found, "__path__") else found).main()
+    loaded = importlib.import_module(module)
+    assert loaded.__file__.startswith(cwd), f"{module} is not the copy's"
+    sys.argv = [loaded.__file__, *argv]
+    (importlib.import_module(f"{module}.cli") if hasattr(loaded, "__path__") else loaded).main()
 
 
 def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> None:
@@ -199,4 +199,4 @@ def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> N
     code, output = axolotl_command(command, str(config), *args)
     print(output, file=sys.stderr, flush=True)
     if code:
-        sys.exit(f"error: axolotl {command} {config} failed with exit code {code}; the reason stands above")
+        sys.exit(f"error: axolotl {command} {config} failed with exit code {code}; see the output above")

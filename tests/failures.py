@@ -21,9 +21,9 @@ def says(text: str, *words: str, file: object = None, line: int | None = None, k
     rest = text
     if file is not None:
         place = "(?!(row|line) [0-9])" if line is None else f"(row|line) {line}: "
-        found = re.match(f"{re.escape(str(file))}(: {place}{'' if line is None else f'|:{line}: '})", text)
-        assert found, f"{text!r} does not begin with {file} and {'no line' if line is None else f'line {line}'}"
-        rest = text[found.end() :]
+        start = re.match(f"{re.escape(str(file))}(: {place}{'' if line is None else f'|:{line}: '})", text)
+        assert start, f"{text!r} does not begin with {file} and {'no line' if line is None else f'line {line}'}"
+        rest = text[start.end() :]
     if key is not None:
         assert re.search(rf"(?<![\w\"-]){re.escape(key)}(?![\w\"-])", rest), f"{rest!r} does not name {key}"
     for word in words:

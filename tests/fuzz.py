@@ -51,15 +51,15 @@ def failures(output: str, tests: dict[str, set[str]]) -> dict[str, str]:
         try:
             arguments = [word for word in ast.parse(call).body[0].value.keywords if word.arg in tests.get(name, ())]
         except SyntaxError:  # a value whose repr is no Python
-            said = call + "\n# is not Python as it stands; write what makes these values in an @example"
+            text = call + "\n# is not Python; write what makes these values in an @example"
         else:
-            said = "@example(" + ", ".join(ast.unparse(Numbers().visit(word)) for word in arguments) + ")"
-            if "data(...)" in said:
-                said += "\n# data(...) cannot be pasted: its draws stand in the test's output, by the seed"
-        found[f"{name}: {said}"] = f"{name}\n{said}"
-    said = " ".join(found)
+            text = "@example(" + ", ".join(ast.unparse(Numbers().visit(word)) for word in arguments) + ")"
+            if "data(...)" in text:
+                text += "\n# data(...) cannot be pasted: its draws are in the test's output, by the seed"
+        found[f"{name}: {text}"] = f"{name}\n{text}"
+    text = " ".join(found)
     for test in re.findall(r"^(?:FAILED|ERROR) \S+?::(\S+.*)$", output, re.M):
-        if re.match(r"\w+", test)[0] not in said:
+        if re.match(r"\w+", test)[0] not in text:
             found[test] = test
     return found
 
@@ -92,9 +92,9 @@ def fuzz(files: list[Path], seconds: float, most: float, draw: random.Random) ->
                 options = ["--hypothesis-profile=fuzz", f"--hypothesis-seed={seed}", "-m", "hypothesis", "--tb=short"]
                 command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, os.path.relpath(file)]
                 output, runs = output_of(command, left), runs + 1
-                for key, said in failures(output, tests[file]).items():
+                for key, text in failures(output, tests[file]).items():
                     if key not in known:
-                        print(f"\n{os.path.relpath(file)}: {said}\n# python {shlex.join(command[1:])}", flush=True)
+                        print(f"\n{os.path.relpath(file)}: {text}\n# python {shlex.join(command[1:])}", flush=True)
                         known.add(key)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -108,9 +108,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300, help="how long")
     parser.add_argument("--runs", type=int, default=math.inf, help="how many, at most; each draws for one file")
     parser.add_argument("--seed", type=int, help="of the orders and seeds; new each time without it")
-    given = parser.parse_args()
-    files = [file.resolve() for file in given.files] or sorted(TESTS.glob("test_*.py"))
-    sys.exit(bool(fuzz(files, given.seconds, given.runs, random.Random(given.seed))))
+    options = parser.parse_args()
+    files = [file.resolve() for file in options.files] or sorted(TESTS.glob("test_*.py"))
+    sys.exit(bool(fuzz(files, options.seconds, options.runs, random.Random(options.seed))))
 
 
 if __name__ == "__main__":

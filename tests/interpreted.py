@@ -25,19 +25,19 @@ def both(function, *args):
     for on in (False, True):
         kernels.use_triton = lambda x, on=on: on
         copies = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        found = function(*copies)
-        results.append([*(found if isinstance(found, tuple) else (found,)), *copies])
+        actual = function(*copies)
+        results.append([*(actual if isinstance(actual, tuple) else (actual,)), *copies])
     return results
 
 
 def difference(function, *args) -> float:
     """The largest difference of all results and of inputs changed in place, against the largest value of each."""
     worst = 0.0
-    for expected, found in zip(*both(function, *args), strict=True):
+    for expected, actual in zip(*both(function, *args), strict=True):
         if isinstance(expected, torch.Tensor):
-            assert expected.shape == found.shape and expected.dtype == found.dtype, (expected.dtype, found.dtype)
+            assert expected.shape == actual.shape and expected.dtype == actual.dtype, (expected.dtype, actual.dtype)
             scale = expected.float().abs().max().clamp_min(1e-6)
-            worst = max(worst, ((expected.float() - found.float()).abs().max() / scale).item())
+            worst = max(worst, ((expected.float() - actual.float()).abs().max() / scale).item())
     return worst
 
 
@@ -54,11 +54,11 @@ def main() -> None:
         rows[f"low_rank {shape}"] = difference(kernels.low_rank, x, a, 0.5, 0.0, seed)
         rows[f"low_rank dropout {shape}"] = difference(kernels.low_rank, x, a, 1.0, 0.3, seed)
         kernels.use_triton = lambda _: True
-        low = [kernels.low_rank(x, a, 1.0, 0.3, given) for given in (seed, torch.tensor(seed))]
+        low = [kernels.low_rank(x, a, 1.0, 0.3, each) for each in (seed, torch.tensor(seed))]
         into = [x.clone(), x.clone()]
         high = [
-            kernels.low_rank_backward(t, x, a, dx, 0.3, given)
-            for dx, given in zip(into, (seed, torch.tensor(seed)), strict=True)
+            kernels.low_rank_backward(t, x, a, dx, 0.3, each)
+            for dx, each in zip(into, (seed, torch.tensor(seed)), strict=True)
         ]
         rows[f"seeds in memory {shape}"] = max((a - b).abs().max().item() for a, b in (low, high, into))
         rows[f"low_rank transposed {shape}"] = difference(
@@ -80,8 +80,8 @@ def main() -> None:
                 torch.randn(outputs + 1, 192), quant_type=kind, compress_statistics=nested
             )
             expected = bnb.functional.dequantize_4bit(quantised, state)
-            found = kernels.dequantize_4bit(quantised, state, torch.float32)
-            rows[f"dequantize_4bit {name} {shape}"] = ((found - expected).abs().max() / expected.abs().max()).item()
+            actual = kernels.dequantize_4bit(quantised, state, torch.float32)
+            rows[f"dequantize_4bit {name} {shape}"] = ((actual - expected).abs().max() / expected.abs().max()).item()
         a32, b32 = torch.randn(rank, inputs), torch.randn(outputs, rank)
         kernels.use_triton = lambda _: True
         for name, make, factor in (("int8", weight, scales), ("fp16", torch.randn(outputs, inputs).half(), None)):
@@ -97,9 +97,12 @@ def main() -> None:
                 square = (whole * whole).sum(1).float()
                 layers.append(kernels.NormInputs(w, f, a32, up, mag_scale[:count].contiguous(), s, square))
                 exact.append((whole + s * up.double() @ a32.double()).norm(dim=1))
-            for number, (found, expected) in enumerate(zip(triton_kernels.row_norms(layers), exact, strict=True)):
-                norm, gained = found
-                wrong = ((norm - expected) / expected).abs().max(), (gained * expected - layers[number].m).abs().max()
+            for number, (actual, expected) in enumerate(zip(triton_kernels.row_norms(layers), exact, strict=True)):
+                norm, scale = actual
+                wrong = (
+                    ((norm - expected) / expected).abs().max(),
+                    (scale * expected - layers[number].m).abs().max(),
+                )
                 rows[f"row_norms {name} {number} {shape}"] = max(wrong).item()
     for more in (
         rows_without_direction,
@@ -139,11 +142,11 @@ def past_the_end_of_4_bits() -> dict[str, float]:
     room, empty = torch.full((weight.numel() + 1,), 7.5), torch.empty
     torch.empty = lambda *_, **__: room[:-1].view(33, 17)
     try:
-        found = kernels.dequantize_4bit(packed.view(torch.uint8), state, torch.float32)
+        actual = kernels.dequantize_4bit(packed.view(torch.uint8), state, torch.float32)
     finally:
         torch.empty = empty
     expected = bnb.functional.dequantize_4bit(packed, state).view(33, 17)
-    return {"4 bits norms past the end": (found - expected).abs().max().item() + abs(room[-1].item() - 7.5)}
+    return {"4 bits norms past the end": (actual - expected).abs().max().item() + abs(room[-1].item() - 7.5)}
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
@@ -199,7 +202,7 @@ def what_is_not_contiguous() -> dict[str, float]:
 
 def whole_layers() -> dict[str, float]:
     """Three DoRA layers with dropout through fastdora.accelerate: outputs and gradients on both paths, after a step."""
-    found = {}
+    actual = {}
     for on in (False, True):
         kernels.use_triton = lambda x, on=on: on and x.dtype in kernels.TRITON_DTYPES
         torch.manual_seed(1)
@@ -215,10 +218,10 @@ def whole_layers() -> dict[str, float]:
             y = model(x)
             y.float().square().mean().backward()
             optimizer.step()
-        found[on] = [y.detach(), x.grad, *(p.detach() for p in trained)]
+        actual[on] = [y.detach(), x.grad, *(p.detach() for p in trained)]
     together = {module.cached_norm("default").norm.untyped_storage().data_ptr() for module in dora_layers(model)}
     assert on and len(together) == 1, "the norms of the three layers were not taken together"
-    pairs = zip(*found.values(), strict=True)
+    pairs = zip(*actual.values(), strict=True)
     return {"layers": max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)}
 
 
@@ -235,15 +238,15 @@ def answers_with_liger() -> dict[str, float]:
     ids = torch.randint(0, 97, (1, 20))
     labels = ids.clone()
     labels[:, :16] = -100
-    found = []
+    actual = []
     for only in (False, True):
         model.zero_grad()
         hook = packing.read_label_positions(model, answers=only)
         loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         hook.remove()
-        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
-    return {"answers with Liger": max((a - b).abs().max().item() for a, b in zip(*found, strict=True))}
+        actual.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    return {"answers with Liger": max((a - b).abs().max().item() for a, b in zip(*actual, strict=True))}
 
 
 def dora_layers(model: nn.Module) -> list:

@@ -77,12 +77,12 @@ def measure(module: str, folder: Path) -> tuple[int, list[str]]:
     ]
 
 
-def main(wanted: list[str]) -> int:
-    for module in wanted:
+def main(modules: list[str]) -> int:
+    for module in modules:
         if module not in MODULES:
             sys.exit(f"error: MODULE={module}: is not measured; choose one of {', '.join(MODULES)}")
     enough = True
-    for module in wanted or MODULES:
+    for module in modules or MODULES:
         with tempfile.TemporaryDirectory(prefix="finlora-mutants-") as folder:
             count, missed = measure(module, Path(folder))
             os.chdir(ROOT)

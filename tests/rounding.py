@@ -42,20 +42,20 @@ def shaken(differences: Callable[[int], dict[str, float]], dtype: torch.dtype, t
     return {name: FACTOR * max(least, *(draw[name] for draw in draws)) for name in draws[0]}
 
 
-def apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+def apart(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
     """The largest difference in each entry, relative to that entry's largest value."""
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     return {
         name: (
             (value.double() - expected[name].double()).abs().max() / expected[name].abs().max().clamp_min(1e-30)
         ).item()
-        for name, value in found.items()
+        for name, value in actual.items()
         if value.numel()
     }
 
 
-def beyond(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bounds: dict[str, float]) -> dict:
+def beyond(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bounds: dict[str, float]) -> dict:
     """The entries that differ by more than their bound, each with its difference and the bound."""
-    wrong = apart(found, expected)
+    wrong = apart(actual, expected)
     assert wrong.keys() == bounds.keys()
     return {name: (error, bounds[name]) for name, error in wrong.items() if not error <= bounds[name]}

@@ -33,7 +33,7 @@ def check() -> None:
     if free < NEEDED:
         need = f"{free / 1e9:.1f} GB are free and the tests need {NEEDED / 1e9:.0f}"
         raise Unfit(f"{place}: {need}; free some space or set TMPDIR")
-    remedies = {place: "set TMPDIR to a folder that can be", ROOT: "mend its permissions or test a copy of it"}
+    remedies = {place: "set TMPDIR to a folder that can be", ROOT: "change its permissions or test a copy of it"}
     remedies |= {ROOT / ".cache": remedies[ROOT], Path.home(): "set HOME to a folder that can be"}
     for folder, remedy in remedies.items():
         if folder.exists() and (reason := unwritable(folder)):
@@ -55,7 +55,7 @@ def prepare() -> Path:
 
 
 def _locked(run: Path) -> bool:
-    """Lock a run's folder for as long as this process lives; False where the run still goes on."""
+    """Lock a run's folder for as long as this process lives; False where the run has not ended."""
     folder = os.open(run, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)

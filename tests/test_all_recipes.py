@@ -40,13 +40,13 @@ SLOW = [pytest.param(REST[part::4], marks=pytest.mark.slow) for part in range(4)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("wanted", [*PARTS, *SLOW], ids=lambda names: f"{names[0]}-and-{len(names) - 1}")
-def test_recipes_train(wanted, house, command):
+@pytest.mark.parametrize("recipes", [*PARTS, *SLOW], ids=lambda names: f"{names[0]}-and-{len(names) - 1}")
+def test_recipes_train(recipes, house, command):
     places = os.pathsep.join([str(house), str(house / "tests")])
-    done = command("train_all", *wanted, env={"PYTHONPATH": places})
+    done = command("train_all", *recipes, env={"PYTHONPATH": places})
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"recipe"')]  # axolotl logs there too
     rows = {row["recipe"]: row for row in map(json.loads, lines)}
-    assert list(rows) == wanted, done.stderr[-3000:]
+    assert list(rows) == recipes, done.stderr[-3000:]
     for name, row in rows.items():
         assert "error" not in row, (name, row.get("error"))
         parts, run, out = recipe_names.parse_name(name), row["run"], house / "outputs" / "tiny" / name

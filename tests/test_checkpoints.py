@@ -1,4 +1,4 @@
-"""Checkpoints: what a seal holds, which damage is noticed, which one is gone on from, and what two runs differ by."""
+"""Checkpoints: what a seal contains, which damage is noticed, which one is resumed from, and how two runs differ."""
 
 import hashlib
 import json

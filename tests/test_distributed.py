@@ -186,8 +186,8 @@ def test_the_first_step_under_bf16_where_deepspeed_would_round_adapter_and_posit
                 nudged(one.adapter[name], seed) - one.adapter[name]
             ).norm()
             bounds[part] = max(bounds[part], FACTOR * (rounding / moved.norm()).item())
-    found = difference(one, other)
-    assert all(found[part] <= bounds[part] for part in bounds), (found, bounds)
+    actual = difference(one, other)
+    assert all(actual[part] <= bounds[part] for part in bounds), (actual, bounds)
 
 
 @pytest.mark.slow
@@ -216,7 +216,7 @@ def test_fsdp2_trains_what_one_process_trains(train, number):
     assert not beyond_rounding(train, train(2, **bits(number), **fsdp2(number)), **bits(number))
 
 
-def test_a_run_under_fsdp2_goes_on_from_its_checkpoint(tmp_path, tiny_base):
+def test_a_run_under_fsdp2_resumes_from_its_checkpoint(tmp_path, tiny_base):
     """Bit for bit, under gradient checkpointing; and the checkpoint holds the whole adapter as PEFT writes it."""
     from forked import axolotl_processes
     from kills import digest, recipe
@@ -224,8 +224,8 @@ def test_a_run_under_fsdp2_goes_on_from_its_checkpoint(tmp_path, tiny_base):
 
     changes = {"lora_dropout": 0.0, "max_steps": 3, "optimizer": "adamw_torch", "gradient_checkpointing": True}
     path = recipe(tmp_path, "run", tiny_base, **bits(8), **fsdp2(8), **changes)
-    wanted = yaml.safe_load(path.read_text(encoding="utf-8"))
-    path.write_text(yaml.safe_dump(wanted | {"plugins": [*wanted["plugins"], "bench.plugins.CpuProcesses"]}))
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path.write_text(yaml.safe_dump(config | {"plugins": [*config["plugins"], "bench.plugins.CpuProcesses"]}))
     out, digests, written = tmp_path / "run", [], set()
     for _ in range(2):
         for code, output in axolotl_processes(2, "train", str(path), "--launcher", "python"):

@@ -77,13 +77,13 @@ def run(model: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> dict[str, t
     model.zero_grad()
     y = model(x)
     (y * weights).sum().backward()
-    found = {"y": y.detach(), "x": x.grad}
-    return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    actual = {"y": y.detach(), "x": x.grad}
+    return actual | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def worst(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+def worst(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """The largest difference of any entry, relative to that entry's largest value."""
-    return max(apart(found, expected).values(), default=0.0)
+    return max(apart(actual, expected).values(), default=0.0)
 
 
 def norms_condition(model: nn.Module) -> float:
@@ -202,9 +202,9 @@ def test_bfloat16_is_no_worse_than_pefts(r, alpha, method, scale, sizes, seed, m
         x, weights = torch.randn(64, sizes[0]).bfloat16(), torch.randn(64, sizes[1]).bfloat16()
         exact = run(copy.deepcopy(model).double(), x.double(), weights.double())
         with torch.autocast("cpu", torch.bfloat16, mixed):
-            found, peft_found = run(fast(model), x, weights), run(model, x, weights)
+            actual, peft_found = run(fast(model), x, weights), run(model, x, weights)
         rms = lambda a, e: ((a.double() - e).norm() / e.norm()).item()  # noqa: E731
-        ours.append([rms(found[key], exact[key]) for key in exact])
+        ours.append([rms(actual[key], exact[key]) for key in exact])
         theirs.append([rms(peft_found[key], exact[key]) for key in exact])
     worse = torch.tensor(ours) / torch.tensor(theirs)
     assert (worse.mean(0) <= 1.02 + 3 * worse.std(0) / 10**0.5).all()
@@ -286,9 +286,9 @@ def test_a_zero_row_stays_finite(bits, magnitude):
     layer(model).lora_B["default"].weight.data[2] = 0
     layer(model).lora_magnitude_vector["default"].weight.data[2] = magnitude
     x, weights = torch.randn(4, 64), torch.randn(4, 6)
-    found = run(fast(model), x, weights)
-    assert all(value.isfinite().all() and value.abs().max() < 1e4 for value in found.values())
-    assert torch.equal(found["y"][:, 2], layer(model).base_layer.bias[2].expand(4))
+    actual = run(fast(model), x, weights)
+    assert all(value.isfinite().all() and value.abs().max() < 1e4 for value in actual.values())
+    assert torch.equal(actual["y"][:, 2], layer(model).base_layer.bias[2].expand(4))
     with torch.autocast("cpu", torch.float16):
         assert fast(model)(x).isfinite().all()
     others = [0, 1, 3, 4, 5]
@@ -306,7 +306,7 @@ def test_a_zero_row_stays_finite(bits, magnitude):
 
     expected = explicit(model, x)
     bounds = shaken(lambda seed: apart(explicit(nudged_model(model, seed), nudged(x, seed)), expected), x.dtype, 64)
-    assert not beyond({"y": found["y"][:, others]}, expected, bounds)
+    assert not beyond({"y": actual["y"][:, others]}, expected, bounds)
 
 
 @pytest.mark.parametrize("left", [1e-1, 1e-2, 1e-3, 1e-5])
@@ -340,8 +340,8 @@ def test_a_weight_that_its_adapter_takes_away_stays_bounded():
     module.lora_A["default"].weight.data = torch.eye(8)
     module.lora_B["default"].weight.data = -module.base_layer.weight.data.clone()
     for dtype in (torch.float32, torch.float64):
-        found = run(fast(model).to(dtype), torch.randn(4, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype))
-        assert all(value.isfinite().all() and value.abs().max() < 1e9 for value in found.values())
+        actual = run(fast(model).to(dtype), torch.randn(4, 8, dtype=dtype), torch.randn(4, 8, dtype=dtype))
+        assert all(value.isfinite().all() and value.abs().max() < 1e9 for value in actual.values())
 
 
 OPTIMIZERS = {
@@ -368,11 +368,11 @@ def test_the_norm_in_use_is_the_norm_of_this_moment(name, bits):
         used = layer(model).cached_norm("default")
         exact = explicit_norm(layer(model))
         mag_scale = layer(model).lora_magnitude_vector["default"].weight / exact
-        for value, wanted in (
+        for value, reference in (
             (used.norm, exact),
             (used.mag_scale, mag_scale),
         ):  # from float64, of weights rounded at most once
-            assert ((value - wanted).abs() / wanted).max() < FACTOR * torch.finfo(torch.float32).eps
+            assert ((value - reference).abs() / reference).max() < FACTOR * torch.finfo(torch.float32).eps
         first, last = used.norm if first is None else first, used.norm
         optimizer.step()
         optimizer.zero_grad()
@@ -589,8 +589,8 @@ def test_dropout_touches_the_low_rank_path_only(p, seed, shape):
         return {"x": x, "A": module.lora_A["default"].weight, "B": module.lora_B["default"].weight, "m": magnitude}
 
     def gradients(y, inputs):
-        found = torch.autograd.grad((y * weights).sum(), list(inputs.values()))
-        return {"y": y.detach(), **dict(zip(inputs, found, strict=True))}
+        actual = torch.autograd.grad((y * weights).sum(), list(inputs.values()))
+        return {"y": y.detach(), **dict(zip(inputs, actual, strict=True))}
 
     def explicit(model, x):
         given, module = inputs(model, x), layer(model)
@@ -777,9 +777,9 @@ def test_norms_first_taken_in_inference_mode_serve_training(training):
     x = torch.randn(4, 12)
     with torch.inference_mode():
         first = model(x)
-    found = model(x)
-    found.sum().backward()
-    assert torch.equal(first, found) and layer(model).lora_B["default"].weight.grad.any()
+    actual = model(x)
+    actual.sum().backward()
+    assert torch.equal(first, actual) and layer(model).lora_B["default"].weight.grad.any()
     assert not layer(model).cached_norm("default").norm.requires_grad
 
 
@@ -808,11 +808,11 @@ def test_fp8_costs_what_its_bits_cost(how, strided):
     x, weights = drawn((64,), 256, strided), drawn((64,), 192, strided)
     x[:, 3] *= 100  # an outlier channel, as real activations have
     x[5] = 0
-    found, expected = run(rough, x, weights), run(exact, x, weights)
+    actual, expected = run(rough, x, weights), run(exact, x, weights)
     for key in expected:
-        error = ((found[key] - expected[key]).norm() / expected[key].norm()).item()
+        error = ((actual[key] - expected[key]).norm() / expected[key].norm()).item()
         assert error < 0.05, (key, error)
-    assert any(not torch.equal(found[key], expected[key]) for key in expected)
+    assert any(not torch.equal(actual[key], expected[key]) for key in expected)
     empty = run(rough, x[:0], weights[:0])
     assert empty["y"].shape == (0, 192) and not any(value.any() for value in empty.values())
 

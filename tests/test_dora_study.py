@@ -160,8 +160,8 @@ def test_the_loss_decides_between_rates_of_near_accuracy(rows):
     def best(**changes) -> float:
         made = {}
         for key, row in rows.items():
-            found = changes.get(f"at_{row['settings']['rate']}") if row["settings"]["method"] == "dora" else None
-            made[key] = row | ({"validation": dict(zip(("accuracy", "loss"), found, strict=True))} if found else {})
+            scores = changes.get(f"at_{row['settings']['rate']}") if row["settings"]["method"] == "dora" else None
+            made[key] = row | ({"validation": dict(zip(("accuracy", "loss"), scores, strict=True))} if scores else {})
         return dora_study.best_rate(STUDY, "dora", made)
 
     one_error = (0.85 * 0.15 / STUDY["split"]["validation"]) ** 0.5
@@ -177,8 +177,8 @@ def test_rows_cut_short_or_failed_run_again(tmp_path, rows):
     file = tmp_path / "rows.jsonl"
     failed = {"settings": bad["settings"], "failed": "RuntimeError: no"}
     file.write_text("\n".join([json.dumps(failed), json.dumps(good), json.dumps(bad)[:50]]))
-    found = dora_study.read_rows([file])
-    assert [row.get("failed") for row in found.values()] == ["RuntimeError: no", None]
+    read = dora_study.read_rows([file])
+    assert [row.get("failed") for row in read.values()] == ["RuntimeError: no", None]
     file.write_text("\n".join(json.dumps(row) for row in (failed, bad, failed)))
     assert list(dora_study.read_rows([file]).values()) == [bad]
 

@@ -397,7 +397,7 @@ def test_4bit_weights_are_not_repacked_under_an_adapter(tiny_base, adapters, mon
     from bitsandbytes.nn import modules
     from peft.tuners.lora import dora
 
-    # As before mend(); monkeypatch puts back what it made.
+    # As before the repair; monkeypatch puts back what it made.
     for owner, name in ((dora, "dequantize_module_weight"), (dora.DoraLinearLayer, "forward")):
         now = getattr(owner, name)
         monkeypatch.setattr(owner, name, getattr(now, "__wrapped__", now))

@@ -46,13 +46,13 @@ def test_the_figures_are_the_recorded_ones():
             near = [float(cells[column].split()[0]) for cells in shown if abs(float(cells[2]) - row["peak_gib"]) < 0.06]
             assert any(abs(rate - row["samples_s"]) <= max(0.006 * rate, 0.05) for rate in near), (record, name)
         times = re.findall(r"\((\d+\.\d) times\)", " ".join(cells[column] for cells in shown))
-        for name, said in zip(("8bit_dora", "8bit_dora_fp8"), times, strict=True):
-            assert abs(float(said) - rows[name]["samples_s"] / rows["finlora"]["samples_s"]) < 0.06
+        for name, text in zip(("8bit_dora", "8bit_dora_fp8"), times, strict=True):
+            assert abs(float(text) - rows[name]["samples_s"] / rows["finlora"]["samples_s"]) < 0.06
     rows = json.loads((ROOT / "finlora" / "plan" / "train_throughput_h200_second.json").read_text(encoding="utf-8"))[
         "rows"
     ]
-    said = re.search(r"did (\d\.\d\d) samples/s and ours (\d+) and (\d+)", " ".join(README.split())).groups()
-    assert [float(one) for one in said] == [
+    text = re.search(r"did (\d\.\d\d) samples/s and ours (\d+) and (\d+)", " ".join(README.split())).groups()
+    assert [float(one) for one in text] == [
         rows["finlora"]["samples_s"],
         round(rows["8bit_dora"]["samples_s"]),
         round(rows["bf16_dora"]["samples_s"]),
@@ -72,10 +72,10 @@ def test_the_shares_of_the_matrix_rate_follow_from_the_records():
         shares.append(100 * rate / products["bf16 5120x4096x4096"]["tflop_s"])
     fp8 = rows["8bit_dora_fp8"]["slots_s"] * weights * 4 / 1e12
     shares.append(100 * fp8 / products["fp8 5120x4096x4096"]["tflop_s"])
-    said = " ".join(README.split()).split("On the H200 the step")[1].split("A profile of it")[0]
-    assert [int(one) for one in re.findall(r"(\d+)%", said)] == [round(share) for share in shares]
-    assert f"the {products['bf16 5120x4096x4096']['tflop_s']} that" in said
-    assert f"the {products['fp8 5120x4096x4096']['tflop_s']:,} of" in said
+    text = " ".join(README.split()).split("On the H200 the step")[1].split("A profile of it")[0]
+    assert [int(one) for one in re.findall(r"(\d+)%", text)] == [round(share) for share in shares]
+    assert f"the {products['bf16 5120x4096x4096']['tflop_s']} that" in text
+    assert f"the {products['fp8 5120x4096x4096']['tflop_s']:,} of" in text
 
 
 @pytest.mark.slow  # ten seconds of installing and importing; `make lint` checks the imports

@@ -27,8 +27,8 @@ def rerun(run, parameters):
         shown.copy_(kept["out"].detach())
 
     def backward():
-        found = torch.autograd.grad(kept.pop("out"), parameters, d_out)
-        flat.copy_(torch.cat([gradient.reshape(-1) for gradient in found]))
+        gradients = torch.autograd.grad(kept.pop("out"), parameters, d_out)
+        flat.copy_(torch.cat([gradient.reshape(-1) for gradient in gradients]))
 
     replays = SimpleNamespace(replay=forward), SimpleNamespace(replay=backward)
     return graphs.Recording(*replays, shown, d_out, flat)
@@ -84,8 +84,8 @@ def trained(model, batches, accumulation=2):
     own = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(own, 0.02)
     losses = []
-    for number, given in enumerate(batches):
-        loss = model(**given).loss
+    for number, inputs in enumerate(batches):
+        loss = model(**inputs).loss
         (loss / accumulation).backward()
         losses.append(loss.item())
         if number % accumulation == accumulation - 1:
@@ -105,9 +105,9 @@ def test_graphs_train_as_the_ordinary_way_does(monkeypatch, with_dora, dropout):
     monkeypatch.setattr(graphs, "record", rerun)
     losses, adapter = trained(made(with_dora, dropout), BATCHES)
     model = made(with_dora, dropout)
-    found = graphs.install(model)
+    installed = graphs.install(model)
     graph_losses, graph_adapter = trained(model, BATCHES)
-    assert found.recorded == 1 and found.replays == len(BATCHES) - graphs.WARM_UP
+    assert installed.recorded == 1 and installed.replays == len(BATCHES) - graphs.WARM_UP
     assert graph_losses == losses
     assert all(torch.equal(a, b) for a, b in zip(adapter, graph_adapter, strict=True))
 
@@ -115,11 +115,11 @@ def test_graphs_train_as_the_ordinary_way_does(monkeypatch, with_dora, dropout):
 def test_recorded_anew_only_where_something_that_it_holds_fast_has_changed(monkeypatch):
     monkeypatch.setattr(graphs, "record", rerun)
     model, plain = made(dropout=0.0), made(dropout=0.0)
-    found = graphs.install(model)
+    installed = graphs.install(model)
 
-    def both(given):
-        assert torch.equal(model(**given).logits, plain(**given).logits)
-        return found.recorded
+    def both(inputs):
+        assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+        return installed.recorded
 
     recorded = [both(batch(20, 40)) for _ in range(graphs.WARM_UP + 2)]
     assert recorded == [0] * graphs.WARM_UP + [1, 1]
@@ -139,7 +139,7 @@ def test_recorded_anew_only_where_something_that_it_holds_fast_has_changed(monke
         other.set_adapter("default")
     assert both(batch(20, 40)) == 4
     for other in (model, plain):
-        for layer in found.layers if other is model else dora_layers(plain):
+        for layer in installed.layers if other is model else dora_layers(plain):
             layer.scaling["default"] *= 2
     assert both(batch(20, 40)) == 5
     with model.disable_adapter(), plain.disable_adapter():
@@ -176,26 +176,26 @@ def test_scales_of_quantised_weights_are_read_where_they_lie(monkeypatch, kind, 
     bits, fp8, change = QUANTISED[kind]
     monkeypatch.setattr(graphs, "record", rerun)
     model, plain = made(dropout=0.0, bits=bits, fp8=fp8), made(dropout=0.0, bits=bits, fp8=fp8)
-    found = graphs.install(model)
-    given, logits = batch(20, 40), []
+    installed = graphs.install(model)
+    inputs, logits = batch(20, 40), []
     for recorded in (0, 0, 1, 1, "change", 2, 2):
         if recorded == "change":
             for other in (model, plain):
                 layer = getattr(other.get_base_model().model.layers[1].self_attn, projection)
                 change(getattr(layer, "base_layer", layer))
             continue
-        logits.append(model(**given).logits)
-        assert torch.equal(logits[-1], plain(**given).logits) and found.recorded == recorded
+        logits.append(model(**inputs).logits)
+        assert torch.equal(logits[-1], plain(**inputs).logits) and installed.recorded == recorded
     assert torch.equal(logits[0], logits[3]) and not torch.equal(logits[3], logits[4])
 
 
 def test_a_sample_longer_than_there_was_room_for(monkeypatch):
     monkeypatch.setattr(graphs, "record", rerun)
     model, plain = made(dropout=0.0), made(dropout=0.0)
-    found = graphs.install(model)
-    for given in [batch(100, 200)] * 3 + [batch(300)]:
-        assert torch.equal(model(**given).logits, plain(**given).logits)
-    assert found.recorded == 2 and found.longest == 512
+    installed = graphs.install(model)
+    for inputs in [batch(100, 200)] * 3 + [batch(300)]:
+        assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+    assert installed.recorded == 2 and installed.longest == 512
 
 
 def test_two_forward_passes_before_a_backward_pass_are_refused(monkeypatch):
@@ -212,19 +212,19 @@ def test_two_forward_passes_before_a_backward_pass_are_refused(monkeypatch):
 def test_other_calls_go_the_ordinary_way(monkeypatch):
     monkeypatch.setattr(graphs, "record", rerun)
     model = made()
-    found = graphs.install(model)
-    given = batch(20, 40)
-    ids, positions = given["input_ids"], given["position_ids"]
+    installed = graphs.install(model)
+    inputs = batch(20, 40)
+    ids, positions = inputs["input_ids"], inputs["position_ids"]
     mask = torch.ones_like(ids)
     for kwargs in ({"attention_mask": mask}, {"position_ids": positions, "output_hidden_states": True}, {}):
         assert model(input_ids=ids, **kwargs).logits.shape == (1, 60, 61)
     assert model.generate(input_ids=ids, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (1, 62)
-    assert found.passes == 0
+    assert installed.passes == 0
 
 
 def test_a_compiled_layer_trains_as_an_ordinary_one():
     """Dynamo alone: what it traces must not hold on to norms of the first step."""
-    found, x = [], torch.randn(5, 16)
+    runs, x = [], torch.randn(5, 16)
     for wrap in (lambda model: model, lambda model: torch.compile(model, backend="eager")):
         torch.manual_seed(0)
         config = LoraConfig(r=2, use_dora=True, target_modules=["0"], init_lora_weights=False)
@@ -238,5 +238,5 @@ def test_a_compiled_layer_trains_as_an_ordinary_one():
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        found.append(losses)
-    assert found[0] == found[1] and found[0][0] > found[0][2]
+        runs.append(losses)
+    assert runs[0] == runs[1] and runs[0][0] > runs[0][2]

@@ -29,8 +29,8 @@ def recipe(tmp_path):
 
 def test_a_recipe_is_read_as_utf8_yaml(recipe):
     path = recipe("name: Zürich\nrate: 1.0e-4\ndatasets:\n  - {path: a}\n  - {path: b, more: [1, {path: c}]}\n")
-    wanted = {"name": "Zürich", "rate": 1e-4, "datasets": [{"path": "a"}, {"path": "b", "more": [1, {"path": "c"}]}]}
-    assert read_recipe(path) == read_recipe(str(path)) == wanted
+    expected = {"name": "Zürich", "rate": 1e-4, "datasets": [{"path": "a"}, {"path": "b", "more": [1, {"path": "c"}]}]}
+    assert read_recipe(path) == read_recipe(str(path)) == expected
 
 
 @pytest.mark.parametrize(

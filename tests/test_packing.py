@@ -47,15 +47,15 @@ def packed(sizes: list[int], pad: int = 0) -> torch.Tensor:
     return torch.cat([*(torch.arange(size) for size in sizes), torch.zeros(pad, dtype=torch.long)])[None]
 
 
-def beyond_rounding(found: dict[str, torch.Tensor], model, reference) -> dict:
+def beyond_rounding(actual: dict[str, torch.Tensor], model, reference) -> dict:
     """What of `found` is further from `reference(model)` than rounding explains."""
     expected = reference(model)
     differences = lambda seed: apart(reference(nudged_model(model, seed)), expected)  # noqa: E731
     terms = model.config.intermediate_size
     bounds = shaken(differences, torch.float64, terms)
-    for name, value in found.items():  # transformers takes the loss in float32
+    for name, value in actual.items():  # transformers takes the loss in float32
         bounds[name] = max(bounds[name], FACTOR * terms * torch.finfo(value.dtype).eps)
-    return beyond(found, expected, bounds)
+    return beyond(actual, expected, bounds)
 
 
 @given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6), pad=st.integers(0, 5), seed=st.integers(0, 999))
@@ -76,8 +76,8 @@ def test_packed_samples_are_computed_as_if_alone(model, sizes, pad, seed):
             for start, size in samples
         }
 
-    found = {str(start): together[start : start + size].detach() for start, size in samples}
-    assert not beyond_rounding(found, model, alone)
+    actual = {str(start): together[start : start + size].detach() for start, size in samples}
+    assert not beyond_rounding(actual, model, alone)
     chosen = seed % len(sizes)
     first, last = starts[chosen], starts[chosen] + sizes[chosen]
     (grad,) = torch.autograd.grad(together[first:last].square().sum(), embedded)
@@ -89,15 +89,15 @@ def test_it_equals_transformers_own_sdpa_on_padded_rows_and_while_generating(mod
     ids = torch.randint(0, 97, (3, 12))
     mask = torch.ones_like(ids)
     mask[0, :5] = mask[2, :2] = 0
-    found = model(input_ids=ids, attention_mask=mask).logits
+    actual = model(input_ids=ids, attention_mask=mask).logits
     generated = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
     model.config._attn_implementation = "sdpa"
     try:
         seen = mask.bool()
         own = lambda model: {"y": model(input_ids=ids, attention_mask=mask).logits[seen].detach()}  # noqa: E731
-        assert not beyond_rounding({"y": found[seen].detach()}, model, own)
-        wanted = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
-        assert torch.equal(generated, wanted)
+        assert not beyond_rounding({"y": actual[seen].detach()}, model, own)
+        plain = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        assert torch.equal(generated, plain)
     finally:
         model.config._attn_implementation = attention.NAME
 
@@ -165,9 +165,9 @@ def test_the_loss_on_answers_only_is_the_loss(model, items, collated):
             out.loss.backward()
             return {"loss": out.loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
 
-        found = trained(model, only=True)
-        assert bool(found) == (items is not None or bool((labels[:, 1:] != -100).any()))
-        assert not beyond_rounding(found, model, trained)
+        actual = trained(model, only=True)
+        assert bool(actual) == (items is not None or bool((labels[:, 1:] != -100).any()))
+        assert not beyond_rounding(actual, model, trained)
         kept = max(1, int((labels[:, 1:] != -100).any(0).sum()))
         assert sizes[:2] == [kept, 20]
 
@@ -194,9 +194,9 @@ def test_the_model_reads_the_packs_the_collator_saw(model, monkeypatch):
     expected = model(input_ids=batch["input_ids"], position_ids=packed([4, 5])).logits
     hook = packing.read_label_positions(model)
     monkeypatch.setattr(attention, "boundaries", lambda *_: pytest.fail("looked for again"))
-    found = model(**batch).logits
+    actual = model(**batch).logits
     hook.remove()
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 def test_boundaries_are_those_of_what_the_positions_hold(model):

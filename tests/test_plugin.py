@@ -64,7 +64,7 @@ def train(axolotl, path: str) -> tuple[int, str]:
 
 
 def refused(output: str, *words: str, **place) -> str:
-    """The only `error: ` of axolotl's output says all this (tests/failures.py), and no traceback stands beside it."""
+    """The only `error: ` of axolotl's output says all this (tests/failures.py), and there is no traceback."""
     assert "Traceback" not in output, output[-3000:]
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     return says(line.removeprefix("error: "), *words, **place)

@@ -1,4 +1,4 @@
-"""A run survives: kill -9, damaged checkpoints, a full disk; and never goes on as another run."""
+"""A run survives: kill -9, damaged checkpoints, a full disk; and never resumes as another run."""
 
 import json
 import random
@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(runs):
     assert metrics["steps_this_run"] == 10 and digest(out) == digest(folder / "whole")
 
 
-def test_another_run_does_not_go_on_from_a_checkpoint(runs):
+def test_another_run_does_not_resume_from_a_checkpoint(runs):
     from forked import axolotl_command
 
     folder, write = runs
@@ -153,7 +153,7 @@ def test_make_train_claims_a_folder_again_however_early_it_was_killed(tmp_path, 
         assert (out / "recipe.yaml").read_text(encoding="utf-8") == IDENTITY["recipe"]
 
 
-def test_make_train_goes_on_from_the_last_whole_checkpoint(tmp_path, monkeypatch, capsys):
+def test_make_train_resumes_from_the_last_whole_checkpoint(tmp_path, monkeypatch, capsys):
     for module in provenance, bases, train_module, train_runs:
         monkeypatch.setattr(module, "ROOT", tmp_path)
     out = tmp_path / "out"

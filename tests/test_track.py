@@ -58,7 +58,7 @@ def test_every_run_leaves_its_curves_for_tensorboard(logged):
     assert len(log) >= 12
 
 
-def test_wandb_through_axolotls_keys_on_a_run_that_goes_on(logged, nothing_set):
+def test_wandb_through_axolotls_keys_on_a_run_that_resumes(logged, nothing_set):
     """What TRACK=wandb adds, without a network; the run resumes although it logs elsewhere, to the same adapter."""
     from wandb.errors import WandbCoreNotAvailableError
     from wandb.util import get_core_path
@@ -121,7 +121,7 @@ def test_a_disk_that_fills_up_costs_the_curves_alone(tmp_path):
         assert callback.lost
         callback.on_log(None, state, None, logs={"loss": 3.0})
         callback.on_train_end(None, state, None)
-        full.raw.close()  # what it still holds could not be written
+        full.raw.close()  # what it still buffers could not be written
 
 
 def test_what_a_run_logs_is_no_reason_not_to_go_on():
@@ -181,5 +181,5 @@ def test_make_train_says_what_is_missing(command, tmp_path):
         env={"WANDB_API_KEY": "", "HOME": str(tmp_path)},
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    # What axolotl says at its first import stands above it.
+    # What axolotl prints at its first import comes before it.
     assert re.match("error: TRACK=wandb .*WANDB_API_KEY", done.stderr.splitlines()[-1])
