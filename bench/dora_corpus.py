@@ -57,12 +57,12 @@ def write(study: dict[str, Any], data: Path, texts: Path, out: Path) -> dict[str
     """
     parts = split(labelled(data), study["split"])
     held_out = {gram for name in ("validation", "test") for row in parts[name] for gram in grams(sentence(row[1]))}
-    found: dict[str, list[str]] = {}
+    sources: dict[str, list[str]] = {}
     for name, documents in _documents(study["corpus"], texts):
-        found[name] = [text for text in documents if held_out.isdisjoint(grams(text))]
+        sources[name] = [text for text in documents if held_out.isdisjoint(grams(text))]
     contexts = [row[1] for row in parts["train"]]
     lessons = list(instructions(data))
-    tokenizer = train_tokenizer([*(t for texts in found.values() for t in texts), *contexts * 4], study["vocabulary"])
+    tokenizer = train_tokenizer([*(t for texts in sources.values() for t in texts), *contexts * 4], study["vocabulary"])
     if (size := len(tokenizer)) > 2**16:
         raise UserError(f"vocabulary: {size} tokens do not fit 16 bits; choose at most {2**16}")
     turns = {
@@ -74,7 +74,7 @@ def write(study: dict[str, Any], data: Path, texts: Path, out: Path) -> dict[str
     times = dict(zip(turns, (study["corpus"]["finance"], study["corpus"]["instructions"]), strict=True))
     chats = {name: _ids(tokenizer, texts) for name, texts in turns.items()}
     room = study["corpus"]["largest"] - sum(times[name] * sum(map(len, ids)) for name, ids in chats.items())
-    documents = {name: _ids(tokenizer, texts) for name, texts in found.items()}
+    documents = {name: _ids(tokenizer, texts) for name, texts in sources.items()}
     every = [ids for texts in documents.values() for ids in texts]
     order = np.random.default_rng(0).permutation(len(every))
     every = [every[i] for i in order[np.cumsum([len(every[i]) for i in order]) <= room]]
@@ -93,7 +93,7 @@ def write(study: dict[str, Any], data: Path, texts: Path, out: Path) -> dict[str
         "sha256": hashlib.sha256(stream.tobytes()).hexdigest(),
         "vocabulary": len(tokenizer),
         "sources": {
-            name: {"documents": len(ids), "characters": sum(map(len, found[name])), "tokens": sum(map(len, ids))}
+            name: {"documents": len(ids), "characters": sum(map(len, sources[name])), "tokens": sum(map(len, ids))}
             for name, ids in documents.items()
             if ids
         }
@@ -156,8 +156,8 @@ def split(rows: list[tuple[str, str, str]], sizes: dict[str, int]) -> dict[str, 
 
 def sentence(context: str) -> str:
     """What a row says, without what every row asks."""
-    found = re.search(r"(?s)\nInput: (.*)\nAnswer: ?$", context)
-    return found[1] if found else context
+    match = re.search(r"(?s)\nInput: (.*)\nAnswer: ?$", context)
+    return match[1] if match else context
 
 
 def grams(text: str) -> set[int]:
@@ -247,10 +247,10 @@ def _read(path: Path) -> list[str]:
 
 def _polarities(path: Path) -> list[str]:
     """The words of a sentiment lexicon in sentences, 12 a paragraph."""
-    found = _POLARITY.findall(path.read_text(encoding="utf-8"))
-    order = np.random.default_rng(0).permutation(len(found))
-    said = [f"{found[i][0]} is {'positive' if float(found[i][1]) > 0 else 'negative'}." for i in order]
-    return [" ".join(said[i : i + 12]) for i in range(0, len(said), 12)]
+    matches = _POLARITY.findall(path.read_text(encoding="utf-8"))
+    order = np.random.default_rng(0).permutation(len(matches))
+    sentences = [f"{matches[i][0]} is {'positive' if float(matches[i][1]) > 0 else 'negative'}." for i in order]
+    return [" ".join(sentences[i : i + 12]) for i in range(0, len(sentences), 12)]
 
 
 def _docstrings(path: Path) -> list[str]:

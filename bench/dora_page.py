@@ -76,7 +76,7 @@ def settings_of(study: dict[str, Any], question: str, rows: dict[str, Any], coun
 
     A setting that is tested with several prompts is as many entries. Settings without a run are left out.
     """
-    found = []
+    cells = []
     for change in variants(study, question):
         settings = resolved(study, study["defaults"] | change, rows)
         if settings is None:
@@ -87,7 +87,7 @@ def settings_of(study: dict[str, Any], question: str, rows: dict[str, Any], coun
             tests = {seed: row["test"][prompt] for seed, row in runs.items()}
             right = np.array([bits(test["right"], count) for test in tests.values()], float)
             low, high = interval(right)
-            found.append(
+            cells.append(
                 {
                     "label": _label(question, settings, prompt),
                     "changes": change,
@@ -107,7 +107,7 @@ def settings_of(study: dict[str, Any], question: str, rows: dict[str, Any], coun
                     "right": right,
                 }
             )
-    return found
+    return cells
 
 
 def compared(question: str, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -144,25 +144,25 @@ def pairs(question: str, cells: list[dict[str, Any]]) -> list[tuple[dict[str, An
         order = sorted(cells, key=lambda cell: list(NAMES).index(cell["method"]))
         return list(itertools.combinations(order, 2))
     if question == "prompt":
-        found = []
+        pairs = []
         for method in NAMES:
             own = {(cell["changes"]["prompt"], cell["prompt"]): cell for cell in cells if cell["method"] == method}
             same, mismatch, chat = (
                 own.get(key) for key in (("finlora_inst",) * 2, ("finlora_inst", "raw"), ("llama3",) * 2)
             )
-            found += [pair for pair in ((same, mismatch), (chat, same), (chat, mismatch)) if all(pair)]
-        return found
+            pairs += [pair for pair in ((same, mismatch), (chat, same), (chat, mismatch)) if all(pair)]
+        return pairs
     if question == "ranks":
         by = {(cell["method"], cell["changes"]["rank"]): cell for cell in cells}
         ranks = sorted({rank for _, rank in by})
-        found = [(by.get(("lora", rank)), by.get((method, rank))) for method in ("rslora", "dora") for rank in ranks]
-        found += [
+        pairs = [(by.get(("lora", rank)), by.get((method, rank))) for method in ("rslora", "dora") for rank in ranks]
+        pairs += [
             (by.get((method, 8)), by.get((method, rank)))
             for method in ("lora", "rslora", "dora")
             for rank in ranks
             if rank != 8
         ]
-        return [pair for pair in found if all(pair)]
+        return [pair for pair in pairs if all(pair)]
     key, against = {"magnitude": ("magnitude", 1.0), "bits": ("bits", 16)}[question]
     base = next((cell for cell in cells if cell["changes"][key] == against), None)
     return [(base, cell) for cell in cells if base is not None and cell is not base]
@@ -374,7 +374,7 @@ def _said(one: dict[str, Any]) -> str:
     return what if one["distinguishable"] else f"{what}, not distinguishable"
 
 
-def _found(family: list[dict[str, Any]], nothing: str) -> str:
+def _finding(family: list[dict[str, Any]], nothing: str) -> str:
     """The distinguishable comparisons of a family in one sentence, or `nothing`."""
     seen = [one for one in family if one["distinguishable"]]
     if not family:
@@ -386,42 +386,44 @@ def _found(family: list[dict[str, Any]], nothing: str) -> str:
 
 
 def _methods_note(result: dict[str, Any]) -> str:
-    found = _found(result["comparisons"]["methods"], "No pair of methods")
+    finding = _finding(result["comparisons"]["methods"], "No pair of methods")
     targets = result["about"]["targets"]
     majority = max(map(targets.count, "nup")) / len(targets)
     weak = [cell["label"] for cell in result["questions"]["methods"] if cell["low"] <= majority]
     learned = f" Not distinguishable from always answering the most frequent label: {_joined(weak)}." if weak else ""
-    return f"Each method at its best rate of the grid, rank 8. {found}{learned}"
+    return f"Each method at its best rate of the grid, rank 8. {finding}{learned}"
 
 
 def _magnitude_note(result: dict[str, Any]) -> str:
-    found = _found(result["comparisons"]["magnitude"], "No factor against x 1")
+    finding = _finding(result["comparisons"]["magnitude"], "No factor against x 1")
     return (
         "FinLoRA suspects that its DoRA falls behind because the magnitude shares the low-rank update's learning rate. "
         "Here the magnitude's rate is DoRA's best rate times a factor, or it is frozen; x 1 is what the recipes do. "
-        f"{found}"
+        f"{finding}"
     )
 
 
 def _ranks_note(result: dict[str, Any]) -> str:
-    found = _found(result["comparisons"]["ranks"], "Neither a method against LoRA at equal rank nor a rank against 8")
+    finding = _finding(
+        result["comparisons"]["ranks"], "Neither a method against LoRA at equal rank nor a rank against 8"
+    )
     return (
-        "Alpha stays 16, and each method keeps the rate that was best at rank 8, which may favour that rank. " + found
+        "Alpha stays 16, and each method keeps the rate that was best at rank 8, which may favour that rank. " + finding
     )
 
 
 def _prompt_note(result: dict[str, Any]) -> str:
-    found = _found(result["comparisons"]["prompt"], "No prompt against another")
+    finding = _finding(result["comparisons"]["prompt"], "No prompt against another")
     return (
         "The published benchmark trains on `[INST] context [/INST]` and tests on the raw context. Left of the arrow is "
         "the prompt of training, right of it that of testing; the adapters trained with `[INST]` are tested with both. "
-        f"{found}"
+        f"{finding}"
     )
 
 
 def _bits_note(result: dict[str, Any]) -> str:
-    found = _found(result["comparisons"]["bits"], "None of them against 16 bits")
-    return f"DoRA on the base in 16, 8 (LLM.int8's weights, and with fastdora_fp8) and 4 bits (NF4). {found}"
+    finding = _finding(result["comparisons"]["bits"], "None of them against 16 bits")
+    return f"DoRA on the base in 16, 8 (LLM.int8's weights, and with fastdora_fp8) and 4 bits (NF4). {finding}"
 
 
 def _verdict(result: dict[str, Any]) -> str:

@@ -56,18 +56,18 @@ def pretrain(study: dict[str, Any], kit: Path, out: Path, device: torch.device) 
     The last 1% of the stream is held out. The rate follows whichever of steps and seconds is nearer to its end, so a
     run that the clock ends is not repeatable to the bit; `base.json` has the weights' SHA-256.
     """
-    wanted = study["pretraining"]
-    length, batch = wanted["length"], wanted["batch"]
+    pretraining = study["pretraining"]
+    length, batch = pretraining["length"], pretraining["batch"]
     own = read_kit(kit)
     tokenizer = own.tokenizer
     stream = torch.from_numpy(load_file(kit / "tokens.safetensors")["tokens"].astype(np.int32)).to(device)
     held_out = min(len(stream) // 100, 64 * length)
     stream, last = stream[:-held_out], stream[-held_out:]
-    torch.manual_seed(wanted["seed"])
+    torch.manual_seed(pretraining["seed"])
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     config = LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=False, **study["model"], **ids)
     model = LlamaForCausalLM(config).to(device).train()
-    rate = wanted["learning_rate"]
+    rate = pretraining["learning_rate"]
     decayed = [p for p in model.parameters() if p.dim() > 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() == 1]}]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -87,7 +87,7 @@ def pretrain(study: dict[str, Any], kit: Path, out: Path, device: torch.device) 
         step += 1
         if step % 8 == 0 and device.type == "cuda":
             torch.cuda.synchronize()  # or the clock would only see launches
-        progress = max(step / wanted["steps"], (time.monotonic() - started) / wanted["seconds"])
+        progress = max(step / pretraining["steps"], (time.monotonic() - started) / pretraining["seconds"])
     seconds = time.monotonic() - started
     model.eval()
     with torch.no_grad(), _bf16(device):
@@ -112,7 +112,7 @@ def pretrain(study: dict[str, Any], kit: Path, out: Path, device: torch.device) 
         "tokens_s": round(step * batch * length / seconds),
         "lessons": [_rounded(float(np.mean(part))) for part in (taught[:10], taught[-10:])],
         "lessons_rate": chosen,
-        "validation": {str(tried_rate): round(found[0], 4) for tried_rate, found in tried.items()},
+        "validation": {str(tried_rate): round(pair[0], 4) for tried_rate, pair in tried.items()},
         "accuracy": _scores(model, own, "test", "llama3", new_tokens, device)["accuracy"],
         "sha256": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest(),
         "device": device_name(device),
@@ -182,8 +182,8 @@ def optimizer_of(model: nn.Module, settings: dict[str, Any], device: torch.devic
         if parameter.requires_grad:
             groups["lora_magnitude_vector" in name].append(parameter)
     rate = settings["rate"]
-    given = [{"params": groups[False], "lr": rate}, {"params": groups[True], "lr": rate * settings["magnitude"]}]
-    return torch.optim.AdamW([g for g in given if g["params"]], weight_decay=0.0, fused=device.type == "cuda")
+    trained = [{"params": groups[False], "lr": rate}, {"params": groups[True], "lr": rate * settings["magnitude"]}]
+    return torch.optim.AdamW([g for g in trained if g["params"]], weight_decay=0.0, fused=device.type == "cuda")
 
 
 def fine_tune(
@@ -290,7 +290,7 @@ def _scores(
     prompts, _ = encoded(kit, part, prompt)
     targets, tokenizer = kit.rows[part]["target"], kit.tokenizer
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    said = [""] * len(prompts)
+    answers = [""] * len(prompts)
     for start in range(0, len(prompts), TEST_BATCH):
         chosen = by_length[start : start + TEST_BATCH]
         ids, mask = collate_prompts([prompts[i] for i in chosen], tokenizer.pad_token_id)
@@ -306,11 +306,11 @@ def _scores(
             )
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         for i, text in zip(chosen, texts, strict=True):
-            said[i] = text
-    right = strict(SPEC, said, targets)["right"]
+            answers[i] = text
+    right = strict(SPEC, answers, targets)["right"]
     return {
         "accuracy": float(np.mean(right)),
-        "finlora": float(np.mean(finlora(SPEC, said, targets)["right"])),
+        "finlora": float(np.mean(finlora(SPEC, answers, targets)["right"])),
         "right": np.packbits(np.array(right, bool)).tobytes().hex(),
     }
 

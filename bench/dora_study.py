@@ -67,13 +67,13 @@ def variants(study: dict[str, Any], question: str) -> list[dict[str, Any]]:
 
 def planned(study: dict[str, Any]) -> list[dict[str, Any]]:
     """The settings of every run in the order they run, each once. rate is "best" where the grid decides it."""
-    wanted: dict[str, dict[str, Any]] = {}
+    plan: dict[str, dict[str, Any]] = {}
     for question, asked in study["questions"].items():
         for seed in range(1, asked["seeds"] + 1):
             for change in variants(study, question):
                 settings = study["defaults"] | change | {"seed": seed}
-                wanted.setdefault(identity(settings), settings)
-    return list(wanted.values())
+                plan.setdefault(identity(settings), settings)
+    return list(plan.values())
 
 
 def planned_count(study: dict[str, Any], rows: dict[str, dict[str, Any]]) -> int:
@@ -92,7 +92,7 @@ def best_rate(study: dict[str, Any], method: str, rows: dict[str, dict[str, Any]
     the best, the one with the lowest mean loss: a few rows' answers decide between near rates, their loss says more.
     Rates of which a run failed or diverged do not count.
     """
-    found = []
+    tried = []
     for change in variants(study, "grid"):
         if change["method"] != method:
             continue
@@ -104,12 +104,12 @@ def best_rate(study: dict[str, Any], method: str, rows: dict[str, dict[str, Any]
         scores = [row["validation"] for row in runs if "validation" in row]
         if len(scores) == len(runs) and all(score["loss"] is not None for score in scores):
             means = [sum(score[key] for score in scores) / len(scores) for key in ("accuracy", "loss")]
-            found.append((*means, change["rate"]))
-    if not found:
+            tried.append((*means, change["rate"]))
+    if not tried:
         return None
-    most = max(accuracy for accuracy, _, _ in found)
+    most = max(accuracy for accuracy, _, _ in tried)
     error = math.sqrt(most * (1 - most) / study["split"]["validation"])
-    return min((loss, rate) for accuracy, loss, rate in found if accuracy >= most - error)[1]
+    return min((loss, rate) for accuracy, loss, rate in tried if accuracy >= most - error)[1]
 
 
 def grid_seeds(study: dict[str, Any]) -> int:
@@ -206,8 +206,8 @@ def conduct(study: dict[str, Any], kit: Path, out: Path, seconds: float, workers
                     lines.flush()
                     took.append(row.get("seconds", 0.0))
                     score = {prompt: round(test["accuracy"], 4) for prompt, test in row.get("test", {}).items()}
-                    said = {key: settings[key] for key in ("method", "rate", "rank", "magnitude", "bits", "seed")}
-                    _say(f"{time.monotonic() - started:.0f} s: {said} {row.get('failed') or score}")
+                    shown = {key: settings[key] for key in ("method", "rate", "rank", "magnitude", "bits", "seed")}
+                    _say(f"{time.monotonic() - started:.0f} s: {shown} {row.get('failed') or score}")
     finally:
         for child in everyone.values():
             child.terminate()
@@ -309,21 +309,21 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=86400.0, help="end by then")
     parser.add_argument("--workers", type=int, default=0, help="processes a GPU (8) or on the CPU (1)")
     parser.add_argument("--toy", action="store_true", help="small sizes, for a CPU")
-    given = parser.parse_args()
-    study = read_study(given.toy)
-    if given.corpus:
+    options = parser.parse_args()
+    study = read_study(options.toy)
+    if options.corpus:
         from bench import dora_corpus
 
-        about = dora_corpus.write(study, given.data, given.texts, given.corpus)
-        print(f"{given.corpus}: {about['tokens']:,} tokens; {json.dumps(about['split'])}")
-    if given.kit:
-        if not (given.kit / "rows.json").exists():
-            raise UserError(f"{given.kit}: has no rows.json; make it with --corpus {given.kit}")
+        about = dora_corpus.write(study, options.data, options.texts, options.corpus)
+        print(f"{options.corpus}: {about['tokens']:,} tokens; {json.dumps(about['split'])}")
+    if options.kit:
+        if not (options.kit / "rows.json").exists():
+            raise UserError(f"{options.kit}: has no rows.json; make it with --corpus {options.kit}")
         import torch
 
         count = torch.cuda.device_count()
-        conduct(study, given.kit, given.out, given.seconds, given.workers or (8 if count else 1), count)
-    if not given.corpus and not given.kit:
+        conduct(study, options.kit, options.out, options.seconds, options.workers or (8 if count else 1), count)
+    if not options.corpus and not options.kit:
         parser.error("give --corpus or --kit")
 
 

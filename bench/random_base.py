@@ -19,12 +19,12 @@ def main() -> None:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=32)
-    given = parser.parse_args()
+    options = parser.parse_args()
     config = LlamaConfig(
         vocab_size=128256,
         hidden_size=4096,
         intermediate_size=14336,
-        num_hidden_layers=given.layers,
+        num_hidden_layers=options.layers,
         num_attention_heads=32,
         num_key_value_heads=8,
         max_position_embeddings=131072,
@@ -40,9 +40,9 @@ def main() -> None:
             weight.data.normal_(0, 0.02)
         elif "layernorm" in name:
             weight.data[OUTLIERS] = 20.0
-    model.save_pretrained(given.out, max_shard_size="4GB")
-    for file in given.tokenizer.glob("*token*"):
-        shutil.copy(file, given.out)
+    model.save_pretrained(options.out, max_shard_size="4GB")
+    for file in options.tokenizer.glob("*token*"):
+        shutil.copy(file, options.out)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ class _AdaptedLinear(torch.autograd.Function):
         a16, b16 = a.to(x.dtype), b.to(x.dtype).contiguous()
         t = kernels.low_rank(x, a16, 1.0, p, seed)
         y = kernels.epilogue(base, t, b16, s, mag_scale, layer.bias)
-        # z is neither written nor saved: the backward pass rebuilds it from `base` and t.
+        # A and B as they were multiplied, 16 bits under autocast. z is neither written nor saved: the backward pass
+        # computes it again from `base` and t.
         ctx.save_for_backward(x, a16, b16, norm, mag_scale, t, None if m is None else base)
         ctx.layer, ctx.s, ctx.p, ctx.seed, ctx.fp8 = layer, s, p, seed, fp8
         ctx.dtypes = a.dtype, b.dtype, None if m is None else m.dtype
@@ -118,6 +119,7 @@ class _AdaptedLinear(torch.autograd.Function):
         dx = quantized.base_matmul_backward(dz, ctx.layer, ctx.fp8) if ctx.needs_input_grad[0] else None
         da = kernels.low_rank_backward(dt, x, a, dx, p, seed)
         dm = None if dm is None else dm.to(m_dtype)
+        # No gradient for the norm, the fifth: the paper's section 4.3 treats it as a constant.
         return dx, da.to(a_dtype), db.to(b_dtype), dm, None, None, None, None, None, None, None
 
 
@@ -155,8 +157,8 @@ class Fast:
 
     def dropout_probability(self, name: str) -> float:
         """The probability of dropout in the adapter's low-rank path; 0 in evaluation mode."""
-        dropout = self.lora_dropout[name]
-        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        layer = self.lora_dropout[name]
+        return layer.p if self.training and isinstance(layer, nn.Dropout) else 0.0
 
     @torch.compiler.disable  # otherwise torch.compile specialises on the step count and recompiles at each step
     def cached_norm(self, name: str) -> _CachedNorm:
