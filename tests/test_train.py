@@ -125,7 +125,7 @@ def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
     full = shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: full)  # a disk cannot be filled here
     with pytest.raises(UserError, match=r"0\.\d GiB .*\b0\.0\b.* free"):
-        preflight.check_disk(recipes.Recipe(recipe.path, recipe.keys | own), needs_gpu=False)
+        preflight.check_disk(recipes.Recipe(recipe.path, recipe.keys | own), fetches_base=False)
 
 
 BAD_DATA = {

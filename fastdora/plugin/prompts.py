@@ -62,16 +62,13 @@ def check(cfg, tokenizer, source: str) -> None:
             file = Path(entry["path"])
             if entry.get("type") != "chat_template" or not file.is_file():
                 continue  # others are refused, or read, by who loads them
-            strategy = load(tokenizer, cfg, ds_cfg=dict(entry))
+            where = f"{source}: key '{key}.{number}'"
+            try:
+                strategy = load(tokenizer, cfg, ds_cfg=dict(entry))
+            except ValueError as error:  # its own checks of eot_tokens, train_on_eos and train_on_eot
+                raise RecipeError(f"{where}: {_first_line(error)}") from error
             for line, row in _some_rows(file):
-                where = f"{source}: key '{key}.{number}': {entry['path']}:{line}"
-                try:
-                    _check_row(strategy, tokenizer, row, where)
-                except (TemplateError, TypeError, KeyError, ValueError) as error:
-                    raise RecipeError(
-                        f"{where}: key 'chat_template' cannot be rendered ({_first_line(error)}); set the token "
-                        "that it needs under special_tokens, to one that the tokenizer has, or choose another template"
-                    ) from error
+                _check_row(strategy, tokenizer, row, f"{where}: {entry['path']}:{line}")
 
 
 def _some_rows(file: Path):
@@ -80,13 +77,21 @@ def _some_rows(file: Path):
         count = sum(1 for _ in lines)
     with file.open("rb") as lines:
         for line, text in islice(enumerate(lines, 1), 0, None, -(-count // ROWS) or 1):
-            if text.strip():
+            try:
                 yield line, json.loads(text)
+            except ValueError:  # an empty line, or another format; axolotl says so when it loads the file
+                return
 
 
 def _check_row(strategy, tokenizer, row: dict[str, Any], where: str) -> None:
     prompter = strategy.prompter
-    trained = strategy.tokenize_prompt(dict(row))
+    try:
+        trained = strategy.tokenize_prompt(dict(row))
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        raise RecipeError(
+            f"{where}: key 'chat_template' cannot be rendered ({_first_line(error)}); set the token that it needs "
+            "under special_tokens, to one that the tokenizer has, or choose another template"
+        ) from error
     ids, labels = trained["input_ids"], trained["labels"]
     turns, tools = strategy.get_conversation_thread(row), row.get(prompter.field_tools)
     if not str(turns[-1].get("content") or "").strip():

@@ -66,29 +66,35 @@ def trainable_parameters(recipe: dict[str, Any], shape: dict[str, Any]) -> int:
     return sum(one.a_and_b + one.magnitude for one in adapter_parameters(recipe, shape).values())
 
 
-BASE_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+TEXT_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]  # configuration and tokenizer
+BASE_FILES = ["*.safetensors", *TEXT_FILES]
 
 
-def fetch_base(path: Path, recipe: dict[str, Any], called: str = "key 'base_model'") -> None:
-    """Bring a base model of the hub into the cache: weights as safetensors and text, no code and no pickle.
+def fetch_base(
+    path: Path, recipe: dict[str, Any], called: str = "key 'base_model'", files: list[str] = BASE_FILES
+) -> Path:
+    """The folder of a base model; one of the hub is brought into the cache: weights as safetensors, no code, no pickle.
 
     What follows runs without the hub, so that neither transformers nor bitsandbytes fetches anything of its own.
-    called: what names it, in an error's line.
+    path, called: what an error begins with, and what names the model there. files: patterns of what is fetched.
     """
-    if (ROOT / recipe["base_model"]).is_dir():
-        return
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     name = recipe["base_model"]
+    if (ROOT / name).is_dir():
+        return ROOT / name
+    import huggingface_hub  # a second of start-up, which a local base model spares
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
     try:
-        folder = huggingface_hub.snapshot_download(
-            name, revision=recipe.get("revision_of_model"), allow_patterns=BASE_FILES, ignore_patterns=["*/*"]
-        )
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"])
     except GatedRepoError as error:
         raise UserError(f"{name} is gated: accept its licence on its page and set HF_TOKEN") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, HFValidationError) as error:
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise UserError(f"{path}: {called}: {name} is no folder here and no model of the hub; fix the name") from error
+    except OSError as error:  # the hub's other errors among them
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: {called}: {name} cannot be fetched ({reason})") from error
-    if not any(Path(folder).glob("*.safetensors")):
+        raise UserError(
+            f"{path}: {called}: {name} is no folder here and cannot be fetched ({reason}); fix the name or the network"
+        ) from error
+    if "*.safetensors" in files and not any(Path(folder).glob("*.safetensors")):
         raise UserError(f"{path}: {called}: {name} has no safetensors; choose a model that has")
+    return Path(folder)

@@ -154,19 +154,39 @@ def check_paths(recipe: Recipe) -> None:
 
     What is written lies in outputs/. A base model may lie anywhere: it is only read, and only as safetensors.
     """
-    keys = recipe.keys
+    keys, outputs = recipe.keys, ROOT / "outputs"
     for key in ("output_dir", "dataset_prepared_path"):
-        if not (ROOT / keys[key]).resolve().is_relative_to((ROOT / "outputs").resolve()):
-            raise UserError(f"{recipe.path}: key '{key}': {keys[key]} is not in outputs/; name a folder there")
-    files = [(kind, entry["path"]) for kind in ("datasets", "test_datasets") for entry in keys.get(kind, [])]
-    files += [(key, keys[key]) for key in ("chat_template_jinja", "deepspeed") if isinstance(keys.get(key), str)]
-    # Each of these may be a link or a mount of its own.
-    roots = [place.resolve() for place in (ROOT, ROOT / "data", ROOT / "data" / "raw", ROOT / "data" / "prepared")]
-    for key, name in files:
-        if key == "chat_template_jinja" and not name.endswith((".jinja", ".jinja2", ".j2")):
-            continue  # the template itself
-        if not any((ROOT / name).resolve().is_relative_to(root) for root in roots):
+        where, place = f"{recipe.path}: key '{key}': {keys[key]}", Path(os.path.normpath(ROOT / keys[key]))
+        if place == outputs or not place.is_relative_to(outputs):
+            raise UserError(f"{where} is not in outputs/; name a folder there")
+        inside = (outputs / part for part in (place.relative_to(outputs), *place.relative_to(outputs).parents))
+        if link := next((part for part in inside if part != outputs and part.is_symlink()), None):
+            raise UserError(
+                f"{where}: {link.relative_to(ROOT)} is a link; remove it and name a folder in outputs/, which may "
+                "itself be a link to another disk"
+            )
+    for key, name in _files(recipe):
+        # Each of these may be a link or a mount of its own.
+        roots = (ROOT, ROOT / "data", ROOT / "data" / "raw", ROOT / "data" / "prepared")
+        if not any((ROOT / name).resolve().is_relative_to(root.resolve()) for root in roots):
             raise UserError(f"{recipe.path}: key '{key}': {name} leads out of the repository; copy it to data/")
+        if key not in ("datasets", "test_datasets") and not (ROOT / name).is_file():
+            raise UserError(f"{recipe.path}: key '{key}': {name} is not there; fix the path")
+
+
+def _files(recipe: Recipe) -> list[tuple[str, str]]:
+    """(key, path) of each file that the recipe names: rows, templates, DeepSpeed's configuration."""
+    keys = recipe.keys
+    entries = [(kind, entry) for kind in ("datasets", "test_datasets") for entry in keys.get(kind) or []]
+    files = [(kind, entry["path"]) for kind, entry in entries]
+    for key, holder in [("", keys), *((f"{kind}.", entry) for kind, entry in entries)]:
+        template = holder.get("chat_template_jinja")
+        # Axolotl (0.19.0) takes a path that is not there for the template itself: every prompt would be that path.
+        if template and "\n" not in template and "{" not in template:
+            files.append((f"{key}chat_template_jinja", template))
+    if isinstance(keys.get("deepspeed"), str):
+        files.append(("deepspeed", keys["deepspeed"]))
+    return files
 
 
 def axolotl_schema(plugins: Any) -> dict[str, Any]:

@@ -47,10 +47,10 @@ REFUSED = {
     "peft_layer_replication": ONE_BASE,
     "base_model_config": ONE_BASE,
     "cls_model_config": ONE_BASE,
-    "overrides_of_model_config": ONE_BASE,
-    "overrides_of_model_kwargs": ONE_BASE,
+    "model_config": ONE_BASE,
+    "model_kwargs": ONE_BASE,
     "scaling_softmax": ONE_BASE,
-    "revision_of_model": "evaluation and merging take the latest; fetch the revision to a folder, for base_model",
+    "model_revision": "evaluation and merging take the latest; fetch the revision to a folder, for base_model",
     "gptq": ONE_QUANTIZATION,
     "bnb_config_kwargs": ONE_QUANTIZATION,
     "model_quantization_config": ONE_QUANTIZATION,
@@ -122,7 +122,9 @@ class Keys(BaseModel):
     lora_target_modules: Any
     peft_init_lora_weights: Annotated[Any, one_of(*INITIALISATIONS, remedy=NOT_UNDONE)] = None
     lr_groups: Any = None
-    datasets: Annotated[list[Rows], must(bool, "name a file of rows")]
+    chat_template: Any = None
+    chat_template_jinja: Any = None
+    datasets: list[Rows]
     test_datasets: list[Rows] | None = None
     sequence_len: AboveZero
     micro_batch_size: AboveZero
@@ -157,6 +159,13 @@ class Keys(BaseModel):
             if layers and target not in layers:
                 raise ValueError(f"{target} is none of {', '.join(layers)}")
         return targets
+
+    @field_validator("chat_template_jinja")
+    @classmethod
+    def template_that_is_read(cls, template: Any, info: ValidationInfo) -> Any:
+        if template and info.data.get("chat_template") not in (None, "jinja"):
+            raise ValueError(f"axolotl takes chat_template: {info.data['chat_template']} instead; set that to jinja")
+        return template
 
     @field_validator("lr_groups")
     @classmethod

@@ -12,6 +12,7 @@ from finlora.data import prepare, rows
 from finlora.data.tasks import load_tasks
 from finlora.recipes.load import Recipe
 from finlora.recipes.memory import what_fits
+from finlora.train.base_model import check_base
 from finlora.train.distributed import Launch
 
 BASE_SIZE = 17 * GIB  # Llama-3.1-8B's files in 16 bits, with a little to spare
@@ -24,9 +25,10 @@ def preflight(recipe: Recipe, launch: Launch, small: bool, trained: bool) -> tup
     """
     # Ray's GPUs may be on other machines; it waits until it has them.
     needs_gpu = launch.ray or check_device(recipe, launch.gpus_needed)
+    base = None if trained else check_base(recipe)
     origin = prepare_data(recipe, small)
-    if not trained and not launch.rank:
-        check_disk(recipe, needs_gpu)
+    if base and not launch.rank:
+        check_disk(recipe, needs_gpu and not any(base.glob("*.safetensors")))
     return needs_gpu, origin
 
 
@@ -61,30 +63,31 @@ def check_device(recipe: Recipe, gpus_needed: int = 0) -> bool:
     return True
 
 
-def check_disk(recipe: Recipe, needs_gpu: bool) -> None:
-    """UserError when tokens, checkpoints or the base model would not fit on the disk."""
+def check_disk(recipe: Recipe, fetches_base: bool) -> None:
+    """UserError when tokens, checkpoints or a base model that is still to be fetched would not fit on the disk."""
     # 16 bytes a trained parameter: it, its gradient and two moments of the optimizer, in float32.
     checkpoint = 16 * recipe.trainable_parameters if recipe.shape else GIB
     # Eight bytes a byte of text: ids, labels, mask and positions of some four bytes of text each, in 64 bits.
     tokens = 8 * sum((ROOT / name).stat().st_size for name in recipe.data_files)
     # The checkpoints that are kept, one being written and the adapter; and a quarter of a GiB for logs and curves.
     need = tokens + checkpoint * (recipe.keys.get("save_total_limit", 4) + 2) + GIB // 4
-    out = recipe.output_folder
-    free = shutil.disk_usage(out if out.is_dir() else out.parent).free
-    if free < need:
+    if (free := free_space(recipe.output_folder)) < need:
         raise UserError(
-            f"{out}: {need / GIB:.1f} GiB are needed for tokens and checkpoints and {free / GIB:.1f} are free"
+            f"{recipe.output_folder}: {need / GIB:.1f} GiB are needed for tokens and checkpoints and {free / GIB:.1f} "
+            "are free"
         )
-    base = recipe.keys["base_model"]
-    if not needs_gpu or (ROOT / base).is_dir():
-        return
-    from huggingface_hub import constants, try_to_load_from_cache  # a second of start-up that most refusals spare
+    if fetches_base:
+        from huggingface_hub import constants  # a second of start-up that most runs spare
 
-    if not isinstance(try_to_load_from_cache(base, "config.json"), str):
         cache = Path(constants.HF_HUB_CACHE)
-        free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.is_dir())).free
-        if free < BASE_SIZE:
+        if (free := free_space(cache)) < BASE_SIZE:
+            base = recipe.keys["base_model"]
             raise UserError(f"{cache}: {base} takes 17 GiB and {free / GIB:.1f} are free; set HF_HOME")
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free where the folder is or would be."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
 
 
 def prepare_data(recipe: Recipe, small: bool) -> str:

@@ -25,6 +25,7 @@ from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 from finlora.recipes.bases import fetch_base
 from finlora.recipes.load import Recipe
+from finlora.recipes.rules import REFUSED
 from finlora.train import distributed, tiny
 from finlora.train import tracking as track
 from finlora.train.distributed import Launch
@@ -160,6 +161,8 @@ def check_args(path: Path, args: list[str]) -> None:
     for key in option_values(args):
         if key in NAMED:
             raise UserError(f"ARGS={shlex.join(args)}: {key} belongs to the recipe's name; copy {path} and edit that")
+        if key in REFUSED:
+            raise UserError(f"ARGS={shlex.join(args)}: {key}: {REFUSED[key]}")
 
 
 def tiny_base() -> str:

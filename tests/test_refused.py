@@ -1,0 +1,284 @@
+"""What `make train` refuses before anything is loaded: one line that names the recipe, the key and the remedy."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from failures import failed, refuses
+
+from finlora.recipes import bases, rules
+from finlora.recipes import load as recipes
+from finlora.recipes import names as recipe_names
+from finlora.train import base_model, run
+
+ROOT = Path(__file__).resolve().parents[1]
+DORA = yaml.safe_load((recipe_names.RECIPES / "sentiment_r8_dora.yaml").read_text(encoding="utf-8"))
+ROWS = DORA["datasets"][0]
+
+
+def written(folder: Path, **changes) -> Path:
+    """A recipe whose name says nothing, with these keys changed (None: without)."""
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in (DORA | changes).items() if value is not None}))
+    return path
+
+
+# The keys that are changed, the key that is named, and words of fault and remedy.
+KEYS = {
+    "preference training": ({"rl": "dpo"}, "rl", ["supervised", "remove"]),
+    "a reward model": ({"reward_model": True}, "reward_model", ["supervised", "remove"]),
+    "text without turns": ({"pretraining_dataset": [{"path": "a"}]}, "pretraining_dataset", ["make data FILE="]),
+    "a split of the rows": ({"val_set_size": 0.1}, "val_set_size", ["test_datasets", "make data FILE="]),
+    "the split beside validation rows": (
+        {"val_set_size": 0.1, "test_datasets": None},
+        "val_set_size",
+        ["test_datasets", "make data FILE="],
+    ),
+    "fewer rows": ({"dataset_exact_deduplication": True}, "dataset_exact_deduplication", ["every row", "remove"]),
+    "an upload": ({"hub_model_id": "me/model"}, "hub_model_id", ["make publish"]),
+    "rows for the hub": ({"push_dataset_to_hub": "me/rows"}, "push_dataset_to_hub", ["make publish"]),
+    "all linear layers, alone": (
+        {"lora_target_linear": True, "lora_target_modules": None},
+        "lora_target_linear",
+        ["lora_target_modules", "remove"],
+    ),
+    "ranks of their own": ({"lora_rank_pattern": {"q_proj": 4}}, "lora_rank_pattern", ["lora_r", "remove"]),
+    "LoftQ": ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "peft", ["merging cannot undo", "remove"]),
+    "PiSSA": ({"peft_init_lora_weights": "pissa_niter_4"}, "peft_init_lora_weights", ["merging cannot undo", "remove"]),
+    "ReLoRA": ({"relora": True}, "relora", ["merging cannot undo", "remove"]),
+    "trained embeddings": (
+        {"peft_trainable_token_indices": [5]},
+        "peft_trainable_token_indices",
+        ["merging", "remove"],
+    ),
+    "trained base weights": ({"unfrozen_parameters": ["norm"]}, "unfrozen_parameters", ["merging", "remove"]),
+    "another configuration": (
+        {"model_config": {"rope_theta": 1}},
+        "model_config",
+        ["as it is published", "remove"],
+    ),
+    "a random base": ({"reinit_weights": True}, "reinit_weights", ["as it is published", "remove"]),
+    "an old base": ({"model_revision": "v1"}, "model_revision", ["latest", "base_model"]),
+    "another NF4": (
+        {"bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}},
+        "bnb_config_kwargs",
+        ["load_in_4bit", "remove"],
+    ),
+    "new tokens": ({"tokens": ["<a>"]}, "tokens", ["embeddings", "remove"]),
+    "another tokenizer": ({"tokenizer_config": "a/b"}, "tokenizer_config", ["tokenizer", "remove"]),
+    "a system message": ({"default_system_message": "Be brief."}, "default_system_message", ["template"]),
+    "a template that is not read": ({"chat_template_jinja": "{{ x }}"}, "chat_template_jinja", ["llama3", "jinja"]),
+    "rows of instructions": (
+        {"datasets": [ROWS | {"type": "alpaca"}]},
+        "datasets.0.type",
+        ["alpaca", "make data FILE=", "chat_template"],
+    ),
+    "rows of a user's format": (
+        {"test_datasets": [ROWS | {"type": {"field_instruction": "a", "format": "{instruction}"}}]},
+        "test_datasets.0.type",
+        ["make data FILE=", "chat_template"],
+    ),
+    "tables": ({"datasets": [ROWS | {"ds_type": "csv"}]}, "datasets.0.ds_type", ["JSON", "make data FILE="]),
+    "a tenth of a file": ({"datasets": [ROWS | {"split": "train[:10%]"}]}, "datasets.0.split", ["every row"]),
+    "a shard": ({"datasets": [ROWS, ROWS | {"shards": 4}]}, "datasets.1.shards", ["every row"]),
+    "4 bits that are not": (
+        {"load_in_8bit": False, "load_in_4bit": True, "adapter": "lora"},
+        "adapter",
+        ["set qlora", "load_in_4bit"],
+    ),
+    "qlora of 8 bits": ({"adapter": "qlora"}, "adapter", ["set lora", "load_in_4bit"]),
+    "8 bits and 4": ({"load_in_4bit": True, "adapter": "qlora"}, "load_in_4bit", ["load_in_8bit", "keep one"]),
+    "all of it dropped": ({"lora_dropout": 1.0}, "lora_dropout", ["is 1.0", "below 1"]),
+    "no accumulation": ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps", ["is 0", "above 0"]),
+    "DoRA on axolotl's kernels": ({"lora_qkv_kernel": True}, "lora_qkv_kernel", ["stale norm", "set it to false"]),
+    "kernels that switch themselves on": ({"lora_o_kernel": None}, "lora_o_kernel", ["stale norm", "set it to false"]),
+}
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_a_key_that_would_make_another_model_is_refused_with_its_remedy(case, tmp_path):
+    changes, key, words = KEYS[case]
+    path = written(tmp_path, **changes)
+    with refuses(*words, file=path, key=key):
+        recipes.load(path)
+
+
+def test_what_is_refused_is_listed_with_the_same_remedies():
+    """Every key of the tables, and no other, has a row in docs/refused.md."""
+    text = (ROOT / "docs" / "refused.md").read_text(encoding="utf-8")
+    tables = text.partition("## Keys")[2].partition("\n## ")[0]
+    keys = re.findall(r"`([a-z_0-9]+)`", "".join(line.split("|")[1] for line in tables.splitlines() if "|" in line))
+    assert sorted(keys) == sorted({*rules.REFUSED, *rules.REFUSED_OF_ROWS})
+
+
+def test_what_is_refused_is_what_axolotl_would_obey():
+    """A key that its schema does not have is unknown, and needs no line in the tables."""
+    schema = recipes.axolotl_schema(DORA["plugins"])
+    assert set(rules.REFUSED) <= set(schema["properties"])
+    assert set(rules.REFUSED_OF_ROWS) <= set(schema["$defs"]["SFTDataset"]["properties"])
+
+
+def test_axolotls_options_are_no_way_round():
+    with refuses("supervised", "remove", file="ARGS=--rl dpo", key="rl"):
+        run.check_args(Path("mine.yaml"), ["--rl", "dpo"])
+
+
+def test_paths_that_would_be_read_or_written_wrongly(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "ROOT", tmp_path)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "outputs" / "link").symlink_to(tmp_path / "elsewhere")
+    for changes, key, words in (
+        ({"output_dir": "outputs/link"}, "output_dir", ["outputs/link is a link", "remove"]),
+        ({"output_dir": "outputs/link/deeper"}, "output_dir", ["outputs/link is a link", "remove"]),
+        ({"output_dir": "outputs"}, "output_dir", ["name a folder"]),
+        ({"output_dir": "outputs/x/.."}, "output_dir", ["name a folder"]),
+        ({"deepspeed": "zero9.json"}, "deepspeed", ["zero9.json", "not there", "fix"]),
+        ({"chat_template_jinja": "prompts/typo.jinja"}, "chat_template_jinja", ["typo.jinja", "not there", "fix"]),
+        (
+            {"datasets": [ROWS | {"chat_template_jinja": "typo.jinja"}]},
+            "datasets.chat_template_jinja",
+            ["typo.jinja", "not there"],
+        ),
+    ):
+        with refuses(*words, file="mine.yaml", key=key):
+            recipes.check_paths(recipes.Recipe(Path("mine.yaml"), DORA | changes))
+    recipes.check_paths(recipes.Recipe(Path("mine.yaml"), DORA | {"chat_template_jinja": "{{ messages }}"}))
+
+
+TOKENS = ["<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"]
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "max_position_embeddings": 8192,
+}
+ADAPTER = {
+    "r": 8,
+    "lora_alpha": 16,
+    "lora_dropout": 0.05,
+    "use_dora": True,
+    "use_rslora": False,
+    "target_modules": ["v_proj", "k_proj", "q_proj"],
+}
+
+
+@pytest.fixture
+def checked(tmp_path):
+    """check_base on a recipe with changes, whose base model has a configuration with changes and a small tokenizer."""
+    from tokenizers import Tokenizer, models
+
+    def check(config: dict, **changes) -> Path:
+        base = tmp_path / "base"
+        base.mkdir(exist_ok=True)
+        (base / "config.json").write_text(json.dumps(LLAMA | config), encoding="utf-8")
+        tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(290)}, unk_token="w0"))
+        tokenizer.add_special_tokens(TOKENS)
+        tokenizer.save(str(base / "tokenizer.json"))
+        return base_model.check_base(recipes.Recipe(Path("mine.yaml"), DORA | {"base_model": str(base)} | changes))
+
+    return check
+
+
+BASES = {
+    "a pad token that is not there": (
+        {},
+        {"special_tokens": {"pad_token": "<|finetune_right_pad|>"}},
+        "special_tokens.pad_token",
+        ["<|finetune_right_pad|>", "did you mean <|finetune_right_pad_id|>"],
+    ),
+    "no such token, and none near": (
+        {},
+        {"special_tokens": {"additional_special_tokens": ["[X]"]}},
+        "special_tokens.additional_special_tokens",
+        ["[X]", "take one", "<|eot_id|>"],
+    ),
+    "an end of turn that is not there": ({}, {"eot_tokens": ["<|eot|>"]}, "eot_tokens", ["did you mean <|eot_id|>"]),
+    "more tokens than embeddings": ({"vocab_size": 200}, {}, "base_model", ["293", "200", "take a model"]),
+    "tied embeddings": (
+        {"tie_word_embeddings": True},
+        {"lora_modules_to_save": ["lm_head"]},
+        "lora_modules_to_save",
+        ["ties", "remove"],
+    ),
+    "a quantized base": ({"quantization_config": {"quant_method": "gptq"}}, {}, "base_model", ["quantized", "16-bit"]),
+    "a classifier": (
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {},
+        "base_model",
+        ["LlamaForSequenceClassification", "take a model"],
+    ),
+    "rows longer than the positions": (
+        {"max_position_embeddings": 2048},
+        {"sample_packing": False},
+        "sequence_len",
+        ["is 5120", "2048 positions", "set it"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_a_base_model_that_does_not_fit_is_named(case, checked):
+    config, changes, key, words = BASES[case]
+    with refuses(*words, file="mine.yaml", key=key):
+        checked(config, **changes)
+
+
+def test_a_base_model_that_fits(checked, tmp_path):
+    assert checked({}) == tmp_path / "base"
+    assert checked({"max_position_embeddings": 2048}) == tmp_path / "base"  # packed: each row has positions of its own
+    assert checked({}, lora_modules_to_save=["lm_head"], eot_tokens=["<|eot_id|>"]) == tmp_path / "base"
+
+
+def test_layers_that_an_architecture_does_not_have(checked):
+    """Phi-3 has a Llama's sizes, and joins q, k and v in one layer."""
+    phi = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0}
+    with refuses("q_proj is none of", "down_proj, gate_up_proj, o_proj, qkv_proj", file="mine.yaml") as error:
+        checked(phi)
+    assert "'lora_target_modules'" in str(error.value)
+    checked(phi, lora_target_modules=["qkv_proj", "o_proj"])
+    with refuses("transformers knows", "take another", file="mine.yaml", key="base_model"):
+        checked({"model_type": "perceptron"})
+
+
+@pytest.mark.parametrize("change", [{}, {"r": 4}, {"lora_dropout": 0}, {"target_modules": ["q_proj"]}, None])
+def test_an_adapter_to_start_from_that_is_not_what_the_recipe_says(change, checked, tmp_path):
+    folder = tmp_path / "first"
+    folder.mkdir()
+    if change is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(ADAPTER | change), encoding="utf-8")
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+    if change == {}:
+        checked({}, lora_model_dir=str(folder))
+        return
+    words = ["name an adapter's folder"] if change is None else [*change, *map(str, change.values()), "make them equal"]
+    with refuses(str(folder), *words, file="mine.yaml", key="lora_model_dir"):
+        checked({}, lora_model_dir=str(folder))
+
+
+@pytest.mark.parametrize("name", ["./models/lama", "/models/lama", "models/a/b"])
+def test_a_mistyped_path_of_the_base_is_called_one(name):
+    with refuses(name, "no folder here", "fix the name", file="mine.yaml", key="base_model"):
+        bases.fetch_base(Path("mine.yaml"), {"base_model": name})
+
+
+def test_a_base_without_configuration(tmp_path):
+    (tmp_path / "base").mkdir()
+    with refuses("config.json", "name a model's folder", file="mine.yaml", key="base_model"):
+        base_model.check_base(recipes.Recipe(Path("mine.yaml"), DORA | {"base_model": str(tmp_path / "base")}))
+
+
+def test_make_train_refuses_before_it_makes_a_folder(command, house):
+    path = house / "recipes" / "ner_r8_dora.yaml"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("pad_token: <|finetune_right_pad_id|>", "pad_token: <|pad|>"), encoding="utf-8")
+    done = command("finlora", "train", "ner_r8_dora", "--tiny")
+    failed(done, "<|pad|>", "no token of", "take one", file=path, key="special_tokens.pad_token")
+    assert not any((house / "outputs" / "tiny").glob("ner*"))
