@@ -90,8 +90,33 @@ def test_it_says_plainly_whether_there_is_a_difference(whole, capsys):
 def test_a_subject_is_as_good_as_its_copy(everything):
     made.answered(made.subject(everything, "copy"), "fpb", made.label_rows(240, 0.86, 2))
     (line,) = compare(A, "copy", everything)
-    assert (line["difference"], line["low"], line["high"], line["p"]) == (0, 0, 0, 1)
+    assert (line["difference"], line["p"]) == (0, 1) and line["low"] == -line["high"] < 0
     assert not line["distinguishable"]
+
+
+@pytest.mark.parametrize("key", ["context", "prompt"])  # earlier results have the prompt alone
+def test_rows_about_one_text_count_as_one_also_pooled(tmp_path, key, capsys):
+    for name, answer in (("one", "positive"), ("two", "neutral")):
+        folder = made.subject(tmp_path, name)
+        for test_set, texts in (("fpb", 5), ("fiqa", 3)):
+            rows = [{"target": "neutral", "answer": answer} for _ in range(60)]
+            for number, row in enumerate(rows):
+                row["context"] = f"Instruction: What, {number}?\nInput: Text {number % texts} says it.\nAnswer: "
+            path = made.answered(folder, test_set, rows) / "answers.jsonl"
+            if key == "prompt":
+                lines = [json.loads(line) for line in path.read_text().splitlines()]
+                lines = [line | {"prompt": line.pop("context")} for line in lines]
+                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = compare("one", "two", tmp_path)
+    assert [(line["set"], line["rows"], line["groups"]) for line in lines] == [
+        ("fpb", 60, 5),
+        ("fiqa", 60, 3),
+        ("pooled", 120, 8),
+    ]
+    assert re.search(r"^fpb +60 +5 ", capsys.readouterr().out, re.M)
+    # 60 rows better and none worse, of 5 texts and of 3: 2 of the 2**5 or 2**3 signs are as far from 0.
+    assert [line["p"] for line in lines] == pytest.approx([2 / 2**5, 2 / 2**3, 2 / 2**8], abs=0.03)
+    assert [line["distinguishable"] for line in lines] == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -491,7 +491,9 @@ def test_f1_of_several_counts_at_once():
 def test_bertscore_items_have_a_mean_and_no_classes():
     items = bertscore_items([0.5, 0.0, 1.0])
     assert items["row"] == [0, 1, 2] and items["target"] == items["predicted"] == [""] * 3
-    assert summary(items) == {"accuracy": 0.5, "weighted_f1": None, "macro_f1": None, "unparsed": 0, "items": 3}
+    scores = {"accuracy": 0.5, "weighted_f1": None, "macro_f1": None, "unparsed": 0, "items": 3, "groups": 3}
+    assert summary(items) == scores
+    assert summary(items | {"group": [0, 1, 0]}) == scores | {"groups": 2}
 
 
 def test_no_answers_are_an_error_and_no_score():

@@ -2,8 +2,8 @@
 
 finlora compare A B [--results DIR]
 
-Per set that both answered: both scores, the paired difference B - A with its 95% bootstrap interval, and the exact
-McNemar test where each row is right or wrong (a permutation test elsewhere: BERTScore, tags).
+Per set that both answered: both scores, the paired difference B - A with its 95% interval, and the exact McNemar test
+where each row is alone and right or wrong (elsewhere, as for BERTScore and tags, a permutation test of groups of rows).
 """
 
 import difflib
@@ -42,7 +42,7 @@ def compare(a: str, b: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     lines += [pooled] if pooled else []
     print_table(lines)
     print("\n" + "\n".join(sentence(line) for line in lines))
-    print("\np: exact McNemar test where each row is right or wrong, a permutation test elsewhere.")
+    print("\np: exact McNemar test where each row is alone and right or wrong, else a permutation test of groups.")
     if len(lines) > 2:
         print("At 95%, about one in twenty differences that are none looks distinguishable.")
     return lines
@@ -124,8 +124,8 @@ def join(sets: list[tuple[dict[str, list], ...]]) -> tuple[dict[str, list], ...]
     for items in sets:
         for whole, part in zip(pooled, items, strict=True):
             for key, values in part.items():
-                whole.setdefault(key, []).extend([row + start for row in values] if key == "row" else values)
-        start += max(items[0]["row"]) + 1
+                whole.setdefault(key, []).extend([n + start for n in values] if key in ("row", "group") else values)
+        start += max(items[0]["row"] + items[0]["group"]) + 1
     return pooled
 
 
@@ -135,12 +135,13 @@ def line(name: str, labels: str, items_a: dict[str, list], items_b: dict[str, li
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
-    heads = ["set", "labels", "rows", "A", "B", "B - A", "95% interval", "only A", "only B", "p"]
+    heads = ["set", "labels", "rows", "groups", "A", "B", "B - A", "95% interval", "only A", "only B", "p"]
     body = [
         [
             entry["set"],
             entry["labels"],
             f"{entry['rows']:,}",
+            f"{entry['groups']:,}",
             percent(entry["a"]),
             percent(entry["b"]),
             signed(entry["difference"]),

@@ -43,7 +43,7 @@ VERSIONS = ("corrected", "published")  # of labels
 
 @dataclass(frozen=True)
 class Score:
-    """A score and its 95% interval, F1, and how many of the items are no valid answer under strict scoring; 0 to 1."""
+    """A score and its 95% interval, F1 (each 0 to 1), and how many of the items are no valid answer."""
 
     accuracy: float
     low: float
@@ -52,6 +52,7 @@ class Score:
     macro_f1: float | None
     unparsed: int
     items: int
+    groups: int  # of rows about one text
 
 
 @dataclass(frozen=True)
@@ -523,7 +524,9 @@ def score_table(name: str, base: str, rows: list[ScoreRow]) -> Table:
     for row in rows:
         strict = score_cell(row.strict) if row.strict else "–" if row.unparsed is None else "same"
         f1 = Cell(percent(row.score.weighted_f1), span(*row.f1), value=row.score.weighted_f1) if row.f1 else "–"
-        count = Cell(number(row.rows), f"of {row.of:,}" if row.rows < row.of else "")
+        count = [f"of {row.of:,}"] * (row.rows < row.of)
+        count += [f"{row.score.groups:,} groups"] * (row.score.groups < row.rows)
+        count = Cell(number(row.rows), ", ".join(count))
         cells = [score_cell(row.score), difference_cell(row.difference, row.rows), f1, strict, number(row.unparsed)]
         body.append([set_cell(row), *cells, count])
     caption = "Scores"

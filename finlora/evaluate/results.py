@@ -8,6 +8,7 @@ that fixing a scorer fixes every report. Prompts can be long; they stay on disk 
 import json
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, get_args, get_type_hints
 
@@ -15,6 +16,7 @@ from finlora.core.errors import UserError
 from finlora.core.files import replacing
 from finlora.core.paths import ROOT
 from finlora.data import tasks
+from finlora.data.groups import row_groups
 from finlora.data.test_sets import all_sets
 from finlora.evaluate import scorers
 
@@ -142,7 +144,7 @@ class Answers:
         """The items (finlora.evaluate.scorers) of these lines, or of all, under one version of the labels and one
         scoring.
 
-        Items name rows by their place in `lines`. Without a scoring it is the primary one.
+        Items name rows by their place in `lines` and have the group of each. Without a scoring it is the primary one.
         """
         lines = tuple(self.rows) if lines is None else lines
         ways = self.scorings()
@@ -162,8 +164,17 @@ class Answers:
                 items = scorers.bertscore_items([row["bertscore"] for row in rows])
             else:
                 items = ways[scoring]([row["answer"] for row in rows], self.targets(labels, lines))
-            self._items[key] = items
+            self._items[key] = items | {"group": [self.groups[lines[row]] for row in items["row"]]}
         return self._items[key]
+
+    @cached_property
+    def groups(self) -> dict[int | str, int]:
+        """The group of each line (finlora/data/groups.py); a question of MMLU or GSM8K is alone."""
+        if self.forgetting:
+            return {line: place for place, line in enumerate(self.rows)}
+        # Earlier versions kept the prompt only.
+        about = {row["row"]: row.get("context", row["prompt"]) for row in _json_lines(self.folder / "answers.jsonl")}
+        return dict(zip(about, row_groups(list(about.values())), strict=True))
 
 
 @dataclass(eq=False)

@@ -1,9 +1,9 @@
 """Answers scored: by FinLoRA's rules with their ties decided, and strictly beside.
 
 A scorer turns the answers of a test set into items, a dictionary of equally long lists: row (index of the answer),
-target, predicted (the class for F1), right (0 to 1) and unparsed. An item is an answer, or one tag of it where a target
-is several comma-separated tags. summary() turns items into scores, finlora/evaluate/statistics.py resamples them. On
-every test set answers equal to the targets score 1.0 and answers that hold nothing of them 0; neither the order of
+target, predicted (the class for F1), right (0 to 1) and unparsed; finlora/evaluate/results.py adds the row's group. An
+item is an answer, or one tag of it where a target is several comma-separated tags; summary() turns items into scores.
+On every test set answers equal to the targets score 1.0 and answers that hold nothing of them 0; neither the order of
 labels nor PYTHONHASHSEED changes a score.
 """
 
@@ -132,7 +132,7 @@ def bertscore_items(values: Sequence[float]) -> Items:
 
 
 def summary(items: Items) -> dict[str, float | int | None]:
-    """accuracy (the mean of right), weighted_f1, macro_f1 (each 0 to 1), and the counts unparsed and items.
+    """accuracy (the mean of right), weighted_f1, macro_f1 (each 0 to 1), and the counts unparsed, items and groups.
 
     Both F1 are over the classes that targets have; weighted_f1 is also what scikit-learn gives over all classes. They
     are None where there are no classes (BERTScore). Raises UserError where there are no items.
@@ -151,6 +151,7 @@ def summary(items: Items) -> dict[str, float | int | None]:
         "macro_f1": macro,
         "unparsed": sum(items["unparsed"]),
         "items": len(items["right"]),
+        "groups": len(set(items.get("group", items["row"]))),
     }
 
 

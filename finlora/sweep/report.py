@@ -185,7 +185,7 @@ def compare(a: Evaluated, b: Evaluated, sets: list[str], level: float) -> dict[s
     for name in sets:
         refuse_unlike(name, a.subject, b.subject)
     pairs = [pair(one, other, one.labels()[0])[1:] for one, other in zip(a.answers, b.answers, strict=True)]
-    resamples = max(2000, math.ceil(100 / (1 - level)))  # as many as the interval's ends need
+    resamples = max(2000, math.ceil(100 / (1 - level)))  # as many as a p so small needs
     return paired(*join(pairs), level=level, resamples=resamples)
 
 
