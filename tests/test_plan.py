@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from finlora import cli
 from finlora.core import machine
 from finlora.plan import estimate as plan
+from finlora.plan import gpus, step_time
 from finlora.recipes import bases, memory
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 
 pytestmark = pytest.mark.xdist_group("axolotl")  # whose tests import PEFT too
 SHAPE = bases.shape("meta-llama/Llama-3.1-8B-Instruct")
-RUNS = plan.measured_runs()
+RUNS = step_time.measured_runs()
 ALL = list(bases.linear_layers(SHAPE))
 
 
@@ -46,17 +47,17 @@ def test_the_recorded_runs_are_of_every_kind():
 def test_a_plan_is_near_what_was_measured(run):
     """Within 20% of the time and 10% of the peak memory of each recorded run."""
     name, device, found, row = run
-    _, gpu = plan.find_gpu(device)
+    _, gpu = gpus.find_gpu(device)
     length, fill = row["tokens_s"] / row["samples_s"], row["tokens_s"] / row["slots_s"]
-    step = plan.work(found, SHAPE, gpu, length, fill).seconds(plan.committed_fit().factors)
+    step = step_time.work(found, SHAPE, gpu, length, fill).seconds(step_time.committed_fit().factors)
     assert step == pytest.approx(row["step_s"], rel=0.2), f"{name}: a step takes {row['step_s']} s, planned {step:.3f}"
     peak = memory.memory_estimate(found, SHAPE)
     assert peak == pytest.approx(row["peak_gib"], rel=0.1), f"{name}: {row['peak_gib']} GiB at the peak, planned {peak}"
 
 
 def test_the_committed_factors_are_those_of_the_records_and_make_sense():
-    """After new records: python -m finlora.plan.estimate."""
-    committed, fitted = plan.committed_fit(), plan.fit_records()
+    """After new records: python -m finlora.plan.step_time."""
+    committed, fitted = step_time.committed_fit(), step_time.fit_records()
     assert committed.factors == pytest.approx(fitted.factors, rel=0.01, abs=1e-3)
     assert committed[1:3] == fitted[1:3] and committed[3:] == pytest.approx(fitted[3:], abs=1e-3)
     assert 1 < fitted.factors.matmul < 3 and 1 < fitted.factors.attention < 8
@@ -68,11 +69,11 @@ def test_the_committed_factors_are_those_of_the_records_and_make_sense():
     "change", [("factors:", "factor:"), ("matmul: ", "matmul: -"), ("runs: ", "runs: many"), ("[", "{")]
 )
 def test_a_damaged_fit_is_refused(change, tmp_path, monkeypatch):
-    text = plan.STEP_TIME.read_text(encoding="utf-8")
+    text = step_time.TABLE.read_text(encoding="utf-8")
     assert change[0] in text
-    monkeypatch.setattr(plan, "STEP_TIME", tmp_path / "step_time.yaml")
-    plan.STEP_TIME.write_text(text.replace(*change), encoding="utf-8")
-    with refuses("git", file=plan.STEP_TIME):
+    monkeypatch.setattr(step_time, "TABLE", tmp_path / "step_time.yaml")
+    step_time.TABLE.write_text(text.replace(*change), encoding="utf-8")
+    with refuses("git", file=step_time.TABLE):
         planned()
 
 
@@ -137,14 +138,14 @@ def test_a_plan_that_does_not_fit_names_the_keys(monkeypatch):
 def test_the_keys_to_change_keep_a_steps_tokens_on_several_gpus(monkeypatch):
     """They are written into the recipe, which several GPUs then share."""
 
-    name, gpus = "xbrl_extract_bf16_r8_dora", 3
+    name, count = "xbrl_extract_bf16_r8_dora", 3
     before = recipe(name)
-    said = planned(name, "l4", gpus)["change"]
+    said = planned(name, "l4", count).change
     found = re.fullmatch(r"set (?:gradient_checkpointing: true and )?sequence_len: (\d+) and .*steps: (\d+)", said)
     length, accumulation = map(int, found.groups())
     assert length * accumulation == before["sequence_len"] * before["gradient_accumulation_steps"]
     after = {"sequence_len": length, "gradient_accumulation_steps": accumulation, "gradient_checkpointing": True}
-    assert planned(name, "l4", gpus, **after)["fits"]
+    assert planned(name, "l4", count, **after).fits
 
 
 def test_the_keys_to_change_leave_room_for_the_longest_row(tmp_path, monkeypatch):
@@ -152,31 +153,35 @@ def test_the_keys_to_change_leave_room_for_the_longest_row(tmp_path, monkeypatch
     for words, expected in ((1000, "sequence_len: 8192"), (9000, "fewer bits")):
         file = rows_file(tmp_path, ["Shares rose.", "long " * words])
         found = planned("xbrl_extract_bf16_r8_dora", "l4", datasets=[{"path": file}], test_datasets=[])
-        assert expected in found["change"] and (max(found["rows"].tokens) > 8192) == (words == 9000)
+        assert expected in found.change and (found.rows.longest > 8192) == (words == 9000)
 
 
 def test_plans_differ_as_they_must(monkeypatch):
 
-    one, four = planned(), planned(gpus=4)
-    assert one["seconds"] > four["seconds"] > one["seconds"] / 4 and one["samples"] == four["samples"]
-    assert one["step_tokens"] == four["step_tokens"] and one["steps"] == pytest.approx(four["steps"], rel=0.1)
-    assert planned(gradient_checkpointing=True)["step"] > 1.3 * one["step"]
-    assert planned(gpu="a100-80g")["step"] > 2 * one["step"] > 2 * planned(gpu="b200")["step"]
-    assert planned(sequence_len=16384)["step"] > 2.5 * one["step"]
-    assert planned(max_steps=7)["steps"] == 7 and planned(test_datasets=[])["validation"] == 0
-    assert planned(max_steps=-1)["steps"] == planned(max_steps=0)["steps"] == one["steps"]  # neither is a limit
-    for count in (100, 2 * one["steps"]):
-        given, share = planned(max_steps=count), count / one["steps"]
-        assert given["steps"] == count and given["samples"] == round(one["samples"] * share)
-        assert given["validation"] == pytest.approx(one["validation"] * share)
-    half = planned(num_epochs=0.5)
-    assert half["steps"] == math.ceil(one["steps"] / 8) and half["samples"] == round(one["samples"] / 8)
-    assert re.search(r"^  samples  \d+,\d{3} .*\n  steps    \d+ of ", plan.show(half), re.M)
-    assert planned(evals_per_epoch=None, eval_steps=0.0625)["validation"] == pytest.approx(one["validation"])
-    assert planned(fastdora_fp8=True)["step"] < 0.8 * one["step"]
-    other = planned(fastdora_layers="peft")
-    assert "fastdora_layers: fast" in plan.show(other) and "fastdora_layers" not in plan.show(one)
-    assert planned("general_multi_r8_dora")["rows"].train == pytest.approx(3 * 82200, rel=0.02)
+    def scheduled(name="sentiment_r8_dora", **changes) -> plan.Schedule:
+        return planned(name, **changes).schedule
+
+    one, four = scheduled(), scheduled(gpus=4)
+    assert one.seconds > four.seconds > one.seconds / 4 and one.samples == four.samples
+    assert one.step_tokens == four.step_tokens and one.steps == pytest.approx(four.steps, rel=0.1)
+    assert scheduled(gradient_checkpointing=True).step > 1.3 * one.step
+    assert scheduled(gpu="a100-80g").step > 2 * one.step > 2 * scheduled(gpu="b200").step
+    assert scheduled(sequence_len=16384).step > 2.5 * one.step
+    assert scheduled(max_steps=7).steps == 7 and scheduled(test_datasets=[]).validation == 0
+    assert scheduled(max_steps=-1).steps == scheduled(max_steps=0).steps == one.steps  # neither is a limit
+    for count in (100, 2 * one.steps):
+        limited, share = scheduled(max_steps=count), count / one.steps
+        assert limited.steps == count and limited.samples == round(one.samples * share)
+        assert limited.validation == pytest.approx(one.validation * share)
+    half = scheduled(num_epochs=0.5)
+    assert half.steps == math.ceil(one.steps / 8) and half.samples == round(one.samples / 8)
+    text = plan.show(planned(num_epochs=0.5))
+    assert re.search(r"^  samples  \d+,\d{3} .*\n  steps    \d+ of ", text, re.M)
+    assert scheduled(evals_per_epoch=None, eval_steps=0.0625).validation == pytest.approx(one.validation)
+    assert scheduled(fastdora_fp8=True).step < 0.8 * one.step
+    assert "fastdora_layers: fast" in plan.show(planned(fastdora_layers="peft"))
+    assert "fastdora_layers" not in plan.show(planned())
+    assert planned("general_multi_r8_dora").rows.train == pytest.approx(3 * 82200, rel=0.02)
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=200), st.integers(100, 2000))
@@ -272,7 +277,7 @@ RECORDS = {
     "a list": (["[]"], "0.json", ["TypeError", "git"]),
     "no recipe": ([RECORD % '{"a": {"recipe": "nobodys", "set": {}}}'], "0.json", ["nobodys.yaml", "git"]),
     "a figure of nothing": (
-        [RECORD % json.dumps({"a": dict.fromkeys(plan.FIGURES, 0) | {"recipe": "sentiment_r8_dora", "set": {}}})],
+        [RECORD % json.dumps({"a": dict.fromkeys(step_time.FIGURES, 0) | {"recipe": "sentiment_r8_dora", "set": {}}})],
         "0.json",
         ["ValueError", "a: ", "0", "git"],
     ),
@@ -290,9 +295,9 @@ def test_records_that_are_missing_or_damaged(case, tmp_path, monkeypatch):
     files = [tmp_path / f"{number}.json" for number in range(len(texts))]
     for file, text in zip(files, texts, strict=True):
         file.write_text(text, encoding="utf-8")
-    monkeypatch.setattr(plan, "MEASURED", files)
+    monkeypatch.setattr(step_time, "MEASURED", files)
     monkeypatch.setattr(machine, "gpus", lambda: [])
-    for reads in (plan.fit_records, planned_without_a_gpu):
+    for reads in (step_time.fit_records, planned_without_a_gpu):
         with refuses(*words, file=tmp_path / named if named else "finlora/plan/train_throughput*.json"):
             reads()
 
@@ -304,12 +309,12 @@ def planned_without_a_gpu():
 
 # An edit of the line of h200, what is named (the entry, or the line of the file), the key, and words.
 EDITS = {
-    "a word for a number": ("tflops: 989", "tflops: fast", "h200", "tflops", ['"fast"', "number"]),
+    "a word for a number": ("tflops: 989", "tflops: fast", "h200", "tflops", ["fast", "number"]),
     "no number": ("memory: 141", "memory: 0", "h200", "memory", ["0", "number above 0"]),
-    "a mistyped key": ("bandwidth: 4800", "bandwith: 4800", "h200", "bandwidth", ["null|missing", "number above 0"]),
+    "a mistyped key": ("bandwidth: 4800", "bandwith: 4800", "h200", "bandwith", ["unknown", "bandwidth?"]),
     "a number for yes or no": ("fp8: true", "fp8: 1", "h200", "fp8", ["1", "true or false"]),
-    "one name": ("[NVIDIA H200]", "NVIDIA H200", "h200", "names", ['"NVIDIA H200"', "list"]),
-    "no entry": ("h200: {", "h300: 1\nh200: {", "h300", "memory", ["null|missing", "number above 0"]),
+    "one name": ("[NVIDIA H200]", "NVIDIA H200", "h200", "names", ["'NVIDIA H200'", "list"]),
+    "no entry": ("h200: {", "h300: 1\nh200: {", "h300", None, ["not a mapping", "memory"]),
     "an entry twice": ("h200: {", "l4: {}\nh200: {", 12, "l4", ["twice|duplicate", "keep one|remove"]),
     "not YAML": ("h200: {", "h200: {{", 10, None, ["YAML"]),
 }
@@ -318,15 +323,15 @@ EDITS = {
 @pytest.mark.parametrize("case", EDITS)
 def test_a_table_of_gpus_that_was_edited_wrongly(case, tmp_path, monkeypatch):
     before, after, named, key, words = EDITS[case]
-    lines = plan.GPUS.read_text(encoding="utf-8").splitlines()
+    lines = gpus.GPUS.read_text(encoding="utf-8").splitlines()
     (place,) = [number for number, line in enumerate(lines) if line.startswith("h200:")]
     assert before in lines[place]
     lines[place] = lines[place].replace(before, after)
-    monkeypatch.setattr(plan, "GPUS", tmp_path / "gpus.yaml")
-    plan.GPUS.write_text("\n".join(lines), encoding="utf-8")
-    place = {"line": named, "file": plan.GPUS} if isinstance(named, int) else {"file": f"{plan.GPUS}: {named}"}
+    monkeypatch.setattr(gpus, "GPUS", tmp_path / "gpus.yaml")
+    gpus.GPUS.write_text("\n".join(lines), encoding="utf-8")
+    place = {"line": named, "file": gpus.GPUS} if isinstance(named, int) else {"file": f"{gpus.GPUS}: {named}"}
     with refuses(*words, key=key, **place):
-        plan.find_gpu("a100-80g")
+        gpus.find_gpu("a100-80g")
 
 
 def test_rows_that_cannot_be_read(tmp_path):
@@ -361,9 +366,6 @@ def test_a_bad_number_of_gpus(text, monkeypatch):
 
 def test_the_gpu_that_is_here_is_the_default(monkeypatch):
     monkeypatch.setattr(machine, "gpus", lambda: [("NVIDIA GeForce RTX 4090", 24.0, 23.0)])
-    assert plan.find_gpu(None)[0] == "rtx4090" and plan.find_gpu("H200")[0] == "h200"
+    assert planned(gpu=None).key == "rtx4090" and planned(gpu="H200").key == "h200"
     monkeypatch.setattr(machine, "gpus", lambda: [])
-    assert plan.measured_device() in plan.find_gpu(None)[1]["names"]
-    for entry in plan.known_gpus().values():
-        assert set(entry) == {"memory", "tflops", "bandwidth", "fp8", "names"} and entry["names"]
-        assert all(math.isfinite(entry[key]) and entry[key] > 0 for key in ("memory", "tflops", "bandwidth"))
+    assert RUNS[0].device in planned(gpu=None).gpu.names

@@ -44,6 +44,11 @@ def linear_layers(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
+def linear_parameters(shape: dict[str, Any]) -> int:
+    """The weights of the linear layers of all blocks."""
+    return sum(inputs * outputs for inputs, outputs in linear_layers(shape).values()) * shape["num_hidden_layers"]
+
+
 class Adapted(NamedTuple):
     """Trainable parameters of one target module over all layers: in A and B, and in DoRA's magnitudes."""
 

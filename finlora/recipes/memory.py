@@ -29,7 +29,6 @@ def memory_parts(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, flo
     linears = bases.linear_layers(shape)
     bits = 8 if recipe.get("load_in_8bit") else NF4_BITS if recipe.get("load_in_4bit") else 16
     tables = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
-    linear = sum(i * o for i, o in linears.values()) * layers
     tokens = recipe["sequence_len"] * recipe["micro_batch_size"]
     targets = recipe["lora_target_modules"]
     # Kept, in widths: 5 hidden (two norms' inputs, the first norm's output, q and the attention's output), k and v, and
@@ -42,7 +41,7 @@ def memory_parts(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, flo
     kept = one_layer + hidden * layers if recipe.get("gradient_checkpointing") else one_layer * layers
     positions = tokens / TOKENS_PER_LABEL if recipe.get("fastdora_answers_only") else tokens
     parts = {
-        "weights": linear * bits / 8 + tables * HALF,
+        "weights": bases.linear_parameters(shape) * bits / 8 + tables * HALF,
         "adapter": bases.trainable_parameters(recipe, shape) * TRAINED,
         "activations": tokens * (kept + BACKWARD_WIDTHS * inner) * HALF,
         "logits": positions * shape["vocab_size"] * LOGITS,
@@ -81,5 +80,4 @@ def what_fits(
 
 def on_cpu(shape: dict[str, Any]) -> bool:
     """Whether a base model of this shape is small enough to train on a CPU."""
-    matrices = sum(inputs * outputs for inputs, outputs in bases.linear_layers(shape).values())
-    return matrices * shape["num_hidden_layers"] < 100_000_000
+    return bases.linear_parameters(shape) < 100_000_000

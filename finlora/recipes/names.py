@@ -52,12 +52,20 @@ def parse_name(name: str) -> dict[str, Any] | None:
     }
 
 
+def bits_of(recipe: dict[str, Any]) -> int:
+    """Of the base's weights."""
+    return 8 if recipe.get("load_in_8bit") else 4 if recipe.get("load_in_4bit") else 16
+
+
+def method_of(recipe: dict[str, Any]) -> str:
+    return "rslora" if recipe.get("peft_use_rslora") else "dora" if recipe.get("peft_use_dora") else "lora"
+
+
 def compose_name(task: str, recipe: dict[str, Any]) -> str:
     """The name that says what a recipe of this task holds; parse_name reads it back."""
-    bits = "_4bit" if recipe.get("load_in_4bit") else "" if recipe.get("load_in_8bit") else "_bf16"
+    bits = {4: "_4bit", 8: "", 16: "_bf16"}[bits_of(recipe)]
     alpha = "" if recipe["lora_alpha"] == 16 else f"_a{recipe['lora_alpha']}"
-    method = "rslora" if recipe.get("peft_use_rslora") else "dora" if recipe.get("peft_use_dora") else "lora"
-    return f"{task}{bits}_r{recipe['lora_r']}{alpha}_{method}"
+    return f"{task}{bits}_r{recipe['lora_r']}{alpha}_{method_of(recipe)}"
 
 
 def names() -> list[str]:

@@ -30,6 +30,7 @@ COLUMNS = {
     **dict.fromkeys(("load_in_8bit", "load_in_4bit", "adapter"), "bits"),
     **dict.fromkeys(("peft_use_dora", "peft_use_rslora"), "method"),
 }
+OF_SEVERAL_KEYS = {"bits": recipe_names.bits_of, "method": recipe_names.method_of}
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -178,10 +179,8 @@ def column_of(key: str) -> str:
 
 
 def value_of(column: str, recipe: dict[str, Any]) -> Any:
-    if column == "bits":
-        return 8 if recipe.get("load_in_8bit") else 4 if recipe.get("load_in_4bit") else 16
-    if column == "method":
-        return "rslora" if recipe.get("peft_use_rslora") else "dora" if recipe.get("peft_use_dora") else "lora"
+    if column in OF_SEVERAL_KEYS:
+        return OF_SEVERAL_KEYS[column](recipe)
     return recipe.get({"rank": "lora_r", "alpha": "lora_alpha"}.get(column, column))
 
 
