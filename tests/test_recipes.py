@@ -11,7 +11,7 @@ from failures import failed, refuses, says
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdora.plugin.keys import RecipeError, check_keys, read_recipe
+from fastdora.plugin.keys import RecipeError, check_keys, kept_schema, read_recipe
 from finlora.core.errors import UserError
 from finlora.data.tasks import load_tasks
 from finlora.recipes import bases, factorise
@@ -333,4 +333,4 @@ def test_a_key_that_is_missing_is_named():
     for key in ("base_model", "learning_rate"):
         rest = {name: value for name, value in recipe.items() if name != key}
         with refuses("missing", "add", error=RecipeError, file="r.yaml", key=key):
-            check_keys(rest, "r.yaml", recipes.axolotl_schema(recipe["plugins"]))
+            check_keys(rest, "r.yaml", kept_schema(recipe["plugins"], recipes.CACHE))

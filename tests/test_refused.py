@@ -1,13 +1,13 @@
 """What `make train` refuses before anything is loaded: one line that names the recipe, the key and the remedy."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 import yaml
 from failures import failed, refuses
 
+from fastdora.plugin.keys import kept_schema
 from finlora.recipes import bases, rules
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
@@ -36,7 +36,11 @@ KEYS = {
         "val_set_size",
         ["test_datasets", "make data FILE="],
     ),
-    "fewer rows": ({"dataset_exact_deduplication": True}, "dataset_exact_deduplication", ["every row", "remove"]),
+    "fewer rows": (
+        {"dataset_exact_deduplication": True},
+        "dataset_exact_deduplication",
+        ["every row", "take rows out"],
+    ),
     "an upload": ({"hub_model_id": "me/model"}, "hub_model_id", ["make publish"]),
     "rows for the hub": ({"push_dataset_to_hub": "me/rows"}, "push_dataset_to_hub", ["make publish"]),
     "all linear layers, alone": (
@@ -105,19 +109,23 @@ def test_a_key_that_would_make_another_model_is_refused_with_its_remedy(case, tm
         recipes.load(path)
 
 
-def test_what_is_refused_is_listed_with_the_same_remedies():
-    """Every key of the tables, and no other, has a row in docs/refused.md."""
+REFUSED = [(kind, entry) for kind, entries in rules.REFUSED.items() for entry in entries]
+
+
+def test_the_page_on_refusals_lists_the_keys_as_the_errors_do():
     text = (ROOT / "docs" / "refused.md").read_text(encoding="utf-8")
-    tables = text.partition("## Keys")[2].partition("\n## ")[0]
-    keys = re.findall(r"`([a-z_0-9]+)`", "".join(line.split("|")[1] for line in tables.splitlines() if "|" in line))
-    assert sorted(keys) == sorted({*rules.REFUSED, *rules.REFUSED_OF_ROWS})
+    rows = text.partition("## Keys")[2].partition("\n## ")[0].partition("| --- | --- | --- |\n")[2]
+    expected = [
+        (", ".join(f"`{key}`" for key in entry["keys"]), entry["why"], entry["instead"]) for _, entry in REFUSED
+    ]
+    assert rows.splitlines() == [f"| {' | '.join(cells)} |" for cells in expected]
 
 
 def test_what_is_refused_is_what_axolotl_would_obey():
-    """A key that its schema does not have is unknown, and needs no line in the tables."""
-    schema = recipes.axolotl_schema(DORA["plugins"])
-    assert set(rules.REFUSED) <= set(schema["properties"])
-    assert set(rules.REFUSED_OF_ROWS) <= set(schema["$defs"]["SFTDataset"]["properties"])
+    """A key that its schema does not have is unknown, and needs no line in the table."""
+    schema = kept_schema(DORA["plugins"], recipes.CACHE)
+    known = {"recipe": schema["properties"], "rows": schema["$defs"]["SFTDataset"]["properties"]}
+    assert [key for kind, entry in REFUSED for key in entry["keys"] if key not in known[kind]] == []
 
 
 def test_axolotls_options_are_no_way_round():
@@ -126,7 +134,7 @@ def test_axolotls_options_are_no_way_round():
 
 
 def test_paths_that_would_be_read_or_written_wrongly(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "ROOT", tmp_path)
+    monkeypatch.setattr(rules, "ROOT", tmp_path)
     (tmp_path / "outputs").mkdir()
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "outputs" / "link").symlink_to(tmp_path / "elsewhere")
@@ -144,8 +152,8 @@ def test_paths_that_would_be_read_or_written_wrongly(tmp_path, monkeypatch):
         ),
     ):
         with refuses(*words, file="mine.yaml", key=key):
-            recipes.check_paths(recipes.Recipe(Path("mine.yaml"), DORA | changes))
-    recipes.check_paths(recipes.Recipe(Path("mine.yaml"), DORA | {"chat_template_jinja": "{{ messages }}"}))
+            rules.check_paths(Path("mine.yaml"), DORA | changes)
+    rules.check_paths(Path("mine.yaml"), DORA | {"chat_template_jinja": "{{ messages }}"})
 
 
 TOKENS = ["<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"]

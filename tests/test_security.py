@@ -16,7 +16,7 @@ from kills import recipe as small_recipe
 
 from fastdora.plugin import safety
 from fastdora.plugin.keys import RecipeError
-from finlora.recipes import bases
+from finlora.recipes import bases, rules
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 
@@ -59,7 +59,7 @@ def test_no_recipe_here_is_refused():
     for path in map(recipe_names.find, recipe_names.names()):
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         safety.check(recipe, str(path))
-        recipes.check_paths(recipes.Recipe(path, recipe))
+        rules.check_paths(path, recipe)
 
 
 def test_pickled_base_weights_are_refused(tmp_path):
@@ -85,31 +85,31 @@ def test_axolotls_own_command_is_guarded_too(tmp_path, tiny_base):
 @pytest.mark.parametrize("path", ["/etc", "../elsewhere", "outputs/../../x", "data/prepared", "outputs/link/out"])
 @pytest.mark.parametrize("key", ["output_dir", "dataset_prepared_path"])
 def test_outputs_stay_in_their_folder(path, key, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "ROOT", tmp_path / "house")
+    monkeypatch.setattr(rules, "ROOT", tmp_path / "house")
     (tmp_path / "house" / "outputs").mkdir(parents=True)
     (tmp_path / "house" / "outputs" / "link").symlink_to(tmp_path)
-    recipes.check_paths(recipes.Recipe(Path("a.yaml"), RECIPE))
+    rules.check_paths(Path("a.yaml"), RECIPE)
     with refuses(path, "outputs/", "name a folder", file="a.yaml", key=key):
-        recipes.check_paths(recipes.Recipe(Path("a.yaml"), RECIPE | {key: path}))
+        rules.check_paths(Path("a.yaml"), RECIPE | {key: path})
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "../other.jsonl", "data/../../x.jsonl", "data/link/x.jsonl"])
 @pytest.mark.parametrize("key", ["datasets", "test_datasets"])
 def test_data_stays_in_the_repository(file, key, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "ROOT", tmp_path / "house")
+    monkeypatch.setattr(rules, "ROOT", tmp_path / "house")
     (tmp_path / "house" / "data").mkdir(parents=True)
     (tmp_path / "house" / "data" / "link").symlink_to(tmp_path)
     with refuses(file, "out of the repository", "copy it to data/", file="a.yaml", key=key):
-        recipes.check_paths(recipes.Recipe(Path("a.yaml"), RECIPE | {key: [RECIPE[key][0] | {"path": file}]}))
+        rules.check_paths(Path("a.yaml"), RECIPE | {key: [RECIPE[key][0] | {"path": file}]})
 
 
 def test_folders_may_be_links_or_mounts_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "ROOT", tmp_path / "house")
+    monkeypatch.setattr(rules, "ROOT", tmp_path / "house")
     (tmp_path / "house" / "data").mkdir(parents=True)
     for name in ("outputs", "data/prepared"):
         (tmp_path / "disk" / name).mkdir(parents=True)
         (tmp_path / "house" / name).symlink_to(tmp_path / "disk" / name)
-    recipes.check_paths(recipes.Recipe(Path("a.yaml"), RECIPE))
+    rules.check_paths(Path("a.yaml"), RECIPE)
 
 
 def test_a_base_model_comes_as_safetensors_and_text_alone(tmp_path, monkeypatch):

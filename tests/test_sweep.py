@@ -23,7 +23,7 @@ from made import answered, label_rows, subject
 
 from finlora.core import machine
 from finlora.core.errors import UserError
-from finlora.recipes import bases
+from finlora.recipes import bases, rules
 from finlora.recipes import load as recipes
 from finlora.recipes import memory as recipes_memory
 from finlora.recipes import names as recipe_names
@@ -83,7 +83,7 @@ def test_each_shipped_sweep_has_points_that_are_recipes(name):
     for point in planned:
         out = f"outputs/sweeps/sentiment_r8_dora.{name}/{point.name}"
         assert point.recipe["output_dir"] == out and point.path == ROOT / f"{out}.yaml"
-        recipes.check_name(recipes.Recipe(point.path, point.recipe))
+        rules.check_name(point.path, point.recipe)
 
 
 NAMES = {

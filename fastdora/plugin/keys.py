@@ -2,7 +2,11 @@
 
 import difflib
 import functools
+import hashlib
 import importlib
+import json
+import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +103,31 @@ def input_schema(plugins: tuple[str, ...]) -> dict[str, Any]:
     for key, values in _names().items():
         schema["properties"][key] = {"enum": [*values, None]}
     return schema
+
+
+def kept_schema(plugins: list[str], folder: Path) -> dict[str, Any]:
+    """`input_schema`, kept in a file of `folder`, because importing axolotl takes ten seconds. Raises as it does."""
+    names = tuple(name for name in plugins if isinstance(name, str))
+    source = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("keys.py", "args.py"))
+    state = "".join(version(package) for package in ("axolotl", "transformers", "pydantic")) + str(names)
+    kept = folder / f"axolotl-schema-{hashlib.sha256(source + state.encode()).hexdigest()[:12]}.json"
+    if kept.is_file():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    part = kept.with_suffix(f".{os.getpid()}")  # several commands may write it at once
+    part.write_text(json.dumps(input_schema(names)), encoding="utf-8")
+    part.replace(kept)
+    return input_schema(names)
+
+
+def read_checked(path: Path, folder: Path) -> dict[str, Any]:
+    """`read_recipe`, with our plugin, and with keys that axolotl and the plugins know (schema kept in `folder`)."""
+    recipe = read_recipe(path)
+    plugins = recipe.get("plugins")
+    if not isinstance(plugins, list) or "fastdora.FastDoraPlugin" not in plugins:
+        raise RecipeError(f"{path}: key 'plugins': add fastdora.FastDoraPlugin; without it rows are lost in silence")
+    check_keys(recipe, str(path), kept_schema(plugins, folder))
+    return recipe
 
 
 def _names() -> dict[str, list[str]]:

@@ -1,74 +1,22 @@
-"""What a recipe must say beyond axolotl's own schema, and the keys that are refused (docs/refused.md lists them)."""
+"""What a recipe must say beyond axolotl's own schema: its values, its name, its paths, and which keys are refused."""
 
 import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from finlora.core.errors import UserError
+from finlora.core.paths import ROOT
+from finlora.recipes.bases import linear_layers, shape
+from finlora.recipes.names import parse_name
 
-ONLY_SFT = "only supervised fine-tuning of a language model is checked, evaluated and merged here; remove it"
-NO_UPLOAD = "nothing is uploaded while training; remove it, and run `make publish` afterwards"
-ONE_RANK = "every adapted layer has the same rank and alpha here; remove it and set lora_r and lora_alpha"
-NOT_MERGED = "it trains weights that merging would lose; remove it"
-NOT_UNDONE = "it changes the base's weights, which merging cannot undo; remove it"
-ONE_BASE = "evaluation and merging load the base as it is published, which would be another model; remove it"
-ONE_QUANTIZATION = "evaluation and merging quantize as load_in_8bit and load_in_4bit say; remove it"
-ONE_VOCABULARY = "the embeddings keep their size; remove it and use tokens that the tokenizer has"
-ONE_TOKENIZER = "evaluation and merging use the base's own tokenizer; remove it"
-ALL_ROWS = "every row of a file must train; remove it and take rows out of the file instead"
-# Keys that axolotl would obey, too late, or into a model that is not this adapter on its base; and what to do instead.
-REFUSED = {
-    "rl": ONLY_SFT,
-    "reward_model": ONLY_SFT,
-    "process_reward_model": ONLY_SFT,
-    "num_labels": ONLY_SFT,
-    "pretraining_dataset": "rows are chat messages, under datasets; `make data FILE=` writes such rows",
-    "streaming": "rows are read whole, so that each is accounted for; remove it",
-    "val_set_size": "remove it and name validation rows under test_datasets; `make data FILE=` makes that file",
-    "dataset_exact_deduplication": ALL_ROWS,
-    "dataset_shard_num": ALL_ROWS,
-    "min_sample_len": ALL_ROWS,
-    "default_system_message": "axolotl writes it into no template; write it into the rows or a template of your own",
-    "hub_model_id": NO_UPLOAD,
-    "push_dataset_to_hub": NO_UPLOAD,
-    "lora_target_linear": "list the modules in lora_target_modules and remove it",
-    "lora_target_parameters": "list linear layers in lora_target_modules and remove it",
-    "lora_rank_pattern": ONE_RANK,
-    "lora_alpha_pattern": ONE_RANK,
-    "peft_trainable_token_indices": NOT_MERGED,
-    "unfrozen_parameters": NOT_MERGED,
-    "fix_untrained_tokens": NOT_UNDONE,
-    "relora": NOT_UNDONE,
-    "peft": NOT_UNDONE,  # LoftQ
-    "reinit_weights": ONE_BASE,
-    "peft_layer_replication": ONE_BASE,
-    "base_model_config": ONE_BASE,
-    "cls_model_config": ONE_BASE,
-    "model_config": ONE_BASE,
-    "model_kwargs": ONE_BASE,
-    "scaling_softmax": ONE_BASE,
-    "model_revision": "evaluation and merging take the latest; fetch the revision to a folder, for base_model",
-    "gptq": ONE_QUANTIZATION,
-    "bnb_config_kwargs": ONE_QUANTIZATION,
-    "model_quantization_config": ONE_QUANTIZATION,
-    "qat": ONE_QUANTIZATION,
-    "quantization": ONE_QUANTIZATION,
-    "tokens": ONE_VOCABULARY,
-    "resize_token_embeddings_to_32x": ONE_VOCABULARY,
-    "shrink_embeddings": ONE_VOCABULARY,
-    "tokenizer_config": ONE_TOKENIZER,
-    "tokenizer_type": ONE_TOKENIZER,
-    "tokenizer_use_mistral_common": ONE_TOKENIZER,
-}
-REFUSED_OF_ROWS = {  # in an entry of datasets or test_datasets
-    "shards": ALL_ROWS,
-    "preprocess_shards": ALL_ROWS,
-    "data_files": "name one file with path, and each further one in an entry of its own",
-    "message_property_mappings": "a message has role and content here; `make data FILE=` writes such rows",
-}
+REFUSED = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text(encoding="utf-8"))
+ALL_ROWS = "every row of a file must train; remove it and take rows out of the file"
 # PEFT's that leave the base as it is. PiSSA, OLoRA, CorDA and LoftQ subtract from its weights what A and B begin with.
 INITIALISATIONS = (None, True, False, "gaussian", "orthogonal")
 MOST_LAYERS = 200  # of any Llama; a base model of unknown sizes may have so many
@@ -120,7 +68,9 @@ class Keys(BaseModel):
     lora_alpha: AboveZero
     lora_dropout: Share
     lora_target_modules: Any
-    peft_init_lora_weights: Annotated[Any, one_of(*INITIALISATIONS, remedy=NOT_UNDONE)] = None
+    peft_init_lora_weights: Annotated[
+        Any, one_of(*INITIALISATIONS, remedy="it changes the base's weights, which merging cannot undo; remove it")
+    ] = None
     lr_groups: Any = None
     chat_template: Any = None
     chat_template_jinja: Any = None
@@ -202,23 +152,35 @@ class DoraKeys(Keys):
     lora_embedding_kernel: Kernel = None
 
 
-def validate(source: str, keys: dict[str, Any], layers: list[str]) -> None:
+def check(path: Path, keys: dict[str, Any]) -> None:
+    """Raise UserError where a recipe is not what its name says, or breaks a rule."""
+    check_name(path, keys)
+    validate(str(path), keys)
+
+
+def validate(source: str, keys: dict[str, Any]) -> None:
     """Raise UserError for the first key that is refused, missing, or has a value that would not train as it says.
 
-    source: what the error begins with, a recipe's path or a sweep's file and point. layers: those of one block of the
-    base model, which an adapter may target; none where they are not known.
+    source: what the error begins with, a recipe's path or a sweep's file and point.
     """
-    refused = [(key, remedy) for key, remedy in REFUSED.items() if keys.get(key)]
-    for kind in ("datasets", "test_datasets"):
-        for number, entry in enumerate(keys.get(kind) or []):
-            refused += [(f"{kind}.{number}.{key}", remedy) for key, remedy in REFUSED_OF_ROWS.items() if entry.get(key)]
-    for key, remedy in refused:
-        raise UserError(f"{source}: key '{key}': {remedy}")
-    model = DoraKeys if keys.get("peft_use_dora") else Keys
+    entries = [
+        (f"{kind}.{i}.", rows) for kind in ("datasets", "test_datasets") for i, rows in enumerate(keys.get(kind) or [])
+    ]
+    for kind, prefix, holder in [("recipe", "", keys), *(("rows", *entry) for entry in entries)]:
+        for key in holder:
+            if holder[key] and (reason := why_refused(key, kind)):
+                raise UserError(f"{source}: key '{prefix}{key}': {reason}")
+    sizes = shape(keys["base_model"])
     try:
-        model.model_validate(keys, context={"layers": layers})
+        model = DoraKeys if keys.get("peft_use_dora") else Keys
+        model.model_validate(keys, context={"layers": linear_layers(sizes) if sizes else ()})
     except ValidationError as error:
         raise UserError(f"{source}: {_sentence(error.errors(include_url=False)[0])}") from None
+
+
+def why_refused(key: str, kind: str = "recipe") -> str | None:
+    """Why a key is refused and what to do instead; None for another. kind: `recipe`, or `rows` for a dataset's keys."""
+    return next((f"{entry['why']}; {entry['instead']}" for entry in REFUSED[kind] if key in entry["keys"]), None)
 
 
 def _sentence(error: ErrorDetails) -> str:
@@ -227,3 +189,67 @@ def _sentence(error: ErrorDetails) -> str:
         return f"key '{key}' is missing; give it a value"
     value, remedy = json.dumps(error["input"], default=str), error["msg"].removeprefix("Value error, ")
     return f"key '{key}' is {value}; {remedy}" if len(value) < 60 else f"key '{key}': {remedy}"
+
+
+def check_name(path: Path, keys: dict[str, Any]) -> None:
+    """UserError where a recipe's content is not what its name says (names outside the grammar say nothing).
+
+    A recipe writes to outputs/<name>; one that lies in outputs/ itself, as a sweep's points do, beside itself.
+    """
+    if not (parts := parse_name(path.stem)):
+        return
+    folder, outputs = path.resolve().parent, (ROOT / "outputs").resolve()
+    out = "outputs" / (folder.relative_to(outputs) if folder.is_relative_to(outputs) else Path()) / path.stem
+    expected = {
+        "load_in_8bit": parts["bits"] == 8,
+        "load_in_4bit": parts["bits"] == 4,
+        "adapter": "qlora" if parts["bits"] == 4 else "lora",
+        "lora_r": parts["r"],
+        "lora_alpha": parts["alpha"],
+        "peft_use_dora": parts["method"] == "dora",
+        "peft_use_rslora": parts["method"] == "rslora",
+        "output_dir": str(out),
+        "dataset_prepared_path": str(out / "tokenised"),
+    }
+    for key, value in expected.items():
+        if keys.get(key) != value:
+            raise UserError(f"{path}: key '{key}' is {keys.get(key)}, but the name says {value}; change one of them")
+
+
+def check_paths(path: Path, keys: dict[str, Any]) -> None:
+    """UserError for a path of the recipe that leads out of this repository, through `..`, a link, or from the root.
+
+    What is written lies in outputs/. A base model may lie anywhere: it is only read, and only as safetensors.
+    """
+    outputs = ROOT / "outputs"
+    for key in ("output_dir", "dataset_prepared_path"):
+        where, place = f"{path}: key '{key}': {keys[key]}", Path(os.path.normpath(ROOT / keys[key]))
+        if place == outputs or not place.is_relative_to(outputs):
+            raise UserError(f"{where} is not in outputs/; name a folder there")
+        inside = (outputs / part for part in (place.relative_to(outputs), *place.relative_to(outputs).parents))
+        if link := next((part for part in inside if part != outputs and part.is_symlink()), None):
+            raise UserError(
+                f"{where}: {link.relative_to(ROOT)} is a link; remove it and name a folder in outputs/, which may "
+                "itself be a link to another disk"
+            )
+    for key, name in _files(keys):
+        # Each of these may be a link or a mount of its own.
+        roots = (ROOT, ROOT / "data", ROOT / "data" / "raw", ROOT / "data" / "prepared")
+        if not any((ROOT / name).resolve().is_relative_to(root.resolve()) for root in roots):
+            raise UserError(f"{path}: key '{key}': {name} leads out of the repository; copy it to data/")
+        if key not in ("datasets", "test_datasets") and not (ROOT / name).is_file():
+            raise UserError(f"{path}: key '{key}': {name} is not there; fix the path")
+
+
+def _files(keys: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, path) of each file that the recipe names: rows, templates, DeepSpeed's configuration."""
+    entries = [(kind, entry) for kind in ("datasets", "test_datasets") for entry in keys.get(kind) or []]
+    files = [(kind, entry["path"]) for kind, entry in entries]
+    for key, holder in [("", keys), *((f"{kind}.", entry) for kind, entry in entries)]:
+        template = holder.get("chat_template_jinja")
+        # Axolotl (0.19.0) takes a path that is not there for the template itself: every prompt would be that path.
+        if template and "\n" not in template and "{" not in template:
+            files.append((f"{key}chat_template_jinja", template))
+    if isinstance(keys.get("deepspeed"), str):
+        files.append(("deepspeed", keys["deepspeed"]))
+    return files

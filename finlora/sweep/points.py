@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 
 from fastdora.plugin import safety
-from fastdora.plugin.keys import RecipeError, check_keys, read_recipe
+from fastdora.plugin.keys import RecipeError, check_keys, kept_schema, read_recipe
 from finlora.core.errors import UserError, did_you_mean
 from finlora.core.files import replacing
 from finlora.core.paths import ROOT
 from finlora.evaluate.results import show
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
-from finlora.recipes.rules import validate
+from finlora.recipes import rules
 
 SWEEPS = recipe_names.RECIPES / "sweeps"
 OWN = ("output_dir", "dataset_prepared_path", "plugins")  # what a sweep may not vary
@@ -68,7 +68,7 @@ def plan(recipe: Path, file: Path) -> list[SweepPoint]:
     Raises UserError for a key or a value that axolotl does not know, and for points that are equal.
     """
     base = recipes.load(recipe).keys
-    schema = recipes.axolotl_schema(base["plugins"])
+    schema = kept_schema(base["plugins"], recipes.CACHE)
     folder = ROOT / "outputs" / "sweeps" / f"{recipe.stem}.{file.stem}"
     points: list[SweepPoint] = []
     for number, changes in enumerate(read(file), 1):
@@ -80,7 +80,7 @@ def plan(recipe: Path, file: Path) -> list[SweepPoint]:
             check_keys(merged, show(file), schema)
         except RecipeError as error:
             raise UserError(str(error)) from error
-        validate(f"{show(file)}: point {number}", merged, recipes.Recipe(recipe, merged).layers)
+        rules.validate(f"{show(file)}: point {number}", merged)
         differs = {key: merged.get(key) for key in differing(base, merged)}
         name = name_of(recipe.stem, differs, merged)
         out = (folder / name).relative_to(ROOT)
@@ -88,7 +88,7 @@ def plan(recipe: Path, file: Path) -> list[SweepPoint]:
         point = SweepPoint(number, name, changes, differs, whole, folder / f"{name}.yaml")
         refuse_equal(file, point, points)
         try:
-            recipes.check_name(recipes.Recipe(point.path, whole))
+            rules.check_name(point.path, whole)
         except UserError as error:
             reason = str(error).removeprefix(f"{point.path}: ")
             text = f"{show(file)}: point {number} ({changes_text(changes)}) would be {name}: {reason}"

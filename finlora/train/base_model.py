@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from finlora.core.errors import UserError, did_you_mean
 from finlora.core.files import read_json
 from finlora.core.paths import ROOT
-from finlora.recipes.bases import TEXT_FILES, fetch_base
+from finlora.recipes.bases import TEXT_FILES, fetch_base, linear_layers
 from finlora.recipes.load import Recipe
 
 # adapter_config.json's name of a recipe's key: what an adapter that is trained on must have, because PEFT takes them
@@ -56,16 +56,17 @@ def check_config(recipe: Recipe, config: dict[str, Any]) -> None:
             f"{path}: key 'sequence_len' is {keys['sequence_len']}, and {keys['base_model']} has {longest} positions; "
             f"set it to {longest} or less"
         )
-    if config.get("model_type") != "llama":  # the layers of a Llama are checked when the recipe is loaded
-        check_targets(recipe, config)
+    layers = linear_layers(config) if config.get("model_type") == "llama" else layers_of(base, config)
+    for target in keys["lora_target_modules"]:
+        if target not in layers:
+            raise UserError(f"{path}: key 'lora_target_modules': {target} is none of {', '.join(layers)}")
 
 
-def check_targets(recipe: Recipe, config: dict[str, Any]) -> None:
-    """UserError for a target module that the architecture does not have, as Phi-3, which joins q, k and v."""
+def layers_of(base: str, config: dict[str, Any]) -> list[str]:
+    """The linear layers of an architecture's blocks: Phi-3, say, has one for q, k and v. base: begins an error."""
     import torch  # both take seconds, which a Llama does not need
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    path, keys = recipe.path, recipe.keys
     try:
         # One layer is enough; a list of all layers' types would contradict it.
         small = {key: value for key, value in config.items() if key != "layer_types"} | {"num_hidden_layers": 1}
@@ -73,14 +74,10 @@ def check_targets(recipe: Recipe, config: dict[str, Any]) -> None:
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: key 'base_model': {keys['base_model']} is no language model that transformers knows "
-            f"({str(error).splitlines()[0]}); take another"
+            f"{base} is no language model that transformers knows ({str(error).splitlines()[0]}); take another"
         ) from error
     linears = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    linears -= EMBEDDINGS
-    for target in keys["lora_target_modules"]:
-        if target not in linears:
-            raise UserError(f"{path}: key 'lora_target_modules': {target} is none of {', '.join(sorted(linears))}")
+    return sorted(linears - EMBEDDINGS)
 
 
 def check_vocabulary(recipe: Recipe, folder: Path, config: dict[str, Any]) -> None:

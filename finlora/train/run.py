@@ -23,9 +23,9 @@ from finlora.core.paths import ROOT
 from finlora.core.provenance import device_name, git_state, versions
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
+from finlora.recipes import rules
 from finlora.recipes.bases import fetch_base
 from finlora.recipes.load import Recipe
-from finlora.recipes.rules import REFUSED
 from finlora.train import distributed, tiny
 from finlora.train import tracking as track
 from finlora.train.distributed import Launch
@@ -66,7 +66,7 @@ def train(
     args = args or []
     check_args(path, args)
     recipe = recipes.load(path)
-    recipes.check_paths(recipe)
+    rules.check_paths(path, recipe.keys)
     written = recipes.on_tiny_base(recipe, tiny_base()) if small else recipe
     as_run, message = distributed.distribute(written, launch)
     hint, zero = distributed.shorter_packs_hint(written, as_run), distributed.stage(as_run.keys)
@@ -147,7 +147,7 @@ def finish(
 def finished_run(path: Path, small: bool, args: list[str]) -> dict[str, Any] | None:
     """run.json of the recipe's finished run on one GPU; None where `train` would train. Brings its data up to date."""
     recipe = recipes.load(path)
-    recipes.check_paths(recipe)
+    rules.check_paths(path, recipe.keys)
     as_run = recipes.on_tiny_base(recipe, tiny_base()) if small else recipe
     prepare_data(as_run, small)
     folder = RunFolder(as_run.output_folder)
@@ -161,8 +161,8 @@ def check_args(path: Path, args: list[str]) -> None:
     for key in option_values(args):
         if key in NAMED:
             raise UserError(f"ARGS={shlex.join(args)}: {key} belongs to the recipe's name; copy {path} and edit that")
-        if key in REFUSED:
-            raise UserError(f"ARGS={shlex.join(args)}: {key}: {REFUSED[key]}")
+        if reason := rules.why_refused(key):
+            raise UserError(f"ARGS={shlex.join(args)}: {key}: {reason}")
 
 
 def tiny_base() -> str:
