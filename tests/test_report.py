@@ -154,7 +154,9 @@ def test_both_label_versions_are_beside_each_other_and_the_defect_is_explained(r
     theirs = overview(shown, "Models")["FinLoRA DoRA (published)"]
     assert theirs["tfns (corrected labels)"] == "–" and theirs["tfns (published labels)"] == "59.09 (0.702)"
     for text in page(folder), (folder / "README.md").read_text():
-        assert re.search(r"475 positive .*neutral.* 1,566 neutral .*positive.* 2,041 ", " ".join(text.split()))
+        assert re.search(
+            r"tfns: labels .*wrong.* 475 .*neutral.* 1,566 positive.* corrected .* published ", " ".join(text.split())
+        )
     labels = [table.caption.split(" labels")[0] for one in shown.models[0].details for table in one.matrices]
     assert labels[1:] == ["corrected", "published"]
 

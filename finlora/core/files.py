@@ -42,6 +42,11 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
             os.unlink(beside)
 
 
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as file:
+        file.write(text)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

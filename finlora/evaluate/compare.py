@@ -15,7 +15,7 @@ from typing import Any
 from finlora.core.errors import UserError
 from finlora.core.html import p_value, percent, signed
 from finlora.evaluate.report import PROMPTS, facts
-from finlora.evaluate.results import RESULTS, Answers, Subject, names, pair, read, show, unlike
+from finlora.evaluate.results import RESULTS, Answers, ModelResults, names, pair, read, show, unlike
 from finlora.evaluate.scorers import summary
 from finlora.evaluate.statistics import paired
 
@@ -48,7 +48,7 @@ def compare(a: str, b: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     return lines
 
 
-def find(a: str, b: str, folder: Path) -> tuple[Subject, Subject]:
+def find(a: str, b: str, folder: Path) -> tuple[ModelResults, ModelResults]:
     known = names(folder)
     if not a or not b:
         raise UserError(f"name two subjects, as in make compare A={known[0]} B={known[-1]}")
@@ -67,7 +67,7 @@ def find(a: str, b: str, folder: Path) -> tuple[Subject, Subject]:
     return subjects[a], subjects[b]
 
 
-def refuse_unlike(name: str, one: Subject, other: Subject) -> None:
+def refuse_unlike(name: str, one: ModelResults, other: ModelResults) -> None:
     a, b = one.sets[name], other.sets[name]
     if reason := unlike(a, b):
         raise UserError(f"{name}: {one.name} and {other.name} answered {reason}; evaluate one of them again")
@@ -80,7 +80,7 @@ def refuse_unlike(name: str, one: Subject, other: Subject) -> None:
         )
 
 
-def differing(one: Subject, other: Subject, sets: list[str]) -> Iterator[str]:
+def differing(one: ModelResults, other: ModelResults, sets: list[str]) -> Iterator[str]:
     """What else than the adapter differs between the two, one line each."""
     if one.run.model != other.run.model:
         yield f"the models differ: {one.run.model} and {other.run.model}"

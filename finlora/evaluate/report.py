@@ -12,19 +12,18 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from finlora.core.errors import UserError
-from finlora.core.files import replacing
+from finlora.core.files import write_text
 from finlora.core.html import Cell, Table, number, p_value, percent, render, signed, visible
 from finlora.core.plot import Axis, Panel, Plot, Point, Series
 from finlora.data.corrections import load_corrections
 from finlora.data.test_sets import all_sets, groups
 from finlora.evaluate import results
 from finlora.evaluate.published import BESIDE, published, published_average
-from finlora.evaluate.results import RESULTS, Answers, Run, Subject, base_of, keep, pair, set_order, show, unlike
+from finlora.evaluate.results import RESULTS, Answers, ModelResults, Run, base_of, keep, pair, set_order, show, unlike
 from finlora.evaluate.scorers import summary
 from finlora.evaluate.statistics import interval, paired
 
@@ -119,7 +118,7 @@ class Model:
 class Report:
     models: list[Model]
     warnings: list[str]
-    exchanged: list[dict[str, str]]
+    corrected: dict[str, str]  # why the published labels of a set are wrong for certain
     overview: list[tuple[str, Table]]  # models by sets, averages, and the paired differences of the adapters
 
 
@@ -128,47 +127,41 @@ def report(folder: Path = RESULTS) -> Report:
 
     What cannot be used is named on stderr and in both files. Raises UserError where nothing is finished.
     """
-    subjects, warnings = results.read(folder)
+    evaluated, warnings = results.read(folder)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    subjects = {name: subject for name, subject in subjects.items() if subject.sets}
-    if not subjects:
+    evaluated = {name: model for name, model in evaluated.items() if model.sets}
+    if not evaluated:
         raise UserError(f"{show(folder)}: no evaluation is finished; run make eval RECIPE=sentiment_r8_dora to its end")
-    adapters = [subject for subject in subjects.values() if subject.run.adapter]
-    ordered = [*adapters, *(subject for subject in subjects.values() if not subject.run.adapter)]
-    models = [describe(f"m{place}", model, base_of(model, subjects)) for place, model in enumerate(ordered, 1)]
-    shown = Report(models, warnings, exchanged(ordered), list(overview(models, adapters)))
-    for subject in ordered:
-        for answers in subject.sets.values():
-            write(answers.folder / "answers.html", answers_page(subject.name, answers))
-    write(folder / "index.html", render("evaluate/report.html.jinja", report=shown, axis=SCORE_AXIS))
-    write(folder / "README.md", render("evaluate/report.md.jinja", report=shown))
+    adapters = [model for model in evaluated.values() if model.run.adapter]
+    ordered = [*adapters, *(model for model in evaluated.values() if not model.run.adapter)]
+    models = [describe(f"m{place}", model, base_of(model, evaluated)) for place, model in enumerate(ordered, 1)]
+    shown = Report(models, warnings, corrected_sets(ordered), list(overview(models, adapters)))
+    for answers in (answers for model in ordered for answers in model.sets.values()):
+        write_text(answers.folder / "answers.html", answers_page(answers))
+    write_text(folder / "index.html", render("evaluate/report.html.jinja", report=shown, axis=SCORE_AXIS))
+    write_text(folder / "README.md", render("evaluate/report.md.jinja", report=shown))
     return shown
 
 
-def write(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text)
-
-
-def describe(id: str, subject: Subject, base: Subject | None) -> Model:
-    run = subject.run
+def describe(id: str, model: ModelResults, base: ModelResults | None) -> Model:
+    run = model.run
     of_base = base.sets if base else {}
-    rows = [row for answers in subject.sets.values() for row in lines(answers, of_base.get(answers.name))]
-    tests = [answers for answers in subject.sets.values() if not answers.forgetting]
-    tables = [("", score_table(subject.name, base.name if base else "", rows))]
-    tables += [("Format and time", format_table(subject.name, tests))] if tests else []
+    rows = [row for answers in model.sets.values() for row in lines(answers, of_base.get(answers.name))]
+    tests = [answers for answers in model.sets.values() if not answers.forgetting]
+    tables = [("", score_table(model.name, base.name if base else "", rows))]
+    tables += [("Format and time", format_table(model.name, tests))] if tests else []
     return Model(
         id=id,
-        name=subject.name,
+        name=model.name,
         is_adapter=bool(run.adapter),
         facts=facts(run),
         more_facts=more_facts(run),
         prompt=PROMPTS.get(run.prompt, run.prompt or "not recorded"),
-        notes=list(notes(subject, base)),
+        notes=list(notes(model, base)),
         rows=rows,
         tables=tables,
-        details=[details(answers) for answers in subject.sets.values()],
+        details=[details(answers) for answers in model.sets.values()],
         curve=curve(run.training or {}),
     )
 
@@ -200,12 +193,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def notes(subject: Subject, base: Subject | None) -> Iterator[str]:
+def notes(model: ModelResults, base: ModelResults | None) -> Iterator[str]:
     """What a reader must know before trusting this model's numbers, one sentence each."""
-    run = subject.run
+    run = model.run
     if run.tiny:
         yield "A tiny stand-in model, made to try the commands: its scores say nothing about the recipe."
-    tests = [answers for answers in subject.sets.values() if not answers.forgetting]
+    tests = [answers for answers in model.sets.values() if not answers.forgetting]
     if other := [answers.name for answers in tests if not answers.about.published_file]:
         yield f"Not FinLoRA's published files (own or synthetic rows), so not comparable: {', '.join(other)}."
     some = [
@@ -213,7 +206,7 @@ def notes(subject: Subject, base: Subject | None) -> Iterator[str]:
         for answers in tests
         if answers.about.rows and len(answers.rows) < answers.about.rows
     ]
-    general = [answers for answers in subject.sets.values() if answers.forgetting and answers.about.limit]
+    general = [answers for answers in model.sets.values() if answers.forgetting and answers.about.limit]
     some += [f"{answers.name} {answers.about.limit:,} a task" for answers in general]
     if some:
         yield f"LIMIT: only some rows were answered ({', '.join(some)})."
@@ -227,19 +220,19 @@ def notes(subject: Subject, base: Subject | None) -> Iterator[str]:
     if run.adapter and not base:
         yield "No base to compare with: evaluate it too, with BASE=1."
     if base:
-        yield from base_notes(subject, base)
+        yield from base_notes(model, base)
 
 
-def base_notes(subject: Subject, base: Subject) -> Iterator[str]:
-    if base.run.prompt != subject.run.prompt:
+def base_notes(model: ModelResults, base: ModelResults) -> Iterator[str]:
+    if base.run.prompt != model.run.prompt:
         yield (
             f"{base.name} was asked with another prompt ({PROMPTS.get(base.run.prompt, base.run.prompt)}): "
             "the differences are those of model and prompt together."
         )
-    if alone := [name for name in subject.sets if name not in base.sets]:
+    if alone := [name for name in model.sets if name not in base.sets]:
         yield f"{base.name} has not answered: {', '.join(alone)}."
-    for name in subject.sets:
-        if name in base.sets and (reason := unlike(base.sets[name], subject.sets[name])):
+    for name in model.sets:
+        if name in base.sets and (reason := unlike(base.sets[name], model.sets[name])):
             yield f"{name}: no difference from {base.name}, which answered {reason}."
 
 
@@ -283,11 +276,6 @@ def measure(answers: Answers, base: Answers | None, labels: str, only: tuple) ->
     )
 
 
-@cache
-def whole(answers: Answers, labels: str, scoring: str) -> Score:
-    return score(answers.items(labels, scoring))
-
-
 def score(items: dict[str, list]) -> Score:
     low, high = interval(items)
     return Score(low=low, high=high, **summary(items))
@@ -323,7 +311,7 @@ def averages(rows: Iterable[ScoreRow], comparable: bool) -> Iterator[Average]:
             yield Average(of, labels, sets, mean, mean - below, mean + above, theirs)
 
 
-def overview(models: list[Model], adapters: list[Subject]) -> Iterator[tuple[str, Table]]:
+def overview(models: list[Model], adapters: list[ModelResults]) -> Iterator[tuple[str, Table]]:
     """Models by sets: on FinLoRA's published files with its figures, on other rows; averages; adapters' differences."""
     for comparable, title in (True, "Models by test sets"), (False, "On other rows: samples, own files, LIMIT="):
         if table := models_by_sets(models, title, comparable):
@@ -391,7 +379,7 @@ def average_table(models: list[Model]) -> Table:
     return Table(heads, body, "Averages", caption)
 
 
-def difference_table(adapters: list[Subject]) -> Table:
+def difference_table(adapters: list[ModelResults]) -> Table:
     """For any two adapters the paired difference on each set that both answered."""
     names = dict.fromkeys(name for adapter in adapters for name in adapter.sets)
     heads, body = {}, []
@@ -427,7 +415,7 @@ def scorings(answers: Answers) -> Table:
     body = []
     for name in answers.scorings():
         for labels in answers.labels():
-            one = whole(answers, labels, name)
+            one = score(answers.items(labels, name))
             figures = [percent(one.weighted_f1), percent(one.macro_f1), number(one.unparsed), number(one.items)]
             body.append([Cell(name, f"{labels} labels"), score_cell(one), *figures])
     heads = ["scoring", "score", "weighted F1", "macro F1", "unparsed", "answers"]
@@ -456,17 +444,17 @@ def confusion_matrix(answers: Answers, labels: str) -> Table | None:
     return Table(["right", *columns, "rows"], body, label, caption)
 
 
-def answers_page(name: str, answers: Answers) -> str:
+def answers_page(answers: Answers) -> str:
     """The page that lists all answers of a model to one set, right and wrong."""
-    labels, ways = answers.labels()[0], list(answers.scorings()) or [answers.about.metric]
+    labels, scorings = answers.labels()[0], list(answers.scorings()) or [answers.about.metric]
     right, predicted = {}, {}
-    for way in ways:
-        items = answers.items(labels, way)
+    for scoring in scorings:
+        items = answers.items(labels, scoring)
         by_row: dict[int, list[int]] = {}
         for place, row in enumerate(items["row"]):
             by_row.setdefault(row, []).append(place)
-        right[way] = [math.fsum(items["right"][i] for i in places) / len(places) for places in by_row.values()]
-        predicted[way] = [", ".join(items["predicted"][i] for i in places) for places in by_row.values()]
+        right[scoring] = [math.fsum(items["right"][i] for i in places) / len(places) for places in by_row.values()]
+        predicted[scoring] = [", ".join(items["predicted"][i] for i in places) for places in by_row.values()]
     rows = []
     for place, row in enumerate(results.kept_rows(answers.folder)):
         line = row["id" if answers.forgetting else "row"]
@@ -477,27 +465,27 @@ def answers_page(name: str, answers: Answers) -> str:
         marks += [f"published label: {visible(row['target'])}"] if target != row["target"] else []
         texts = [visible(text) for text in (row["prompt"], target, row["answer"])]
         prediction = predicted["strict"][place] if "strict" in predicted else ""
-        rows.append([line, *texts, visible(prediction, 80, 20), [round(right[way][place], 4) for way in ways], marks])
-    return render("evaluate/answers.html.jinja", model=name, set=answers.name, labels=labels, scorings=ways, rows=rows)
-
-
-def exchanged(subjects: list[Subject]) -> list[dict[str, str]]:
-    """The sets whose published labels are wrong for certain: what is wrong, by the counts, and why it is certain."""
-    explained = {}
-    for answers in (answers for subject in subjects for answers in subject.sets.values()):
-        entry, name = load_corrections().get(answers.spec.file), answers.name
-        if name in explained or entry is None or len(answers.labels()) == 1:
-            continue
-        counts = answers.spec.source_counts or {}
-        wrong = [f"{counts[right]:,} {right} rows {label}" for label, right in entry.labels.items() if right in counts]
-        text = (
-            f"It calls {' and '.join(wrong)}: {sum(counts.get(label, 0) for label in entry.labels):,} of its "
-            f"{sum(counts.values()):,} rows. {entry.evidence} The table has both scores: corrected is what a "
-            "model can do, published is what FinLoRA's figures were measured with, and there a model that answers "
-            "rightly scores low, and one trained on the exchanged labels high."
+        rows.append(
+            [line, *texts, visible(prediction, 80, 20), [round(right[one][place], 4) for one in scorings], marks]
         )
-        explained[name] = {"set": name, "title": f"{name}: labels are exchanged in FinLoRA's file.", "text": text}
-    return [explained[name] for name in sorted(explained, key=set_order)]
+    return render(
+        "evaluate/answers.html.jinja",
+        model=answers.folder.parent.name,
+        set=answers.name,
+        labels=labels,
+        scorings=scorings,
+        rows=rows,
+    )
+
+
+def corrected_sets(models: list[ModelResults]) -> dict[str, str]:
+    """The sets whose published labels are wrong for certain, and why it is certain."""
+    reasons = {}
+    for answers in (answers for model in models for answers in model.sets.values()):
+        correction = load_corrections().get(answers.spec.file)
+        if correction and len(answers.labels()) > 1:
+            reasons[answers.name] = " ".join(correction.evidence.split())
+    return {name: reasons[name] for name in sorted(reasons, key=set_order)}
 
 
 def curve(training: dict[str, Any]) -> Plot | None:
@@ -544,7 +532,7 @@ def format_table(name: str, tests: list[Answers]) -> Table:
         rows, about = list(answers.rows.values()), answers.about
         unparsed = Cell("–")
         if "strict" in answers.scorings():
-            strict = whole(answers, answers.labels()[0], "strict")
+            strict = score(answers.items(answers.labels()[0], "strict"))
             unparsed = Cell(number(strict.unparsed), f"{percent(strict.unparsed / strict.items, 1)}%")
         cut = sum(row["stopped"] is False for row in rows)
         limit = f", at {about.max_new_tokens}" if about.max_new_tokens else ""
@@ -563,7 +551,7 @@ def set_cell(row: ScoreRow) -> Cell:
     labels = f"{row.labels} labels" if row.versions > 1 or not (row.only or row.kind) else ""
     other = "" if row.comparable or row.only else "other rows"
     small = ", ".join(filter(None, [row.only or row.kind, labels, other]))
-    return Cell(row.set, small, href=f"#exchanged-{row.set}" if row.versions > 1 else "")
+    return Cell(row.set, small, href=f"#corrected-{row.set}" if row.versions > 1 else "")
 
 
 def score_cell(score: Score | Average, kind: str = "") -> Cell:

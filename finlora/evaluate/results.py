@@ -1,6 +1,6 @@
 """What evaluations left under results/, read for the report and for comparisons.
 
-A subject (a base model, or one with an adapter) is a folder with run.json; each of its data sets is a folder in it
+The results of a model (a base, or one with an adapter) are a folder with run.json; each data set is a folder in it
 with answers.jsonl and, once it is finished, set.json. Scores are never stored: they are computed from the answers, so
 that fixing a scorer fixes every report. Prompts can be long; they stay on disk until one is shown.
 """
@@ -101,7 +101,7 @@ class ForgettingRow(TypedDict):
 
 @dataclass(eq=False)
 class Answers:
-    """One data set that a subject answered: set.json (`about`), its entry in data/tasks.yaml, and the rows in order.
+    """One data set that a model answered: set.json (`about`), its entry in data/tasks.yaml, and the rows in order.
 
     `rows` maps the file's line number (forgetting sets: the question's id) to the row without its prompt and context.
     """
@@ -147,8 +147,8 @@ class Answers:
         Items name rows by their place in `lines` and have the group of each. Without a scoring it is the primary one.
         """
         lines = tuple(self.rows) if lines is None else lines
-        ways = self.scorings()
-        scoring = scoring or next(iter(ways), None)
+        scorings = self.scorings()
+        scoring = scoring or next(iter(scorings), None)
         key = (labels, scoring, lines)
         if key not in self._items:
             rows = [self.rows[line] for line in lines]
@@ -163,7 +163,7 @@ class Answers:
             elif self.bertscore:
                 items = scorers.bertscore_items([row["bertscore"] for row in rows])
             else:
-                items = ways[scoring]([row["answer"] for row in rows], self.targets(labels, lines))
+                items = scorings[scoring]([row["answer"] for row in rows], self.targets(labels, lines))
             self._items[key] = items | {"group": [self.groups[lines[row]] for row in items["row"]]}
         return self._items[key]
 
@@ -178,7 +178,7 @@ class Answers:
 
 
 @dataclass(eq=False)
-class Subject:
+class ModelResults:
     """A model that was evaluated: the name of its folder, run.json (`run`), its finished sets in tasks.yaml's order."""
 
     name: str
@@ -191,20 +191,20 @@ class _Broken(Exception):
 
 
 def names(folder: Path = RESULTS) -> list[str]:
-    """The subjects under `folder`. Raises UserError where there is none."""
-    found = sorted(path.name for path in folder.iterdir() if _is_result(path)) if folder.is_dir() else []
-    if not found:
+    """The names of the evaluated models under `folder`. Raises UserError where there is none."""
+    known = sorted(path.name for path in folder.iterdir() if _is_result(path)) if folder.is_dir() else []
+    if not known:
         raise UserError(f"{show(folder)}: has no results yet; evaluate first: make eval RECIPE=sentiment_r8_dora")
-    return found
+    return known
 
 
-def read(folder: Path = RESULTS, only: Collection[str] = ()) -> tuple[dict[str, Subject], list[str]]:
-    """Every subject under `folder` by name (or only these), and one line for each thing that cannot be used.
+def read(folder: Path = RESULTS, only: Collection[str] = ()) -> tuple[dict[str, ModelResults], list[str]]:
+    """Every evaluated model under `folder` by name (or only these), and one line for each thing that cannot be used.
 
     Raises UserError where there is nothing at all.
     """
     folders = [folder / name for name in names(folder) if not only or name in only]
-    subjects, warnings = {}, []
+    models, warnings = {}, []
     for path in folders:
         if (part := path / "answers.part.jsonl").exists():
             warnings.append(f"{show(path)}: unfinished ({_count(part)} kept); the same make eval resumes from there")
@@ -222,12 +222,12 @@ def read(folder: Path = RESULTS, only: Collection[str] = ()) -> tuple[dict[str, 
                     sets[inside.name] = _read_set(inside)
                 except _Broken as error:
                     warnings.append(str(error))
-        subjects[path.name] = Subject(path.name, run, sets)
-    return subjects, warnings
+        models[path.name] = ModelResults(path.name, run, sets)
+    return models, warnings
 
 
 def kept_result(folder: Path) -> SetResult | None:
-    """set.json of results/<subject>/<set>; None where the set is unfinished or the file is broken."""
+    """set.json of results/<model>/<set>; None where the set is unfinished or the file is broken."""
     try:
         return _record(SetResult, folder / "set.json")
     except _Broken:
@@ -253,17 +253,17 @@ def write_record(path: Path, record: Run | SetResult) -> None:
         file.write("\n")
 
 
-def base_of(subject: Subject, subjects: dict[str, Subject]) -> Subject | None:
+def base_of(model: ModelResults, models: dict[str, ModelResults]) -> ModelResults | None:
     """An adapter's base: the one with equal model, bits, backend and tiny; with the same prompt if there is one."""
-    if not subject.run.adapter:
+    if not model.run.adapter:
         return None
     same = [
         other
-        for other in subjects.values()
+        for other in models.values()
         if not other.run.adapter
-        and all(getattr(other.run, key) == getattr(subject.run, key) for key in ("model", "bits", "backend", "tiny"))
+        and all(getattr(other.run, key) == getattr(model.run, key) for key in ("model", "bits", "backend", "tiny"))
     ]
-    return min(same, key=lambda other: (other.run.prompt != subject.run.prompt, other.name), default=None)
+    return min(same, key=lambda other: (other.run.prompt != model.run.prompt, other.name), default=None)
 
 
 def common(a: Answers, b: Answers) -> tuple:
@@ -272,7 +272,7 @@ def common(a: Answers, b: Answers) -> tuple:
 
 
 def unlike(a: Answers, b: Answers) -> str | None:
-    """Why two subjects' answers to one set cannot be paired row by row; None where they can."""
+    """Why two models' answers to one set cannot be paired row by row; None where they can."""
     if a.about.sha256 != b.about.sha256:
         return "another file (its SHA-256 differs)"
     if (a.about.metric, a.about.encoder) != (b.about.metric, b.about.encoder):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finlora.core.errors import UserError
-from finlora.core.files import replacing
+from finlora.core.files import write_text
 from finlora.core.html import render
 from finlora.core.paths import ROOT
 from finlora.core.plot import Axis, Point
@@ -95,8 +95,7 @@ def draw() -> dict[Path, str]:
 def run() -> None:
     """Draw what is recorded, and say what is not."""
     for path, text in draw().items():
-        with replacing(path) as file:
-            file.write(text)
+        write_text(path, text)
         print(path.relative_to(ROOT))
     for what, source, maker in (("speed", SPEED, "bench.train_throughput"), ("scores", SCORES, "bench.dora_study")):
         if not source.is_file():

@@ -15,7 +15,7 @@ import yaml
 
 from fastdora.plugin.keys import RecipeError, read_recipe
 from finlora.core.errors import UserError
-from finlora.core.files import replacing
+from finlora.core.files import write_text
 from finlora.plan.gpus import Gpu, find_gpu
 from finlora.recipes import bases, memory
 from finlora.recipes.names import RECIPES, bits_of
@@ -197,8 +197,7 @@ def write_fit() -> None:
     table = fit_records()._asdict()
     table["factors"] = {name: round(value, 4) for name, value in table["factors"]._asdict().items()}
     table |= {name: round(table[name], 4) for name in ("time_error", "memory_error")}
-    with replacing(TABLE) as file:
-        file.write(HEADER + yaml.safe_dump(table, sort_keys=False, default_flow_style=None, width=120))
+    write_text(TABLE, HEADER + yaml.safe_dump(table, sort_keys=False, default_flow_style=None, width=120))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import yaml
 from fastdora.plugin import safety
 from fastdora.plugin.keys import RecipeError, check_keys, kept_schema, read_recipe
 from finlora.core.errors import UserError, did_you_mean
-from finlora.core.files import replacing
+from finlora.core.files import write_text
 from finlora.core.paths import ROOT
 from finlora.evaluate.results import show
 from finlora.recipes import load as recipes
@@ -48,8 +48,7 @@ class SweepPoint:
         text = f"# {show(recipe)}{' with ' if self.differs else ''}{changes_text(self.differs)}\n"
         text += yaml.safe_dump(self.recipe, sort_keys=False, width=120)
         if not self.path.is_file() or self.path.read_text(encoding="utf-8") != text:
-            with replacing(self.path) as file:
-                file.write(text)
+            write_text(self.path, text)
 
 
 def find(name: str) -> Path:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from finlora.core.errors import UserError
-from finlora.core.files import replacing
+from finlora.core.files import write_text
 from finlora.core.html import Cell, Table, number, percent, render
 from finlora.core.plot import Axis, Panel, Plot, Point, Series
 from finlora.evaluate.compare import join, refuse_unlike
 from finlora.evaluate.report import Score, difference_cell, score, score_cell
-from finlora.evaluate.results import Answers, Subject, pair, read, show
+from finlora.evaluate.results import Answers, ModelResults, pair, read, show
 from finlora.evaluate.statistics import paired
 from finlora.recipes import bases
 from finlora.sweep.points import SweepPoint, as_text, column_of, value_of
@@ -60,7 +60,7 @@ class Evaluated:
     """A point's answers to the sets that all evaluated points answered, and its score on them together."""
 
     point: SweepPoint
-    subject: Subject
+    model: ModelResults
     answers: list[Answers]
     score: Score
 
@@ -88,9 +88,8 @@ def report(recipe: Path, sweep: Path, outcomes: list[Outcome], folder: Path) -> 
     )
     text = render("sweep/report.md.jinja", report=shown)
     page = render("sweep/report.html.jinja", report=shown, sweep=show(sweep), recipe=show(recipe))
-    for name, content in (("table.md", text), ("index.html", page)):
-        with replacing(folder / name) as file:
-            file.write(content)
+    write_text(folder / "table.md", text)
+    write_text(folder / "index.html", page)
     print(f"\n{text}\ntable and plot: {show(folder / 'index.html')}, {show(folder / 'table.md')}", flush=True)
     return shown
 
@@ -108,28 +107,28 @@ def evaluations(outcomes: list[Outcome], folder: Path) -> tuple[list[str], dict[
     there is nothing else.
     """
     try:
-        subjects, warnings = read(folder, [results_name(outcome.point, outcome.run) for outcome in outcomes])
+        models, warnings = read(folder, [results_name(outcome.point, outcome.run) for outcome in outcomes])
     except UserError:  # nothing is evaluated
         return [], {}, []
-    answered: dict[int, tuple[SweepPoint, Subject]] = {}
+    answered: dict[int, tuple[SweepPoint, ModelResults]] = {}
     for outcome in outcomes:
-        subject = subjects.get(results_name(outcome.point, outcome.run))
-        if outcome.run and subject and subject.sets:
-            if subject.run.adapter_sha256 == outcome.run["adapter"]["sha256"]:
-                answered[outcome.point.number] = outcome.point, subject
+        model = models.get(results_name(outcome.point, outcome.run))
+        if outcome.run and model and model.sets:
+            if model.run.adapter_sha256 == outcome.run["adapter"]["sha256"]:
+                answered[outcome.point.number] = outcome.point, model
             else:
                 warnings.append(f"{outcome.point.name}: was evaluated with another adapter; EVAL=1 asks again")
     if not answered:
         return [], {}, warnings
     first = next(iter(answered.values()))[1].sets
-    sets = [name for name in first if all(name in subject.sets for _, subject in answered.values())]
+    sets = [name for name in first if all(name in model.sets for _, model in answered.values())]
     counted = [name for name in sets if not first[name].forgetting]
     sets = [name for name in counted if not first[name].bertscore] or counted or sets
     evaluated = {}
-    for key, (point, subject) in answered.items() if sets else ():
-        answers = [subject.sets[name] for name in sets]
+    for key, (point, model) in answered.items() if sets else ():
+        answers = [model.sets[name] for name in sets]
         items = join([(one.items(one.labels()[0]),) for one in answers])[0]
-        evaluated[key] = Evaluated(point, subject, answers, score(items))
+        evaluated[key] = Evaluated(point, model, answers, score(items))
     return sets, evaluated, warnings
 
 
@@ -183,7 +182,7 @@ def verdict_of(
 def compare(a: Evaluated, b: Evaluated, sets: list[str], level: float) -> dict[str, Any]:
     """How far b is from a, over all sets. UserError where their answers cannot be paired."""
     for name in sets:
-        refuse_unlike(name, a.subject, b.subject)
+        refuse_unlike(name, a.model, b.model)
     pairs = [pair(one, other, one.labels()[0])[1:] for one, other in zip(a.answers, b.answers, strict=True)]
     resamples = max(2000, math.ceil(100 / (1 - level)))  # as many as a p so small needs
     return paired(*join(pairs), level=level, resamples=resamples)

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from finlora.core import files, machine
 from finlora.core.errors import UserError
-from finlora.core.files import replacing
+from finlora.core.files import write_text
 from finlora.core.paths import ROOT
 from finlora.data.tasks import load_tasks
 from finlora.data.test_sets import choose, read_set
@@ -152,9 +152,7 @@ def mark_folder(folder: Path, recipe: Path, file: Path) -> None:
         if other.is_file() and not other.samefile(path):
             raise UserError(f"{show(folder)}: is the sweep of {before[key]}; give {mine[key]} another name")
     if before != mine:
-        with replacing(folder / "sweep.json") as mark:
-            json.dump(mine, mark)
-            mark.write("\n")
+        write_text(folder / "sweep.json", json.dumps(mine) + "\n")
 
 
 def slots(options: Options, point: SweepPoint) -> list[str | None]:
