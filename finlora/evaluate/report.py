@@ -25,7 +25,7 @@ from finlora.evaluate import results
 from finlora.evaluate.published import BESIDE, published, published_average
 from finlora.evaluate.results import RESULTS, Answers, ModelResults, Run, base_of, keep, pair, set_order, show, unlike
 from finlora.evaluate.scorers import summary
-from finlora.evaluate.statistics import interval, paired
+from finlora.evaluate.statistics import Interval, interval, paired
 
 PROMPTS = {
     "saved": "the chat template saved with the model",
@@ -38,6 +38,7 @@ KINDS = {"bertscore_f1": "BERTScore F1", "tag_accuracy_f1": "each tag", "lm_eval
 MOST_LABELS = 12  # of a test set with a confusion matrix: more do not fit a page
 SCORE_AXIS = Axis(0, 1, [])
 VERSIONS = ("corrected", "published")  # of labels
+OTHERS = {"read": "as read", "strict": "strict"}  # scorings beside FinLoRA's, as the tables call them
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Score:
     low: float
     high: float
     weighted_f1: float | None
+    f1_interval: Interval | None  # of the weighted F1
     macro_f1: float | None
     unparsed: int
     items: int
@@ -67,9 +69,7 @@ class ScoreRow:
     of: int  # rows that the file has
     comparable: bool  # all rows of FinLoRA's published file, or of a general task
     score: Score
-    f1: tuple[float, float] | None  # the interval of the weighted F1
-    strict: Score | None  # where it differs
-    unparsed: int | None
+    others: dict[str, Score]  # under the scorings of OTHERS that the set has
     difference: dict[str, Any] | None  # from the base: finlora.evaluate.statistics.paired
 
 
@@ -87,31 +87,15 @@ class Average:
 
 
 @dataclass(frozen=True)
-class Details:
-    """What the report shows of a model's answers to one set."""
-
-    set: str
-    source: str
-    matrices: list[Table]
-    scorings: Table
-    answers: str  # the page that lists them, relative to the report
-
-
-@dataclass(frozen=True)
 class Model:
-    """What the report shows of one model."""
-
-    id: str
-    name: str
-    is_adapter: bool
-    facts: str
-    more_facts: list[tuple[str, str]]
-    prompt: str
-    notes: list[str]
+    id: str  # in the page
+    results: ModelResults
+    base: ModelResults | None
     rows: list[ScoreRow]
-    tables: list[tuple[str, Table]]
-    details: list[Details]
-    curve: Plot | None
+
+    @property
+    def name(self) -> str:
+        return self.results.name
 
 
 @dataclass(frozen=True)
@@ -133,37 +117,27 @@ def report(folder: Path = RESULTS) -> Report:
     evaluated = {name: model for name, model in evaluated.items() if model.sets}
     if not evaluated:
         raise UserError(f"{show(folder)}: no evaluation is finished; run make eval RECIPE=sentiment_r8_dora to its end")
-    adapters = [model for model in evaluated.values() if model.run.adapter]
-    ordered = [*adapters, *(model for model in evaluated.values() if not model.run.adapter)]
-    models = [describe(f"m{place}", model, base_of(model, evaluated)) for place, model in enumerate(ordered, 1)]
-    shown = Report(models, warnings, corrected_sets(ordered), list(overview(models, adapters)))
-    for answers in (answers for model in ordered for answers in model.sets.values()):
-        write_text(answers.folder / "answers.html", answers_page(answers))
-    write_text(folder / "index.html", render("evaluate/report.html.jinja", report=shown, axis=SCORE_AXIS))
-    write_text(folder / "README.md", render("evaluate/report.md.jinja", report=shown))
+    models = []
+    for place, model in enumerate(sorted(evaluated.values(), key=lambda model: not model.run.adapter), 1):
+        base = base_of(model, evaluated)
+        of_base = base.sets if base else {}
+        rows = [row for answers in model.sets.values() for row in lines(answers, of_base.get(answers.name))]
+        models.append(Model(f"m{place}", model, base, rows))
+        for answers in model.sets.values():
+            write_text(answers.folder / "answers.html", answers_page(answers))
+    shown = Report(models, warnings, corrected_sets(models), list(overview(models)))
+    parts = {part.__name__: part for part in (facts, more_facts, notes, tables, scorings, confusion_matrix, curve)}
+    parts |= {"report": shown, "prompts": PROMPTS, "axis": SCORE_AXIS}
+    write_text(folder / "index.html", render("evaluate/report.html.jinja", **parts))
+    write_text(folder / "README.md", render("evaluate/report.md.jinja", **parts))
     return shown
 
 
-def describe(id: str, model: ModelResults, base: ModelResults | None) -> Model:
-    run = model.run
-    of_base = base.sets if base else {}
-    rows = [row for answers in model.sets.values() for row in lines(answers, of_base.get(answers.name))]
-    tests = [answers for answers in model.sets.values() if not answers.forgetting]
-    tables = [("", score_table(model.name, base.name if base else "", rows))]
-    tables += [("Format and time", format_table(model.name, tests))] if tests else []
-    return Model(
-        id=id,
-        name=model.name,
-        is_adapter=bool(run.adapter),
-        facts=facts(run),
-        more_facts=more_facts(run),
-        prompt=PROMPTS.get(run.prompt, run.prompt or "not recorded"),
-        notes=list(notes(model, base)),
-        rows=rows,
-        tables=tables,
-        details=[details(answers) for answers in model.sets.values()],
-        curve=curve(run.training or {}),
-    )
+def tables(model: Model) -> Iterator[tuple[str, Table]]:
+    """The tables of a model's section, each with its heading."""
+    yield "", score_table(model)
+    if tests := [answers for answers in model.results.sets.values() if not answers.forgetting]:
+        yield "Format and time", format_table(model.name, tests)
 
 
 def facts(run: Run) -> str:
@@ -245,19 +219,18 @@ def lines(answers: Answers, base: Answers | None) -> Iterator[ScoreRow]:
 
 
 def measure(answers: Answers, base: Answers | None, labels: str, only: tuple) -> ScoreRow:
-    """Score, interval and paired difference from the base under one version of the labels, on all or `only` some."""
+    """Scores, intervals and paired difference from the base under one version of the labels, on all or `only` some."""
     all_rows, about, kept = tuple(answers.rows), answers.about, set(only)
 
     def chosen(items: dict[str, list], rows: tuple) -> dict[str, list]:
         return keep(items, [place for place, line in enumerate(rows) if line in kept]) if only else items
 
-    primary = chosen(answers.items(labels), all_rows)
-    strict = chosen(answers.items(labels, "strict"), all_rows) if "strict" in answers.scorings() else None
     difference = None
     if base and not unlike(base, answers):
         common, of_base, of_this = pair(base, answers, labels)
         if not only or kept & set(common):
             difference = paired(chosen(of_base, common), chosen(of_this, common))
+    scorings = [name for name in OTHERS if name in answers.scorings()]
     count, of = len(only or all_rows), about.rows or len(all_rows)
     return ScoreRow(
         set=answers.name,
@@ -268,17 +241,18 @@ def measure(answers: Answers, base: Answers | None, labels: str, only: tuple) ->
         rows=count,
         of=of,
         comparable=not about.limit if answers.forgetting else bool(about.published_file) and count == of,
-        score=score(primary),
-        f1=None if answers.bertscore or answers.forgetting else interval(primary, "weighted_f1"),
-        strict=score(strict) if strict and strict["right"] != primary["right"] else None,
-        unparsed=summary(strict)["unparsed"] if strict else None,
+        score=score(chosen(answers.items(labels), all_rows)),
+        others={name: score(chosen(answers.items(labels, name), all_rows)) for name in scorings},
         difference=difference,
     )
 
 
 def score(items: dict[str, list]) -> Score:
+    """The items' score; general tasks have no classes that F1 would be of."""
     low, high = interval(items)
-    return Score(low=low, high=high, **summary(items))
+    figures = summary(items)
+    f1 = None if figures["weighted_f1"] is None else interval(items, "weighted_f1")
+    return Score(low=low, high=high, f1_interval=f1, **figures)
 
 
 def averages(rows: Iterable[ScoreRow], comparable: bool) -> Iterator[Average]:
@@ -311,14 +285,14 @@ def averages(rows: Iterable[ScoreRow], comparable: bool) -> Iterator[Average]:
             yield Average(of, labels, sets, mean, mean - below, mean + above, theirs)
 
 
-def overview(models: list[Model], adapters: list[ModelResults]) -> Iterator[tuple[str, Table]]:
+def overview(models: list[Model]) -> Iterator[tuple[str, Table]]:
     """Models by sets: on FinLoRA's published files with its figures, on other rows; averages; adapters' differences."""
     for comparable, title in (True, "Models by test sets"), (False, "On other rows: samples, own files, LIMIT="):
         if table := models_by_sets(models, title, comparable):
             yield title, table
     if (table := average_table(models)).body:
         yield "Averages", table
-    if (table := difference_table(adapters)).body:
+    if (table := difference_table([model.results for model in models if model.results.run.adapter])).body:
         yield "Differences between adapters", table
 
 
@@ -332,7 +306,7 @@ def models_by_sets(models: list[Model], title: str, comparable: bool) -> Table |
     columns = sorted(every, key=lambda key: (set_order(key[0]), key))
     body = []
     for model, rows in shown:
-        kind = "c0" if model.is_adapter else "base"
+        kind = "c0" if model.results.run.adapter else "base"
         cells = [model_cell(rows[key], kind) if key in rows else Cell("–") for key in columns]
         body.append([Cell(model.name, href=f"#{model.id}"), *cells])
     for name, theirs in BESIDE.items() if comparable and body else ():
@@ -400,14 +374,6 @@ def difference_table(adapters: list[ModelResults]) -> Table:
     caption = "Percentage points with 95% intervals, paired on the rows that both answered: "
     caption += "▲ the first is better, ▼ the second, ≈ cannot be told apart."
     return Table(["adapters", *(heads[name] for name in sets)], rows, "Differences between adapters", caption)
-
-
-def details(answers: Answers) -> Details:
-    about = answers.about
-    source = [about.file, about.sha256 and f"SHA-256 {about.sha256[:12]}", about.encoder and f"encoder {about.encoder}"]
-    matrices = [matrix for labels in answers.labels() if (matrix := confusion_matrix(answers, labels))]
-    link = f"{answers.folder.parent.name}/{answers.folder.name}/answers.html"
-    return Details(answers.name, " · ".join(filter(None, source)), matrices, scorings(answers), link)
 
 
 def scorings(answers: Answers) -> Table:
@@ -478,10 +444,10 @@ def answers_page(answers: Answers) -> str:
     )
 
 
-def corrected_sets(models: list[ModelResults]) -> dict[str, str]:
+def corrected_sets(models: list[Model]) -> dict[str, str]:
     """The sets whose published labels are wrong for certain, and why it is certain."""
     reasons = {}
-    for answers in (answers for model in models for answers in model.sets.values()):
+    for answers in (answers for model in models for answers in model.results.sets.values()):
         correction = load_corrections().get(answers.spec.file)
         if correction and len(answers.labels()) > 1:
             reasons[answers.name] = " ".join(correction.evidence.split())
@@ -507,22 +473,32 @@ def curve(training: dict[str, Any]) -> Plot | None:
     return Plot([Panel("loss", series)], Axis(*ends, [(step, str(step)) for step in ends]), "step")
 
 
-def score_table(name: str, base: str, rows: list[ScoreRow]) -> Table:
+def score_table(model: Model) -> Table:
+    scorings = {name: head for name, head in OTHERS.items() if any(name in row.others for row in model.rows)}
     body = []
-    for row in rows:
-        strict = score_cell(row.strict) if row.strict else "–" if row.unparsed is None else "same"
-        f1 = Cell(percent(row.score.weighted_f1), span(*row.f1), value=row.score.weighted_f1) if row.f1 else "–"
+    for row in model.rows:
+        others = [other_cell(row.score, row.others.get(name)) for name in scorings]
+        f1, interval, strict = row.score.weighted_f1, row.score.f1_interval, row.others.get("strict")
+        f1_cell = Cell(percent(f1), span(*interval), value=f1) if interval and not row.kind == "general task" else "–"
         count = [f"of {row.of:,}"] * (row.rows < row.of)
         count += [f"{row.score.groups:,} groups"] * (row.score.groups < row.rows)
-        count = Cell(number(row.rows), ", ".join(count))
-        cells = [score_cell(row.score), difference_cell(row.difference, row.rows), f1, strict, number(row.unparsed)]
-        body.append([set_cell(row), *cells, count])
+        cells = [score_cell(row.score), difference_cell(row.difference, row.rows), f1_cell, *others]
+        unparsed = number(strict.unparsed) if strict else "–"
+        body.append([set_cell(row), *cells, unparsed, Cell(number(row.rows), ", ".join(count))])
     caption = "Scores"
-    if base:
-        caption += f", and the paired difference from {base} on the rows that both answered"
+    if model.base:
+        caption += f", and the paired difference from {model.base.name} on the rows that both answered"
         caption += " (▲ better, ▼ worse, ≈ not distinguishable)"
-    heads = ["data set", "score", "vs base", "weighted F1", "strict", "unparsed", "rows"]
-    return Table(heads, body, f"Scores of {name}", f"{caption}.")
+    heads = ["data set", "score", "vs base", "weighted F1", *scorings.values(), "unparsed", "rows"]
+    return Table(heads, body, f"Scores of {model.name}", f"{caption}.")
+
+
+def other_cell(primary: Score, other: Score | None) -> Cell:
+    """The score under another scoring; "same" only where accuracy and both F1 are."""
+    if other is None:
+        return Cell("–")
+    same = all(getattr(primary, key) == getattr(other, key) for key in ("accuracy", "weighted_f1", "macro_f1"))
+    return Cell("same", value=other.accuracy) if same else score_cell(other)
 
 
 def format_table(name: str, tests: list[Answers]) -> Table:
