@@ -14,7 +14,7 @@ import itertools
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,12 @@ from bench.dora_study import (
 from finlora.core.errors import UserError, run
 from finlora.core.files import replacing
 from finlora.evaluate import statistics as stats
+from finlora.plan.pictures import score_picture
 
 RESAMPLES = 5000
 LEVEL = 0.05
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}
 PROMPTS = {"llama3": "chat template", "finlora_inst": "`[INST]`", "raw": "raw context"}
-COLOURS = {"full": "#6b7280", "lora": "#2563eb", "rslora": "#d97706", "dora": "#059669"}
 
 
 def record(study: dict[str, Any], files: list[Path], out: Path) -> None:
@@ -271,7 +271,7 @@ def text(result: dict[str, Any]) -> str:
         f"DoRA, LoRA, rsLoRA and full fine-tuning of one base model on the same rows, prompt, alpha, dropout, batch "
         f"and epochs: {len(result['runs'])} runs of {about['planned']} planned, on {_joined(about['devices'])}. "
         "[bench/dora_study.json](../bench/dora_study.json) has every run, with what it got right of the test rows; "
-        "[bench/dora_study.yaml](../bench/dora_study.yaml) is what was asked.",
+        "[bench/dora_study.yaml](../bench/dora_study.yaml) has the plan.",
         "```\npython -m bench.dora_study --corpus KIT --data data/raw --texts TEXTS  # text and split\n"
         "python -m bench.dora_study --kit KIT --out OUT                          # base model and runs\n"
         "python -m bench.dora_page OUT/rows.jsonl                                # this page\n```",
@@ -280,8 +280,8 @@ def text(result: dict[str, Any]) -> str:
         f"{base['tokens'] / 1e6:.1f} million tokens (the stream has {about['kit']['tokens'] / 1e6:.1f} million: "
         f"documentation, dictionaries, prose, lexicons, and the prompts of the train rows without their answers) in "
         f"{base['seconds']:.0f} seconds, and then, all weights, on the answers to {lessons:,} train rows that no run "
-        f"sees again. Before any run it scores {base['accuracy']:.1%}. It is far weaker than Llama-3.1-8B, so what is "
-        "found here need not hold there; what the comparison has is equal conditions and several seeds.",
+        f"sees again. Before any run it scores {base['accuracy']:.1%}. It is far weaker than Llama-3.1-8B, so these "
+        "results may differ there; the comparison's strengths are equal conditions and several seeds.",
         f"Rows: {split['train']['rows'] - lessons:,} to train, {split['validation']['rows']} to choose the learning "
         f"rate, "
         f"{part['rows']:,} to test ({part['fpb']} FPB, {part['fiqa']} FiQA, {part['tfns']} TFNS, whose swapped labels "
@@ -465,7 +465,7 @@ def _verdict(result: dict[str, Any]) -> str:
     if worse:
         lines.append(f"Bits: {'; '.join(map(_said, worse))}.")
     elif families.get("bits"):
-        lines.append("8 bits, fp8 products and 4 bits are not distinguishable from 16 bits in score.")
+        lines.append("8 bits, fp8 matmuls and 4 bits are not distinguishable from 16 bits in score.")
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -483,96 +483,13 @@ SECTIONS: list[tuple[str, str, Callable[[dict[str, Any]], str], str]] = [
 
 
 def plots(result: dict[str, Any]) -> dict[str, str]:
-    """SVG by file name."""
-    drawn = {}
-    for question, title, _, name in SECTIONS:
-        if cells := result["questions"].get(question):
-            drawn[name] = lines_plot(title, cells) if question == "ranks" else dots_plot(title, cells)
-    return drawn
-
-
-def dots_plot(title: str, cells: list[dict[str, Any]]) -> str:
-    """A row for each setting: its seeds as dots, mean and interval as a bar."""
-    left, right, top, step = 250, 620, 44, 26
-    place, ticks = _scale(cells, left, right)
-    bottom = top + step * len(cells)
-    body = [
-        _grid_line(place(tick), top - 8, place(tick), bottom, f"{100 * tick:g}%", place(tick), bottom + 16)
-        for tick in ticks
-    ]
-    for i, cell in enumerate(cells):
-        y = top + step * i + step / 2
-        colour = COLOURS[cell["method"]]
-        body.append(f'<text x="{left - 12}" y="{y + 4:.0f}" text-anchor="end">{_escaped(cell["label"])}</text>')
-        body.append(_stroke(place(cell["low"]), y, place(cell["high"]), y, colour, 3))
-        body += [
-            f'<circle cx="{place(score):.1f}" cy="{y - 7:.1f}" r="2.5" fill="{colour}" fill-opacity="0.6"/>'
-            for score in cell["scores"].values()
-        ]
-        body.append(f'<circle cx="{place(cell["mean"]):.1f}" cy="{y:.1f}" r="4.5" fill="{colour}"/>')
-    return _svg(title, right + 30, bottom + 28, body)
-
-
-def lines_plot(title: str, cells: list[dict[str, Any]]) -> str:
-    """Score against rank, a line for each method, with intervals."""
-    left, right, top, bottom = 56, 620, 60, 330
-    place, ticks = _scale(cells, bottom, top)
-    ranks = sorted({cell["changes"]["rank"] for cell in cells})
-    methods = [method for method in NAMES if any(cell["method"] == method for cell in cells)]
-    width = (right - left) / len(ranks)
-    body = [
-        _grid_line(left, place(tick), right, place(tick), f"{100 * tick:g}%", left - 26, place(tick) + 4)
-        for tick in ticks
-    ]
-    for i, rank in enumerate(ranks):
-        body.append(f'<text x="{left + width * (i + 0.5):.0f}" y="{bottom + 18}" text-anchor="middle">{rank}</text>')
-    for k, method in enumerate(methods):
-        own = {cell["changes"]["rank"]: cell for cell in cells if cell["method"] == method}
-        across = {rank: left + width * (ranks.index(rank) + 0.5) + 8 * (k - (len(methods) - 1) / 2) for rank in own}
-        colour = COLOURS[method]
-        points = " ".join(f"{across[rank]:.1f},{place(own[rank]['mean']):.1f}" for rank in sorted(own))
-        body.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        for rank, cell in own.items():
-            body.append(_stroke(across[rank], place(cell["low"]), across[rank], place(cell["high"]), colour, 2))
-            body.append(f'<circle cx="{across[rank]:.1f}" cy="{place(cell["mean"]):.1f}" r="3.5" fill="{colour}"/>')
-        body.append(f'<text x="{left + 110 * k}" y="44" style="fill:{colour}">{NAMES[method]}</text>')
-    body.append(f'<text x="{(left + right) / 2:.0f}" y="{bottom + 38}" text-anchor="middle">rank</text>')
-    return _svg(title, right + 20, bottom + 50, body)
-
-
-def _scale(cells: Iterable[dict[str, Any]], start: float, end: float) -> tuple[Callable[[float], float], list[float]]:
-    """Where an accuracy is drawn, and round values that cover all of them."""
-    values = [value for cell in cells for value in (cell["low"], cell["high"], *cell["scores"].values())]
-    span = max(values) - min(values) or 0.01
-    step = next(step for step in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2) if span / step <= 8)
-    low, high = math.floor(min(values) / step), math.ceil(max(values) / step)
-    high = max(high, low + 1)
-    return lambda value: start + (value / step - low) / (high - low) * (end - start), [
-        round(tick * step, 4) for tick in range(low, high + 1)
-    ]
-
-
-def _stroke(x1: float, y1: float, x2: float, y2: float, colour: str, width: float) -> str:
-    return f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="{colour}" stroke-width="{width}" fill="none"/>'
-
-
-def _grid_line(x1: float, y1: float, x2: float, y2: float, text: str, x: float, y: float) -> str:
-    return _stroke(x1, y1, x2, y2, "#9ca3af55", 1) + f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{text}</text>'
-
-
-def _svg(title: str, width: float, height: float, body: list[str]) -> str:
-    # GitHub shows it on a light or a dark page: a grey that reads on both, and no background.
-    style = "text{font:12px system-ui,sans-serif;fill:#7d8590}.t{font-size:14px;font-weight:600}"
-    note = "accuracy on test rows; dots are seeds, bars 95% intervals over seeds and rows"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}">\n'
-        f"<title>{_escaped(title)}: {note}</title>\n<style>{style}</style>\n"
-        f'<text class="t" x="12" y="22">{_escaped(title)}</text>\n' + "\n".join(body) + "\n</svg>\n"
-    )
-
-
-def _escaped(text: str) -> str:
-    return text.replace("`", "").replace("&", "&amp;").replace("<", "&lt;")
+    """SVG by file name: means with intervals of a question's settings."""
+    about = ["accuracy on test rows; bars: 95% intervals over seeds and rows"]
+    return {
+        name: score_picture(title, about, result["questions"][question])
+        for question, title, _, name in SECTIONS
+        if result["questions"].get(question)
+    }
 
 
 def main() -> None:

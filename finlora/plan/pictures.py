@@ -59,17 +59,22 @@ def scores(record: dict[str, Any]) -> str:
     cells += [cell for cell in record["questions"].get("prompt", []) if cell["prompt"] != "llama3"]
     if not cells:
         raise UserError(f"{SCORES}: has no scores of methods; run python -m bench.dora_study")
+    about = ["a small Llama, test rows of FPB, FiQA and TFNS; means and", "95% intervals over seeds and rows"]
+    if any("→" in cell["label"] for cell in cells):
+        about[1] += "; prompt in training → in testing"
+    return score_picture("Right answers on held-out rows", about, cells)
+
+
+def score_picture(title: str, about: list[str], cells: list[dict[str, Any]]) -> str:
+    """Means with intervals of settings of bench/dora_study.json's questions, a row for each."""
     rows = []
     for cell in cells:
         mean, low, high = (100 * cell[key] for key in ("mean", "low", "high"))
         seeds = f"{len(cell['seeds'])} seed{'s' * (len(cell['seeds']) > 1)}"
         point = Point(mean, low=low, high=high, kind=cell["method"])
         rows.append(Row(cell["label"].replace("`", ""), seeds, f"{mean:.1f}%", point))
-    about = ["a small Llama, test rows of FPB, FiQA and TFNS; means and", "95% intervals over seeds and rows"]
-    if any("→" in cell["label"] for cell in cells):
-        about[1] += "; prompt in training → in testing"
     axis = Axis.around((end for row in rows for end in (row.point.low, row.point.high)), "{:g}%")
-    return picture("Right answers on held-out rows", about, rows, axis, False)
+    return picture(title, about, rows, axis, False)
 
 
 def picture(title: str, about: list[str], rows: list[Row], axis: Axis, bars: bool) -> str:
