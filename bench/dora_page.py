@@ -223,7 +223,7 @@ def _label(question: str, settings: dict[str, Any], prompt: str) -> str:
     if question == "prompt":
         return f"{name}: {PROMPTS[settings['prompt']]} → {PROMPTS[prompt]}"
     if question == "bits":
-        return "8 bits, fp8 products" if settings["bits"] == "fp8" else f"{settings['bits']} bits"
+        return "8 bits, fp8 matmuls" if settings["bits"] == "fp8" else f"{settings['bits']} bits"
     return name
 
 
