@@ -45,7 +45,7 @@ def look(task: str, raw: Path, **options) -> dict:
     return audit(task, raw, **({"count_tokens": False} | options))
 
 
-def found(report: dict, *words: str) -> dict:
+def finding_with(report: dict, *words: str) -> dict:
     """The one finding that has all these words; they are names and figures, and what tells it from the others."""
     matching = [finding for finding in report["findings"] if all(word in finding["finding"] for word in words)]
     assert len(matching) == 1, [finding["finding"] for finding in report["findings"]]
@@ -115,7 +115,7 @@ def tfns_rows(counts: dict[str, int]):
 def test_exchanged_labels_are_found_from_the_counts_alone(tmp_path):
     swapped = {"negative": 347, "neutral": 475, "positive": 1566}
     write(tmp_path / "test/tfns_test.jsonl", tfns_rows(swapped))
-    finding = found(look("sentiment", tmp_path), "exchanged")
+    finding = finding_with(look("sentiment", tmp_path), "exchanged")
     assert re.search("'positive'.* neutral, .*'neutral'.* positive", finding["finding"])
     # These are not the published bytes, so nothing corrects them, and a person has to look.
     assert finding["attention"]
@@ -129,7 +129,7 @@ def test_labels_that_agree_with_the_source_are_no_finding(tmp_path):
 
 def test_counts_that_no_exchange_explains_need_attention(tmp_path):
     write(tmp_path / "test/tfns_test.jsonl", tfns_rows({"negative": 347, "neutral": 476, "positive": 1565}))
-    finding = found(look("sentiment", tmp_path), "counts", "source")
+    finding = finding_with(look("sentiment", tmp_path), "counts", "source")
     assert finding["attention"] and "neutral 476, positive 1,565" in finding["finding"]
 
 
@@ -160,16 +160,16 @@ def test_repeats_conflicts_leaks_numbers_and_garbled_rows_are_counted_with_their
     assert file["repeats"] == {"exact": 1, "same_words": 2, "near": 3}
     assert (file["conflicts"], file["garbled"]) == (2, 2)
     assert file["longest"] == {"bytes": len((train[5][0] + "x").encode()), "words": 33, "line": 6}
-    repeats = found(report, "near", "earlier")
+    repeats = finding_with(report, "near", "earlier")
     assert repeats["first_lines"] == [3, 4, 6] and figures(repeats) == [3, 2, 1]
-    conflicts = found(report, "different answer")
+    conflicts = finding_with(report, "different answer")
     assert conflicts["first_lines"] == [2, 4] and figures(conflicts) == [2]
-    assert found(report, "garbled")["first_lines"] == [5, 6]
+    assert finding_with(report, "garbled")["first_lines"] == [5, 6]
     assert entry(report, "formula")["in_train"] == {"same_words": 1, "near": 2}
-    leak = found(report, "train/formula_train.jsonl")
+    leak = finding_with(report, "train/formula_train.jsonl")
     assert leak["first_lines"] == [2, 3] and figures(leak) == [2, 1] and not leak["attention"]
     # 25 begins with 2, so FinLoRA's scorer may read a right 25 as 2.
-    assert figures(found(report, "begins with")) == [1]
+    assert figures(finding_with(report, "begins with")) == [1]
 
 
 @example([("a b", "x"), ("A  b!", "y"), ("a b", "x"), ("🚀", "z"), ("c", "x"), ("c", "x"), ("c d e", "y")])
@@ -194,17 +194,17 @@ def test_a_label_outside_the_set_needs_attention(tmp_path):
     rows = [(words(rng, 9), label) for label in ["Yes", "No", "yes", "maybe", "yes", *"abcdef"]]
     write(tmp_path / "train/headline_train.jsonl", rows)
     report = look("headline", tmp_path)
-    finding = found(report, "'yes'", "labels", "2 rows")
+    finding = finding_with(report, "'yes'", "labels", "2 rows")
     assert finding["attention"] and finding["first_lines"] == [3, 5]
-    assert found(report, "3 more", "labels")["attention"]
+    assert finding_with(report, "3 more", "labels")["attention"]
 
 
 def test_rows_with_nothing_to_learn_need_attention_and_the_others_are_read(tmp_path):
     write(tmp_path / "train/headline_train.jsonl", [("a", "Yes"), ("b", ""), (" ", "No"), ("c", "No"), ("d", " ")])
     report = look("headline", tmp_path)
     assert entry(report, "train")["rows"] == 2
-    assert found(report, "2 rows", "empty target")["first_lines"] == [2, 5]
-    assert found(report, "1 row", "empty context")["attention"]
+    assert finding_with(report, "2 rows", "empty target")["first_lines"] == [2, 5]
+    assert finding_with(report, "1 row", "empty context")["attention"]
 
 
 def test_own_rows_that_are_test_rows_need_attention_with_their_own_lines(tmp_path):
@@ -212,7 +212,7 @@ def test_own_rows_that_are_test_rows_need_attention_with_their_own_lines(tmp_pat
     test = [(words(rng, 20), "neutral") for _ in range(35)]
     write(tmp_path / "test/fpb_test.jsonl", test)
     own = write(tmp_path / "own.jsonl", [(words(rng, 20), "neutral"), *((text.title(), label) for text, label in test)])
-    finding = found(look("sentiment", tmp_path, own=Options(file=str(own))), "test/fpb_test.jsonl")
+    finding = finding_with(look("sentiment", tmp_path, own=Options(file=str(own))), "test/fpb_test.jsonl")
     assert finding["attention"] and finding["file"] == str(own)
     assert figures(finding) == [35, 35] and finding["first_lines"] == [2, 3, 4, 5, 6]
     says(finding["done"], "remove", "fpb")
@@ -220,7 +220,7 @@ def test_own_rows_that_are_test_rows_need_attention_with_their_own_lines(tmp_pat
 
 def test_columns_that_are_not_read_are_named(tmp_path):
     (tmp_path / "own.csv").write_text("id,context,target,url\n1,what is one,A,x\n")
-    finding = found(look("cfa", tmp_path, own=Options(file=str(tmp_path / "own.csv"))), "id, url")
+    finding = finding_with(look("cfa", tmp_path, own=Options(file=str(tmp_path / "own.csv"))), "id, url")
     assert not finding["attention"]
 
 
@@ -244,7 +244,7 @@ def test_a_broken_file_is_audited_up_to_its_flaw(tmp_path):
     path.write_text(path.read_text() + '{"context": "c"\n')
     report = look("headline", tmp_path)
     assert entry(report, "train")["status"] == "broken" and entry(report, "train")["rows"] == 2
-    finding = found(report, "headline_train.jsonl:3: ", "JSON")
+    finding = finding_with(report, "headline_train.jsonl:3: ", "JSON")
     assert finding["attention"]
     assert "headline_train.jsonl" in render(report)
 
@@ -314,9 +314,9 @@ SWAPPED = {"negative": 15, "neutral": 20, "positive": 65}
 def test_certain_and_unsure_rows_of_the_train_file_are_counted_with_their_copies(ruled):
     news = [(f"{TWEET.replace('tweet', 'news')}Input: {i} said\nAnswer: ", "neutral") for i in range(7)]
     report = ruled(tweets(SWAPPED, 2) + tweets({"positive": 3}, 21, "$ABC ") + tweets({"negative": 4}, 2, "$X ") + news)
-    certain = found(report, "exchanged", "certain (", "negative 30, neutral 40, positive 130")
+    certain = finding_with(report, "exchanged", "certain (", "negative 30, neutral 40, positive 130")
     assert figures(certain) == [200, 30, 40, 130, 100, 100, 2]  # rows, by label, texts, and texts that occur 2 times
-    unsure = found(report, "exchanged", "unsure")
+    unsure = finding_with(report, "exchanged", "unsure")
     assert figures(unsure) == [71, 7, 4, 2, 3, 21]
     assert entry(report, "train")["labels_corrected"] == {"negative": 38, "neutral": 137, "positive": 103}
     assert not [f for f in report["findings"] if f["attention"] and "checksum" not in f["finding"]]
@@ -324,12 +324,12 @@ def test_certain_and_unsure_rows_of_the_train_file_are_counted_with_their_copies
 
 def test_a_file_that_contradicts_the_rule_needs_attention(ruled):
     report = ruled(tweets({"negative": 15, "neutral": 65, "positive": 20}, 2))
-    assert found(report, "nearer", "source")["attention"]
+    assert finding_with(report, "nearer", "source")["attention"]
 
 
 def test_corrected_rows_that_are_copied_like_another_data_sets_need_attention(ruled):
     report = ruled(tweets(SWAPPED, 2) + [(f"{TWEET}Input: no cashtag here\nAnswer: ", "positive")] * 21)
-    copied = found(report, "21 times or more")
+    copied = finding_with(report, "21 times or more")
     assert figures(copied) == [21, 21] and copied["attention"]
 
 
@@ -368,7 +368,7 @@ def test_tokens_are_those_of_the_whole_chat(tmp_path, tokenizer):
     assert (tokens["longest"], tokens["all"]) == (max(lengths), sum(lengths))
     assert tokens["line"] == 1 + lengths.index(max(lengths))
     assert tokens["too_long"] == sum(length > limit for length in lengths) <= 3
-    finding = found(report, "tokens")
+    finding = finding_with(report, "tokens")
     assert figures(finding) == [tokens["too_long"], limit, max(lengths)]
     assert finding["attention"] and "sequence_len" in finding["done"]
     assert report["measure"] == {"tokenizer": "the tokenizer given", "stand_in": False, "sequence_len": limit}
@@ -479,7 +479,7 @@ def test_the_swapped_tfns_labels_are_found_in_the_real_file(real):
     tfns = entry(real["sentiment"], "tfns")
     assert tfns["labels"] == {"negative": 347, "neutral": 475, "positive": 1566}
     assert tfns["labels_corrected"] == {"negative": 347, "neutral": 1566, "positive": 475}
-    finding = found(real["sentiment"], "exchanged")
+    finding = finding_with(real["sentiment"], "exchanged")
     assert re.search("'neutral'.* positive", finding["finding"]) and not finding["attention"]
     says(finding["done"], "corrected", "data/corrections.yaml", "LABELS=published")
 
@@ -515,9 +515,9 @@ def test_leaks_and_ties_of_the_real_files(real):
     assert entry(real["formula"], "formula")["in_train"] == {"same_words": 0, "near": 0}
     assert entry(real["financebench"], "financebench")["in_train"] == {"same_words": 0, "near": 3}
     assert entry(real["xbrl_term"], "xbrl_term")["in_train"] == {"same_words": 2, "near": 71}
-    nan = found(real["xbrl_term"], "missing target", "'nan'")
+    nan = finding_with(real["xbrl_term"], "missing target", "'nan'")
     assert figures(nan) == [6] and nan["first_lines"] == [142, 890, 1589, 1630, 2973] and not nan["attention"]
-    assert figures(found(real["formula"], "begins with")) == [37]
+    assert figures(finding_with(real["formula"], "begins with")) == [37]
 
 
 def test_a_changed_real_file_is_not_taken_for_the_published_one(tmp_path):
@@ -527,7 +527,7 @@ def test_a_changed_real_file_is_not_taken_for_the_published_one(tmp_path):
     (tmp_path / "test").mkdir()
     (tmp_path / "test/tfns_test.jsonl").write_text("".join(lines[1:] + lines[:1]), encoding="utf-8")
     report = look("sentiment", tmp_path)
-    assert found(report, "checksum", "manifest")["attention"]
-    assert found(report, "data/corrections.yaml")["attention"]
-    assert found(report, "exchanged")["attention"]
+    assert finding_with(report, "checksum", "manifest")["attention"]
+    assert finding_with(report, "data/corrections.yaml")["attention"]
+    assert finding_with(report, "exchanged")["attention"]
     assert entry(report, "tfns")["labels_corrected"] is None

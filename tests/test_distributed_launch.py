@@ -165,9 +165,9 @@ def test_fsdp_keys_are_axolotls(name, offload):
     path = recipe_names.RECIPES / f"{name}.yaml"
     recipe = distributed.shard(path, recipes.load(path).keys, None, offload, 2, 2)
     check_keys(recipe, str(path), input_schema(tuple(recipe["plugins"])))
-    found = validate_config(DictDefault(recipe))
-    assert found.fsdp_version == 2 and found.fsdp_config.offload_params == offload
-    assert found.fsdp_config.cpu_ram_efficient_loading == ("bf16" in name)
+    validated = validate_config(DictDefault(recipe))
+    assert validated.fsdp_version == 2 and validated.fsdp_config.offload_params == offload
+    assert validated.fsdp_config.cpu_ram_efficient_loading == ("bf16" in name)
 
 
 @pytest.mark.parametrize("zero, offload", [(1, False), (2, False), (3, False), (2, True), (3, True)])

@@ -39,9 +39,9 @@ def test_torch_is_the_makefiles_and_has_its_constraints():
 
 def test_the_base_has_the_cuda_that_torch_is_built_for():
     constraints = (ROOT / "constraints" / f"torch-{argument('TORCH')}.txt").read_text(encoding="utf-8")
-    wanted = re.search(r"^cuda-toolkit==(\d+\.\d+)", constraints, re.M)[1]
+    version = re.search(r"^cuda-toolkit==(\d+\.\d+)", constraints, re.M)[1]
     base = argument("BASE")
-    assert re.search(rf":{re.escape(wanted)}\.\d+-base-ubuntu24\.04$", base)
+    assert re.search(rf":{re.escape(version)}\.\d+-base-ubuntu24\.04$", base)
     assert SERVICE["build"]["args"]["BASE"] == f"${{BASE:-{base}}}"
 
 

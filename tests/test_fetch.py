@@ -612,10 +612,10 @@ def test_no_permission(tmp_path):
             os.chdir(sys.argv.pop(1))
             read = finlora.data.fetch.read_manifest
             def read_and_drop(path):
-                found = read(path)
+                content = read(path)
                 if os.geteuid() == 0:
                     os.seteuid(65534)
-                return found
+                return content
             finlora.data.fetch.read_manifest = read_and_drop
             finlora.cli.main()
         """
@@ -665,7 +665,7 @@ def test_a_part_that_is_renamed_between_open_and_lock(tmp_path, monkeypatch):
 
 
 def test_tasks_by_name(tmp_path):
-    for names, wanted in [
+    for names, stems in [
         (
             ["general_multi"],
             ["train/multi/general_multi", *("test/" + t for t in "fpb fiqa tfns nwgi headline ner".split())],
@@ -676,8 +676,8 @@ def test_tasks_by_name(tmp_path):
         with refuses(key="FINLORA_MIRROR") as caught:
             fetch(names, tmp_path / "raw", mirror=str(tmp_path))
         listed = str(caught.value).partition(": ")[2].split(", ")
-        assert all(any(path.startswith(f"data/{stem}") for path in listed) for stem in wanted), (names, listed)
-        assert len(listed) == len(wanted) + 2 * ("formula" in names)
+        assert all(any(path.startswith(f"data/{stem}") for path in listed) for stem in stems), (names, listed)
+        assert len(listed) == len(stems) + 2 * ("formula" in names)
 
 
 KINDS = ["tags", "value", "formula_test", "formula_calculations"]

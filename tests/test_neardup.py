@@ -244,8 +244,8 @@ def test_real_rows_with_one_instruction_are_kept_apart(file, rows, most_rows_in_
     for group, size in sizes.items():
         if size > 1:
             alike = [text for text, number in zip(texts, groups, strict=True) if number == group]
-            said = [set(normalise(text.split("Input:")[-1]).split()) for text in alike]
-            assert all(any(len(a & b) >= 0.7 * len(a | b) for b in said if b is not a) for a in said)
+            word_sets = [set(normalise(text.split("Input:")[-1]).split()) for text in alike]
+            assert all(any(len(a & b) >= 0.7 * len(a | b) for b in word_sets if b is not a) for a in word_sets)
 
 
 def test_one_tweet_under_two_links_is_found_in_tfns():

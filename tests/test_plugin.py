@@ -51,9 +51,9 @@ def recipe(tmp_path, tiny_base):
     }
 
     def write(**changes) -> str:
-        wanted = {key: value for key, value in (base | changes).items() if value is not None}
+        keys = {key: value for key, value in (base | changes).items() if value is not None}
         path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(wanted), encoding="utf-8")
+        path.write_text(yaml.safe_dump(keys), encoding="utf-8")
         return str(path)
 
     return write

@@ -212,8 +212,8 @@ def test_choice_of_groups(groups, share, seed):
         assert min(sizes.values()) * 2 > len(groups)
         return
     held_out = sum(sizes[group] for group in chosen)
-    wanted = max(1, round(len(groups) * share))
-    assert chosen and (held_out <= wanted or (chosen and held_out == min(sizes.values())))
+    target = max(1, round(len(groups) * share))
+    assert chosen and (held_out <= target or (chosen and held_out == min(sizes.values())))
     assert held_out < len(groups)
     assert _choose_groups("any", groups, share, seed) == chosen
 
@@ -236,9 +236,9 @@ def test_published_defects_are_left_out_and_counted(tmp_path):
         "context holds the chat's control token <|eot_id|>": {"rows": 1, "first_lines": [21]},
         "missing target ('nan')": {"rows": 1, "first_lines": [22]},
     }
-    said = [line for line in done.stdout.splitlines() if "train/xbrl_term_train.jsonl" in line and "empty" in line]
-    says(said[0], "1 row", "empty context", "4")
-    says(said[1], "15 rows", "empty target", "6, 7, 8, 9, 10, 11, 12, 13, 14, 15, ...")
+    lines = [line for line in done.stdout.splitlines() if "train/xbrl_term_train.jsonl" in line and "empty" in line]
+    says(lines[0], "1 row", "empty context", "4")
+    says(lines[1], "15 rows", "empty target", "6, 7, 8, 9, 10, 11, 12, 13, 14, 15, ...")
 
 
 def test_a_published_file_that_is_all_defects(tmp_path):

@@ -117,9 +117,9 @@ def test_workflows_run_what_there_is(workflow, expected):
     """Each command is a script here or a target of the Makefile."""
     text = (ROOT / ".github" / "workflows" / f"{workflow}.yml").read_text(encoding="utf-8")
     (job,) = yaml.safe_load(text)["jobs"].values()
-    given = job.get("strategy", {}).get("matrix", {"command": [None]})["command"]
+    commands = job.get("strategy", {}).get("matrix", {"command": [None]})["command"]
     written = [step["run"] for step in job["steps"] if "run" in step]
-    steps = [text.replace("${{ matrix.command }}", str(one)) for text in written for one in given]
+    steps = [text.replace("${{ matrix.command }}", str(one)) for text in written for one in commands]
     assert expected <= {" ".join(step.split()[:2]) for step in steps}
     for step in steps:
         words = step.split()

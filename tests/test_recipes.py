@@ -252,7 +252,7 @@ def test_a_recipe_that_is_not_utf8(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, found",
+    "name, recipe",
     [
         ("sentiment_r8_dora", "sentiment_r8_dora"),
         ("sentiment_llama_3_1_8b_8bits_r8_dora", "sentiment_r8_dora"),
@@ -260,8 +260,8 @@ def test_a_recipe_that_is_not_utf8(tmp_path):
         ("xbrl_extract_llama_3_1_8b_8bits_r8_dora_a32", "xbrl_extract_r8_a32_dora"),
     ],
 )
-def test_find(name, found):
-    assert recipe_names.find(name).stem == found
+def test_find(name, recipe):
+    assert recipe_names.find(name).stem == recipe
 
 
 def test_find_by_path(tmp_path):

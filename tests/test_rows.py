@@ -317,10 +317,10 @@ CAPITALS = {"CRC", "CRLF", "CSV", "JSON", "LF", "LFS", "NA", "NUL", "UTF"}  # na
 def complaint(path: Path, *words: str, shown: object = None, line: int | None = None, key: str | None = None, **given):
     with refuses(*words, file=shown or path, line=line, key=key) as error:
         list(read_rows(path, **given))
-    said = str(error.value).removeprefix(str(shown or path))
-    assert len(said) < 300
-    assert set(re.findall("[A-Z]{2,}", said)) <= CAPITALS
-    assert all(any(part in said for part in word.split("|")) for word in words if word != word.lower())
+    text = str(error.value).removeprefix(str(shown or path))
+    assert len(text) < 300
+    assert set(re.findall("[A-Z]{2,}", text)) <= CAPITALS
+    assert all(any(part in text for part in word.split("|")) for word in words if word != word.lower())
 
 
 @pytest.mark.parametrize("case", MALFORMED)

@@ -127,9 +127,9 @@ def restated(targets: list[str], answers: list[str], tags: bool) -> tuple[list[s
     pairs = []
     for answer, target in zip(answers, targets, strict=True):
         if tags:
-            given = [part.strip() for part in answer.split(",")]
+            parts = [part.strip() for part in answer.split(",")]
             for place, tag in enumerate(target.split(",")):
-                pairs.append((tag.strip(), given[place] if place < len(given) else ""))
+                pairs.append((tag.strip(), parts[place] if place < len(parts) else ""))
         else:
             pairs.append((target, answer))
     alternatives = sorted({re.escape(target) for target, _ in pairs if target}, key=len, reverse=True)
@@ -401,7 +401,7 @@ def test_several_words_are_an_answer_where_the_target_is_several():
 
 
 @pytest.mark.parametrize(
-    ("answer", "found"),
+    ("answer", "expected"),
     [
         ("2^3", 1.0),
         ("'2 * 4'", 1.0),
@@ -415,9 +415,9 @@ def test_several_words_are_an_answer_where_the_target_is_several():
     ],
     ids=lambda value: str(value)[:12],
 )
-def test_what_a_calculation_may_hold(answer, found):
+def test_what_a_calculation_may_hold(answer, expected):
     """Powers, quotes, signs, percentages, at most 500 characters; no names, and the first part that is one."""
-    assert right(strict(spec_of(), [answer], ["8 * 1"])) == [found]
+    assert right(strict(spec_of(), [answer], ["8 * 1"])) == [expected]
 
 
 def test_zero_equals_zero_exactly():

@@ -182,8 +182,8 @@ def test_every_package_is_pinned(file):
     assert len(pins) > 200 and all(re.fullmatch(r"[A-Za-z0-9._-]+==[\w.+!]+", pin) for pin in pins)
     pinned = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    for wanted in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
-        assert re.match(r"[A-Za-z0-9._-]+", wanted)[0].lower() in pinned, wanted
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        assert re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower() in pinned, requirement
 
 
 def test_the_audit_reads_every_list_of_pins():
@@ -199,8 +199,8 @@ def test_no_recipe_reports_to_a_service():
         assert not [key for key in keys if re.match("wandb|mlflow|comet|trackio|push|hub_|use_wandb", key)], recipe
 
 
-@pytest.mark.parametrize("asked, given", [(None, "1"), ("0", "0")])
-def test_telemetry_is_off_unless_asked_for(asked, given, tmp_path):
+@pytest.mark.parametrize("asked, value", [(None, "1"), ("0", "0")])
+def test_telemetry_is_off_unless_asked_for(asked, value, tmp_path):
     """With Python stood in for: what `make` tells axolotl is printed."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
@@ -209,4 +209,4 @@ def test_telemetry_is_off_unless_asked_for(asked, given, tmp_path):
     env = {key: value for key, value in os.environ.items() if key != "AXOLOTL_DO_NOT_TRACK"}
     env |= {"AXOLOTL_DO_NOT_TRACK": asked} if asked else {}
     done = subprocess.run(["make", "recipes", f"VENV={tmp_path}"], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, f"{given}\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{value}\n"), done.stderr

@@ -48,9 +48,9 @@ def answer(folder, turns):
     """Greedy, with the template beside the weights, and the prompt's tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    given = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    out = model.generate(**given, max_new_tokens=MOST, do_sample=False)[0, given["input_ids"].shape[1] :]
-    return tokenizer.decode(out, skip_special_tokens=True), given["input_ids"].shape[1]
+    inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**inputs, max_new_tokens=MOST, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return tokenizer.decode(out, skip_special_tokens=True), inputs["input_ids"].shape[1]
 
 
 def child(function, fork=os.fork):
@@ -114,10 +114,10 @@ def test_the_endpoint_answers_as_the_model_does(merged, tmp_path, monkeypatch):
         assert documented["model"] == "sentiment_r8_dora"
         body = documented | {"model": listed.json()["data"][0]["id"], "max_tokens": MOST}
         turns = body["messages"]
-        found = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+        answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
         expected, length = answer(merged.merged, turns)
-        assert found["choices"][0]["message"] == {"role": "assistant", "content": expected} and expected
-        assert found["usage"]["prompt_tokens"] == length
+        assert answer["choices"][0]["message"] == {"role": "assistant", "content": expected} and expected
+        assert answer["usage"]["prompt_tokens"] == length
         assert requests.post(f"{url}/v1/chat/completions", json=body | {"model": "gpt"}, timeout=60).status_code == 400
         with refuses("in use", "127.0.0.1", "another", file=f"PORT={port}"):
             serve.serve(merged, "127.0.0.1", port, "transformers", [])
@@ -204,19 +204,19 @@ def test_ctrl_c_ends_an_answer_and_forgets_the_question(merged, monkeypatch, cap
     model, tokenizer, _ = chat.load(merged, "saved", keep_quantised=False)
     generate, asked = model.generate, []
 
-    def interrupted(**given):
-        asked.append(given["input_ids"].shape[1])
+    def interrupted(**arguments):
+        asked.append(arguments["input_ids"].shape[1])
         if len(asked) == 1:
             raise KeyboardInterrupt
-        return generate(**given)
+        return generate(**arguments)
 
     monkeypatch.setattr(model, "generate", interrupted)
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"sales rose\nsales fell\n{'sales ' * 20000}\n"))
     chat.chat(model, tokenizer, MOST)
     expected, length = answer(merged.merged, [{"role": "user", "content": "sales fell"}])
-    said = capsys.readouterr()
-    assert said.out == f"\n{expected}\n\n" and asked[1] == length
-    (line,) = [line for line in said.err.splitlines() if "/new" in line]
+    printed = capsys.readouterr()
+    assert printed.out == f"\n{expected}\n\n" and asked[1] == length
+    (line,) = [line for line in printed.err.splitlines() if "/new" in line]
     says(line, "more than")
 
 
@@ -225,13 +225,13 @@ def test_an_adapter_is_talked_to_before_it_is_merged(runs, bits):
     """Merged in memory, or on quantised weights with cached norms: the same first token, its magnitudes included."""
     plan = trained_models.load_trained(RECIPES[bits])
     ids = torch.arange(3, 24)[None]
-    found = []
+    logits = []
     for keep in (False, True):
         model, _, what = chat.load(plan, "saved", keep)
         says(what, f"outputs/{RECIPES[bits]}", "not merged" if keep else "merged in memory", f"{bits}-bit")
         with torch.inference_mode():
-            found.append(model(ids).logits)
-    assert (found[0] - found[1]).abs().max() < 1e-3 * found[0].abs().max()
+            logits.append(model(ids).logits)
+    assert (logits[0] - logits[1]).abs().max() < 1e-3 * logits[0].abs().max()
 
 
 def read_until(terminal, pattern, seconds=30):
@@ -251,8 +251,8 @@ def test_ctrl_d_and_ctrl_c_leave_the_terminal_cleanly(merged, key):
         read_until(terminal, "> $")
         os.write(terminal, b"sales rose\n")
         expected = answer(merged.merged, [{"role": "user", "content": "sales rose"}])[0]
-        said = read_until(terminal, r"\n> $").replace("\r\n", "\n")
-        assert expected in said
+        text = read_until(terminal, r"\n> $").replace("\r\n", "\n")
+        assert expected in text
         os.write(terminal, key)
         assert ended(pid) == 0
     finally:

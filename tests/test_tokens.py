@@ -124,13 +124,13 @@ def load(tokenizer, folder: Path, sources: dict[str, tuple[str, dict]]) -> dict[
         patch.setenv("AXOLOTL_IS_PREPROCESS", "1")  # as `axolotl preprocess` does: no count of steps, which needs a GPU
         train, validation, _, _ = prepare_datasets(checked, load_tokenizer(checked))
 
-    found = {}
+    loaded = {}
     for file, dataset in ("train.jsonl", iter(train)), ("validation.jsonl", iter(validation)):
         for name in sources:
             count = len((folder / name / file).read_text(encoding="utf-8").splitlines())
-            found.setdefault(name, {"folder": folder / name})[file] = list(islice(dataset, count))
+            loaded.setdefault(name, {"folder": folder / name})[file] = list(islice(dataset, count))
         assert next(dataset, None) is None
-    return found
+    return loaded
 
 
 def expected(tokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
@@ -184,12 +184,12 @@ def test_all_rows_at_hand(tokenizer, tmp_path):
     sources = {task: (task, {"raw": SAMPLE}) for task in load_tasks()}
     if SHARED.is_dir():
         sources |= {f"real {task}": (task, {"raw": SHARED}) for task in REAL}
-    found = load(tokenizer, tmp_path, sources)
-    for rows in found.values():
+    loaded = load(tokenizer, tmp_path, sources)
+    for rows in loaded.values():
         check(tokenizer, rows)
     for task in REAL:
-        if f"real {task}" in found:
-            assert sum(len(found[f"real {task}"][file]) for file in FILES.values()) == REAL[task]
+        if f"real {task}" in loaded:
+            assert sum(len(loaded[f"real {task}"][file]) for file in FILES.values()) == REAL[task]
 
 
 def test_every_tasks_recipe_reads_its_prepared_rows_in_the_same_way():

@@ -47,8 +47,8 @@ def curve(out, tag: str) -> dict[int, float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (events,) = out.glob("runs/*/events.*")
-    found = EventAccumulator(str(events.parent)).Reload()
-    return {event.step: event.value for event in found.Scalars(tag)}
+    reader = EventAccumulator(str(events.parent)).Reload()
+    return {event.step: event.value for event in reader.Scalars(tag)}
 
 
 def test_every_run_leaves_its_curves_for_tensorboard(logged):
@@ -131,7 +131,7 @@ def test_what_a_run_logs_is_no_reason_not_to_go_on():
 
 
 @pytest.mark.parametrize(
-    "wanted, missing, expected",
+    "tracker, missing, expected",
     [
         ("wand", None, "TRACK=wand: .*wandb, mlflow, none"),
         ("wandb", None, "TRACK=wandb .*WANDB_API_KEY.* WANDB_MODE=offline"),
@@ -139,11 +139,11 @@ def test_what_a_run_logs_is_no_reason_not_to_go_on():
         ("mlflow", "mlflow", r"TRACK=mlflow .*pip install mlflow-skinny$"),
     ],
 )
-def test_bad_track(wanted, missing, expected, nothing_set, tmp_path):
+def test_bad_track(tracker, missing, expected, nothing_set, tmp_path):
     find = importlib.util.find_spec
     nothing_set.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     with pytest.raises(UserError, match=f"^{expected}"):
-        tracking.options(wanted, tmp_path)
+        tracking.options(tracker, tmp_path)
 
 
 def test_keys_and_places_come_from_the_environment(nothing_set, tmp_path):
