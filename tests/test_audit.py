@@ -518,6 +518,8 @@ def test_leaks_and_ties_of_the_real_files(real):
     nan = finding_with(real["xbrl_term"], "missing target", "'nan'")
     assert figures(nan) == [6] and nan["first_lines"] == [142, 890, 1589, 1630, 2973] and not nan["attention"]
     assert figures(finding_with(real["formula"], "begins with")) == [37]
+    wrong = finding_with(real["formula"], "wrong answer")
+    assert figures(wrong) == [6] and wrong["first_lines"] == [12, 141, 142, 150, 152]
 
 
 def test_a_changed_real_file_is_not_taken_for_the_published_one(tmp_path):

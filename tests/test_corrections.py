@@ -62,6 +62,27 @@ def test_which_rows_of_the_train_file_are_corrected(published, expected):
     assert corrected_target(TRAIN, published) == ("positive" if expected == "certain" else "neutral")
 
 
+FORMULA = "test/formula_test.jsonl"
+
+
+@pytest.mark.parametrize("line", load_corrections()[FORMULA].answers)
+def test_each_corrected_answer_is_what_its_derivation_yields(line):
+    answer = load_corrections()[FORMULA].answers[line]
+    value = eval(answer.derivation)  # the table is our own
+    assert f"{value:.2f}" == f"{float(answer.corrected):.2f}" != f"{float(answer.published):.2f}"
+
+
+def test_the_answers_that_are_corrected_are_the_published_ones():
+    answers = load_corrections()[FORMULA].answers
+    rows = {row.line: row for row in read_rows(real(FORMULA))}
+    assert applies(FORMULA, real(FORMULA))
+    for line, published in rows.items():
+        wrong = answers.get(line)
+        assert corrected_target(FORMULA, published) == (wrong.corrected if wrong else published.target)
+        assert standing(FORMULA, published) == ("certain" if wrong else "other")
+        assert wrong is None or wrong.published == published.target
+
+
 REGEX = "regular expression"
 LABELS = st.sampled_from(["negative", "neutral", "positive", "strong positive", "Yes", ""])
 TEXTS = st.one_of(st.text(), st.text().map(lambda text: INSTRUCTION.format("tweet", THREE, text)))
@@ -122,10 +143,20 @@ def changed_table(change) -> str:
         ("- a", None, ["no corrections", "git"]),
         ("a: [", None, ["cannot be read|unreadable", "parsing", "git"]),
         ("a: \xff", None, ["cannot be read|unreadable", "utf-8", "git"]),
-        ("a: 1", "a", ["keys", "evidence, git_blob_sha1, labels"]),
-        (changed_table(lambda t: t[TFNS].update(lables={})), TFNS, ["unknown", "lables", "labels, rows"]),
+        ("a: 1", "a", ["keys", "evidence, git_blob_sha1"]),
+        (changed_table(lambda t: t[TFNS].update(lables={})), TFNS, ["unknown", "lables", "labels"]),
         (changed_table(lambda t: t[TFNS].pop("evidence")), TFNS, ["evidence", "missing"]),
-        (changed_table(lambda t: t[TFNS].pop("labels")), TFNS, ["labels", "missing"]),
+        (changed_table(lambda t: t[TFNS].pop("labels")), TFNS, ["labels", "answers", "missing"]),
+        (
+            changed_table(lambda t: t[FORMULA].update(labels={"a": "b", "b": "a"})),
+            FORMULA,
+            ["labels", "answers", "one"],
+        ),
+        (
+            changed_table(lambda t: t[FORMULA]["answers"][12].pop("derivation")),
+            f"{FORMULA}: answers: 12",
+            ["derivation"],
+        ),
         (changed_table(lambda t: t[TFNS].pop("git_blob_sha1")), TFNS, ["git_blob_sha1", "missing"]),
         (changed_table(lambda t: t[TFNS].update(labels={"a": "b"})), TFNS, ["labels", "exchange"]),
         (changed_table(lambda t: t[TFNS].update(labels=["a"])), TFNS, ["labels", "exchange"]),

@@ -113,15 +113,15 @@ def test_what_it_says(monkeypatch, capsys):
     said = capsys.readouterr().out
     for line in (
         r"sentiment_r8_dora .*\b4\b.* a100-80g .*NVIDIA A100-SXM4-80GB, 80 GiB.*",
-        r".*\b4 processes .*\b1 .*\b1,280 .*\b1 .*\b5,120 .*",
+        r".*\b4 processes .*\b1 .*\b1,152 .*\b1 .*\b4,608 .*",
         r"  q_proj +32 +2,097,152 +131,072 +2,228,224",
         r"  all +4,718,592 +196,608 +4,915,200",
         r"  weights 8\.5, .* 0\.07, .* \d\.\d, .* 0\.\d",
         r"  peak \d+\.\d of 80\b.*",
-        r"  rows +71,442 .* 1,458 .* 85 .*",
+        r"  rows +71,442 .* 1,458 .* 70 .*",
         r" +.*data/tasks.yaml.*`make data TASK=sentiment`.*",
-        r"  samples +285,768 .*24\.3 .*",
-        r"  steps +\d,\d\d\d of 5,120 .*0\.\d+ s .*",
+        r"  samples +285,768 .*20\.0 .*",
+        r"  steps +\d,\d\d\d of 4,608 .*0\.\d+ s .*",
         r"  time +\d+ min, .*\d+ (s|min) .*",
         r"  cost +\d+\.\d\d .*\d+\.\d\d GPU-hours .*2\.5",
         r".*\d+ runs .*h100-80g and h200\b.* \d+%.* \d+%.*a100-80g .*",
@@ -218,7 +218,7 @@ def test_rows_that_are_here_are_counted(tmp_path, tiny_base):
 def test_a_row_that_is_too_long_is_said(tmp_path, monkeypatch):
     file = rows_file(tmp_path, ["long " * 9000])
     said = plan.show(planned(datasets=[{"path": file}]))
-    assert re.search(r"longer .*sequence_len 5,120\b", said)
+    assert re.search(r"longer .*sequence_len 4,608\b", said)
 
 
 OWN_PATH = recipe_names.RECIPES / "sentiment_r8_dora.yaml"

@@ -261,7 +261,7 @@ def _summary(
         "status": file.status,
         "rows": file.rows,
         "labels": dict(sorted(file.counts.items())) if file.labels is not None or different <= FEW else None,
-        "labels_corrected": dict(sorted(file.corrected.items())) or None,
+        "labels_corrected": (dict(sorted(file.corrected.items())) or None) if different <= FEW else None,
         "different_answers": different,
         "answers_that_are_numbers": file.numbers,
         # Rows that repeat an earlier one: letter for letter; in the same words, those included; nearly, all included.
@@ -308,6 +308,11 @@ def _compare(file: File, rows: int | None, test: TestSet | None) -> bool:
         file.find(text, "its labels are taken as they stand", attention=True)
     elif correction and correction.rows:
         _compare_rows(file, correction)
+    elif correction and correction.answers:
+        text = f"{_rows(len(correction.answers))} with a wrong answer"
+        file.find(
+            text, "corrected as rows are read (data/corrections.yaml); LABELS=published leaves them", correction.answers
+        )
     return pinned
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from pydantic import BeforeValidator, field_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 
 from finlora.core.paths import ROOT
 from finlora.core.tables import Record, expecting, read_entry, read_table
@@ -21,6 +21,7 @@ TABLE = ROOT / "data" / "corrections.yaml"
 class Row(Protocol):
     """What is read of a row (finlora.data.rows.Row has it)."""
 
+    line: int
     context: str
     target: str
 
@@ -45,11 +46,20 @@ class Rows(Record):
     source_counts: Counts
 
 
+class Answer(Record):
+    """A wrong answer, the right one, and the calculation that gives it, in Python."""
+
+    published: str
+    corrected: str
+    derivation: str
+
+
 class Correction(Record):
-    """What is wrong with the labels of one file; `rows` is None where that holds for all of them."""
+    """What is wrong with one file: labels that are exchanged (in all rows where `rows` is None), or answers by line."""
 
     git_blob_sha1: str
-    labels: dict[str, str]
+    labels: dict[str, str] = {}
+    answers: dict[int, Answer] = {}
     evidence: str
     rows: Rows | None = None
 
@@ -59,6 +69,12 @@ class Correction(Record):
         if not isinstance(labels, dict) or set(labels) != set(labels.values()):
             raise ValueError("must exchange labels for each other (the same ones on both sides)")
         return labels
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Correction":
+        if bool(self.labels) == bool(self.answers):
+            raise ValueError("one of the keys 'labels' and 'answers' is missing, or both are there; keep one")
+        return self
 
 
 @cache
@@ -78,6 +94,8 @@ def standing(file: str, row: Row) -> str:
     entry = load_corrections().get(file)
     if entry is None:
         return "other"
+    if entry.answers:
+        return "certain" if row.line in entry.answers else "other"
     rows = entry.rows
     if rows is None:
         return "certain"
@@ -90,4 +108,5 @@ def corrected_target(file: str, row: Row) -> str:
     """The row's corrected label, which is its published one wherever the table has nothing certain to say."""
     if standing(file, row) != "certain":
         return row.target
-    return load_corrections()[file].labels.get(row.target, row.target)
+    entry = load_corrections()[file]
+    return entry.answers[row.line].corrected if entry.answers else entry.labels.get(row.target, row.target)
