@@ -120,7 +120,7 @@ def test_what_it_says(monkeypatch, capsys):
         r"  peak \d+\.\d of 80\b.*",
         r"  rows +71,442 .* 1,458 .* 70 .*",
         r" +.*data/tasks.yaml.*`make data TASK=sentiment`.*",
-        r"  samples +285,768 .*20\.0 .*",
+        r"  samples +285,768 .*\b20\b.*",
         r"  steps +\d,\d\d\d of 4,608 .*0\.\d+ s .*",
         r"  time +\d+ min, .*\d+ (s|min) .*",
         r"  cost +\d+\.\d\d .*\d+\.\d\d GPU-hours .*2\.5",
