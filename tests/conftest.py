@@ -188,12 +188,12 @@ def runs(finished_runs: Path, tmp_path: Path, monkeypatch) -> Path:
     from finlora.core import paths, provenance
     from finlora.export import merge, publish
     from finlora.export import trained as trained_models
-    from finlora.recipes import bases, load
+    from finlora.recipes import bases, recipe
     from finlora.train import run as train
     from finlora.train import runs as train_runs
 
     shutil.copytree(finished_runs, tmp_path / "outputs")
-    for module in paths, train_runs, provenance, bases, load, train, merge, publish:
+    for module in paths, train_runs, provenance, bases, recipe, train, merge, publish:
         monkeypatch.setattr(module, "ROOT", tmp_path)
     for module in train_runs, trained_models:
         monkeypatch.setattr(module, "OUTPUTS", tmp_path / "outputs")

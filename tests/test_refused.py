@@ -152,8 +152,8 @@ def test_paths_that_would_be_read_or_written_wrongly(tmp_path, monkeypatch):
         ),
     ):
         with refuses(*words, file="mine.yaml", key=key):
-            rules.check_paths(Path("mine.yaml"), DORA | changes)
-    rules.check_paths(Path("mine.yaml"), DORA | {"chat_template_jinja": "{{ messages }}"})
+            rules.check_paths(recipes.Recipe(Path("mine.yaml"), DORA | changes))
+    rules.check_paths(recipes.Recipe(Path("mine.yaml"), DORA | {"chat_template_jinja": "{{ messages }}"}))
 
 
 TOKENS = ["<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"]
@@ -183,14 +183,14 @@ def checked(tmp_path):
     """check_base on a recipe with changes, whose base model has a configuration with changes and a small tokenizer."""
     from tokenizers import Tokenizer, models
 
-    def check(config: dict, **changes) -> Path:
+    def check(config: dict, **changes) -> None:
         base = tmp_path / "base"
         base.mkdir(exist_ok=True)
         (base / "config.json").write_text(json.dumps(LLAMA | config), encoding="utf-8")
         tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(290)}, unk_token="w0"))
         tokenizer.add_special_tokens(TOKENS)
         tokenizer.save(str(base / "tokenizer.json"))
-        return base_model.check_base(recipes.Recipe(Path("mine.yaml"), DORA | {"base_model": str(base)} | changes))
+        base_model.check_base(recipes.Recipe(Path("mine.yaml"), DORA | {"base_model": str(base)} | changes))
 
     return check
 
@@ -200,7 +200,7 @@ BASES = {
         {},
         {"special_tokens": {"pad_token": "<|finetune_right_pad|>"}},
         "special_tokens.pad_token",
-        ["<|finetune_right_pad|>", "did you mean <|finetune_right_pad_id|>"],
+        ["<|finetune_right_pad|>", "take one that is, <|finetune_right_pad_id|>"],
     ),
     "no such token, and none near": (
         {},
@@ -208,7 +208,12 @@ BASES = {
         "special_tokens.additional_special_tokens",
         ["[X]", "take one", "<|eot_id|>"],
     ),
-    "an end of turn that is not there": ({}, {"eot_tokens": ["<|eot|>"]}, "eot_tokens", ["did you mean <|eot_id|>"]),
+    "an end of turn that is not there": (
+        {},
+        {"eot_tokens": ["<|eot|>"]},
+        "eot_tokens",
+        ["take one that is, <|eot_id|>"],
+    ),
     "more tokens than embeddings": ({"vocab_size": 200}, {}, "base_model", ["293", "200", "take a model"]),
     "tied embeddings": (
         {"tie_word_embeddings": True},
@@ -239,10 +244,10 @@ def test_a_base_model_that_does_not_fit_is_named(case, checked):
         checked(config, **changes)
 
 
-def test_a_base_model_that_fits(checked, tmp_path):
-    assert checked({}) == tmp_path / "base"
-    assert checked({"max_position_embeddings": 2048}) == tmp_path / "base"  # packed: each row has positions of its own
-    assert checked({}, lora_modules_to_save=["lm_head"], eot_tokens=["<|eot_id|>"]) == tmp_path / "base"
+def test_a_base_model_that_fits(checked):
+    checked({})
+    checked({"max_position_embeddings": 2048})  # packed: each row has positions of its own
+    checked({}, lora_modules_to_save=["lm_head"], eot_tokens=["<|eot_id|>"])
 
 
 def test_layers_that_an_architecture_does_not_have(checked):

@@ -59,7 +59,7 @@ def test_no_recipe_here_is_refused():
     for path in map(recipe_names.find, recipe_names.names()):
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         safety.check(recipe, str(path))
-        rules.check_paths(path, recipe)
+        rules.check_paths(recipes.Recipe(path, recipe))
 
 
 def test_pickled_base_weights_are_refused(tmp_path):
@@ -88,9 +88,9 @@ def test_outputs_stay_in_their_folder(path, key, tmp_path, monkeypatch):
     monkeypatch.setattr(rules, "ROOT", tmp_path / "house")
     (tmp_path / "house" / "outputs").mkdir(parents=True)
     (tmp_path / "house" / "outputs" / "link").symlink_to(tmp_path)
-    rules.check_paths(Path("a.yaml"), RECIPE)
+    rules.check_paths(recipes.Recipe(Path("a.yaml"), RECIPE))
     with refuses(path, "outputs/", "name a folder", file="a.yaml", key=key):
-        rules.check_paths(Path("a.yaml"), RECIPE | {key: path})
+        rules.check_paths(recipes.Recipe(Path("a.yaml"), RECIPE | {key: path}))
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "../other.jsonl", "data/../../x.jsonl", "data/link/x.jsonl"])
@@ -100,7 +100,7 @@ def test_data_stays_in_the_repository(file, key, tmp_path, monkeypatch):
     (tmp_path / "house" / "data").mkdir(parents=True)
     (tmp_path / "house" / "data" / "link").symlink_to(tmp_path)
     with refuses(file, "out of the repository", "copy it to data/", file="a.yaml", key=key):
-        rules.check_paths(Path("a.yaml"), RECIPE | {key: [RECIPE[key][0] | {"path": file}]})
+        rules.check_paths(recipes.Recipe(Path("a.yaml"), RECIPE | {key: [RECIPE[key][0] | {"path": file}]}))
 
 
 def test_folders_may_be_links_or_mounts_of_their_own(tmp_path, monkeypatch):
@@ -109,7 +109,7 @@ def test_folders_may_be_links_or_mounts_of_their_own(tmp_path, monkeypatch):
     for name in ("outputs", "data/prepared"):
         (tmp_path / "disk" / name).mkdir(parents=True)
         (tmp_path / "house" / name).symlink_to(tmp_path / "disk" / name)
-    rules.check_paths(Path("a.yaml"), RECIPE)
+    rules.check_paths(recipes.Recipe(Path("a.yaml"), RECIPE))
 
 
 def test_a_base_model_comes_as_safetensors_and_text_alone(tmp_path, monkeypatch):

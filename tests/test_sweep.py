@@ -83,7 +83,7 @@ def test_each_shipped_sweep_has_points_that_are_recipes(name):
     for point in planned:
         out = f"outputs/sweeps/sentiment_r8_dora.{name}/{point.name}"
         assert point.recipe["output_dir"] == out and point.path == ROOT / f"{out}.yaml"
-        rules.check_name(point.path, point.recipe)
+        rules.check_name(recipes.Recipe(point.path, point.recipe))
 
 
 NAMES = {

@@ -12,8 +12,7 @@ from pydantic_core import ErrorDetails
 
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
-from finlora.recipes.bases import linear_layers, shape
-from finlora.recipes.names import parse_name
+from finlora.recipes.recipe import Recipe
 
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text(encoding="utf-8"))
 ALL_ROWS = "every row of a file must train; remove it and take rows out of the file"
@@ -152,17 +151,18 @@ class DoraKeys(Keys):
     lora_embedding_kernel: Kernel = None
 
 
-def check(path: Path, keys: dict[str, Any]) -> None:
+def check(recipe: Recipe) -> None:
     """Raise UserError where a recipe is not what its name says, or breaks a rule."""
-    check_name(path, keys)
-    validate(str(path), keys)
+    check_name(recipe)
+    validate(str(recipe.path), recipe)
 
 
-def validate(source: str, keys: dict[str, Any]) -> None:
+def validate(source: str, recipe: Recipe) -> None:
     """Raise UserError for the first key that is refused, missing, or has a value that would not train as it says.
 
     source: what the error begins with, a recipe's path or a sweep's file and point.
     """
+    keys = recipe.keys
     entries = [
         (f"{kind}.{i}.", rows) for kind in ("datasets", "test_datasets") for i, rows in enumerate(keys.get(kind) or [])
     ]
@@ -170,10 +170,9 @@ def validate(source: str, keys: dict[str, Any]) -> None:
         for key in holder:
             if holder[key] and (reason := why_refused(key, kind)):
                 raise UserError(f"{source}: key '{prefix}{key}': {reason}")
-    sizes = shape(keys["base_model"])
     try:
         model = DoraKeys if keys.get("peft_use_dora") else Keys
-        model.model_validate(keys, context={"layers": linear_layers(sizes) if sizes else ()})
+        model.model_validate(keys, context={"layers": recipe.layers})
     except ValidationError as error:
         raise UserError(f"{source}: {_sentence(error.errors(include_url=False)[0])}") from None
 
@@ -191,12 +190,13 @@ def _sentence(error: ErrorDetails) -> str:
     return f"key '{key}' is {value}; {remedy}" if len(value) < 60 else f"key '{key}': {remedy}"
 
 
-def check_name(path: Path, keys: dict[str, Any]) -> None:
+def check_name(recipe: Recipe) -> None:
     """UserError where a recipe's content is not what its name says (names outside the grammar say nothing).
 
     A recipe writes to outputs/<name>; one that lies in outputs/ itself, as a sweep's points do, beside itself.
     """
-    if not (parts := parse_name(path.stem)):
+    path, keys, parts = recipe.path, recipe.keys, recipe.parts
+    if not parts:
         return
     folder, outputs = path.resolve().parent, (ROOT / "outputs").resolve()
     out = "outputs" / (folder.relative_to(outputs) if folder.is_relative_to(outputs) else Path()) / path.stem
@@ -216,12 +216,12 @@ def check_name(path: Path, keys: dict[str, Any]) -> None:
             raise UserError(f"{path}: key '{key}' is {keys.get(key)}, but the name says {value}; change one of them")
 
 
-def check_paths(path: Path, keys: dict[str, Any]) -> None:
+def check_paths(recipe: Recipe) -> None:
     """UserError for a path of the recipe that leads out of this repository, through `..`, a link, or from the root.
 
     What is written lies in outputs/. A base model may lie anywhere: it is only read, and only as safetensors.
     """
-    outputs = ROOT / "outputs"
+    path, keys, outputs = recipe.path, recipe.keys, ROOT / "outputs"
     for key in ("output_dir", "dataset_prepared_path"):
         where, place = f"{path}: key '{key}': {keys[key]}", Path(os.path.normpath(ROOT / keys[key]))
         if place == outputs or not place.is_relative_to(outputs):

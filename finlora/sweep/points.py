@@ -19,6 +19,7 @@ from finlora.evaluate.results import show
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 from finlora.recipes import rules
+from finlora.recipes.recipe import Recipe
 
 SWEEPS = recipe_names.RECIPES / "sweeps"
 OWN = ("output_dir", "dataset_prepared_path", "plugins")  # what a sweep may not vary
@@ -79,7 +80,7 @@ def plan(recipe: Path, file: Path) -> list[SweepPoint]:
             check_keys(merged, show(file), schema)
         except RecipeError as error:
             raise UserError(str(error)) from error
-        rules.validate(f"{show(file)}: point {number}", merged)
+        rules.validate(f"{show(file)}: point {number}", Recipe(recipe, merged))
         differs = {key: merged.get(key) for key in differing(base, merged)}
         name = name_of(recipe.stem, differs, merged)
         out = (folder / name).relative_to(ROOT)
@@ -87,7 +88,7 @@ def plan(recipe: Path, file: Path) -> list[SweepPoint]:
         point = SweepPoint(number, name, changes, differs, whole, folder / f"{name}.yaml")
         refuse_equal(file, point, points)
         try:
-            rules.check_name(point.path, whole)
+            rules.check_name(Recipe(point.path, whole))
         except UserError as error:
             reason = str(error).removeprefix(f"{point.path}: ")
             text = f"{show(file)}: point {number} ({changes_text(changes)}) would be {name}: {reason}"

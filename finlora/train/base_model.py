@@ -1,15 +1,14 @@
 """What a recipe asks of its base model, told from configuration and tokenizer before any weights are fetched."""
 
-from pathlib import Path
+import difflib
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from finlora.core.errors import UserError, did_you_mean
+from finlora.core.errors import UserError
 from finlora.core.files import read_json
 from finlora.core.paths import ROOT
-from finlora.recipes.bases import TEXT_FILES, fetch_base, linear_layers
-from finlora.recipes.load import Recipe
+from finlora.recipes.recipe import Recipe
 
 # adapter_config.json's name of a recipe's key: what an adapter that is trained on must have, because PEFT takes them
 # from it and ignores the recipe.
@@ -24,22 +23,17 @@ ADAPTER_KEYS = {
 EMBEDDINGS = {"embed_tokens", "lm_head"}
 
 
-def check_base(recipe: Recipe) -> Path:
-    """The base model's folder. UserError where it or the first adapter cannot be trained as the recipe says."""
-    folder = fetch_base(recipe.path, recipe.keys, files=TEXT_FILES)
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise UserError(f"{recipe.path}: key 'base_model': {folder} has no config.json; name a model's folder")
-    check_config(recipe, config)
-    check_vocabulary(recipe, folder, config)
+def check_base(recipe: Recipe) -> None:
+    """Raise UserError where the base model or the first adapter cannot be trained as the recipe says."""
+    check_config(recipe)
+    check_vocabulary(recipe)
     if recipe.keys.get("lora_model_dir"):
         check_first_adapter(recipe)
-    return folder
 
 
-def check_config(recipe: Recipe, config: dict[str, Any]) -> None:
+def check_config(recipe: Recipe) -> None:
     """UserError where a language model of config.json's kind and size is not what the recipe trains."""
-    keys, path = recipe.keys, recipe.path
+    keys, path, config = recipe.keys, recipe.path, recipe.base_config
     base = f"{path}: key 'base_model': {keys['base_model']}"
     if kinds := [kind for kind in config.get("architectures") or [] if not kind.endswith("ForCausalLM")]:
         raise UserError(f"{base} is a {kinds[0]}; take a model for causal language modelling")
@@ -56,7 +50,8 @@ def check_config(recipe: Recipe, config: dict[str, Any]) -> None:
             f"{path}: key 'sequence_len' is {keys['sequence_len']}, and {keys['base_model']} has {longest} positions; "
             f"set it to {longest} or less"
         )
-    layers = linear_layers(config) if config.get("model_type") == "llama" else layers_of(base, config)
+    layers = recipe.layers if config.get("model_type") == "llama" else []
+    layers = layers or layers_of(base, config)
     for target in keys["lora_target_modules"]:
         if target not in layers:
             raise UserError(f"{path}: key 'lora_target_modules': {target} is none of {', '.join(layers)}")
@@ -80,9 +75,9 @@ def layers_of(base: str, config: dict[str, Any]) -> list[str]:
     return sorted(linears - EMBEDDINGS)
 
 
-def check_vocabulary(recipe: Recipe, folder: Path, config: dict[str, Any]) -> None:
+def check_vocabulary(recipe: Recipe) -> None:
     """UserError for a token that the tokenizer does not have: axolotl would add it, and grow the embeddings."""
-    file = folder / "tokenizer.json"
+    file = recipe.base_folder / "tokenizer.json"
     if not file.is_file():  # a tokenizer of another format; axolotl's own checks come later
         return
     tokenizer, base = Tokenizer.from_file(str(file)), recipe.keys["base_model"]
@@ -91,9 +86,11 @@ def check_vocabulary(recipe: Recipe, folder: Path, config: dict[str, Any]) -> No
         for token in value if isinstance(value, list) else [value]:
             if token is not None and tokenizer.token_to_id(token) is None:
                 added = [entry.content for entry in tokenizer.get_added_tokens_decoder().values()]
-                remedy = did_you_mean(token, added).strip() or f"take one that it has, such as {', '.join(added[:3])}"
-                raise UserError(f"{recipe.path}: key '{key}': {token} is no token of {base}; {remedy}")
-    size, count = config.get("vocab_size"), tokenizer.get_vocab_size()
+                near = difflib.get_close_matches(token, added, 1) or added[:3]
+                raise UserError(
+                    f"{recipe.path}: key '{key}': {token} is no token of {base}; take one that is, {' or '.join(near)}"
+                )
+    size, count = recipe.base_config.get("vocab_size"), tokenizer.get_vocab_size()
     if size and count > size:
         raise UserError(
             f"{recipe.path}: key 'base_model': {base} has {count} tokens and embeddings for {size}, which training "

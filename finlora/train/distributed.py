@@ -11,7 +11,7 @@ from typing import Any
 
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
-from finlora.recipes.load import Recipe
+from finlora.recipes.recipe import Recipe
 
 DEEPSPEED = ROOT / "recipes" / "deepspeed"
 STAGES = (1, 2, 3)

@@ -10,8 +10,8 @@ from finlora.core.machine import GIB
 from finlora.core.paths import PREPARED, ROOT, SAMPLE
 from finlora.data import prepare, rows
 from finlora.data.tasks import load_tasks
-from finlora.recipes.load import Recipe
 from finlora.recipes.memory import what_fits
+from finlora.recipes.recipe import Recipe
 from finlora.train.base_model import check_base
 from finlora.train.distributed import Launch
 
@@ -25,10 +25,11 @@ def preflight(recipe: Recipe, launch: Launch, small: bool, trained: bool) -> tup
     """
     # Ray's GPUs may be on other machines; it waits until it has them.
     needs_gpu = launch.ray or check_device(recipe, launch.gpus_needed)
-    base = None if trained else check_base(recipe)
+    if not trained:
+        check_base(recipe)
     origin = prepare_data(recipe, small)
-    if base and not launch.rank:
-        check_disk(recipe, needs_gpu and not any(base.glob("*.safetensors")))
+    if not trained and not launch.rank:
+        check_disk(recipe, needs_gpu and not any(recipe.base_folder.glob("*.safetensors")))
     return needs_gpu, origin
 
 

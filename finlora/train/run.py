@@ -25,7 +25,7 @@ from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 from finlora.recipes import rules
 from finlora.recipes.bases import fetch_base
-from finlora.recipes.load import Recipe
+from finlora.recipes.recipe import Recipe, on_tiny_base
 from finlora.train import distributed, tiny
 from finlora.train import tracking as track
 from finlora.train.distributed import Launch
@@ -66,8 +66,8 @@ def train(
     args = args or []
     check_args(path, args)
     recipe = recipes.load(path)
-    rules.check_paths(path, recipe.keys)
-    written = recipes.on_tiny_base(recipe, tiny_base()) if small else recipe
+    rules.check_paths(recipe)
+    written = on_tiny_base(recipe, tiny_base()) if small else recipe
     as_run, message = distributed.distribute(written, launch)
     hint, zero = distributed.shorter_packs_hint(written, as_run), distributed.stage(as_run.keys)
     launcher, launcher_args = distributed.launcher(launch)
@@ -147,8 +147,8 @@ def finish(
 def finished_run(path: Path, small: bool, args: list[str]) -> dict[str, Any] | None:
     """run.json of the recipe's finished run on one GPU; None where `train` would train. Brings its data up to date."""
     recipe = recipes.load(path)
-    rules.check_paths(path, recipe.keys)
-    as_run = recipes.on_tiny_base(recipe, tiny_base()) if small else recipe
+    rules.check_paths(recipe)
+    as_run = on_tiny_base(recipe, tiny_base()) if small else recipe
     prepare_data(as_run, small)
     folder = RunFolder(as_run.output_folder)
     before = folder.identity

@@ -20,7 +20,7 @@ from finlora.data.tasks import load_tasks
 from finlora.data.test_sets import choose
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
-from finlora.recipes.load import Recipe, output_folder
+from finlora.recipes.recipe import Recipe, output_folder
 
 OUTPUTS = ROOT / "outputs"
 
