@@ -3,7 +3,7 @@
     python -m bench.distributed [--base <folder of the 8B shape> --data <folder of FinLoRA's files>]
 
 First the tiny model: four Adam steps of DoRA in one process, in one again (what the GPU itself varies by), and in all,
-for each way of sharing and every kind of base; then the throughput of the 8B shape; then the other methods; offload
+for each strategy and every kind of base; then the throughput of the 8B shape; then the other methods; offload
 last, because DeepSpeed compiles its Adam. Rows are written to --out as they come; what --seconds left no time for is
 not in it.
 """
@@ -28,13 +28,13 @@ from finlora.core.provenance import git_state, versions
 from finlora.train import distributed, tiny
 
 LEARNING_RATE, STEPS, PACK = 0.001, 4, 128
-SHARING = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero2_offload", "zero3_offload", "fsdp2_offload")
+STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "zero2_offload", "zero3_offload", "fsdp2_offload")
 METHODS = {
     "dora": {"peft_use_dora": True},
     "lora": {"peft_use_dora": False},
     "peft": {"peft_use_dora": True, "fastdora_layers": "peft"},
 }
-# name: (recipe, processes or 0 for all, sharing, whether the global batch grows with the processes)
+# name: (recipe, processes or 0 for all, strategy, whether the global batch grows with the processes)
 THROUGHPUT = {
     "8bit_dora 1 GPU": ("sentiment_r8_dora", 1, "ddp", False),
     "8bit_dora ddp, batch times GPUs": ("sentiment_r8_dora", 0, "ddp", True),
@@ -46,14 +46,14 @@ THROUGHPUT = {
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
-def shared(name: str, recipe: dict[str, Any], sharing: str, processes: int) -> dict[str, Any]:
-    """The recipe with the keys that `make train` sets for this way of sharing."""
-    stage, _, offload = sharing.partition("_")
+def sharded(name: str, recipe: dict[str, Any], strategy: str, processes: int) -> dict[str, Any]:
+    """The recipe with the keys that `make train` sets for this strategy."""
+    stage, _, offload = strategy.partition("_")
     zero, fsdp = (int(stage[4:]), None) if stage.startswith("zero") else (None, 2 if stage == "fsdp2" else None)
     return distributed.shard(Path(name), recipe, zero, bool(offload), fsdp, processes)
 
 
-def tiny_recipe(options, work: Path, processes: int, sharing: str, bits: int, method: str) -> dict[str, Any]:
+def tiny_recipe(options, work: Path, processes: int, strategy: str, bits: int, method: str) -> dict[str, Any]:
     """The sentiment recipe on the tiny model; as many packs a step as there are processes, whoever trains them."""
     rows = [(f"Shares of company {i} moved.", "up" if i % 2 else "down") for i in range(24 * options.processes)]
     recipe = shipped_recipe(
@@ -80,16 +80,16 @@ def tiny_recipe(options, work: Path, processes: int, sharing: str, bits: int, me
         "bench.plugins.NormCheck",
         *["bench.plugins.CpuProcesses"] * bool(options.cpu),
     ]
-    return shared("tiny", recipe, sharing, processes)
+    return sharded("tiny", recipe, strategy, processes)
 
 
-def throughput_recipe(options, work: Path, processes: int, name: str, sharing: str, grows: bool) -> dict[str, Any]:
+def throughput_recipe(options, work: Path, processes: int, name: str, strategy: str, grows: bool) -> dict[str, Any]:
     rows = write_rows(sentiment_rows(options.data), work / "train.jsonl")
     recipe = shipped_recipe(name, options.base, rows, work, max_steps=options.steps)
     recipe["plugins"] = [*recipe["plugins"], "bench.plugins.Clock"]
     if not grows:
         recipe = distributed.share_batch(Path(name), recipe, processes, 1)[0]
-    return shared(name, recipe, sharing, processes)
+    return sharded(name, recipe, strategy, processes)
 
 
 def start_one(options, folder: Path, name: str, processes: int, recipe_for: Callable[..., dict], *args) -> Run:
@@ -120,19 +120,19 @@ def in_turn(
         yield from pool.map(one, starts.items())
 
 
-def tiny_rows(options, folder: Path, method: str, sharings: Iterable[str], ones: dict) -> Rows:
-    """A row for each way of sharing and kind of base. ones: what one process trained, filled by the sharing "one"."""
+def tiny_rows(options, folder: Path, method: str, strategies: Iterable[str], ones: dict) -> Rows:
+    """A row for each strategy and kind of base. ones: what one process trained, filled by the strategy "one"."""
     starts, kinds = {}, {}
-    for sharing, bits in ((sharing, bits) for sharing in sharings for bits in options.bits):
-        name, processes = f"{bits}-bit {method}, {sharing}", 1 if sharing in ("one", "again") else options.processes
-        kinds[name] = sharing, (bits, method)
-        args = sharing if processes > 1 else "ddp", bits, method
+    for strategy, bits in ((strategy, bits) for strategy in strategies for bits in options.bits):
+        name, processes = f"{bits}-bit {method}, {strategy}", 1 if strategy in ("one", "again") else options.processes
+        kinds[name] = strategy, (bits, method)
+        args = strategy if processes > 1 else "ddp", bits, method
         starts[name] = partial(start_one, options, folder, name, processes, tiny_recipe, *args)
     for name, running, failed in in_turn(options, starts, options.parallel):
-        sharing, kind = kinds[name]
+        strategy, kind = kinds[name]
         if failed:
             yield name, {"failed": failed}
-        elif sharing == "one":
+        elif strategy == "one":
             ones[kind] = trained(running.work)
         elif kind in ones:
             yield name, {"processes": len(running.children)} | compared(running.work, ones[kind])
@@ -173,13 +173,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--base", help="a folder with the 8B shape (bench/random_base.py); without it no throughput")
     parser.add_argument("--data", type=Path, help="folder of FinLoRA's files (test/fpb_test.jsonl ...), with --base")
-    parser.add_argument("--steps", type=int, default=22, help="of a throughput run, the first six not counted")
+    parser.add_argument("--steps", type=int, default=16, help="of a throughput run, the first six not counted")
     parser.add_argument("--seconds", type=float, default=300, help="no run is started after so many")
     parser.add_argument("--timeout", type=float, default=120, help="seconds that one run may take")
     parser.add_argument("--parallel", type=int, default=2, help="tiny runs at a time")
     parser.add_argument("--bits", type=int, nargs="+", choices=(16, 8, 4), default=[16, 8, 4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["dora", "lora"], help="peft: PEFT's DoRA")
-    parser.add_argument("--sharing", nargs="+", choices=SHARING, default=SHARING)
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     parser.add_argument("--cpu", type=int, default=0, help="so many CPU processes in place of the GPUs")
     parser.add_argument("--logs", type=Path, help="folder for axolotl's output")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "distributed.json")
@@ -204,14 +204,14 @@ def main() -> None:
                 json.dump(record, file, indent=1)
                 file.write("\n")
 
-    offload = [sharing for sharing in options.sharing if sharing.endswith("offload")]
-    first, ones = ["one", "again", *(sharing for sharing in options.sharing if sharing not in offload)], {}
+    offload = [strategy for strategy in options.strategies if strategy.endswith("offload")]
+    first, ones = ["one", "again", *(strategy for strategy in options.strategies if strategy not in offload)], {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         folder, waiting = Path(temporary), {}
         try:
             # Started now, so that their imports do not compete with a run that is timed.
-            for name, (recipe, number, sharing, grows) in THROUGHPUT.items() if options.base else ():
-                args = number or options.processes, throughput_recipe, recipe, sharing, grows
+            for name, (recipe, number, strategy, grows) in THROUGHPUT.items() if options.base else ():
+                args = number or options.processes, throughput_recipe, recipe, strategy, grows
                 waiting[name] = start_one(options, folder, name, *args)
             note("tiny", tiny_rows(options, folder, options.methods[0], first, ones))
             note("rates", throughput_rows(options, waiting))

@@ -71,13 +71,13 @@ def pretrain(study: dict[str, Any], kit: Path, out: Path, device: torch.device) 
     decayed = [p for p in model.parameters() if p.dim() > 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": [p for p in model.parameters() if p.dim() == 1]}]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    places = torch.arange(length, device=device)
+    offsets = torch.arange(length, device=device)
     started, step, progress = time.monotonic(), 0, 0.0
     while progress < 1:
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, progress / 0.03 + 0.01) * (0.55 + 0.45 * math.cos(math.pi * progress))
         starts = torch.randint(0, len(stream) - length, (batch, 1)).to(device, non_blocking=True)
-        rows = stream[starts + places].long()
+        rows = stream[starts + offsets].long()
         with _bf16(device):
             loss = model(input_ids=rows, labels=rows).loss
         loss.backward()

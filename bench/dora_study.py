@@ -150,11 +150,11 @@ def conduct(study: dict[str, Any], kit: Path, out: Path, seconds: float, workers
     rows = {key: row for key, row in read_rows([file]).items() if "failed" not in row}
     # Spawned, not forked: a child that was forked after CUDA was looked at cannot use it.
     context = multiprocessing.get_context("spawn")
-    places = [i for _ in range(workers) for i in range(gpus)] if gpus else [None] * workers
+    devices = [i for _ in range(workers) for i in range(gpus)] if gpus else [None] * workers
     free: dict[Connection, multiprocessing.Process] = {}
-    for place in places:
+    for device in devices:
         ours, theirs = context.Pipe()
-        child = context.Process(target=work, args=(theirs, study, kit, out, place), daemon=True)
+        child = context.Process(target=work, args=(theirs, study, kit, out, device), daemon=True)
         child.start()
         theirs.close()
         free[ours] = child

@@ -1,6 +1,6 @@
 """An axolotl plugin for tests: train in bf16 on a CPU, as GPUs do, which axolotl refuses.
 
-A recipe names it in `plugins:` after fastdora's. The base model is then in bf16 and products run under autocast.
+A recipe names it in `plugins:` after fastdora's. The base model is then in bf16 and matmuls run under autocast.
 """
 
 import os

@@ -167,7 +167,7 @@ def test_the_first_step_under_bf16_where_deepspeed_would_round_adapter_and_posit
     One step, since rounding grows without bound in a second. Each process computes its packs exactly as one process
     does, and the sum of two gradients has one order. But ZeRO and FSDP2 take the gradient's norm, by which it is
     clipped, from each process's share first, so that every weight may be off by one rounding of float32. Where such a
-    weight, its gain or an activation lies between two numbers of bf16 a product takes the other one, 2^16 times as far
+    weight, its scale or an activation lies between two numbers of bf16 a matmul takes the other one, 2^16 times as far
     off. That spreads until the runs are as far apart as bf16 rounds: 1e-3 in a weight. Whether it happens within four
     steps is chance, drawn anew by each processor and library, and no likelier under FSDP2 than under ZeRO.
     """

@@ -146,7 +146,7 @@ def explicit_norm(module, name="default") -> torch.Tensor:
 def test_float64_equals_peft(sizes, r, alpha, method, bias, scale, shape, strided, seed):
     torch.manual_seed(seed)
     net = Net(*sizes, bias).double()
-    for weight in net.parameters():  # the bias too: PEFT takes it off the product and loses what is far smaller
+    for weight in net.parameters():  # the bias too: PEFT subtracts it from the output, losing what is far smaller
         weight.data *= scale
     model = adapted(net, r=r, alpha=alpha, dora=method == "dora", rslora=method == "rslora", seed=seed)
     layer(model).lora_B["default"].weight.data *= scale  # else one of the two terms says nothing
@@ -426,7 +426,7 @@ def test_many_steps_keep_to_peft(r, alpha, method, scale, sizes, seed, zero):
 
 
 def test_norms_are_computed_once_a_step(monkeypatch):
-    """Not once a micro-batch, and not again in recomputation."""
+    """Not once a micro-batch, and not again under gradient checkpointing."""
     model = fast(adapted(Net(16, 16, False)))
     model.train()
     calls = []
@@ -561,8 +561,8 @@ def test_adapters_are_plain_peft_files(bits, tmp_path):
         # bitsandbytes rounds each row of x to 8 bits too, and its sums saturate on processors without VNNI: PEFT's
         # output is as far off as its own base layer's.
         frozen = layer(plain).base_layer
-        product = x.double() @ quantized.dequantize(frozen, torch.float64).t() + frozen.bias.double()
-        lost = (frozen(x) - product).norm() / product.norm()
+        matmul = x.double() @ quantized.dequantize(frozen, torch.float64).t() + frozen.bias.double()
+        lost = (frozen(x) - matmul).norm() / matmul.norm()
         assert (plain(x) - exact).norm() / exact.norm() < FACTOR * lost
     else:
         assert not beyond_rounding(fast(plain), plain, x)
@@ -619,7 +619,7 @@ def test_dropout_masks_are_fair_and_differ():
     assert abs(together - 0.05**2) < 2e-4
 
 
-def test_recomputation_draws_the_same_dropout():
+def test_gradient_checkpointing_draws_the_same_dropout():
     model = fast(adapted(Net(16, 16, False).double(), dropout=0.5)).train()
     x = torch.randn(8, 16, dtype=torch.float64, requires_grad=True)
     grads = []
@@ -799,7 +799,7 @@ def test_the_line_says_which_path_each_kind_takes():
 @pytest.mark.parametrize("how", [dict(), dict(dora=False, r=64, alpha=4), dict(rslora=True, r=1, alpha=128)])
 @pytest.mark.parametrize("strided", [False, True])
 def test_fp8_costs_what_its_bits_cost(how, strided):
-    """e4m3 keeps 4 significant bits: a product of random terms is off by about 2^-5, in value and in gradient."""
+    """e4m3 keeps 4 significant bits: a matmul of random terms is off by about 2^-5, in value and in gradient."""
     torch.manual_seed(6)
     model = adapted(quantised(Net(256, 192, False), 8), spread=0.02, **how)
     exact, rough = copy.deepcopy(model), copy.deepcopy(model)

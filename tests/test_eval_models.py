@@ -104,7 +104,7 @@ SLOW = pytest.mark.slow
     + [pytest.param(method, bits, marks=SLOW) for method in ("lora", "rslora") for bits in (8, 4)],
 )
 def test_merged_is_what_was_trained(tiny_base, adapters, method, bits):
-    """Merged into the widened weights, and left on the quantised ones with cached norms, an adapter says the same."""
+    """Merged into dequantized weights, and left on quantized ones with cached norms, an adapter answers the same."""
     merged = logits(models.attach(models.load_base(tiny_base, bits), adapters[method]))
     base = models.load_base(tiny_base, bits, keep_quantised=True)
     kept = models.attach(base, adapters[method]) if bits != 16 else PeftModel.from_pretrained(base, adapters[method])

@@ -60,7 +60,7 @@ def test_the_figures_are_the_recorded_ones():
 
 
 def test_the_shares_of_the_matrix_rate_follow_from_the_records():
-    rows, products = (
+    rows, matmuls = (
         json.loads((ROOT / f"{name}.json").read_text(encoding="utf-8"))["rows"]
         for name in ("finlora/plan/train_throughput_h200", "bench/gpu_check")
     )
@@ -69,13 +69,13 @@ def test_the_shares_of_the_matrix_rate_follow_from_the_records():
     for name in "8bit_dora bf16_dora 4bit_dora 8bit_dora_24gb 8bit_dora_all_linear 8bit_dora_8k 8bit_dora_16k".split():
         flop = 6 if rows[name]["set"].get("gradient_checkpointing") else 4
         rate = rows[name]["slots_s"] * weights * flop / 1e12
-        shares.append(100 * rate / products["bf16 5120x4096x4096"]["tflop_s"])
+        shares.append(100 * rate / matmuls["bf16 5120x4096x4096"]["tflop_s"])
     fp8 = rows["8bit_dora_fp8"]["slots_s"] * weights * 4 / 1e12
-    shares.append(100 * fp8 / products["fp8 5120x4096x4096"]["tflop_s"])
+    shares.append(100 * fp8 / matmuls["fp8 5120x4096x4096"]["tflop_s"])
     text = " ".join(README.split()).split("On the H200 the step")[1].split("A profile of it")[0]
     assert [int(one) for one in re.findall(r"(\d+)%", text)] == [round(share) for share in shares]
-    assert f"the {products['bf16 5120x4096x4096']['tflop_s']} that" in text
-    assert f"the {products['fp8 5120x4096x4096']['tflop_s']:,} of" in text
+    assert f"the {matmuls['bf16 5120x4096x4096']['tflop_s']} that" in text
+    assert f"the {matmuls['fp8 5120x4096x4096']['tflop_s']:,} of" in text
 
 
 @pytest.mark.slow  # ten seconds of installing and importing; `make lint` checks the imports

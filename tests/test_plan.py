@@ -33,7 +33,7 @@ def planned(name: str = "sentiment_r8_dora", gpu="h100-80g", gpus=1, price=None,
 
 
 def test_the_recorded_runs_are_of_every_kind():
-    """16, 8 and 4 bits, DoRA and LoRA, short and long packs, with recomputation and without; at least six."""
+    """16, 8 and 4 bits, DoRA and LoRA, short and long packs, with gradient checkpointing and without; at least six."""
     kinds = [run.recipe for run in RUNS if run.device == "NVIDIA H200"]
     assert len(kinds) >= 6
     for kind in ("load_in_8bit", "load_in_4bit", "peft_use_dora", "gradient_checkpointing"):
