@@ -237,7 +237,7 @@ def test_other_rows_than_the_published_ones_share_no_table_with_finloras_figures
     shown = report(tmp_path)
     assert overview(shown, "Models") == {}
     (name,) = other = overview(shown, "On other rows")
-    assert name == folder.name and re.search(r"\] of 48 rows", other[name]["fpb"])
+    assert name == folder.name and re.search(r"\] on 48 rows", other[name]["fpb"])
     (mean,) = overview(shown, "Averages").values()
     assert all(figure == "–" for column, figure in mean.items() if column.startswith("FinLoRA"))
     for text in page(tmp_path), (tmp_path / "README.md").read_text():

@@ -334,7 +334,7 @@ def head(name: str, kind: str, labels: str) -> Cell:
 
 
 def model_cell(row: ScoreRow, kind: str) -> Cell:
-    some = "" if row.comparable else f" of {row.rows:,} rows"
+    some = "" if row.comparable else f" on {row.rows:,} rows"
     return replace(score_cell(row.score, kind), small=span(row.score.low, row.score.high) + some)
 
 
