@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.train_throughput import Run, finish, keep_logs, sentiment_rows, shipped_recipe, start, stop, write_rows
 from finlora.core.errors import UserError, run
-from finlora.core.files import read_json, replacing
+from finlora.core.files import read_json, write_json
 from finlora.core.machine import gpus
 from finlora.core.paths import ROOT
 from finlora.core.provenance import git_state, versions
@@ -200,9 +200,7 @@ def main() -> None:
         for name, row in rows:
             record[kind][name] = row
             print(f"{time.monotonic() - began:5.0f} s  {name:36}", json.dumps(row), flush=True)
-            with replacing(options.out) as file:
-                json.dump(record, file, indent=1)
-                file.write("\n")
+            write_json(options.out, record)
 
     offload = [strategy for strategy in options.strategies if strategy.endswith("offload")]
     first, ones = ["one", "again", *(strategy for strategy in options.strategies if strategy not in offload)], {}

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from finlora.core.errors import UserError
-from finlora.core.files import replacing
+from finlora.core.files import replacing, write_json
 from finlora.core.paths import ROOT
 from finlora.data.corrections import applies, corrected_target
 from finlora.data.neardup import near_duplicate_groups
@@ -106,9 +106,7 @@ def write(study: dict[str, Any], data: Path, texts: Path, out: Path) -> dict[str
             for name, part in parts.items()
         },
     }
-    with replacing(out / "sources.json") as file:
-        json.dump(about, file, indent=1)
-        file.write("\n")
+    write_json(out / "sources.json", about)
     return about
 
 

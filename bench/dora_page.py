@@ -32,7 +32,7 @@ from bench.dora_study import (
     variants,
 )
 from finlora.core.errors import UserError, run
-from finlora.core.files import replacing
+from finlora.core.files import write_text
 from finlora.evaluate import statistics as stats
 from finlora.plan.pictures import score_picture
 
@@ -67,8 +67,7 @@ def record(study: dict[str, Any], files: list[Path], out: Path) -> None:
         "questions": cells,
         "comparisons": families,
     }
-    with replacing(out) as file:
-        file.write(_compact(result))
+    write_text(out, _compact(result))
 
 
 def settings_of(study: dict[str, Any], question: str, rows: dict[str, Any], count: int) -> list[dict[str, Any]]:
@@ -249,10 +248,8 @@ def write(record: Path, page: Path) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{record}: cannot be read; make it with python -m bench.dora_page OUT/rows.jsonl") from error
     for name, drawing in plots(result).items():
-        with replacing(page.with_name(name)) as file:
-            file.write(drawing)
-    with replacing(page) as file:
-        file.write(text(result))
+        write_text(page.with_name(name), drawing)
+    write_text(page, text(result))
 
 
 def text(result: dict[str, Any]) -> str:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from fastdora.plugin import peft_int8
 from finlora.core.errors import run
-from finlora.core.files import replacing
+from finlora.core.files import write_json
 from finlora.core.machine import gpus
 from finlora.core.paths import ROOT
 from finlora.core.provenance import git_state, versions
@@ -116,9 +116,8 @@ def main() -> None:
     def note(key: str, value: Any) -> None:
         record[key] = value
         print(key, value, flush=True)
-        with replacing(options.out) as file:  # as each row comes: a run on a rented machine may be cut short
-            json.dump(record, file, indent=1)
-            file.write("\n")
+        # As each row comes: a run on a rented machine may be cut short.
+        write_json(options.out, record)
 
     arguments = options.model, adapter, options.tests, options.sets
     note("ours", ours(*arguments))

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from finlora.core.errors import UserError, run
-from finlora.core.files import read_json, replacing
+from finlora.core.files import read_json, write_json
 from finlora.core.machine import gpus
 from finlora.core.paths import ROOT
 from finlora.core.provenance import git_state, versions
@@ -102,7 +102,7 @@ class Run(NamedTuple):
 def start(recipe: dict[str, Any], work: Path, processes: int = 1, **env: str) -> Run:
     """Start `axolotl train` in so many processes, with the environment that torchrun would give them."""
     path = work / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    path.write_json(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     env = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "AXOLOTL_DATASET_NUM_PROC": "0"} | env
     if processes > 1:
         with socket.socket() as probe:
@@ -185,9 +185,7 @@ def main() -> None:
                 rows[name] = {key: runs[name].get(key, {}) for key in ("recipe", "set", "rows")} | row
                 print(name, json.dumps(row), flush=True)
                 keep_logs(running, name, options.logs)
-                with replacing(options.out) as file:
-                    json.dump(about | {"rows": rows}, file, indent=1)
-                    file.write("\n")
+                write_json(options.out, about | {"rows": rows})
         finally:
             for running in started.values():
                 stop(running)

@@ -17,7 +17,7 @@ from triton.testing import do_bench
 
 from fastdora import triton_kernels
 from fastdora.triton_kernels import TILES, TILES_FILE, Tiles
-from finlora.core.files import replacing
+from finlora.core.files import write_json
 
 T, K, R = 5120, 4096, 8  # tokens of a pack, Llama-3.1-8B's hidden size, the recipe's rank
 RANK = 16  # R padded: the table's entry that is tuned
@@ -100,9 +100,7 @@ def main() -> None:
             print(name, round(ms, 4), json.dumps(tiles), flush=True)
         table[name][str(RANK)] = best[0][1]
     if options.write:
-        with replacing(TILES_FILE) as file:
-            json.dump(table, file, indent=1)
-            file.write("\n")
+        write_json(TILES_FILE, table)
 
 
 if __name__ == "__main__":

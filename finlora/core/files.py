@@ -47,6 +47,10 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
 
 
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

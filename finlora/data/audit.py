@@ -10,7 +10,6 @@ data/corrections.yaml knows, such as another checksum, a label outside the task'
 Exit code: 0 when nothing needs attention; 1 when something does, when no file is there, or for a wrong command.
 """
 
-import json
 import re
 from array import array
 from collections import Counter
@@ -25,7 +24,7 @@ from ftfy.badness import is_bad
 from tqdm import tqdm
 
 from finlora.core.errors import UserError
-from finlora.core.files import replacing
+from finlora.core.files import write_json
 from finlora.core.paths import PREPARED, RAW, ROOT
 from finlora.data.corrections import Correction, applies, corrected_target, load_corrections, standing
 from finlora.data.fetch import is_right, read_manifest
@@ -543,9 +542,7 @@ def run(tasks: Sequence[str], raw: Path, json_folder: Path, own: Options | None 
         if rows and not Path(rows.file).exists():
             raise UserError(f"{rows.file}: is not there; check the path")
         report = audit(name, raw, rows, **options)
-        with replacing(json_folder / f"{name}.json") as out:
-            json.dump(report, out, indent=1, ensure_ascii=False)
-            out.write("\n")
+        write_json(json_folder / f"{name}.json", report)
         print(render(report), end="\n\n", flush=True)
         attention += sum(finding["attention"] for finding in report["findings"])
         read += sum(file["status"] != "absent" for file in report["files"])

@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
 from finlora.core.errors import UserError
-from finlora.core.files import read_json, replacing, sha256
+from finlora.core.files import read_json, replacing, sha256, write_json
 from finlora.core.paths import PREPARED, RAW
 from finlora.data.corrections import TABLE as CORRECTIONS
 from finlora.data.corrections import applies, corrected_target, standing
@@ -149,9 +149,7 @@ def prepare(task: str, raw: Path | None = None, out: Path | None = None, options
         outputs={name: _sha256(out / name) for name in ("train.jsonl", "validation.jsonl")[: 1 + bool(held_out)]},
         in_tests=in_tests,
     )
-    with replacing(out / "prepared.json") as handle:
-        json.dump(record.model_dump(), handle, indent=1, ensure_ascii=False)
-        handle.write("\n")
+    write_json(out / "prepared.json", record.model_dump())
     return record
 
 

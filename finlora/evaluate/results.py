@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar, get_args, get_type_hints
 
 from finlora.core.errors import UserError
-from finlora.core.files import replacing
+from finlora.core.files import replacing, write_json
 from finlora.core.paths import ROOT
 from finlora.data import tasks
 from finlora.data.groups import row_groups
@@ -248,9 +248,7 @@ def write_set(folder: Path, result: SetResult, rows: list[dict[str, Any]]) -> No
 
 
 def write_record(path: Path, record: Run | SetResult) -> None:
-    with replacing(path) as file:
-        json.dump(asdict(record), file, indent=1, ensure_ascii=False)
-        file.write("\n")
+    write_json(path, asdict(record))
 
 
 def base_of(model: ModelResults, models: dict[str, ModelResults]) -> ModelResults | None:

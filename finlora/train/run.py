@@ -18,7 +18,7 @@ import yaml
 
 from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError
-from finlora.core.files import replacing
+from finlora.core.files import write_json
 from finlora.core.paths import ROOT
 from finlora.core.provenance import device_name, git_state, versions
 from finlora.recipes import load as recipes
@@ -138,9 +138,7 @@ def finish(
         "git": git_state(),
         "device": device_name(),
     }
-    with replacing(folder.path / "run.json") as file:
-        json.dump(record, file, indent=1)
-        file.write("\n")
+    write_json(folder.path / "run.json", record)
     return record
 
 

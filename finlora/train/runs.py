@@ -13,7 +13,7 @@ import yaml
 from fastdora.plugin import checkpoints
 from fastdora.plugin.checksums import changed_files, changed_weights, starting_files
 from finlora.core.errors import UserError
-from finlora.core.files import read_json, replacing, sha256
+from finlora.core.files import read_json, sha256, write_json, write_text
 from finlora.core.paths import ROOT, shown
 from finlora.data.neardup import normalise
 from finlora.data.tasks import load_tasks
@@ -109,15 +109,12 @@ def claim_folder(path: Path, out: Path, identity: dict[str, Any], force: bool, r
                 print(f"set aside: {aside.relative_to(ROOT)}")
                 out.mkdir()
         write_identity(out, identity)  # first: a folder with it is this run's, however early it ends
-    with replacing(config_file(out, rank)) as file:
-        file.write(identity["recipe"])
+    write_text(config_file(out, rank), identity["recipe"])
     return None
 
 
 def write_identity(out: Path, identity: dict[str, Any]) -> None:
-    with replacing(out / "started.json") as file:
-        json.dump(identity, file, indent=1)
-        file.write("\n")
+    write_json(out / "started.json", identity)
 
 
 def resumes(out: Path, identity: dict[str, Any]) -> bool:
