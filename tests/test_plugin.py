@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,17 @@ def test_rows_too_long_are_refused(axolotl, recipe, tmp_path):
     refused(output, "excess_length_strategy", file=path, key="sequence_len")
     code, output = axolotl("preprocess", recipe(excess_length_strategy="drop"))
     assert code == 0 and "train: 40 rows" in output and "1 left out as excess_length_strategy says" in output
+
+
+def test_a_row_that_is_longer_than_the_bases_positions_is_refused(axolotl, recipe, tmp_path, tiny_base):
+    """Packs may be: in them each row has positions of its own."""
+    base = tmp_path / "short"
+    shutil.copytree(tiny_base, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}), encoding="utf-8")
+    code, output = axolotl("preprocess", path := recipe(base_model=str(base)))
+    assert code == 1
+    refused(output, "16 positions", "set it to 16", file=path, key="sequence_len")
 
 
 def test_rows_without_an_answer_are_refused(axolotl, recipe, tmp_path):

@@ -72,6 +72,7 @@ KEYS = {
     ),
     "new tokens": ({"tokens": ["<a>"]}, "tokens", ["embeddings", "remove"]),
     "another tokenizer": ({"tokenizer_config": "a/b"}, "tokenizer_config", ["tokenizer", "remove"]),
+    "a tokenizer's class": ({"tokenizer_type": "LlamaTokenizer"}, "tokenizer_type", ["own tokenizer", "remove"]),
     "a system message": ({"default_system_message": "Be brief."}, "default_system_message", ["template"]),
     "a template that is not read": ({"chat_template_jinja": "{{ x }}"}, "chat_template_jinja", ["llama3", "jinja"]),
     "rows of instructions": (
@@ -121,6 +122,11 @@ def test_the_page_on_refusals_lists_the_keys_as_the_errors_do():
     assert rows.splitlines() == [f"| {' | '.join(cells)} |" for cells in expected]
 
 
+def test_keys_that_change_nothing_are_no_trouble(tmp_path):
+    same = {"base_model_config": DORA["base_model"], "tokenizer_type": "AutoTokenizer", "val_set_size": 0, "rl": None}
+    assert recipes.load(written(tmp_path, **same)).keys["val_set_size"] == 0
+
+
 def test_what_is_refused_is_what_axolotl_would_obey():
     """A key that its schema does not have is unknown, and needs no line in the table."""
     schema = kept_schema(DORA["plugins"], recipes.CACHE)
@@ -137,18 +143,21 @@ def test_paths_that_would_be_read_or_written_wrongly(tmp_path, monkeypatch):
     monkeypatch.setattr(rules, "ROOT", tmp_path)
     (tmp_path / "outputs").mkdir()
     (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "broken.json").write_text("{broken")
     (tmp_path / "outputs" / "link").symlink_to(tmp_path / "elsewhere")
     for changes, key, words in (
         ({"output_dir": "outputs/link"}, "output_dir", ["outputs/link is a link", "remove"]),
         ({"output_dir": "outputs/link/deeper"}, "output_dir", ["outputs/link is a link", "remove"]),
         ({"output_dir": "outputs"}, "output_dir", ["name a folder"]),
         ({"output_dir": "outputs/x/.."}, "output_dir", ["name a folder"]),
-        ({"deepspeed": "zero9.json"}, "deepspeed", ["zero9.json", "not there", "fix"]),
-        ({"chat_template_jinja": "prompts/typo.jinja"}, "chat_template_jinja", ["typo.jinja", "not there", "fix"]),
+        ({"deepspeed": "zero9.json"}, "deepspeed", ["zero9.json", "no file", "fix"]),
+        ({"deepspeed": "broken.json"}, "deepspeed", ["broken.json", "no JSON object", "fix"]),
+        ({"datasets": [ROWS | {"path": "org/rows"}]}, "datasets", ["org/rows", "no file", "make data FILE="]),
+        ({"chat_template_jinja": "prompts/typo.jinja"}, "chat_template_jinja", ["typo.jinja", "no file", "fix"]),
         (
             {"datasets": [ROWS | {"chat_template_jinja": "typo.jinja"}]},
             "datasets.chat_template_jinja",
-            ["typo.jinja", "not there"],
+            ["typo.jinja", "no file"],
         ),
     ):
         with refuses(*words, file="mine.yaml", key=key):
@@ -232,7 +241,7 @@ BASES = {
         {"max_position_embeddings": 2048},
         {"sample_packing": False},
         "sequence_len",
-        ["is 5120", "2048 positions", "set it"],
+        [f"is {DORA['sequence_len']}", "2048 positions", "set it"],
     ),
 }
 

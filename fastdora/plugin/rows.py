@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from axolotl.common.datasets import TrainDatasetMeta, load_datasets
+from axolotl.loaders.utils import load_model_config
 from axolotl.utils.logging import get_logger
 
 from fastdora.plugin.checksums import add_content, text_files
@@ -64,16 +65,23 @@ def _content_addressed(cfg) -> Path:
 
 def _account(cfg, split: str, files: list, dataset) -> None:
     expected = sum(_count_lines(Path(entry["path"])) for entry in files if Path(entry["path"]).is_file())
-    tokens = answer = empty = 0
+    tokens = answer = empty = longest = 0
     for batch in dataset.select_columns(["labels"]).with_format("numpy").iter(batch_size=1000):
         for labels in batch["labels"]:
             kept = int(np.count_nonzero(np.asarray(labels) != -100))
             tokens, answer, empty = tokens + len(labels), answer + kept, empty + (kept == 0)
+            longest = max(longest, len(labels))
     missing = expected - len(dataset) + empty
     if missing and cfg.excess_length_strategy not in ("drop", "truncate"):
         raise RecipeError(
             f"{cfg.axolotl_config_path}: {missing} of {expected} {split} rows would not train (no answer, or longer "
             f"than sequence_len {cfg.sequence_len}); fix the rows or set excess_length_strategy: drop"
+        )
+    positions = getattr(load_model_config(cfg), "max_position_embeddings", None)
+    if positions and longest > positions:  # of a pack each row counts alone
+        raise RecipeError(
+            f"{cfg.axolotl_config_path}: key 'sequence_len': a {split} row has {longest} tokens, and {cfg.base_model} "
+            f"{positions} positions; set it to {positions} or less, or take a base model that has more"
         )
     left_out = f", {missing} left out as excess_length_strategy says" if missing else ""
     LOG.info(f"{split}: {len(dataset)} rows, {tokens} tokens, {answer} of them answers{left_out}")

@@ -96,7 +96,7 @@ def fetch_base(
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise UserError(f"{path}: {called}: {name} is no folder here and no model of the hub; fix the name") from error
     except OSError as error:  # the hub's other errors among them
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise UserError(
             f"{path}: {called}: {name} is no folder here and cannot be fetched ({reason}); fix the name or the network"
         ) from error

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, Val
 from pydantic_core import ErrorDetails
 
 from finlora.core.errors import UserError
+from finlora.core.files import read_json
 from finlora.core.paths import ROOT
 from finlora.recipes.recipe import Recipe
 
@@ -67,6 +68,9 @@ class Keys(BaseModel):
     lora_alpha: AboveZero
     lora_dropout: Share
     lora_target_modules: Any
+    tokenizer_type: Annotated[
+        Any, one_of(None, "AutoTokenizer", remedy="evaluation and merging use the base's own tokenizer; remove it")
+    ] = None
     peft_init_lora_weights: Annotated[
         Any, one_of(*INITIALISATIONS, remedy="it changes the base's weights, which merging cannot undo; remove it")
     ] = None
@@ -168,7 +172,8 @@ def validate(source: str, recipe: Recipe) -> None:
     ]
     for kind, prefix, holder in [("recipe", "", keys), *(("rows", *entry) for entry in entries)]:
         for key in holder:
-            if holder[key] and (reason := why_refused(key, kind)):
+            same = holder[key] == keys["base_model"]  # as base_model_config may be: it changes nothing
+            if holder[key] and not same and (reason := why_refused(key, kind)):
                 raise UserError(f"{source}: key '{prefix}{key}': {reason}")
     try:
         model = DoraKeys if keys.get("peft_use_dora") else Keys
@@ -187,6 +192,7 @@ def _sentence(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return f"key '{key}' is missing; give it a value"
     value, remedy = json.dumps(error["input"], default=str), error["msg"].removeprefix("Value error, ")
+    remedy = remedy[0].lower() + remedy[1:] if error["type"] != "value_error" else remedy
     return f"key '{key}' is {value}; {remedy}" if len(value) < 60 else f"key '{key}': {remedy}"
 
 
@@ -237,8 +243,13 @@ def check_paths(recipe: Recipe) -> None:
         roots = (ROOT, ROOT / "data", ROOT / "data" / "raw", ROOT / "data" / "prepared")
         if not any((ROOT / name).resolve().is_relative_to(root.resolve()) for root in roots):
             raise UserError(f"{path}: key '{key}': {name} leads out of the repository; copy it to data/")
-        if key not in ("datasets", "test_datasets") and not (ROOT / name).is_file():
-            raise UserError(f"{path}: key '{key}': {name} is not there; fix the path")
+        if not (ROOT / name).is_file() and Path(name).parts[:2] != ("data", "prepared"):  # `make train` prepares those
+            rows = (
+                "; rows of the hub are downloaded first, and `make data FILE=` takes them" if "datasets" in key else ""
+            )
+            raise UserError(f"{path}: key '{key}': {name} is no file here; fix the path{rows}")
+        if key == "deepspeed" and not isinstance(read_json(ROOT / name), dict):
+            raise UserError(f"{path}: key 'deepspeed': {name} is no JSON object; fix it")
 
 
 def _files(keys: dict[str, Any]) -> list[tuple[str, str]]:
