@@ -26,14 +26,14 @@ MARGIN = re.compile(r"^(?:E  |[ |]*\|) ?(?:  )?", re.M)  # of pytest, and of sev
 
 def drawn(file: Path) -> dict[str, set[str]]:
     """The file's property-based tests, and the arguments that Hypothesis draws for each."""
-    found = {}
+    drawn_by = {}
     for function in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         for made in getattr(function, "decorator_list", ()):
             if isinstance(made, ast.Call) and ast.unparse(made.func).split(".")[-1] == "given":
                 names = [argument.arg for argument in function.args.args + function.args.kwonlyargs]
                 from_right = names[len(names) - len(made.args) :]
-                found[function.name] = {*from_right, *(keyword.arg for keyword in made.keywords)}
-    return found
+                drawn_by[function.name] = {*from_right, *(keyword.arg for keyword in made.keywords)}
+    return drawn_by
 
 
 class Numbers(ast.NodeTransformer):
@@ -45,7 +45,7 @@ class Numbers(ast.NodeTransformer):
 
 def failures(output: str, tests: dict[str, set[str]]) -> dict[str, str]:
     """What pytest's output says: each failed test, and its examples to paste or why there are none."""
-    found = {}
+    printed = {}
     for match in FAILING.finditer(MARGIN.sub("", output)):
         name, call = match["name"], textwrap.dedent(match["call"])
         try:
@@ -56,12 +56,12 @@ def failures(output: str, tests: dict[str, set[str]]) -> dict[str, str]:
             text = "@example(" + ", ".join(ast.unparse(Numbers().visit(word)) for word in arguments) + ")"
             if "data(...)" in text:
                 text += "\n# data(...) cannot be pasted: its draws are in the test's output, by the seed"
-        found[f"{name}: {text}"] = f"{name}\n{text}"
-    text = " ".join(found)
+        printed[f"{name}: {text}"] = f"{name}\n{text}"
+    text = " ".join(printed)
     for test in re.findall(r"^(?:FAILED|ERROR) \S+?::(\S+.*)$", output, re.M):
         if re.match(r"\w+", test)[0] not in text:
-            found[test] = test
-    return found
+            printed[test] = test
+    return printed
 
 
 def output_of(command: list[str], seconds: float) -> str:
@@ -79,7 +79,7 @@ def output_of(command: list[str], seconds: float) -> str:
 
 def fuzz(files: list[Path], seconds: float, most: float, draw: random.Random) -> int:
     """Run the files in ever new orders and from new seeds, `most` times at most; how many failures were printed."""
-    tests = {file: found for file in files if (found := drawn(file))}
+    tests = {file: names for file in files if (names := drawn(file))}
     if not tests:
         sys.exit("error: no property-based test is in these files; name others or none for all")
     deadline, known, runs = time.monotonic() + seconds, set(), 0

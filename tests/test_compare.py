@@ -1,4 +1,4 @@
-"""Two subjects on the same rows: what is said, and what is refused."""
+"""Two subjects on the same rows: the sentences about them, and what is refused."""
 
 import json
 import re
@@ -77,12 +77,12 @@ def test_it_says_plainly_whether_there_is_a_difference(whole, capsys):
         compare(a, b, whole)
         return dict(re.findall(r"^(\w+(?: \([^)]*\))?): (.*)$", capsys.readouterr().out, re.M))
 
-    said = sentences(A, B)
-    assert "240" in said["fpb"] and not re.search("better", said["fpb"])
-    said = sentences(B, BASE)
-    assert re.search(r"\bA .*better .*\bB .*29\.58 .*240", said["fpb"])
-    assert re.search(r"\bA .*better .*\bB ", said["pooled (3 sets)"])
-    (published,) = [text for name, text in said.items() if name.startswith("tfns (published")]
+    by_set = sentences(A, B)
+    assert "240" in by_set["fpb"] and not re.search("better", by_set["fpb"])
+    by_set = sentences(B, BASE)
+    assert re.search(r"\bA .*better .*\bB .*29\.58 .*240", by_set["fpb"])
+    assert re.search(r"\bA .*better .*\bB ", by_set["pooled (3 sets)"])
+    (published,) = [text for name, text in by_set.items() if name.startswith("tfns (published")]
     assert not re.search("better", published)
     assert re.search(r"\bB .*better .*\bA .*29\.58 .*240", sentences(BASE, B)["fpb"])
 

@@ -118,14 +118,14 @@ for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.arange(3, 60)[None]
     torch.save(model(ids).logits.detach(), f"{folder}/logits.pt")
-    found = {
+    loaded = {
         "ids": [tokenizer(text)["input_ids"] for text in texts],
         "prompt": tokenizer.apply_chat_template([{"role": "user", "content": "up?"}], tokenize=False),
         "special": sorted(tokenizer.all_special_tokens),
         "ends": model.generation_config.eos_token_id,
         "dtype": str(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype),
     }
-    print(json.dumps(found))
+    print(json.dumps(loaded))
 """
 
 
@@ -140,10 +140,12 @@ def test_version_4_reads_the_same(version_4, runs, tiny_base, tmp_path):
     done = subprocess.run(command, env=version_4, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for (kind, folder), line in zip(folders.items(), done.stdout.splitlines(), strict=True):
-        found, ours = json.loads(line), AutoTokenizer.from_pretrained(folder)
+        theirs, ours = json.loads(line), AutoTokenizer.from_pretrained(folder)
         assert torch.equal(torch.load(folder / "logits.pt"), expected[kind]), kind
-        assert found["special"] == sorted(ours.all_special_tokens)
-        assert found["prompt"] == ours.apply_chat_template([{"role": "user", "content": "up?"}], tokenize=False)
-        assert found["ids"] == [ours(text)["input_ids"] for text in ("profit rose 13.1 %<|extra|>", "<|eot_id|> a , b")]
-        assert found["ends"] == GenerationConfig.from_pretrained(folder).eos_token_id
-    assert found["dtype"] == "torch.bfloat16"
+        assert theirs["special"] == sorted(ours.all_special_tokens)
+        assert theirs["prompt"] == ours.apply_chat_template([{"role": "user", "content": "up?"}], tokenize=False)
+        assert theirs["ids"] == [
+            ours(text)["input_ids"] for text in ("profit rose 13.1 %<|extra|>", "<|eot_id|> a , b")
+        ]
+        assert theirs["ends"] == GenerationConfig.from_pretrained(folder).eos_token_id
+    assert theirs["dtype"] == "torch.bfloat16"

@@ -90,8 +90,8 @@ def test_neither_order_nor_other_rows_change_who_belongs_together(letters, rando
      ("nwgi", 4047, 4041, 2), ("formula", 200, 200, 1), ("xbrl_term", 651, 633, 3), ("financebench", 43, 41, 3)],
 )  # fmt: skip
 def test_the_groups_of_the_real_sets(shared, name, rows, groups, largest):
-    found = row_groups([row.context for row in read_rows(shared / "test" / f"{name}_test.jsonl")])
-    assert (len(found), len(set(found)), Counter(found).most_common(1)[0][1]) == (rows, groups, largest)
+    numbers = row_groups([row.context for row in read_rows(shared / "test" / f"{name}_test.jsonl")])
+    assert (len(numbers), len(set(numbers)), Counter(numbers).most_common(1)[0][1]) == (rows, groups, largest)
 
 
 @pytest.mark.parametrize(

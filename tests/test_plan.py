@@ -37,21 +37,21 @@ def test_the_recorded_runs_are_of_every_kind():
     kinds = [run.recipe for run in RUNS if run.device == "NVIDIA H200"]
     assert len(kinds) >= 6
     for kind in ("load_in_8bit", "load_in_4bit", "peft_use_dora", "gradient_checkpointing"):
-        assert {bool(found.get(kind)) for found in kinds} == {True, False}, kind
-    assert any(not found["load_in_8bit"] and not found["load_in_4bit"] for found in kinds)
-    lengths = [found["sequence_len"] for found in kinds]
+        assert {bool(keys.get(kind)) for keys in kinds} == {True, False}, kind
+    assert any(not keys["load_in_8bit"] and not keys["load_in_4bit"] for keys in kinds)
+    lengths = [keys["sequence_len"] for keys in kinds]
     assert min(lengths) <= 5120 and max(lengths) >= 16384
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.name}, {run.device}")
 def test_a_plan_is_near_what_was_measured(run):
     """Within 20% of the time and 10% of the peak memory of each recorded run."""
-    name, device, found, row = run
+    name, device, keys, row = run
     _, gpu = gpus.find_gpu(device)
     length, fill = row["tokens_s"] / row["samples_s"], row["tokens_s"] / row["slots_s"]
-    step = step_time.work(found, SHAPE, gpu, length, fill).seconds(step_time.committed_fit().factors)
+    step = step_time.work(keys, SHAPE, gpu, length, fill).seconds(step_time.committed_fit().factors)
     assert step == pytest.approx(row["step_s"], rel=0.2), f"{name}: a step takes {row['step_s']} s, planned {step:.3f}"
-    peak = memory.memory_estimate(found, SHAPE)
+    peak = memory.memory_estimate(keys, SHAPE)
     assert peak == pytest.approx(row["peak_gib"], rel=0.1), f"{name}: {row['peak_gib']} GiB at the peak, planned {peak}"
 
 
@@ -88,10 +88,10 @@ def test_parameters_are_those_that_peft_trains(changes):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    found = recipe(**changes)
-    targets = found["lora_target_modules"]
+    keys = recipe(**changes)
+    targets = keys["lora_target_modules"]
     adapter = LoraConfig(
-        r=found["lora_r"], target_modules=targets, use_dora=found["peft_use_dora"], task_type="CAUSAL_LM"
+        r=keys["lora_r"], target_modules=targets, use_dora=keys["peft_use_dora"], task_type="CAUSAL_LM"
     )
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{"model_type": "llama"} | SHAPE))
@@ -102,7 +102,7 @@ def test_parameters_are_those_that_peft_trains(changes):
             target, kind = name.split(".")[-4:-2]  # q_proj.lora_A.default.weight
             counted[target][0] += kind == "lora_A"
             counted[target][2 if kind == "lora_magnitude_vector" else 1] += parameter.numel()
-    assert bases.adapter_parameters(found, SHAPE) == {name: tuple(counts) for name, counts in counted.items()}
+    assert bases.adapter_parameters(keys, SHAPE) == {name: tuple(counts) for name, counts in counted.items()}
 
 
 def test_what_it_says(monkeypatch, capsys):
@@ -110,7 +110,7 @@ def test_what_it_says(monkeypatch, capsys):
     argv = ["plan", "sentiment_llama_3_1_8b_8bits_r8_dora", "--gpu", "a100-80g", "--gpus", "4", "--price", "2.50"]
     monkeypatch.setattr(sys, "argv", argv)
     cli.call(sys.argv)
-    said = capsys.readouterr().out
+    text = capsys.readouterr().out
     for line in (
         r"sentiment_r8_dora .*\b4\b.* a100-80g .*NVIDIA A100-SXM4-80GB, 80 GiB.*",
         r".*\b4 processes .*\b1 .*\b1,152 .*\b1 .*\b4,608 .*",
@@ -126,13 +126,13 @@ def test_what_it_says(monkeypatch, capsys):
         r"  cost +\d+\.\d\d .*\d+\.\d\d GPU-hours .*2\.5",
         r".*\d+ runs .*h100-80g and h200\b.* \d+%.* \d+%.*a100-80g .*",
     ):
-        assert re.search(f"^{line}$", said, re.M), (line, said)
+        assert re.search(f"^{line}$", text, re.M), (line, text)
 
 
 def test_a_plan_that_does_not_fit_names_the_keys(monkeypatch):
-    said = plan.show(planned("xbrl_extract_r8_dora", "l4"))
-    assert re.search(r"^  peak \d+\.\d of 24\b.*set gradient_checkpointing: true", said, re.M)
-    assert re.search(r"GPU-hours.*PRICE=", said)
+    text = plan.show(planned("xbrl_extract_r8_dora", "l4"))
+    assert re.search(r"^  peak \d+\.\d of 24\b.*set gradient_checkpointing: true", text, re.M)
+    assert re.search(r"GPU-hours.*PRICE=", text)
 
 
 def test_the_keys_to_change_keep_a_steps_tokens_on_several_gpus(monkeypatch):
@@ -140,9 +140,9 @@ def test_the_keys_to_change_keep_a_steps_tokens_on_several_gpus(monkeypatch):
 
     name, count = "xbrl_extract_bf16_r8_dora", 3
     before = recipe(name)
-    said = planned(name, "l4", count).change
-    found = re.fullmatch(r"set (?:gradient_checkpointing: true and )?sequence_len: (\d+) and .*steps: (\d+)", said)
-    length, accumulation = map(int, found.groups())
+    text = planned(name, "l4", count).change
+    match = re.fullmatch(r"set (?:gradient_checkpointing: true and )?sequence_len: (\d+) and .*steps: (\d+)", text)
+    length, accumulation = map(int, match.groups())
     assert length * accumulation == before["sequence_len"] * before["gradient_accumulation_steps"]
     after = {"sequence_len": length, "gradient_accumulation_steps": accumulation, "gradient_checkpointing": True}
     assert planned(name, "l4", count, **after).fits
@@ -152,8 +152,8 @@ def test_the_keys_to_change_leave_room_for_the_longest_row(tmp_path, monkeypatch
     """A pack shorter than a row of the data would be refused by the next command."""
     for words, expected in ((1000, "sequence_len: 8192"), (9000, "fewer bits")):
         file = rows_file(tmp_path, ["Shares rose.", "long " * words])
-        found = planned("xbrl_extract_bf16_r8_dora", "l4", datasets=[{"path": file}], test_datasets=[])
-        assert expected in found.change and (found.rows.longest > 8192) == (words == 9000)
+        estimate = planned("xbrl_extract_bf16_r8_dora", "l4", datasets=[{"path": file}], test_datasets=[])
+        assert expected in estimate.change and (estimate.rows.longest > 8192) == (words == 9000)
 
 
 def test_plans_differ_as_they_must(monkeypatch):
@@ -187,9 +187,9 @@ def test_plans_differ_as_they_must(monkeypatch):
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=200), st.integers(100, 2000))
 def test_packs_hold_all_rows(tokens, length):
     cut = [min(row, length) for row in tokens]
-    found = plan.packs(tokens, length)
-    assert -(-sum(cut) // length) <= found <= len(tokens)
-    assert found == 1 or sum(cut) > found * length / 2 - length  # no two of them fit in one
+    count = plan.packs(tokens, length)
+    assert -(-sum(cut) // length) <= count <= len(tokens)
+    assert count == 1 or sum(cut) > count * length / 2 - length  # no two of them fit in one
 
 
 def rows_file(folder, lines) -> str:
@@ -201,8 +201,8 @@ def rows_file(folder, lines) -> str:
 
 def test_rows_that_are_here_are_counted(tmp_path, tiny_base):
     file = rows_file(tmp_path, ["Shares rose."] * 4999 + ["Shares fell. " * 300])
-    wanted = recipe(datasets=[{"path": file}], test_datasets=[], base_model=".cache/tiny")
-    rows = plan.rows_of(tmp_path / "r.yaml", wanted)
+    keys = recipe(datasets=[{"path": file}], test_datasets=[], base_model=".cache/tiny")
+    rows = plan.rows_of(tmp_path / "r.yaml", keys)
     assert (rows.train, rows.validation) == (5000, 0) and 1000 <= len(rows.tokens) <= plan.SAMPLE
     assert "tokenizer" in rows.source
     from transformers import AutoTokenizer
@@ -211,14 +211,14 @@ def test_rows_that_are_here_are_counted(tmp_path, tiny_base):
     chat = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nShares rose.<|eot_id|>"
     chat += "<|start_header_id|>assistant<|end_header_id|>\n\nup<|eot_id|>"
     assert rows.tokens[0] == len(tokenizer(chat, add_special_tokens=False)["input_ids"])
-    unknown = plan.rows_of(tmp_path / "r.yaml", wanted | {"base_model": "nobody/nothing"})
+    unknown = plan.rows_of(tmp_path / "r.yaml", keys | {"base_model": "nobody/nothing"})
     assert "4 characters" in unknown.source and "4 characters" not in rows.source and unknown.train == 5000
 
 
 def test_a_row_that_is_too_long_is_said(tmp_path, monkeypatch):
     file = rows_file(tmp_path, ["long " * 9000])
-    said = plan.show(planned(datasets=[{"path": file}]))
-    assert re.search(r"longer .*sequence_len 4,608\b", said)
+    text = plan.show(planned(datasets=[{"path": file}]))
+    assert re.search(r"longer .*sequence_len 4,608\b", text)
 
 
 OWN_PATH = recipe_names.RECIPES / "sentiment_r8_dora.yaml"
@@ -336,12 +336,12 @@ def test_a_table_of_gpus_that_was_edited_wrongly(case, tmp_path, monkeypatch):
 
 def test_rows_that_cannot_be_read(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"context": "a"}\n', encoding="utf-8")
-    wanted = recipe(datasets=[{"path": str(tmp_path / "rows.jsonl")}])
+    keys = recipe(datasets=[{"path": str(tmp_path / "rows.jsonl")}])
     with refuses("row 1 ", "messages", "make train", file=tmp_path / "r.yaml", key="datasets"):
-        plan.rows_of(tmp_path / "r.yaml", wanted)
+        plan.rows_of(tmp_path / "r.yaml", keys)
     (tmp_path / "rows.jsonl").write_text("", encoding="utf-8")
     with refuses("no rows", file=tmp_path / "r.yaml", key="datasets"):
-        plan.rows_of(tmp_path / "r.yaml", wanted)
+        plan.rows_of(tmp_path / "r.yaml", keys)
 
 
 @pytest.mark.parametrize("text", ["abc", "", "-1", "nan", "inf", "2,50"])

@@ -66,9 +66,9 @@ def test_every_recipe_states_its_global_batch():
         lengths = [part.tokens_about for part in [load_tasks()[part] for part in task.mixture_of] or [task]]
         tokens = recipe["sequence_len"] * recipe["micro_batch_size"] * recipe["gradient_accumulation_steps"]
         samples = tokens / (sum(lengths) / len(lengths))
-        said = f"# Global batch: about {samples:.0f} samples ({tokens:,} packed tokens) a step on 1 GPU. FinLoRA: "
-        assert first.startswith(said), name
-        published = int(first.removeprefix(said).split()[0])
+        line = f"# Global batch: about {samples:.0f} samples ({tokens:,} packed tokens) a step on 1 GPU. FinLoRA: "
+        assert first.startswith(line), name
+        published = int(first.removeprefix(line).split()[0])
         assert 0.85 * published < samples < 1.15 * published, name
 
 

@@ -70,8 +70,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(runs):
     for step in (2, 4):
         shutil.copytree(folder / "whole" / f"checkpoint-{step}", out / f"checkpoint-{step}")
     name = damage(out / "checkpoint-4", "truncated", random.Random(1))
-    said = " ".join(train(path).split())
-    says(said, f"{out}/checkpoint-4 is broken ({name} ", "set aside as broken-checkpoint-4")
+    output = " ".join(train(path).split())
+    says(output, f"{out}/checkpoint-4 is broken ({name} ", "set aside as broken-checkpoint-4")
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["steps_this_run"] == 10 and digest(out) == digest(folder / "whole")
 
@@ -109,16 +109,16 @@ def test_a_checkpoint_elsewhere_is_checked_before_the_model_is_loaded(runs):
     folder, write = runs
     elsewhere = folder / "elsewhere" / "checkpoint-4"
     shutil.copytree(folder / "whole" / "checkpoint-4", elsewhere)
-    given = {"resume_from_checkpoint": str(elsewhere), "auto_resume_from_checkpoints": False}
-    assert LOADED in train(write("given", **given))
+    explicit = {"resume_from_checkpoint": str(elsewhere), "auto_resume_from_checkpoints": False}
+    assert LOADED in train(write("given", **explicit))
     metrics = json.loads((folder / "given" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["steps_this_run"] == 8 and digest(folder / "given") == digest(folder / "whole")
-    path = write("given2", learning_rate=0.002, **given)
+    path = write("given2", learning_rate=0.002, **explicit)
     code, output = axolotl_command("train", str(path), "--launcher", "python")
     assert code == 1 and LOADED not in output
     says(error_of(output), "was 0.003 and is 0.002", "remove resume_from", file=path, key="learning_rate")
     name = damage(elsewhere, "changed", random.Random(1))
-    code, output = axolotl_command("train", str(write("given2", **given)), "--launcher", "python")
+    code, output = axolotl_command("train", str(write("given2", **explicit)), "--launcher", "python")
     assert code == 1 and LOADED not in output
     says(error_of(output), f"{elsewhere} cannot", f"{name} has changed", file=path, key="resume_from_checkpoint")
 
@@ -127,10 +127,10 @@ def test_a_full_disk_costs_that_checkpoint_only(runs):
     """checkpoint-4's optimizer goes to /dev/full, where every write fails as on a full disk."""
     folder, write = runs
     out, path = folder / "full", write("full", save_total_limit=10)
-    wanted = yaml.safe_load(path.read_text(encoding="utf-8"))
-    path.write_text(yaml.safe_dump(wanted | {"plugins": [*wanted["plugins"], "full_disk.FullDisk"]}), encoding="utf-8")
-    said = " ".join(train(path).split())
-    says(said, f"{out}/checkpoint-4 could not be written", f"the last whole checkpoint is {out}/checkpoint-2")
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    path.write_text(yaml.safe_dump(config | {"plugins": [*config["plugins"], "full_disk.FullDisk"]}), encoding="utf-8")
+    output = " ".join(train(path).split())
+    says(output, f"{out}/checkpoint-4 could not be written", f"the last whole checkpoint is {out}/checkpoint-2")
     assert [int(path.name.split("-")[1]) for path in checkpoints.numbered(out)] == [12, 10, 8, 6, 2]
     assert digest(out) == digest(folder / "whole")
 
@@ -164,9 +164,9 @@ def test_make_train_resumes_from_the_last_whole_checkpoint(tmp_path, monkeypatch
     (out / "started.json").write_text(json.dumps(IDENTITY), encoding="utf-8")
     (out / "checkpoint-4" / "optimizer.pt").write_bytes(b"sta")
     assert train_runs.claim_folder(Path("a.yaml"), out, IDENTITY, force=False) is None
-    said = capsys.readouterr()
-    says(said.out, "resuming from checkpoint-2", file="out")
-    says(said.err, "checkpoint-4 is broken", "optimizer.pt has 3 of 5", "set aside as broken-checkpoint-4")
+    printed = capsys.readouterr()
+    says(printed.out, "resuming from checkpoint-2", file="out")
+    says(printed.err, "checkpoint-4 is broken", "optimizer.pt has 3 of 5", "set aside as broken-checkpoint-4")
     changed = IDENTITY | {"data": {"train.jsonl": "2"}}
     with refuses("unfinished", "other data", "train.jsonl changed", "FORCE=1"):
         train_runs.claim_folder(Path("a.yaml"), out, changed, force=False)
