@@ -39,8 +39,8 @@ train: $(READY) ## train RECIPE=<name>; GPUS=4 ZERO=2, TINY=1 on a CPU, FORCE=1 
 sweep: $(READY) ## train RECIPE= at each point of SWEEP=rank; EVAL=1, GPUS=4 points at a time, LIST=1 shows them, TINY=1
 	@$(FINLORA) sweep $(call quote,$(RECIPE)) $(call quote,$(SWEEP)) $(call options,TINY FORCE GPUS POINT LIST EVAL TASKS LIMIT LABELS TRACK) -- $(ARGS)
 
-eval: $(READY) ## evaluate RECIPE=, or MODEL= ADAPTER=; BASE=1 the base too, TASKS= LIMIT= LABELS=published BITS= PROMPT=
-	@$(FINLORA) eval $(call options,RECIPE MODEL ADAPTER BASE BITS TASKS LIMIT LABELS PROMPT TESTS NAME TINY FORCE KEEP_QUANTISED BATCH_TOKENS BACKEND ENDPOINT ENCODER LAYER) $(ARGS)
+eval: $(READY) ## evaluate RECIPE=, or MODEL= ADAPTER=; BASE=1 the base too, TASKS= LIMIT= LABELS=published LENGTHS=published BITS= PROMPT=
+	@$(FINLORA) eval $(call options,RECIPE MODEL ADAPTER BASE BITS TASKS LIMIT LABELS LENGTHS PROMPT TESTS NAME TINY FORCE KEEP_QUANTISED BATCH_TOKENS BACKEND ENDPOINT ENCODER LAYER) $(ARGS)
 
 report: $(READY) ## results/index.html and results/README.md from all evaluations
 	@$(FINLORA) report $(ARGS)

@@ -55,6 +55,11 @@ class Mixing(str, Enum):
     finlora = "finlora"
 
 
+class Lengths(str, Enum):
+    whole = "whole"
+    published = "published"
+
+
 class Into(str, Enum):
     full = "full"
     dequantised = "dequantised"
@@ -209,6 +214,9 @@ def evaluate(
     tasks: TestSets = None,
     limit: Limit = None,
     labels: LabelsUsed = Labels.corrected,
+    lengths: Annotated[
+        Lengths, typer.Option(help="how long answers may be: as a set's longest target, or as in FinLoRA")
+    ] = Lengths.whole,
     prompt: Prompt = "saved",
     tests: Annotated[
         str | None, typer.Option(help="folder with test files of your own (test/<file> as in data/tasks.yaml)")
@@ -245,6 +253,7 @@ def evaluate(
             tasks=tasks,
             limit=limit,
             labels=labels.value,
+            lengths=lengths.value,
             prompt=prompt,
             tests=tests,
             tiny=tiny,

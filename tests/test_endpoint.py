@@ -2,10 +2,11 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from failures import refuses
+from failures import refuses, says
 from lm_eval.api.instance import Instance
 
 from finlora.evaluate import endpoint
@@ -20,6 +21,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.log.append((self.path, body, self.headers.get("Authorization")))
             act = server.script.pop(0) if server.script else {}
+        act |= next(({"status": 400, "body": said} for key, said in server.refused.items() if key in body), {})
         if act.get("drop"):
             self.close_connection = True
             return self.connection.close()
@@ -35,6 +37,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(said)
 
+    def do_GET(self):
+        self.send_response(404 if self.server.models not in (None, self.path) else 200)
+        self.end_headers()
+
     def log_message(self, *_):
         pass
 
@@ -43,6 +49,7 @@ class Handler(BaseHTTPRequestHandler):
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.script, server.log, server.lock = [], [], threading.Lock()
+    server.models, server.refused = None, {}  # the path of its list of models; parameters that it does not take
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -94,9 +101,9 @@ LASTING = {
     "401": ({"status": 401, "body": '{"error": "no such key"}'}, ["401", "no such key", "MODEL", "OPENAI_API_KEY"]),
     "404": ({"status": 404, "body": "not\n here"}, ["404", "not here", "MODEL"]),
     "garbage": ({"body": "<html>hello</html>"}, NO_COMPLETION),
-    "another JSON": ({"body": '{"choices": []}'}, NO_COMPLETION),
+    "another JSON": ({"body": '{"choice": []}'}, NO_COMPLETION),
+    "a text that is none": ({"body": '{"choices": [{"message": {"content": 1}}]}'}, NO_COMPLETION),
     "a list": ({"body": "[1]"}, NO_COMPLETION),
-    "no text": ({"body": '{"choices": [{"message": {"content": null}}]}'}, NO_COMPLETION),
 }
 
 
@@ -108,10 +115,52 @@ def test_what_lasts_is_one_line(server, case):
         ask(server, ["say yes"])
 
 
-def test_nobody_listens():
-    with refuses("reach", "server", "same command", file="http://127.0.0.1:9/v1/chat/completions"):
-        lm = endpoint.Endpoint("http://127.0.0.1:9/v1", "m", backoff=0.001)
+NO_TEXT = {
+    "null": ({"choice": {"message": {"content": None}}}, "no text"),
+    "cut before its text": ({"choice": {"message": {"content": None}, "finish_reason": "length"}}, "length"),
+    "a filter": ({"choice": {"message": {}, "finish_reason": "content_filter"}}, "content_filter"),
+    "no choice": ({"body": '{"choices": []}'}, "no choice"),
+    "an empty choice": ({"body": '{"choices": [{}], "usage": {"prompt_tokens": null}}'}, "no text"),
+    "a filter on the prompt": ({"status": 400, "body": '{"error": {"code": "content_filter"}}'}, "content_filter"),
+}
+
+
+@pytest.mark.parametrize("case", NO_TEXT)
+def test_an_answer_without_text_is_empty_and_stops_nothing(server, case):
+    act, reason = NO_TEXT[case]
+    server.script = [act]
+    lm, answers = ask(server, ["say one", "say two", "say three"])
+    assert sorted(answers)[0] == "" and len(set(answers)) == 3
+    assert list(lm.reasons.values()) == [reason] and len(lm.tokens) == 3
+
+
+@pytest.mark.parametrize("parameter", ["max_tokens", "temperature", "stop"])
+def test_a_parameter_that_a_server_does_not_take_is_replaced(server, parameter, capsys):
+    text = f"Unsupported parameter: '{parameter}' is not supported with this model."
+    server.refused = {parameter: json.dumps({"error": {"message": text, "param": parameter}})}
+    assert ask(server, [f"say word{i}" for i in range(9)])[1] == [f"word{i}" for i in range(9)]
+    answered = [body for _, body, _ in server.log if parameter not in body]
+    assert len(answered) == 9
+    assert all(("max_completion_tokens" in body) == (parameter == "max_tokens") for body in answered)
+    (line,) = capsys.readouterr().err.splitlines()
+    says(line, parameter, file="warning")
+
+
+@pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/chat/completions"])
+def test_an_address_with_and_without_v1(server, ending, capsys):
+    server.models, url = "/v1/models", server.url
+    server.url = url.removesuffix("/v1") + ending
+    lm, answers = ask(server, ["say yes"])
+    assert answers == ["yes"] and lm.url == f"{url}/chat/completions"
+    assert ("taking" in capsys.readouterr().err) == (not ending.startswith("/v1"))
+
+
+def test_nobody_listens_and_it_is_said_at_once():
+    began = time.monotonic()
+    with refuses("reach", "server", "running", file="http://127.0.0.1:9/v1/chat/completions"):
+        lm = endpoint.Endpoint("http://127.0.0.1:9/v1", "m")
         lm.generate_until([Instance("generate_until", {}, ("[]", OPTIONS), 0)])
+    assert time.monotonic() - began < 5, "the first retry alone would wait longer in all"
 
 
 def test_no_key_in_an_error(server, monkeypatch):

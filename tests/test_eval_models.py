@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from failures import refuses
+from failures import refuses, says
 from peft import LoraConfig, PeftModel, get_peft_model
 from rounding import FACTOR, apart, nudged_model, shaken
 from safetensors.torch import load_file, save_file
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdora.plugin import peft_int8
 from finlora.evaluate import harness
+from finlora.models import generate
 from finlora.models import load as models
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
@@ -334,8 +335,43 @@ def test_an_answer_ends_where_its_end_is_and_no_later(ask, monkeypatch):
     hook = ask.model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     answers, lm = ask(TEXTS[:1])
     hook.remove()
-    assert answers == [ask.tokenizer.decode(written[: end + 1])]
+    assert answers == [ask.tokenizer.decode(written[:end])]
     assert lm.tokens[TEXTS[0]][1:] == (end + 1, True) and len(calls) == end + 1
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "no"), ("<|begin_of_text|>" * 2, "2"), ("<|begin_of_text|>", None)])
+def test_a_prompt_that_begins_twice_or_not_at_all_is_warned_of(ask, text, said, capsys):
+    ask([f"{text}profit rose"])
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == bool(said)
+    if said:
+        says(warnings[0], f"{said} <|begin_of_text|>", "template", "PROMPT=")
+
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("eos", "template", "eot_tokens", "ends"),
+    [
+        ("<|end_of_text|>", TEMPLATE, (), ["<|end_of_text|>", "<|eot_id|>"]),
+        ("<|end_of_text|>", "{{ messages[0].content }}", ["<|eot_id|>"], ["<|end_of_text|>", "<|eot_id|>"]),
+        ("<|eot_id|>", TEMPLATE, ["<|no such token|>"], ["<|eot_id|>"]),
+    ],
+)
+def test_what_ends_an_answer_is_asked_of_template_recipe_tokenizer_and_model(
+    eos, template, eot_tokens, ends, tiny_base, tmp_path
+):
+    """And what is saved stops there too."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    tokenizer.eos_token, tokenizer.chat_template = eos, template
+    model = models.load_base(str(tiny_base), 16)
+    model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("<|end_header_id|>")]
+    expected = sorted(tokenizer.convert_tokens_to_ids([*ends, "<|end_header_id|>"]))
+    assert generate.end_tokens(model, tokenizer, eot_tokens) == expected
+    models.save(model, tokenizer, tmp_path, expected)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert saved.generation_config.eos_token_id == expected and not saved.generation_config.do_sample
 
 
 def test_stop_words_cut_an_answer(ask):

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -188,16 +189,73 @@ def test_explanations_are_measured_with_the_encoder_that_is_named(evaluate, test
         evaluate("--encoder", encoder, "--name", "other", tasks="xbrl_term")
 
 
-def test_a_second_run_asks_nothing_and_a_larger_limit_all(evaluate, capsys, monkeypatch):
-    evaluate("--limit", "5")
-    assert read(evaluate("--limit", "5")[0])[0]["evaluated"] == 5
+@pytest.fixture
+def asked(monkeypatch):
+    """The number of prompts in each batch that the model is given."""
+    sizes, answer = [], evaluate_harness.generate
+
+    def record(model, tokenizer, ids, *options):
+        sizes.append(len(ids))
+        return answer(model, tokenizer, ids, *options)
+
+    monkeypatch.setattr(evaluate_harness, "generate", record)
+    return sizes
+
+
+def test_a_second_run_asks_nothing_and_a_larger_limit_what_is_left(evaluate, asked, capsys):
+    first = read(evaluate("--limit", "5")[0])[1]
+    assert read(evaluate("--limit", "5")[0])[0]["evaluated"] == sum(asked) == 5
     assert re.search(r"\bfpb\b.*FORCE=1", capsys.readouterr().out)
     folder = evaluate()[0]
-    assert read(folder)[0]["evaluated"] == 24
+    about, whole = read(folder)
+    assert about["evaluated"] == sum(asked) == 24 and about["limit"] is None and whole[:5] == first
+    assert read(evaluate("--limit", "5")[0]) == (about, whole), "a smaller limit takes no answer away"
     before = (folder / "fpb" / "set.json").stat().st_mtime_ns
     about, rows = read(evaluate("--labels", "published")[0])
-    assert about["labels_used"] == "published" and len(rows) == 24, "other labels ask nothing anew"
+    assert about["labels_used"] == "published" and len(rows) == 24 and sum(asked) == 24, "other labels ask nothing anew"
     assert (folder / "fpb" / "set.json").stat().st_mtime_ns > before
+
+
+def test_answers_may_be_as_long_as_the_longest_target(evaluate, tests_folder, asked, capsys):
+    """FinLoRA's limit cuts targets and says how many; changing it asks only what it cut again."""
+    file = write_rows(tests_folder, "fpb", 6)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[2]["target"] = "profit rose " * 12
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    about, cut = read(evaluate("--lengths", "published")[0])
+    assert (about["lengths"], about["max_new_tokens"], about["targets_cut"]) == ("published", 10, 1)
+    about, whole = read(evaluate()[0])
+    limit, again = about["max_new_tokens"], sum(row["stopped"] is False for row in cut)
+    assert (about["lengths"], about["targets_cut"]) == ("whole", 0) and limit > 24 and sum(asked) == 6 + again
+    assert str(again) in capsys.readouterr().out or not again
+    for short, row in zip(cut, whole, strict=True):
+        assert row["answer"].startswith(short["answer"]) and row["answer_tokens"] <= limit
+        assert row["stopped"] or row["answer_tokens"] == limit
+
+
+def test_two_evaluations_of_one_model_do_not_share_answers(evaluate, tmp_path):
+    with runs.folder_lock(tmp_path / "results" / "mine-raw", make=False):
+        with refuses("another command", "wait", file="results/mine-raw"):
+            evaluate("--name", "mine", "--limit", "1")
+    assert not (tmp_path / "results" / "mine-raw").exists()
+    evaluate("--name", "mine", "--limit", "1")
+
+
+def test_answers_end_at_the_turns_end_of_template_and_recipe(evaluate, adapters, tiny_base, tmp_path, capsys):  # noqa: F811
+    """A token that the model writes, declared an end by the recipe beside the adapter, ends its answers."""
+    whole = read(evaluate("--limit", "4")[0])[1]
+    tokenizer = models.load_tokenizer(str(tiny_base), None, "raw")
+    ids = [tokenizer(row["answer"], add_special_tokens=False)["input_ids"] for row in whole]
+    end = tokenizer.convert_ids_to_tokens(ids[0][2])
+    folder = tmp_path / "told"
+    shutil.copytree(adapters["dora"], folder)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"eot_tokens": [end]}))
+    ended = read(evaluate("--limit", "4", adapter=folder)[0])[1]
+    for before, row, written in zip(whole, ended, ids, strict=True):
+        expected = written[: written.index(ids[0][2])] if ids[0][2] in written else written
+        assert tokenizer(row["answer"], add_special_tokens=False)["input_ids"] == expected
+        assert row["stopped"] or row == before
+    assert ended[0]["stopped"] and ended[0]["answer_tokens"] <= 3 < whole[0]["answer_tokens"]
 
 
 def test_another_adapter_under_the_same_name(evaluate, tmp_path, capsys):
@@ -287,7 +345,7 @@ def test_memory_that_does_not_suffice(evaluate, monkeypatch):
         evaluate()
 
 
-def test_an_endpoint(evaluate, server, monkeypatch):  # noqa: F811
+def test_an_endpoint(evaluate, server, capsys):  # noqa: F811
     """The whole way: rows to a server's chat, answers kept; an error in the middle leaves them there."""
     server.script = [{}] * 10 + [{"status": 404}] * 40
     with refuses("404", "MODEL", file=f"{server.url}/chat/completions"):
@@ -299,6 +357,12 @@ def test_an_endpoint(evaluate, server, monkeypatch):  # noqa: F811
     assert folder.name == "name" and {row["answer"] for row in rows} == {"Answer:"}
     assert json.loads((folder / "run.json").read_text())["way"] == "endpoint"
     assert len(server.log) - asked < 24, "what was answered before the error is not asked again"
+    assert not any("stop" in body for _, body, _ in server.log), "an answer may have a blank line"
+    server.script = [{"choice": {"message": {"content": None}, "finish_reason": "content_filter"}}, {"choice": {}}]
+    folder = evaluate("--endpoint", server.url, "--name", "empty", model="served/name", adapter=None, prompt="saved")[0]
+    assert sorted(row["answer"] for row in read(folder)[1])[:2] == ["", "Answer:"]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    says(line, "fpb", "1 empty answer", "content_filter")
     with refuses("ENDPOINT=", "MODEL=", "ADAPTER=", "BASE=1"):
         evaluate("--endpoint", server.url, "--base", model="m", adapter=None)
 

@@ -60,7 +60,7 @@ def test_the_merged_model_is_what_was_trained(runs, bits, tiny_base, tmp_path, m
     assert folder == runs / RECIPES[bits] / "merged" and not list(folder.parent.glob(".merged-*"))
     about = json.loads((folder / "merge.json").read_text())
     into = "full" if bits == 16 else "dequantised"
-    assert about["into"] == into and about["adapter_sha256"] == about_run.facts["sha256"]
+    assert about["into"] == into and about["adapter_sha256"] == about_run.facts.sha256
 
     assert len(about["weights"]) > 2 and (folder / "model.safetensors.index.json").is_file()
     found, base = weights(folder), models.load_base(str(tiny_base), bits)
@@ -280,8 +280,8 @@ def test_an_adapter_of_the_same_name_elsewhere_replaces_no_merged_model(runs, tm
         merge.merge(other, limit=0)
     assert (folder / "merge.json").read_bytes() == before
     merge.merge(other, limit=0, force=True)
-    assert json.loads((folder / "merge.json").read_text())["adapter_sha256"] == other.facts["sha256"]
+    assert json.loads((folder / "merge.json").read_text())["adapter_sha256"] == other.facts.sha256
     change(second)  # trained again, in its place
     again = plan(adapter=second)
     merge.merge(again, limit=0)
-    assert json.loads((folder / "merge.json").read_text())["adapter_sha256"] == again.facts["sha256"]
+    assert json.loads((folder / "merge.json").read_text())["adapter_sha256"] == again.facts.sha256

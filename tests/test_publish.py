@@ -173,7 +173,7 @@ def evaluated(request, runs, tmp_path, monkeypatch):
     of_a_sweep = request.param == "of a sweep"  # beside the points' folders
     folder, facts = (runs if of_a_sweep else tmp_path) / "results", plan().facts
     for name, adapter, share in (("base", False, 0.6), (RECIPES[8], True, 0.86), ("another", True, 0.99)):
-        digest = {"adapter_sha256": facts["sha256"] if name == RECIPES[8] else "0" * 64} if adapter else {}
+        digest = {"adapter_sha256": facts.sha256 if name == RECIPES[8] else "0" * 64} if adapter else {}
         answered(subject(folder, name, adapter=adapter, **digest), "fpb", label_rows(240, share, 2))
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
 
@@ -198,7 +198,7 @@ def test_the_card_says_what_is_known(runs, evaluated, monkeypatch):
         'PeftModel.from_pretrained(base, "someone/finance")',
         "Test set `tfns`: https://huggingface.co/datasets/zeroshot/twitter-financial-news-sentiment. Licence: MIT.",
         "lora_r: 8",
-        plan().facts["sha256"],
+        plan().facts.sha256,
     ):
         assert expected in card, expected
     assert re.search(r"DoRA .*r 8, alpha 16.* meta-llama/Llama-3\.1-8B-Instruct.* 8-bit", card)

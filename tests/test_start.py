@@ -78,7 +78,7 @@ def test_runs_of_before_have_no_checksums_and_stay_usable(runs):
 
 def test_a_merge_into_weights_that_were_replaced_since_is_none(runs):
     trained = load_trained(NAME)
-    about = {"adapter_sha256": trained.facts["sha256"], "base": shown(trained.base_model), "trained_bits": 8}
+    about = {"adapter_sha256": trained.facts.sha256, "base": shown(trained.base_model), "trained_bits": 8}
     for digest, usable in ((None, True), (weights_sha256(trained.base_model), True), ("0" * 64, False)):
         trained.merged.mkdir(exist_ok=True)
         about |= {"base_sha256": digest, "weights": {}}

@@ -61,6 +61,7 @@ class CachedLM(LM):
     def __init__(self, lm: LM, path: Path):
         super().__init__()
         self.lm, self.tokens = lm, lm.tokens
+        self.reasons: dict[str, str] = getattr(lm, "reasons", {})  # an endpoint's, for answers without text
         self.file = AnswerFile(path, lm.tokens)
         lm.set_cache_hook(self.file)
 
@@ -69,6 +70,13 @@ class CachedLM(LM):
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
+
+    def keep(self, rows: list[dict[str, Any]], options: dict[str, Any]) -> None:
+        """Take rows of answers.jsonl for the answers to their prompts under lm-eval's generation options."""
+        for row in rows:
+            key = hash_args("generate_until", (row["prompt"], options))
+            counts = row["prompt_tokens"], row["answer_tokens"], row["stopped"]
+            self.file.answers.setdefault(key, (row["answer"], counts))
 
     def generate_until(self, requests: list) -> list[str]:
         return self._answer("generate_until", self.lm.generate_until, requests)

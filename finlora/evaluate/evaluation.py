@@ -11,7 +11,7 @@ from finlora.core.paths import RAW, ROOT, SAMPLE, shown, slug
 from finlora.data.test_sets import all_sets, choose
 from finlora.evaluate import forgetting
 from finlora.evaluate.results import RESULTS, Run
-from finlora.models.load import adapter_facts, prompts, resolve_adapter
+from finlora.models.load import AdapterFacts, adapter_facts, prompts, resolve_adapter
 from finlora.train.runs import check_start, of_recipe
 
 
@@ -27,6 +27,7 @@ class Request:
     tasks: str | None = None  # test sets, tasks or groups, comma-separated; None for the recipe's
     limit: int | None = None  # the first rows of each set only
     labels: str = "corrected"  # or published
+    lengths: str = "whole"  # how long answers may be: as the longest target, or published, as in FinLoRA
     prompt: str = "saved"  # beside the adapter; or finlora_inst, raw
     tests: str | None = None  # folder with test files of one's own
     tiny: bool = False  # the adapter of a TINY=1 run
@@ -52,7 +53,7 @@ class Evaluation:
     name: str  # of the results' folder
     model: str  # base model: hub id or folder; with an endpoint the name that is served
     adapter: Path | None
-    adapter_facts: dict[str, Any] | None  # finlora.models.load.adapter_facts
+    adapter_facts: AdapterFacts | None
     bits: int
     sets: list[str]
     folder: Path  # of the test files
@@ -60,6 +61,11 @@ class Evaluation:
     tiny: bool = False
     training: dict[str, Any] | None = None  # of the recipe: metrics, args, log
     trained_on: set[str] | None = None  # normalised contexts; None where they are not known
+
+    @property
+    def eot_tokens(self) -> tuple[str, ...]:
+        """Of the adapter's recipe. Its base is asked with the same tokenizer, template and ends."""
+        return self.adapter_facts.eot_tokens if self.adapter_facts else ()
 
     def runs(self, template_sha256: str | None) -> list[Run]:
         """The models to evaluate, the base first, as their run.json will describe them."""
@@ -84,8 +90,12 @@ class Evaluation:
             runs.append(Run(subject=name, method="base", way="quantised" if quantised else "plain", **common))
         if self.adapter:
             facts = self.adapter_facts
-            adapter = {key: facts[key] for key in ("method", "r", "alpha")} | {"adapter_sha256": facts["sha256"]}
-            adapter |= {"adapter": shown(str(self.adapter)), "way": "cached norms" if quantised else "merged"}
+            adapter: dict[str, Any] = {"method": facts.method, "r": facts.r, "alpha": facts.alpha}
+            adapter |= {
+                "adapter_sha256": facts.sha256,
+                "adapter": shown(str(self.adapter)),
+                "way": "cached norms" if quantised else "merged",
+            }
             runs.append(Run(subject=self.name, recipe=self.recipe, training=self.training, **adapter, **common))
         return runs
 
@@ -107,7 +117,7 @@ def resolve(request: Request) -> Evaluation:
         check_start(adapter, request.model)
     facts = adapter_facts(adapter) if adapter else None
     if facts and not model:
-        model = facts["base"]
+        model = facts.base
         print(f"MODEL= is not given: taking the adapter's own base, {model}")
     if request.name and slug(request.name) != request.name:
         raise UserError(f"NAME={request.name}: becomes a folder of results/; write {slug(request.name)}")

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import sys
+from collections.abc import Sequence
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -20,17 +22,17 @@ class BatchedHFLM(HFLM):
 
     lm-eval's own batch_size "auto" tries out batches of the full context length first, which takes 100 times as long
     as the answer to a short prompt. `tokens` maps a prompt to (its tokens, its answer's tokens, whether the answer
-    ended). Without `batch_tokens` the free memory decides.
+    ended). Without `batch_tokens` the free memory decides. eot_tokens: see `end_tokens`.
     """
 
-    def __init__(self, model, tokenizer, batch_tokens: int | None = None):
+    def __init__(self, model, tokenizer, batch_tokens: int | None = None, eot_tokens: Sequence[str] = ()):
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.vocabulary = model.get_input_embeddings().num_embeddings
         # An adapter's tokenizer may have a padding token of its own; any token will do, since none attends to padding.
         if tokenizer.pad_token_id >= self.vocabulary:
             tokenizer.pad_token = tokenizer.eos_token
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal")
-        self.batch_tokens = batch_tokens
+        self.batch_tokens, self.eot_tokens = batch_tokens, eot_tokens
         self.tokens: dict[str, tuple[int, int, bool]] = {}
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
@@ -42,6 +44,7 @@ class BatchedHFLM(HFLM):
                 f"the tokenizer has a token {largest:,} and the model {self.vocabulary:,} tokens: they do not belong "
                 "together; name the adapter's own base with MODEL="
             )
+        self.warn_of_bos(ids[0])
         answers = [""] * len(asked)
         # Requests with equal options stand together, the longest first: what does not fit fails at once.
         left = sorted(range(len(asked)), key=lambda index: (json.dumps(asked[index][1]), -len(ids[index])))
@@ -69,13 +72,25 @@ class BatchedHFLM(HFLM):
                 left = left[len(batch) :]
         return answers
 
+    def warn_of_bos(self, ids: list[int]) -> None:
+        """Say where a prompt begins with two beginning-of-text tokens, or lacks the one that its tokenizer adds."""
+        bos, one = self.tokenizer.bos_token, self.tokenizer.bos_token_id
+        adds = one is not None and self.tokenizer("a")["input_ids"][0] == one
+        count = next((place for place, token in enumerate(ids) if token != one), len(ids))
+        if count > 1 or (adds and not count):
+            print(
+                f"warning: prompts begin with {count or 'no'} {bos}, where the model expects one; look at the chat "
+                "template, or choose another with PROMPT=",
+                file=sys.stderr,
+            )
+
     def answers(self, ids: list[list[int]], options: dict) -> list[Answer] | None:
         """One batch's answers; None where several prompts do not fit in memory.
 
         The caller tries again outside of the except block, whose traceback would keep the tensors in memory.
         """
         try:
-            return generate(self.model, self.tokenizer, ids, options["max_gen_toks"], options["until"])
+            return generate(self.model, self.tokenizer, ids, options["max_gen_toks"], options["until"], self.eot_tokens)
         except torch.OutOfMemoryError:
             if len(ids) == 1:
                 raise

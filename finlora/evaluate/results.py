@@ -64,6 +64,8 @@ class SetResult:
     labels: list | None = None
     metric: str
     max_new_tokens: int | None = None
+    lengths: str | None = None  # whole: every target fits; published: FinLoRA's limits
+    targets_cut: int | None = None  # rows whose target has more tokens than max_new_tokens
     prompt_tokens: int | None = None
     answer_tokens: int | None = None
     encoder: str | None = None  # that measured BERTScore, and its layer

@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from finlora.data.neardup import normalise
 from finlora.data.test_sets import TASK_FILES, all_sets, read_set
 from finlora.evaluate import forgetting
 from finlora.evaluate.evaluation import Evaluation, Request, resolve
+from finlora.evaluate.lengths import Length, answer_length
 from finlora.evaluate.results import Row, Run, SetResult, kept_result, kept_rows, write_record, write_set
 from finlora.evaluate.scorers import bertscore_items, scorings, summary
 from finlora.models.load import check_fits, template_sha256
+from finlora.train.runs import folder_lock
 
 # Answers in a folder whose run.json differs in one of these are another model's.
 IDENTITY = ("model", "base_sha256", "adapter_sha256", "bits", "prompt", "template_sha256", "way", "backend")
@@ -41,12 +43,20 @@ def evaluate(request: Request) -> list[Path]:
     evaluation = resolve(request)
     check(evaluation)
     tokenizer = None if request.endpoint else load_tokenizer(evaluation)
+    lengths = {
+        name: answer_length(name, evaluation.folder, request.lengths, tokenizer)
+        for name in evaluation.sets
+        if name not in forgetting.TASKS
+    }
     runs = evaluation.runs(template_sha256(tokenizer) if tokenizer else None)
-    left = {run.subject: prepare_folder(run, evaluation) for run in runs}
-    unfinished = [run for run in runs if left[run.subject]]
-    with closing(open_models(evaluation, unfinished, tokenizer)) as models:  # ends a server of ours, whatever happens
+    with ExitStack() as stack:
+        for run in runs:  # two at a time would share one file of answers
+            stack.enter_context(folder_lock(request.results / run.subject, make=False))
+        left = {run.subject: prepare_folder(run, evaluation, lengths) for run in runs}
+        unfinished = [run for run in runs if left[run.subject]]
+        models = stack.enter_context(closing(open_models(evaluation, unfinished, tokenizer)))  # ends a server of ours
         for run, lm in models:
-            ask(lm, run, left[run.subject], evaluation)
+            ask(lm, run, left[run.subject], evaluation, lengths)
     return [request.results / run.subject for run in runs]
 
 
@@ -98,10 +108,10 @@ def open_models(evaluation: Evaluation, runs: list[Run], tokenizer) -> Iterator[
                 model = load.load_base(evaluation.model, evaluation.bits, request.keep_quantised)
             if run.adapter:
                 model = load.attach(model, evaluation.adapter)
-            yield run, harness.BatchedHFLM(model, tokenizer, request.batch_tokens)
+            yield run, harness.BatchedHFLM(model, tokenizer, request.batch_tokens, evaluation.eot_tokens)
 
 
-def prepare_folder(run: Run, evaluation: Evaluation) -> list[str]:
+def prepare_folder(run: Run, evaluation: Evaluation, lengths: dict[str, Length]) -> list[str]:
     """Make results/<subject> this run's, with run.json, and return the test sets that are still to be asked."""
     request = evaluation.request
     folder = request.results / run.subject
@@ -125,20 +135,23 @@ def prepare_folder(run: Run, evaluation: Evaluation) -> list[str]:
     device = gpus()[0][0] if gpus() else "CPU"
     machine = {"versions": versions(), "git": git_state(), "device": device, "started": started}
     write_record(folder / "run.json", replace(run, **machine))
-    left = [name for name in evaluation.sets if not is_answered(folder / name, evaluation)]
+    left = [name for name in evaluation.sets if not is_answered(folder / name, evaluation, lengths.get(name))]
     for name in evaluation.sets:
         if name not in left:
             print(f"{run.subject}: {name} is answered already; FORCE=1 asks again")
     return left
 
 
-def is_answered(folder: Path, evaluation: Evaluation) -> bool:
-    """Whether results/<subject>/<set> holds the answers asked for; what measures them is brought up to date."""
+def is_answered(folder: Path, evaluation: Evaluation, length: Length | None) -> bool:
+    """Whether results/<subject>/<set> holds the answers asked for, or more; what measures them is brought up to date.
+
+    length: None for a forgetting set.
+    """
     result, request = kept_result(folder), evaluation.request
     if result is None:
         return False
-    if folder.name in forgetting.TASKS:
-        return result.limit == request.limit
+    if length is None:
+        return result.limit is None or (request.limit is not None and request.limit <= result.limit)
     test_set = read_set(folder.name, evaluation.folder)
     if result.sha256 != test_set.sha256:
         print(f"{test_set.path}: has changed since {folder.parent.name} answered it; asking again")
@@ -147,12 +160,30 @@ def is_answered(folder: Path, evaluation: Evaluation) -> bool:
         rows = kept_rows(folder)
         result = replace(result, encoder=add_bertscore(rows, request))
         write_set(folder, result, rows)
-    if result.labels_used != request.labels:  # the answers are the same; only what counts as right is another
-        write_record(folder / "set.json", replace(result, labels_used=request.labels))
-    return result.evaluated == min(request.limit or len(test_set.rows), len(test_set.rows))
+    if result.evaluated < min(request.limit or len(test_set.rows), len(test_set.rows)):
+        return False
+    if result.max_new_tokens != length.max_new_tokens:
+        rows = kept_rows(folder)
+        if cut := len(rows) - len(uncut(rows, result, length)):
+            print(
+                f"{folder.parent.name}: {folder.name} was answered with up to {result.max_new_tokens} tokens; "
+                f"asking {cut} rows again with {length.max_new_tokens}"
+            )
+            return False
+    # The answers are the same; only what counts as right, and what would be cut, is another.
+    measured = replace(result, labels_used=request.labels, **length._asdict())
+    if measured != result:
+        write_record(folder / "set.json", measured)
+    return True
 
 
-def ask(lm, run: Run, sets: list[str], evaluation: Evaluation) -> None:
+def uncut(rows: list[Row], result: SetResult, length: Length) -> list[Row]:
+    """The rows whose answers would be the same if this were the most tokens that they may have."""
+    same = result.max_new_tokens == length.max_new_tokens
+    return [row for row in rows if same or (row["stopped"] and row["answer_tokens"] <= length.max_new_tokens)]
+
+
+def ask(lm, run: Run, sets: list[str], evaluation: Evaluation, lengths: dict[str, Length]) -> None:
     """Put test sets to the model, one after the other, and keep every answer."""
     from finlora.evaluate.answer_cache import CachedLM
 
@@ -165,8 +196,15 @@ def ask(lm, run: Run, sets: list[str], evaluation: Evaluation) -> None:
             if name in forgetting.TASKS:
                 result, rows = forgetting.answers(lm, name, evaluation.folder, request.limit)
             else:
+                # Answers to fewer rows, or to rows that have changed since, are not asked for again.
+                before = kept_result(folder / name)
+                if before and before.lengths:
+                    rows = uncut(kept_rows(folder / name), before, lengths[name])
+                    lm.keep(rows, generation_options(lengths[name]))
                 trained_on = evaluation.trained_on if run.adapter else None
-                result, rows = answers(lm, name, evaluation.folder, request.labels, request.limit, trained_on)
+                how = (evaluation.folder, request.labels, request.limit, lengths[name], trained_on)
+                result, rows = answers(lm, name, *how)
+                warn_of_empty(name, rows, lm.reasons)
             result = replace(result, seconds=round(time.perf_counter() - started, 3), limit=request.limit)
             if result.metric == "bertscore_f1":
                 result = replace(result, encoder=add_bertscore(rows, request))
@@ -175,8 +213,22 @@ def ask(lm, run: Run, sets: list[str], evaluation: Evaluation) -> None:
     (folder / "answers.part.jsonl").unlink(missing_ok=True)
 
 
+def warn_of_empty(name: str, rows: list[Row], reasons: dict[str, str]) -> None:
+    """Say which rows have an empty answer; reasons: an endpoint's, by prompt."""
+    if empty := [row for row in rows if not row["answer"].strip()]:
+        lines = ", ".join(str(row["row"]) for row in empty[:5]) + ", ..." * (len(empty) > 5)
+        why = ", ".join(sorted({reasons[row["prompt"]] for row in empty if row["prompt"] in reasons}))
+        count = f"{len(empty)} empty answer{'s' * (len(empty) > 1)}"
+        print(f"warning: {name}: {count} (rows {lines}{f'; {why}' if why else ''})", file=sys.stderr)
+
+
+def generation_options(length: Length) -> dict[str, Any]:
+    """lm-eval's, in the order of its cache keys. Without `until` it would cut answers at a blank line (0.4.11)."""
+    return {"max_gen_toks": length.max_new_tokens, "do_sample": False, "until": []}
+
+
 def answers(
-    lm, name: str, folder: Path, labels: str, limit: int | None, trained_on: set[str] | None = None
+    lm, name: str, folder: Path, labels: str, limit: int | None, length: Length, trained_on: set[str] | None = None
 ) -> tuple[SetResult, list[Row]]:
     """One of FinLoRA's test sets through lm-eval, and a row for each answer.
 
@@ -187,7 +239,9 @@ def answers(
 
     options = {"folder": str(folder), "labels": labels}
     tasks = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=options)
-    answered = evaluate(lm, get_task_dict([name], tasks), limit=limit, apply_chat_template=True, bootstrap_iters=0)
+    task = get_task_dict([name], tasks)
+    task[name].set_config("generation_kwargs", generation_options(length))
+    answered = evaluate(lm, task, limit=limit, apply_chat_template=True, bootstrap_iters=0)
     rows = []
     for sample in sorted(answered["samples"][name], key=lambda sample: sample["doc"]["row"]):
         doc, prompt = sample["doc"], sample["arguments"][0][0]
@@ -217,7 +271,7 @@ def answers(
         evaluated=len(rows),
         labels=spec.labels,
         metric=spec.metric,
-        max_new_tokens=spec.max_new_tokens,
+        **length._asdict(),
         prompt_tokens=sum(row["prompt_tokens"] for row in rows),
         answer_tokens=sum(row["answer_tokens"] for row in rows),
         labels_used=labels,

@@ -16,7 +16,6 @@ from typing import Any
 
 import requests
 
-from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 from finlora.evaluate.evaluation import Evaluation
@@ -29,6 +28,7 @@ START = 900  # seconds; loading 8B weights and capturing graphs takes about two 
 def merged(evaluation: Evaluation, run: Run, tokenizer) -> Path:
     """A folder with the run's weights in 16 bits and its tokenizer: made once, named by what is in it."""
     from finlora.models import load as models
+    from finlora.models.generate import end_tokens
 
     if not VLLM.is_file():
         raise UserError(f"{VLLM.relative_to(ROOT)}: is missing; `make vllm` sets vLLM up, in its own environment")
@@ -42,9 +42,7 @@ def merged(evaluation: Evaluation, run: Run, tokenizer) -> Path:
     folder.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merged-") as beside:
         whole = Path(beside) / "model"
-        model.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        make_compatible(whole)
+        models.save(model, tokenizer, whole, end_tokens(model, tokenizer, evaluation.eot_tokens))
         whole.rename(folder)
     return folder
 

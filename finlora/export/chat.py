@@ -9,6 +9,7 @@ server.
 """
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 
 from transformers import TextStreamer
@@ -40,13 +41,14 @@ def load(trained: TrainedModel, prompt: str, keep_quantised: bool):
     )
 
 
-def chat(model, tokenizer, max_new_tokens: int) -> None:
+def chat(model, tokenizer, max_new_tokens: int, eot_tokens: Sequence[str] = ()) -> None:
     """Answer lines from the terminal or a pipe, greedily and token by token, until Ctrl-D, Ctrl-C or the end.
 
     The prompt is the whole conversation, tokenized anew for each answer; /new starts another conversation.
     """
     from finlora.models.generate import end_tokens  # late: it imports bitsandbytes, see disable_hub
 
+    ends = end_tokens(model, tokenizer, eot_tokens)
     terminal = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
@@ -79,7 +81,7 @@ def chat(model, tokenizer, max_new_tokens: int) -> None:
                 do_sample=False,
                 temperature=None,
                 top_p=None,
-                eos_token_id=end_tokens(model, tokenizer),
+                eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id,
                 streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
@@ -94,4 +96,4 @@ def run(trained: TrainedModel, prompt: str, keep_quantised: bool, max_new_tokens
     """Load the model, print what it is, and chat."""
     model, tokenizer, description = load(trained, prompt, keep_quantised)
     print(f"chatting with {trained.name}: {description}", file=sys.stderr, flush=True)
-    chat(model, tokenizer, max_new_tokens)
+    chat(model, tokenizer, max_new_tokens, trained.facts.eot_tokens)

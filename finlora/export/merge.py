@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM
 
 from fastdora.plugin.checksums import weights_sha256
-from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
 from finlora.core.machine import GIB, gpus
@@ -130,7 +129,7 @@ def check_replaced(trained: TrainedModel, before: dict[str, Any] | None, force: 
     out = shown(str(trained.merged))
     if before is None and trained.merged.exists() and not force:
         raise UserError(f"{out}: holds files that `make merge` did not write; FORCE=1 replaces them")
-    other = before and before["adapter_sha256"] != trained.facts["sha256"]
+    other = before and before["adapter_sha256"] != trained.facts.sha256
     if other and before["adapter"] != shown(str(trained.adapter)) and not force:
         raise UserError(
             f"{out}: holds the model merged from {before['adapter']}; FORCE=1 replaces it, and an adapter folder of "
@@ -186,7 +185,7 @@ def write(trained: TrainedModel, into: str | None, limit: int, tokenizer, folder
     rows = dialogues(trained, tokenizer)
     merged, expected, report = merge_closest(trained, into, limit, tokenizer, rows)
     with disk_errors(trained.merged):
-        save(merged, tokenizer, folder)
+        save(merged, tokenizer, trained, folder)
         del merged  # before the saved model is loaded
         collect()
         verified = verify(models.load_base(str(folder), 16), rows, expected)
@@ -198,10 +197,10 @@ def write(trained: TrainedModel, into: str | None, limit: int, tokenizer, folder
             )
         about = {
             "adapter": shown(str(trained.adapter)),
-            "adapter_sha256": trained.facts["sha256"],
+            "adapter_sha256": trained.facts.sha256,
             "base": shown(trained.base_model),
             "base_sha256": weights_sha256(trained.base_model, ROOT),
-            **{key: trained.facts[key] for key in ("method", "r", "alpha")},
+            **{key: getattr(trained.facts, key) for key in ("method", "r", "alpha")},
             "trained_bits": trained.bits,
             "asked_for": into,
             "dialogues": len(rows),
@@ -222,7 +221,7 @@ def merge_closest(trained: TrainedModel, into: str | None, limit: int, tokenizer
     One model is in memory at a time, so the choice that was not merged last is merged again.
     """
     facts = trained.facts
-    print(f"merging   {trained.name}: {facts['method']}, r {facts['r']}, trained on {trained.bits} bits")
+    print(f"merging   {trained.name}: {facts.method}, r {facts.r}, trained on {trained.bits} bits")
     if trained.bits == 16:  # there is nothing to choose, and the model as trained is what `verify` compares with
         merged, expected = fold(trained, "full", rows)
         return merged, expected, {"into": "full", "from_trained": {}, "trained_score": {}}
@@ -290,20 +289,13 @@ def fold(trained: TrainedModel, into: str, rows: list[list[int]]):
     return merged, expected
 
 
-def save(merged, tokenizer, folder: Path) -> None:
-    """Weights in bfloat16, in shards; answers end where the chat template's do and are greedy, as in evaluation."""
+def save(merged, tokenizer, trained: TrainedModel, folder: Path) -> None:
+    """Weights in bfloat16, in shards; answers end where they do in evaluation."""
     from finlora.models.generate import end_tokens  # late: it imports bitsandbytes, see disable_hub
 
     for tensor in merged.parameters():
         tensor.data = tensor.data.to(torch.bfloat16)
-    merged.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=end_tokens(merged, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    merged.save_pretrained(folder, max_shard_size=SHARD)
-    tokenizer.save_pretrained(folder)
-    make_compatible(folder)
+    models.save(merged, tokenizer, folder, end_tokens(merged, tokenizer, trained.facts.eot_tokens), SHARD)
 
 
 def verify(saved, rows: list[list[int]], expected: torch.Tensor) -> Distance:
@@ -343,11 +335,13 @@ def ask(model, tokenizer, rows: list[list[int]], trained: TrainedModel, limit: i
     if not limit or not sets:
         return responses
     from finlora.evaluate import harness, runner  # late: they import lm_eval, which takes seconds
+    from finlora.evaluate.lengths import answer_length
     from finlora.evaluate.scorers import scorings, summary
 
-    lm = harness.BatchedHFLM(model, tokenizer)
+    lm = harness.BatchedHFLM(model, tokenizer, eot_tokens=trained.facts.eot_tokens)
     for name in sets:
-        _, answered = runner.answers(lm, name, folder, "corrected", limit)
+        length = answer_length(name, folder, "whole", tokenizer)
+        _, answered = runner.answers(lm, name, folder, "corrected", limit, length)
         answers = responses.answers[name] = [row["answer"] for row in answered]
         if scorers := scorings(name, all_sets()[name]):
             primary = next(iter(scorers.values()))

@@ -224,7 +224,7 @@ def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: boo
         pipeline_tag="text-generation",
         base_model=None if base == Path(trained.base_model).name else base,
         datasets=names if record["data_from"] == "raw" and not (rows and rows["settings"]["file"]) else None,
-        tags=["finance", "finlora", "axolotl", trained.facts["method"]],
+        tags=["finance", "finlora", "axolotl", trained.facts.method],
     )
     card = ModelCard.from_template(
         data,
@@ -236,7 +236,7 @@ def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: boo
         merged=read_json(merged / "merge.json") if merged else None,
         llama=LLAMA if llama else None,
         recipe_text=(trained.adapter / "recipe.yaml").read_text(encoding="utf-8").replace(f"{ROOT}/", "").strip(),
-        method=report.METHODS[trained.facts["method"]],
+        method=report.METHODS[trained.facts.method],
         record=record,
         entry=entry,
         task=task,
@@ -246,7 +246,7 @@ def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: boo
         defects=defects(tests),
         corrections={file: load_corrections()[file] for file in files_of(parts, tests) if file in load_corrections()},
         # A sweep keeps its points' evaluations beside them.
-        evaluations=scores(trained.facts["sha256"], results.RESULTS, trained.folder.parent / "results"),
+        evaluations=scores(trained.facts.sha256, results.RESULTS, trained.folder.parent / "results"),
         percent=html.percent,
         signed=html.signed,
         metrics=record["metrics"],

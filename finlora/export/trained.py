@@ -11,7 +11,7 @@ from fastdora.plugin.checksums import weights_sha256
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
 from finlora.core.paths import ROOT, shown, slug
-from finlora.models.load import adapter_facts, resolve_adapter
+from finlora.models.load import AdapterFacts, adapter_facts, resolve_adapter
 from finlora.recipes.bases import fetch_base
 from finlora.train.runs import OUTPUTS, check_start, of_recipe
 
@@ -25,7 +25,7 @@ class TrainedModel:
     base_model: str  # folder or hub id
     bits: int  # of the base's weights in training: 16, 8 or 4
     adapter: Path
-    facts: dict[str, Any]  # what the adapter's own files say: base, method, r, alpha, sha256
+    facts: AdapterFacts
     folder: Path  # what merge and publish write to
     # Known of a trained recipe alone, not of an adapter from elsewhere.
     recipe: str | None = None
@@ -82,13 +82,13 @@ def _of_recipe(recipe: str, tiny: bool, options: str) -> TrainedModel:
 def _of_adapter(adapter: str, model: str | None, bits: int | None, options: str) -> TrainedModel:
     folder = resolve_adapter(adapter)
     facts = adapter_facts(folder)
-    if not (model or facts["base"]):
+    if not (model or facts.base):
         raise UserError(f"{adapter}: does not say which base it was trained on; name it with MODEL=")
     check_start(folder, model)
     return TrainedModel(
         name=slug(adapter),
         options=options,
-        base_model=model or facts["base"],
+        base_model=model or facts.base,
         bits=bits or 16,
         adapter=folder,
         facts=facts,
@@ -100,7 +100,7 @@ def merged_folder(trained: TrainedModel) -> Path | None:
     """The folder with the merged model of this very adapter and base; None where it is missing or incomplete."""
     about = read_json(trained.merged / "merge.json")
     expected = {
-        "adapter_sha256": trained.facts["sha256"],
+        "adapter_sha256": trained.facts.sha256,
         "base": shown(trained.base_model),
         "trained_bits": trained.bits,
     }
@@ -129,7 +129,7 @@ def check_weights(folder: Path) -> None:
 
 def check_base(trained: TrainedModel) -> None:
     """UserError where MODEL= is not the base that the adapter names: one of equal shapes would merge in silence."""
-    named, model = trained.facts["base"], trained.base_model
+    named, model = trained.facts.base, trained.base_model
     if named and model != named and Path(model).resolve() != Path(named).resolve():
         raise UserError(
             f"MODEL={model}: the adapter was trained on {named}; leave MODEL= out, or add FORCE=1 where it is the same "

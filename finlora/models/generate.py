@@ -8,6 +8,8 @@ import torch
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from transformers import DynamicCache
 
+from fastdora.plugin.prompts import end_of_turn_tokens
+
 
 class Answer(NamedTuple):
     """`tokens` counts the end token too; `ended` is False where max_new_tokens cut the answer."""
@@ -17,23 +19,29 @@ class Answer(NamedTuple):
     ended: bool
 
 
-def end_tokens(model, tokenizer) -> list[int]:
-    """The token ids that end an answer: the tokenizer's end of sequence, and what the model's configuration lists.
+def end_tokens(model, tokenizer, eot_tokens: Sequence[str] = ()) -> list[int]:
+    """The token ids that end an answer: those of template, tokenizer and recipe, and the model's configuration's.
 
-    Both are needed: Llama 3's generation_config.json also lists <|eot_id|>, which its chat template writes, and a
-    tokenizer that is saved beside an adapter may have an end token that the base's configuration does not list.
+    Llama 3's generation_config.json lists more than one, and what is saved beside an adapter may end answers with a
+    token that its base's configuration does not list.
     """
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
-    return sorted({tokenizer.eos_token_id, *configured} - {None})
+    return sorted({*end_of_turn_tokens(tokenizer, eot_tokens), *configured} - {None})
 
 
 def generate(
-    model, tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str] = ()
+    model,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    eot_tokens: Sequence[str] = (),
 ) -> list[Answer]:
     """One greedy answer for each prompt, given as token ids; texts are cut before the first of the `stop` strings.
 
-    The beginning that all prompts share, mostly an instruction, is computed once. Padding goes between it and the rest.
+    eot_tokens: the recipe's, which end an answer too (`end_tokens`). The beginning that all prompts share, mostly an
+    instruction, is computed once; padding goes between it and the rest.
     """
     width = max(map(len, prompts))
     # At least one token of each prompt is left over: generate needs an input.
@@ -48,7 +56,7 @@ def generate(
         "input_ids": torch.tensor(ids, device=model.device),
         "attention_mask": torch.tensor(mask, device=model.device),
     }
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer, eot_tokens)
     with torch.no_grad():
         if shared:
             cache = DynamicCache(config=model.config)
@@ -67,8 +75,9 @@ def generate(
 
 
 def _answer(tokenizer, ids: list[int], ends: list[int], stop: Sequence[str]) -> Answer:
-    """One row of generate's output: what follows its first end token is padding."""
+    """One row of generate's output: what follows its first end token is padding. The text is without that token."""
     length = next((position + 1 for position, token in enumerate(ids) if token in ends), len(ids))
-    text = tokenizer.decode(ids[:length], skip_special_tokens=True)
+    ended = ids[length - 1] in ends
+    text = tokenizer.decode(ids[: length - ended], skip_special_tokens=True)
     stops = [position for position in map(text.find, stop) if position >= 0]
-    return Answer(text[: min(stops, default=None)], length, ids[length - 1] in ends or bool(stops))
+    return Answer(text[: min(stops, default=None)], length, ended or bool(stops))

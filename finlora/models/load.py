@@ -8,8 +8,11 @@ they are, for cards that 16 bits do not fit, and caches DoRA's norms instead.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import yaml
+
+from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
 from finlora.recipes import names as recipe_names
@@ -22,8 +25,19 @@ def prompts() -> list[str]:
     return ["saved", *sorted(path.stem for path in PROMPTS.glob("*.jinja"))]
 
 
-def adapter_facts(folder: Path) -> dict[str, Any]:
-    """What an adapter folder says of itself: base, method, r, alpha, sha256. UserError where it is not a whole one."""
+class AdapterFacts(NamedTuple):
+    """What an adapter's folder says of itself."""
+
+    base: str | None  # hub id or folder
+    method: str  # lora, dora or rslora
+    r: int
+    alpha: int | float
+    sha256: str  # of its weights
+    eot_tokens: tuple[str, ...]  # of the recipe beside it: they end an answer, too
+
+
+def adapter_facts(folder: Path) -> AdapterFacts:
+    """UserError where it is not the folder of a whole adapter."""
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such adapter folder; train one, or name a PEFT folder or hub id with ADAPTER=")
@@ -31,22 +45,31 @@ def adapter_facts(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             bins = " (pickled weights are not loaded)" if (folder / "adapter_model.bin").is_file() else ""
             raise UserError(f"{folder}: holds no {path.name}{bins}; name the folder of a finished PEFT adapter")
-    found = read_json(config)
-    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+    keys = read_json(config)
+    if not isinstance(keys, dict) or keys.get("peft_type") != "LORA":
         raise UserError(f"{config}: is not the configuration of a LoRA or DoRA adapter; name a PEFT folder")
-    shapes = tensor_shapes(weights)
-    magnitudes = any(name.endswith(("lora_magnitude_vector", "lora_magnitude_vector.weight")) for name in shapes)
-    if bool(found.get("use_dora")) != magnitudes:
+    magnitudes = any(
+        name.endswith(("lora_magnitude_vector", "lora_magnitude_vector.weight")) for name in tensor_shapes(weights)
+    )
+    if bool(keys.get("use_dora")) != magnitudes:
         fault = "says use_dora: true and the weights hold no magnitudes" if not magnitudes else "does not say use_dora"
         raise UserError(f"{config}: {fault}; magnitudes would be lost in silence, so save the adapter again")
-    method = "dora" if magnitudes else "rslora" if found.get("use_rslora") else "lora"
-    return {
-        "base": found.get("base_model_name_or_path"),
-        "method": method,
-        "r": found.get("r"),
-        "alpha": found.get("lora_alpha"),
-        "sha256": sha256(weights),
-    }
+    return AdapterFacts(
+        base=keys.get("base_model_name_or_path"),
+        method="dora" if magnitudes else "rslora" if keys.get("use_rslora") else "lora",
+        r=keys.get("r"),
+        alpha=keys.get("lora_alpha"),
+        sha256=sha256(weights),
+        eot_tokens=_eot_tokens(folder / "recipe.yaml"),
+    )
+
+
+def _eot_tokens(recipe: Path) -> tuple[str, ...]:
+    try:
+        keys = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # an adapter from elsewhere has no recipe of ours
+        return ()
+    return tuple(keys.get("eot_tokens") or ()) if isinstance(keys, dict) else ()
 
 
 def tensor_shapes(weights: Path) -> dict[str, list[int]]:
@@ -81,7 +104,7 @@ def check_fits(adapter: Path, model: str) -> None:
             need = (
                 f"is {_times(shape)} where {model} takes {_times(expected)}" if expected else f"is no layer of {model}"
             )
-            base = adapter_facts(adapter)["base"] or "another base"
+            base = adapter_facts(adapter).base or "another base"
             raise UserError(f"{adapter}: {name} {need}; it was trained on {base}: name that with MODEL=")
 
 
@@ -184,6 +207,18 @@ def attach(model, adapter: Path):
         layer.merge()
         weight.data = weight.data.to(dtype)
     return adapted.unload()
+
+
+def save(model, tokenizer, folder: Path, ends: list[int], shard_size: str = "5GB") -> None:
+    """Write weights, tokenizer and configuration, for other versions too; answers are greedy and stop at `ends`."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    tokenizer.save_pretrained(folder)
+    make_compatible(folder)
 
 
 def _first_line(error: Exception) -> str:

@@ -219,7 +219,7 @@ def folder_lock(out: Path, rank: int = 0, make: bool = True):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"{out.relative_to(ROOT)}: another command is at work there; wait for it or end it") from None
+        raise UserError(f"{shown(str(out))}: another command is at work there; wait for it or end it") from None
     return lock
 
 
