@@ -190,7 +190,7 @@ WEIGHTS, RUN = "adapter_model.safetensors", f"outputs/{RECIPES[16]}"
 # How the run is spoilt, the file of it that is named, and words.
 BAD = {
     "not trained": (lambda f: (f / "run.json").unlink(), "", ["train", f"make train RECIPE={RECIPES[16]}"]),
-    "truncated": (cut, WEIGHTS, ["read", "fetch or train"]),
+    "truncated": (cut, "", ["run.json", f"make train RECIPE={RECIPES[16]} FORCE=1"]),
     "another adapter": (change, "", ["run.json", f"make train RECIPE={RECIPES[16]} FORCE=1"]),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "", [WEIGHTS, "name the"]),
 }

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made import answered, label_rows, subject
 from runs import RECIPES
+from safetensors.torch import load_file, save_file
 
 from finlora.core.errors import UserError
 from finlora.evaluate import results
@@ -182,7 +183,6 @@ def test_the_card_says_what_is_known(runs, evaluated, monkeypatch):
     """As for a run on Llama-3.1 itself; of three evaluations it shows the one of this very adapter."""
     run = runs / RECIPES[8] / "recipe.yaml"
     run.write_text(yaml.safe_dump(yaml.safe_load(run.read_text()) | {"base_model": "meta-llama/Llama-3.1-8B-Instruct"}))
-    monkeypatch.setattr(publish, "check_text", lambda *_: None)  # its rows' path is this machine's here
     names = publish.publish(plan(), "someone/finance")
     card = (runs / RECIPES[8] / "publish" / "README.md").read_text()
     about = yaml.safe_load(card.split("---")[1])
@@ -269,6 +269,82 @@ def test_a_home_that_is_the_root_is_not_a_place_of_this_machine(monkeypatch):
         monkeypatch.setenv("HOME", home)
         with refuses("path", "this machine", "remove", file="README.md"):
             publish.check_text("README.md", f"from /home/me/x and {publish.ROOT}".encode())
+
+
+PATHS = {
+    "of Linux": "/scratch/alice/models/llama",
+    "in a mount of one part and a file": "/data/rows.jsonl",
+    "of macOS": "/Users/alice/llama",
+    "of Windows": "C:\\\\Users\\\\alice",
+    "below home": "~/models/llama",
+    "a file's address": "file:///srv/llama/config.json",
+}
+HARMLESS = (
+    "https://arxiv.org/abs/2505.19819",
+    "meta-llama/Llama-3.1-8B",
+    "outputs/x/merged",
+    "0.0/0.01",
+    "</think>",
+    "a / b",
+)
+
+
+@pytest.mark.parametrize("case", PATHS)
+@pytest.mark.parametrize("around", ['{{"base": "{}"}}', "base_model: {}\n", "`{}`", "| {} |", "({})", "--model={}"])
+def test_any_absolute_path_is_found(case, around):
+    with refuses("path", "this machine", "remove", file="config.json"):
+        publish.check_text("config.json", around.format(PATHS[case]).encode())
+    for text in HARMLESS:
+        publish.check_text("config.json", around.format(text).encode())
+    publish.check_text("tokenizer.json", around.format("/usr/bin").encode())  # a word of its vocabulary
+
+
+def test_what_is_published_holds_no_path_of_this_machine(runs, hub, tiny_base, tmp_path, monkeypatch):
+    """A base and rows in folders outside the checkout, one with a space, HOME in a comment, options with a path."""
+    monkeypatch.setenv("HOME", "/home/alice")
+    folder, base = runs / RECIPES[8], "/scratch/alice/my models/tiny-llama"
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["base_model"] = base
+    recipe["datasets"][0]["path"] = "/data/alice/rows.jsonl"
+    text = yaml.safe_dump(recipe) + "# copied from /home/alice/finlora/mine.yaml and ~/notes/x.txt\n"
+    (folder / "recipe.yaml").write_text(text)
+    record = json.loads((folder / "run.json").read_text())
+    record |= {"args": ["--deepspeed", "/opt/zero/stage1.json"], "data": {"/data/alice/rows.jsonl": "0" * 64}}
+    (folder / "run.json").write_text(json.dumps(record))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(about | {"name_or_path": base}))
+    monkeypatch.setattr(trained_models, "of_recipe", lambda *_: of_recipe(folder, base))
+    publish.publish(plan(), "someone/finance", push=True)
+    files = pushed(hub)
+    texts = {name: content for name, content in files.items() if name != WEIGHTS}
+    for name, content in texts.items():
+        for path in ("/scratch", "/home/alice", "/data/alice", "/opt/zero", "~/", str(tmp_path)):
+            assert path.encode() not in content, (name, path)
+    card = files["README.md"].decode()
+    assert "base_model: tiny-llama" in card and "path: rows.jsonl" in card and "--deepspeed stage1.json" in card
+    assert "copied from mine.yaml and x.txt" in card and '"tiny-llama"' in card
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tiny-llama"
+    about = json.loads(files["tokenizer_config.json"])
+    assert about["name_or_path"] == "tiny-llama" and about["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def of_recipe(folder, base):
+    """What finlora.train.runs says of a run whose base is not here."""
+    names = {"recipe": folder.name, "model": base, "bits": 8, "tiny": True}
+    return names | {"adapter": folder, "default_sets": ["fpb"]}
+
+
+def test_a_path_in_the_header_of_the_weights_is_found(runs):
+    path = runs / RECIPES[8] / WEIGHTS
+    save_file(load_file(path), path, {"format": "pt", "from": "/home/alice/outputs"})
+    record = runs / RECIPES[8] / "run.json"
+    about = json.loads(record.read_text())
+    about["adapter"]["sha256"] = sha256(path.read_bytes()).hexdigest()
+    record.write_text(json.dumps(about))
+    with refuses("path", "/home/alice/outputs", file=WEIGHTS):
+        publish.publish(plan(), "someone/finance")
 
 
 @given(

@@ -10,6 +10,22 @@ PREPARED = ROOT / "data" / "prepared"  # a folder of train.jsonl and validation.
 SAMPLE = ROOT / "data" / "sample"  # a few rows of each task, committed: what demo and tests run on
 
 
+# A path of one machine in a text: absolute with two parts or more, below ~, a file's address, or on a Windows drive.
+# What follows // is an address on the web.
+_BEFORE, _PART = r"""(?<![^\s"'`=:,;(\[{|>])""", r"""[^\s"'`<>|,;:()\[\]{}/\\]+"""
+MACHINE_PATH = re.compile(rf"{_BEFORE}(?:file://)?(?:~|/{_PART})(?:/{_PART})+/?|{_BEFORE}[A-Za-z]:(?:\\+{_PART})+")
+
+
+def is_machine_path(value: str) -> bool:
+    """Whether a whole value is a path of one machine; it may have spaces."""
+    return (os.path.isabs(value) and len(Path(value).parts) > 2) or value.startswith(("~/", "./", "../"))
+
+
+def public_name(model: str) -> str:
+    """A hub id as it is; the last part of a folder's path."""
+    return Path(model).resolve().name if is_machine_path(model) or (ROOT / model).is_dir() else model
+
+
 def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(name).name).strip("-.") or "model"
 

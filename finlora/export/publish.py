@@ -15,11 +15,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 from fastdora.plugin.safety import SECRET_VALUE
 from finlora.core import html
+from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, replacing
-from finlora.core.paths import ROOT, shown
+from finlora.core.paths import MACHINE_PATH, ROOT, is_machine_path, public_name, shown
 from finlora.data.corrections import load_corrections
 from finlora.data.tasks import load_tasks
 from finlora.evaluate import report, results
@@ -38,6 +41,8 @@ FILES = {
         *TOKENIZER,
     ],
 }
+CONFIGS = ("adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json")
+BASES = ("base_model_name_or_path", "_name_or_path", "name_or_path")  # keys that may name a folder
 LLAMA = {
     "name": "Llama 3.1 Community License",
     "url": "https://www.llama.com/llama3_1/license/",
@@ -95,22 +100,36 @@ def publish(
 
 
 def stage(folder: Path, patterns: list[str], card: str, llama: bool, staged: Path) -> list[str]:
-    """Put what is published into `staged`, files of `folder` as links; return the names, after `check_text` of each."""
+    """Put what is published into `staged`, weights as links; return the names, after `check_text` of each."""
     (staged / "README.md").write_text(card, encoding="utf-8")
-    names = ["README.md"]
     if llama:
         (staged / "NOTICE.txt").write_text(f"{LLAMA['notice']}\n", encoding="utf-8")
-        names.append("NOTICE.txt")
+    names = sorted(path.name for path in staged.iterdir())
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        if path.name == "adapter_config.json":
-            (staged / path.name).write_text(portable_config(path), encoding="utf-8")
+        if path.name in CONFIGS:
+            config = without_paths(json.loads(path.read_text(encoding="utf-8")))
+            (staged / path.name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         else:
             (staged / path.name).symlink_to(path.resolve())
         names.append(path.name)
+    make_compatible(staged)  # adapters of before 2026-11, and from elsewhere
     for name in names:
-        if not name.endswith(".safetensors"):
+        if name.endswith(".safetensors"):
+            with safe_open(staged / name, "pt") as tensors:
+                check_text(name, json.dumps(tensors.metadata()).encode())
+        else:
             check_text(name, (staged / name).read_bytes())
     return names
+
+
+def without_paths(value: Any) -> Any:
+    """A configuration in which a path of this machine is reduced to its last part."""
+    if isinstance(value, dict):
+        bases = {key: public_name(value[key]) for key in BASES if isinstance(value.get(key), str)}
+        return {key: without_paths(one) for key, one in value.items()} | bases
+    if isinstance(value, list):
+        return [without_paths(one) for one in value]
+    return Path(value).name if isinstance(value, str) and is_machine_path(value) else value
 
 
 def notes(trained: TrainedModel, repo: str, card: str, llama: bool) -> list[str]:
@@ -139,23 +158,21 @@ def check_repo(repo: str) -> None:
         ) from error
 
 
-def portable_config(path: Path) -> str:
-    """adapter_config.json, a base that is a folder of this machine reduced to the folder's name."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if (ROOT / str(config["base_model_name_or_path"])).is_dir():
-        config["base_model_name_or_path"] = Path(config["base_model_name_or_path"]).resolve().name
-    return json.dumps(config, indent=2) + "\n"
-
-
 def check_text(name: str, content: bytes) -> None:
-    """UserError where a file to publish contains what looks like a secret, or a path of this machine."""
+    """UserError where a file to publish contains what looks like a secret, or a path of this machine.
+
+    tokenizer.json may have words that look like paths: in it this checkout and HOME are looked for alone.
+    """
     text = content.decode("utf-8", "replace")
     token = os.environ.get("HF_TOKEN", "").strip()
     if SECRET_VALUE.search(text) or (token and token in text):
         raise UserError(f"{name}: holds what looks like a secret; remove it before it is published")
-    for path in (str(ROOT), f"{Path.home()}/"):
-        if path in text and path != "//":  # HOME=/, as in a container whose user has no account
-            raise UserError(f"{name}: holds a path of this machine ({path}); remove it before it is published")
+    # HOME is / in a container whose user has no account.
+    known = [path for path in (str(ROOT), f"{Path.home()}/") if path in text and path != "//"]
+    other = MACHINE_PATH.search(text) if name != "tokenizer.json" else None
+    if known or other:
+        path = known[0] if known else other[0]
+        raise UserError(f"{name}: holds a path of this machine ({path}); remove it before it is published")
 
 
 def upload(repo: str, folder: Path, names: list[str], private: bool, token: str, run: str) -> str:
@@ -211,7 +228,7 @@ def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: boo
     entry = load_tasks()[task]
     parts = entry.mixture_of or [task]
     tests = entry.tests
-    base = recipe["base_model"] if not (ROOT / recipe["base_model"]).is_dir() else Path(trained.base_model).name
+    base = public_name(recipe["base_model"])
     sources = [load_tasks()[part].source for part in parts] + [test.source for test in tests.values()]
     hub = "https://huggingface.co/datasets/"
     rows = prepared(record)
@@ -222,7 +239,7 @@ def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: boo
         license_name=None if llama else "that-of-the-base-model",
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
-        base_model=None if base == Path(trained.base_model).name else base,
+        base_model=base if base == recipe["base_model"] else None,
         datasets=names if record["data_from"] == "raw" and not (rows and rows["settings"]["file"]) else None,
         tags=["finance", "finlora", "axolotl", trained.facts.method],
     )
@@ -235,7 +252,7 @@ def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: boo
         base=base,
         merged=read_json(merged / "merge.json") if merged else None,
         llama=LLAMA if llama else None,
-        recipe_text=(trained.adapter / "recipe.yaml").read_text(encoding="utf-8").replace(f"{ROOT}/", "").strip(),
+        recipe_text=(trained.adapter / "recipe.yaml").read_text(encoding="utf-8").strip(),
         method=report.METHODS[trained.facts.method],
         record=record,
         entry=entry,
@@ -251,7 +268,20 @@ def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: boo
         signed=html.signed,
         metrics=record["metrics"],
     )
-    return card.content.strip() + "\n"
+    return text_without_paths(card.content.strip() + "\n", recipe)
+
+
+def text_without_paths(text: str, recipe: dict[str, Any]) -> str:
+    """The text with each path of this machine reduced to its last part, or to what lies below this checkout.
+
+    recipe: its values are known to be paths where they begin like one, spaces included.
+    """
+    values = [recipe, *(recipe.get("datasets") or []), *(recipe.get("test_datasets") or [])]
+    known = [value for keys in values for value in keys.values() if isinstance(value, str) and is_machine_path(value)]
+    for path in sorted(known, key=len, reverse=True):
+        text = text.replace(path, Path(path).name)
+    text = text.replace(f"{ROOT}/", "")
+    return MACHINE_PATH.sub(lambda found: re.split(r"[/\\]+", found[0].rstrip("/\\"))[-1], text)
 
 
 def files_of(parts: list[str], tests: dict[str, Any]) -> list[str]:
