@@ -154,7 +154,7 @@ class Endpoint(LM):
 
 def _reason(error: Exception) -> str:
     text = str(error)
-    if "429" in text:
+    if "429 error" in text:  # not a port or an address
         return f"still answers 429 (too many requests) after {RETRIES} tries; wait, or ask for a higher limit"
     if "too many" in text and "error responses" in text:
         return f"still answers with a server's error after {RETRIES} tries; look at its log"
