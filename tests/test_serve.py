@@ -114,10 +114,10 @@ def test_the_endpoint_answers_as_the_model_does(merged, tmp_path, monkeypatch):
         assert documented["model"] == "sentiment_r8_dora"
         body = documented | {"model": listed.json()["data"][0]["id"], "max_tokens": MOST}
         turns = body["messages"]
-        answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+        served = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
         expected, length = answer(merged.merged, turns)
-        assert answer["choices"][0]["message"] == {"role": "assistant", "content": expected} and expected
-        assert answer["usage"]["prompt_tokens"] == length
+        assert served["choices"][0]["message"] == {"role": "assistant", "content": expected} and expected
+        assert served["usage"]["prompt_tokens"] == length
         assert requests.post(f"{url}/v1/chat/completions", json=body | {"model": "gpt"}, timeout=60).status_code == 400
         with refuses("in use", "127.0.0.1", "another", file=f"PORT={port}"):
             serve.serve(merged, "127.0.0.1", port, "transformers", [])
