@@ -23,7 +23,7 @@ from made import answered, label_rows, subject
 
 from finlora.core import machine
 from finlora.core.errors import UserError
-from finlora.recipes import bases, rules
+from finlora.recipes import bases, recipe, rules
 from finlora.recipes import load as recipes
 from finlora.recipes import memory as recipes_memory
 from finlora.recipes import names as recipe_names
@@ -227,7 +227,7 @@ def test_what_is_not_there_is_said_with_what_is(tmp_path):
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     """A folder in the checkout's place, so that a sweep's points and locks stay out of the real outputs."""
-    for module in (sweep, sweep_points, runs, recipes):
+    for module in (sweep, sweep_points, runs, rules, recipe):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     return tmp_path
 
