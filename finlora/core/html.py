@@ -4,7 +4,7 @@ A page is one file without network access, light or dark as the reader's system 
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -95,19 +95,15 @@ class Table:
     label: str = ""
     caption: str = ""
     left: int = 1
-    foot: list[list[Cell | str]] = field(default_factory=list)
 
     def texts(self) -> list[list[str]]:
         """The heads and the rows as plain text."""
-        return [[str(cell) for cell in row] for row in [self.heads, *self.body, *self.foot]]
+        return [[str(cell) for cell in row] for row in [self.heads, *self.body]]
 
 
 def markdown(table: Table) -> str:
-    """A Markdown table; the last rows, `foot`, in bold."""
+    rule = ["---" if column < table.left else "---:" for column in range(len(table.heads))]
     heads, *rows = ([plain(text) for text in row] for row in table.texts())
-    rule = ["---" if column < table.left else "---:" for column in range(len(heads))]
-    for row in rows[len(table.body) :]:
-        row[:] = [f"**{text}**" if text else "" for text in row]
     return "\n".join(f"| {' | '.join(row)} |" for row in [heads, rule, *rows])
 
 

@@ -30,8 +30,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", Path(name).name).strip("-.") or "model"
 
 
-def shown(path: str) -> str:
-    return os.path.relpath(path, ROOT) if Path(path).is_absolute() and Path(path).is_relative_to(ROOT) else path
+def shown(path: str | Path) -> str:
+    """A path from the repository's root where it is inside; a name of the Hub as it is."""
+    return os.path.relpath(path, ROOT) if Path(path).is_absolute() and Path(path).is_relative_to(ROOT) else str(path)
 
 
 def existing(folder: Path) -> Path:

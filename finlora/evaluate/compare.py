@@ -14,8 +14,9 @@ from typing import Any
 
 from finlora.core.errors import UserError
 from finlora.core.html import p_value, percent, signed
+from finlora.core.paths import shown
 from finlora.evaluate.report import PROMPTS, facts
-from finlora.evaluate.results import RESULTS, Answers, ModelResults, names, pair, read, show, unlike
+from finlora.evaluate.results import RESULTS, Answers, ModelResults, names, pair, read, unlike
 from finlora.evaluate.scorers import summary
 from finlora.evaluate.statistics import paired
 
@@ -55,7 +56,7 @@ def find(a: str, b: str, folder: Path) -> tuple[ModelResults, ModelResults]:
     for name in (a, b):
         if name not in known:
             near = difflib.get_close_matches(name, known, 3) or known
-            raise UserError(f"{show(folder)}: has no subject {name!r}; there is {', '.join(near)}")
+            raise UserError(f"{shown(folder)}: has no subject {name!r}; there is {', '.join(near)}")
     if a == b:
         raise UserError(f"A and B are both {a}; name two subjects")
     subjects, warnings = read(folder, (a, b))
@@ -63,7 +64,7 @@ def find(a: str, b: str, folder: Path) -> tuple[ModelResults, ModelResults]:
         print(f"warning: {warning}", file=sys.stderr)
     for name in (a, b):
         if name not in subjects:
-            raise UserError(f"{show(folder / name)}: cannot be used (see the warning above); evaluate it again")
+            raise UserError(f"{shown(folder / name)}: cannot be used (see the warning above); evaluate it again")
     return subjects[a], subjects[b]
 
 

@@ -18,12 +18,13 @@ from typing import Any
 from finlora.core.errors import UserError
 from finlora.core.files import write_text
 from finlora.core.html import Cell, Table, number, p_value, percent, render, signed, visible
+from finlora.core.paths import shown
 from finlora.core.plot import Axis, Panel, Plot, Point, Series
 from finlora.data.corrections import load_corrections
 from finlora.data.test_sets import all_sets, groups
 from finlora.evaluate import results
 from finlora.evaluate.published import BESIDE, published, published_average
-from finlora.evaluate.results import RESULTS, Answers, ModelResults, Run, base_of, keep, pair, set_order, show, unlike
+from finlora.evaluate.results import RESULTS, Answers, ModelResults, Run, base_of, keep, pair, set_order, unlike
 from finlora.evaluate.scorers import summary
 from finlora.evaluate.statistics import Interval, interval, paired
 
@@ -116,7 +117,9 @@ def report(folder: Path = RESULTS) -> Report:
         print(f"warning: {warning}", file=sys.stderr)
     evaluated = {name: model for name, model in evaluated.items() if model.sets}
     if not evaluated:
-        raise UserError(f"{show(folder)}: no evaluation is finished; run make eval RECIPE=sentiment_r8_dora to its end")
+        raise UserError(
+            f"{shown(folder)}: no evaluation is finished; run make eval RECIPE=sentiment_r8_dora to its end"
+        )
     models = []
     for place, model in enumerate(sorted(evaluated.values(), key=lambda model: not model.run.adapter), 1):
         base = base_of(model, evaluated)
@@ -125,12 +128,12 @@ def report(folder: Path = RESULTS) -> Report:
         models.append(Model(f"m{place}", model, base, rows))
         for answers in model.sets.values():
             write_text(answers.folder / "answers.html", answers_page(answers))
-    shown = Report(models, warnings, corrected_sets(models), list(overview(models)))
+    result = Report(models, warnings, corrected_sets(models), list(overview(models)))
     parts = {part.__name__: part for part in (facts, more_facts, notes, tables, scorings, confusion_matrix, curve)}
-    parts |= {"report": shown, "prompts": PROMPTS, "axis": SCORE_AXIS}
+    parts |= {"report": result, "prompts": PROMPTS, "axis": SCORE_AXIS}
     write_text(folder / "index.html", render("evaluate/report.html.jinja", **parts))
     write_text(folder / "README.md", render("evaluate/report.md.jinja", **parts))
-    return shown
+    return result
 
 
 def tables(model: Model) -> Iterator[tuple[str, Table]]:
@@ -157,8 +160,8 @@ def more_facts(run: Run) -> list[tuple[str, str]]:
     pairs = []
     for name, value in entries.items():
         if isinstance(value, dict):
-            shown = {key: number(one) if is_number(one) else one for key, one in sorted(value.items())}
-            value = ", ".join(f"{key.replace('_', ' ')} {one}" for key, one in shown.items() if isinstance(one, str))
+            texts = {key: number(one) if is_number(one) else one for key, one in sorted(value.items())}
+            value = ", ".join(f"{key.replace('_', ' ')} {one}" for key, one in texts.items() if isinstance(one, str))
         pairs += [(name.replace("_", " "), str(value))] if value else []
     return pairs
 
@@ -298,14 +301,14 @@ def overview(models: list[Model]) -> Iterator[tuple[str, Table]]:
 
 def models_by_sets(models: list[Model], title: str, comparable: bool) -> Table | None:
     """A row a model, a column a set and version of its labels."""
-    shown = []
+    present = []
     for model in models:
         rows = [row for row in model.rows if row.comparable == comparable and not row.only]
-        shown += [(model, {(row.set, row.labels): row for row in rows})] if rows else []
-    every = {key: row for _, rows in shown for key, row in rows.items()}
+        present += [(model, {(row.set, row.labels): row for row in rows})] if rows else []
+    every = {key: row for _, rows in present for key, row in rows.items()}
     columns = sorted(every, key=lambda key: (set_order(key[0]), key))
     body = []
-    for model, rows in shown:
+    for model, rows in present:
         kind = "c0" if model.results.run.adapter else "base"
         cells = [model_cell(rows[key], kind) if key in rows else Cell("–") for key in columns]
         body.append([Cell(model.name, href=f"#{model.id}"), *cells])
@@ -567,4 +570,4 @@ def run(folder: Path) -> None:
     folder = folder.resolve()
     models = report(folder).models
     sets = {row.set for model in models for row in model.rows}
-    print(f"{len(models)} models, {len(sets)} data sets: {show(folder / 'index.html')} and README.md")
+    print(f"{len(models)} models, {len(sets)} data sets: {shown(folder / 'index.html')} and README.md")

@@ -14,7 +14,7 @@ from typing import Any, TypedDict, TypeVar, get_args, get_type_hints
 
 from finlora.core.errors import UserError
 from finlora.core.files import replacing, write_json
-from finlora.core.paths import ROOT
+from finlora.core.paths import ROOT, shown
 from finlora.data import tasks
 from finlora.data.groups import row_groups
 from finlora.data.test_sets import all_sets
@@ -196,7 +196,7 @@ def names(folder: Path = RESULTS) -> list[str]:
     """The names of the evaluated models under `folder`. Raises UserError where there is none."""
     known = sorted(path.name for path in folder.iterdir() if _is_result(path)) if folder.is_dir() else []
     if not known:
-        raise UserError(f"{show(folder)}: has no results yet; evaluate first: make eval RECIPE=sentiment_r8_dora")
+        raise UserError(f"{shown(folder)}: has no results yet; evaluate first: make eval RECIPE=sentiment_r8_dora")
     return known
 
 
@@ -209,7 +209,7 @@ def read(folder: Path = RESULTS, only: Collection[str] = ()) -> tuple[dict[str, 
     models, warnings = {}, []
     for path in folders:
         if (part := path / "answers.part.jsonl").exists():
-            warnings.append(f"{show(path)}: unfinished ({_count(part)} kept); the same make eval resumes from there")
+            warnings.append(f"{shown(path)}: unfinished ({_count(part)} kept); the same make eval resumes from there")
             if not (path / "run.json").exists():
                 continue
         try:
@@ -322,24 +322,24 @@ def _read_set(folder: Path) -> Answers:
     answers, done = folder / "answers.jsonl", folder / "set.json"
     if not done.exists():
         so_far = _count(answers) if answers.exists() else "no answers"
-        raise _Broken(f"{show(folder)}: unfinished ({so_far} so far); the same make eval resumes from there")
+        raise _Broken(f"{shown(folder)}: unfinished ({so_far} so far); the same make eval resumes from there")
     about = _record(SetResult, done)
     if about.set != folder.name:
-        raise _Broken(f"{show(done)}: is of the set {about.set!r} and lies in {folder.name}/; evaluate it again")
+        raise _Broken(f"{shown(done)}: is of the set {about.set!r} and lies in {folder.name}/; evaluate it again")
     types = get_type_hints(ForgettingRow if about.metric == "lm_eval" else Row)
     name = "id" if about.metric == "lm_eval" else "row"
     if name == "row" and about.labels_used not in ("corrected", "published"):
-        raise _Broken(f"{show(done)}: 'labels_used' is neither corrected nor published; evaluate again")
+        raise _Broken(f"{shown(done)}: 'labels_used' is neither corrected nor published; evaluate again")
     rows = {}
     for line, row in enumerate(_json_lines(answers), 1):
-        _check(f"{show(answers)}:{line}", row, types)
+        _check(f"{shown(answers)}:{line}", row, types)
         if row[name] in rows:
-            raise _Broken(f"{show(answers)}:{line}: {name} {row[name]} is there twice; {AGAIN}")
+            raise _Broken(f"{shown(answers)}:{line}: {name} {row[name]} is there twice; {AGAIN}")
         if about.metric == "bertscore_f1" and row["bertscore"] is None:
-            raise _Broken(f"{show(answers)}:{line}: has no bertscore; {AGAIN}")
+            raise _Broken(f"{shown(answers)}:{line}: has no bertscore; {AGAIN}")
         rows[row[name]] = {key: value for key, value in row.items() if key not in ("prompt", "context")}
     if len(rows) != about.evaluated or not rows:
-        raise _Broken(f"{show(answers)}: has {len(rows):,} answers and set.json says {about.evaluated:,}; {AGAIN}")
+        raise _Broken(f"{shown(answers)}: has {len(rows):,} answers and set.json says {about.evaluated:,}; {AGAIN}")
     return Answers(folder, about, all_sets().get(folder.name) or tasks.unlisted_set(asdict(about)), rows)
 
 
@@ -354,9 +354,9 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                     yield json.loads(text)
                 except (ValueError, RecursionError) as error:
                     what = "is not JSON" if text.endswith("\n") else "is cut short"
-                    raise _Broken(f"{show(path)}:{line}: {what}; {AGAIN}") from error
+                    raise _Broken(f"{shown(path)}:{line}: {what}; {AGAIN}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise _Broken(f"{show(path)}: cannot be read ({_why(error)}); {AGAIN}") from error
+        raise _Broken(f"{shown(path)}: cannot be read ({_why(error)}); {AGAIN}") from error
 
 
 def _record(kind: type[Record], path: Path) -> Record:
@@ -364,9 +364,9 @@ def _record(kind: type[Record], path: Path) -> Record:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _Broken(f"{show(path)}: cannot be read ({_why(error)}); evaluate again") from error
+        raise _Broken(f"{shown(path)}: cannot be read ({_why(error)}); evaluate again") from error
     types = {field.name: field.type for field in fields(kind)}
-    _check(show(path), value, types)
+    _check(shown(path), value, types)
     return kind(**{key: value[key] for key in types})
 
 
@@ -386,8 +386,3 @@ def _why(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "it is not there"
     return " ".join((getattr(error, "strerror", None) or str(error)).split())[:120]
-
-
-def show(path: Path) -> str:
-    """A path relative to the repository's root where it is inside."""
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -14,8 +14,7 @@ from fastdora.plugin import safety
 from fastdora.plugin.keys import RecipeError, check_keys, kept_schema, read_recipe
 from finlora.core.errors import UserError, did_you_mean
 from finlora.core.files import write_text
-from finlora.core.paths import ROOT
-from finlora.evaluate.results import show
+from finlora.core.paths import ROOT, shown
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 from finlora.recipes import rules
@@ -46,7 +45,7 @@ class SweepPoint:
 
     def write(self, recipe: Path) -> None:
         """Write the recipe. Its text is a part of the run's identity: it says nothing that an edit may change."""
-        text = f"# {show(recipe)}{' with ' if self.differs else ''}{changes_text(self.differs)}\n"
+        text = f"# {shown(recipe)}{' with ' if self.differs else ''}{changes_text(self.differs)}\n"
         text += yaml.safe_dump(self.recipe, sort_keys=False, width=120)
         if not self.path.is_file() or self.path.read_text(encoding="utf-8") != text:
             write_text(self.path, text)
@@ -76,11 +75,11 @@ def plan(recipe: Path, file: Path) -> list[SweepPoint]:
         merged = base | dict(sorted(changes.items(), key=str))
         merged = {key: value for key, value in merged.items() if value is not None}
         try:
-            safety.check(merged, show(file))
-            check_keys(merged, show(file), schema)
+            safety.check(merged, shown(file))
+            check_keys(merged, shown(file), schema)
         except RecipeError as error:
             raise UserError(str(error)) from error
-        rules.validate(f"{show(file)}: point {number}", Recipe(recipe, merged))
+        rules.validate(f"{shown(file)}: point {number}", Recipe(recipe, merged))
         differs = {key: merged.get(key) for key in differing(base, merged)}
         name = name_of(recipe.stem, differs, merged)
         out = (folder / name).relative_to(ROOT)
@@ -91,7 +90,7 @@ def plan(recipe: Path, file: Path) -> list[SweepPoint]:
             rules.check_name(Recipe(point.path, whole))
         except UserError as error:
             reason = str(error).removeprefix(f"{point.path}: ")
-            text = f"{show(file)}: point {number} ({changes_text(changes)}) would be {name}: {reason}"
+            text = f"{shown(file)}: point {number} ({changes_text(changes)}) would be {name}: {reason}"
             raise UserError(text) from error
         points.append(point)
     return points
@@ -105,7 +104,7 @@ def refuse_equal(file: Path, point: SweepPoint, others: list[SweepPoint]) -> Non
         return keys | {"lora_target_modules": sorted(keys["lora_target_modules"])}  # their order changes nothing
 
     for other in others:
-        numbers = f"{show(file)}: points {other.number} and {point.number}"
+        numbers = f"{shown(file)}: points {other.number} and {point.number}"
         if trained(other) == trained(point):
             raise UserError(f"{numbers} are equal ({changes_text(point.changes)}); remove one")
         if other.name == point.name:
@@ -117,21 +116,21 @@ def read(file: Path) -> list[dict[str, Any]]:
     try:
         content = read_recipe(file)
     except RecipeError as error:
-        raise UserError(str(error).replace(str(file), show(file))) from error
+        raise UserError(str(error).replace(str(file), shown(file))) from error
     pairs = content.pop("_", None)
     for key, values in [*content.items(), *([] if pairs is None else [("_", pairs)])]:
         if not isinstance(values, list):
-            raise UserError(f"{show(file)}: key '{key}' is {values!r}; write a list of values")
+            raise UserError(f"{shown(file)}: key '{key}' is {values!r}; write a list of values")
         if not values:
-            raise UserError(f"{show(file)}: key '{key}': the list is empty; give it values or remove the key")
+            raise UserError(f"{shown(file)}: key '{key}': the list is empty; give it values or remove the key")
     for number, pair in enumerate(pairs or [], 1):
         if not isinstance(pair, dict) or not pair:
-            raise UserError(f"{show(file)}: key '_': entry {number} is {pair!r}; write keys with their values")
+            raise UserError(f"{shown(file)}: key '_': entry {number} is {pair!r}; write keys with their values")
     for key in [*content, *(key for pair in pairs or [] for key in pair)]:
         if key in OWN:
-            raise UserError(f"{show(file)}: key '{key}' is the sweep's own; remove it")
+            raise UserError(f"{shown(file)}: key '{key}' is the sweep's own; remove it")
     if twice := [key for key in content if any(key in pair for pair in pairs or [])]:
-        raise UserError(f"{show(file)}: key '{twice[0]}' is below '_' too; keep one")
+        raise UserError(f"{shown(file)}: key '{twice[0]}' is below '_' too; keep one")
     combinations = itertools.product(*content.values())
     return [
         numbers(dict(zip(content, values, strict=True)) | pair) for values in combinations for pair in pairs or [{}]

@@ -9,10 +9,11 @@ from typing import Any
 from finlora.core.errors import UserError
 from finlora.core.files import write_text
 from finlora.core.html import Cell, Table, number, percent, render
+from finlora.core.paths import shown
 from finlora.core.plot import Axis, Panel, Plot, Point, Series
 from finlora.evaluate.compare import join, refuse_unlike
 from finlora.evaluate.report import Score, difference_cell, score, score_cell
-from finlora.evaluate.results import Answers, ModelResults, pair, read, show
+from finlora.evaluate.results import Answers, ModelResults, pair, read
 from finlora.evaluate.statistics import paired
 from finlora.recipes import bases
 from finlora.sweep.points import SweepPoint, as_text, column_of, value_of
@@ -79,19 +80,19 @@ def report(recipe: Path, sweep: Path, outcomes: list[Outcome], folder: Path) -> 
     columns = varied([outcome.point for outcome in outcomes])
     sets, evaluated, warnings = evaluations(outcomes, folder / "results")
     verdict, differences, unlike = verdict_of(outcomes, evaluated, sets)
-    shown = SweepReport(
+    result = SweepReport(
         title=f"{sweep.stem} on {recipe.stem}",
         verdict=verdict,
         notes=list(notes(outcomes, sets, warnings + unlike)),
         table=table_of(outcomes, columns, sets, evaluated, differences),
         plot=plot_of([outcome for outcome in outcomes if outcome.run], columns, evaluated),
     )
-    text = render("sweep/report.md.jinja", report=shown)
-    page = render("sweep/report.html.jinja", report=shown, sweep=show(sweep), recipe=show(recipe))
+    text = render("sweep/report.md.jinja", report=result)
+    page = render("sweep/report.html.jinja", report=result, sweep=shown(sweep), recipe=shown(recipe))
     write_text(folder / "table.md", text)
     write_text(folder / "index.html", page)
-    print(f"\n{text}\ntable and plot: {show(folder / 'index.html')}, {show(folder / 'table.md')}", flush=True)
-    return shown
+    print(f"\n{text}\ntable and plot: {shown(folder / 'index.html')}, {shown(folder / 'table.md')}", flush=True)
+    return result
 
 
 def varied(points: list[SweepPoint]) -> list[str]:

@@ -23,11 +23,10 @@ from typing import IO, Any
 from finlora.core import files, machine
 from finlora.core.errors import UserError
 from finlora.core.files import write_text
-from finlora.core.paths import ROOT
+from finlora.core.paths import ROOT, shown
 from finlora.data.tasks import load_tasks
 from finlora.data.test_sets import choose, read_set
 from finlora.evaluate import forgetting, runner
-from finlora.evaluate.results import show
 from finlora.recipes import bases, memory
 from finlora.recipes import names as recipe_names
 from finlora.sweep.points import SweepPoint, changes_text, plan
@@ -81,7 +80,7 @@ def sweep(recipe: Path, file: Path, options: Options) -> SweepReport | None:
         chosen = points if options.point is None else [points[options.point - 1]]
         jobs = [Job(point.name, log_of(point, options), commands_of(point, folder, options)) for point in chosen]
         jobs = [job for job in jobs if job.commands]
-        print(f"{show(file)} on {recipe.stem}: {len(points)} points, {len(jobs)} to run", flush=True)
+        print(f"{shown(file)} on {recipe.stem}: {len(points)} points, {len(jobs)} to run", flush=True)
         failed: dict[str, str] = {}
         no_gpu = None
         try:
@@ -93,21 +92,23 @@ def sweep(recipe: Path, file: Path, options: Options) -> SweepReport | None:
             record = train.finished_run(point.path, options.tiny, options.args)
             error = failed.get(point.name) or (None if record else reason(log_of(point, options)))
             outcomes.append(Outcome(point, record, error))
-        shown = report(recipe, file, outcomes, folder) if any(outcome.run for outcome in outcomes) else None
+        result = report(recipe, file, outcomes, folder) if any(outcome.run for outcome in outcomes) else None
         if no_gpu:
             raise no_gpu
         if failed:
             raise UserError("\nerror: ".join(f"{name}: {text}" for name, text in failed.items()))
-        return shown
+        return result
 
 
 def check(file: Path, points: list[SweepPoint], options: Options) -> None:
     """UserError for options that the points contradict, before anything is trained."""
     for key in runs.option_values(options.args):
         if key in train.NAMED or any(key in point.changes for point in points):
-            raise UserError(f"ARGS={shlex.join(options.args)}: {key} is what the points differ by; change {show(file)}")
+            raise UserError(
+                f"ARGS={shlex.join(options.args)}: {key} is what the points differ by; change {shown(file)}"
+            )
     if options.point is not None and not 1 <= options.point <= len(points):
-        raise UserError(f"POINT={options.point}: {show(file)} has points 1 to {len(points)}; LIST=1 shows them")
+        raise UserError(f"POINT={options.point}: {shown(file)} has points 1 to {len(points)}; LIST=1 shows them")
     if options.evaluate is not None:
         tasks = options.evaluate.get("tasks") or "sentiment"
         for name in forgetting.choose(re.split(r"[,\s]+", tasks), choose):
@@ -145,12 +146,12 @@ def answered(request: runner.Request) -> bool:
 
 def mark_folder(folder: Path, recipe: Path, file: Path) -> None:
     """Make the folder that of this recipe and sweep file; UserError where it is that of others of the same names."""
-    mine = {"recipe": show(recipe), "sweep": show(file)}
+    mine = {"recipe": shown(recipe), "sweep": shown(file)}
     before = files.read_json(folder / "sweep.json")
     for key, path in (("recipe", recipe), ("sweep", file)) if isinstance(before, dict) else ():
         other = ROOT / str(before.get(key))
         if other.is_file() and not other.samefile(path):
-            raise UserError(f"{show(folder)}: is the sweep of {before[key]}; give {mine[key]} another name")
+            raise UserError(f"{shown(folder)}: is the sweep of {before[key]}; give {mine[key]} another name")
     if before != mine:
         write_text(folder / "sweep.json", json.dumps(mine) + "\n")
 
@@ -189,7 +190,7 @@ def work(jobs: list[Job], free: list[str | None], lock: IO | None) -> dict[str, 
                 job.log.parent.mkdir(parents=True, exist_ok=True)
                 job.log.write_bytes(b"")
                 place = f" on GPU {job.gpu}" if job.gpu is not None else ""
-                print(f"[{len(jobs) - len(waiting)}/{len(jobs)}] {job.name}{place}: {show(job.log)}", flush=True)
+                print(f"[{len(jobs) - len(waiting)}/{len(jobs)}] {job.name}{place}: {shown(job.log)}", flush=True)
                 running.append(job)
                 job.process = start(job.commands.pop(0), job.gpu, job.log, lock)
             time.sleep(0.1)
@@ -258,7 +259,7 @@ def log_of(point: SweepPoint, options: Options) -> Path:
 
 
 def why(log: Path, code: int) -> str:
-    default = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}, see {show(log)}"
+    default = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}, see {shown(log)}"
     return reason(log) or default
 
 
