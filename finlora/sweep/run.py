@@ -7,7 +7,6 @@ axolotl does with it (`axolotl train --sweep`) shuffles the points into numbered
 and hides failures; here each point is a whole recipe in outputs/sweeps/<recipe>.<sweep>/ that `make train` trains.
 """
 
-import json
 import os
 import re
 import shlex
@@ -22,7 +21,7 @@ from typing import IO, Any
 
 from finlora.core import files, machine
 from finlora.core.errors import UserError
-from finlora.core.files import write_text
+from finlora.core.files import write_json
 from finlora.core.paths import ROOT, shown
 from finlora.data.tasks import load_tasks
 from finlora.data.test_sets import choose, read_set
@@ -153,7 +152,7 @@ def mark_folder(folder: Path, recipe: Path, file: Path) -> None:
         if other.is_file() and not other.samefile(path):
             raise UserError(f"{shown(folder)}: is the sweep of {before[key]}; give {mine[key]} another name")
     if before != mine:
-        write_text(folder / "sweep.json", json.dumps(mine) + "\n")
+        write_json(folder / "sweep.json", mine)
 
 
 def slots(options: Options, point: SweepPoint) -> list[str | None]:
