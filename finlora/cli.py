@@ -438,7 +438,8 @@ def fetch(
     """Fetch FinLoRA's files at the pinned commit, each verified; FINLORA_MIRROR takes them from a copy."""
     from finlora.data import fetch
 
-    fetch.run(tasks or [], raw or fetch.RAW, manifest or fetch.MANIFEST, timeout, retries, backoff)
+    patience = fetch.Patience(timeout, retries, backoff)
+    fetch.run(tasks or [], raw or fetch.RAW, manifest or fetch.MANIFEST, patience)
 
 
 @app.command()

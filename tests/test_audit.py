@@ -19,7 +19,7 @@ from finlora.data import audit as data_audit
 from finlora.data import corrections
 from finlora.data.audit import audit, find_exchange, looks_garbled, render
 from finlora.data.corrections import load_corrections
-from finlora.data.fetch import checksum
+from finlora.data.fetch import git_blob_sha1
 from finlora.data.prepare import Options, prepare
 from finlora.data.tasks import load_tasks
 from finlora.data.tokens import chat
@@ -294,7 +294,7 @@ def ruled(tmp_path, monkeypatch):
     def look_at(rows) -> dict:
         file = "train/finlora_sentiment_train.jsonl"
         path = write(tmp_path / file, rows)
-        table = {file: load_corrections()[file].model_copy(update={"git_blob_sha1": checksum(path, {})})}
+        table = {file: load_corrections()[file].model_copy(update={"git_blob_sha1": git_blob_sha1(path)})}
         monkeypatch.setattr(corrections, "load_corrections", lambda: table)
         monkeypatch.setattr(data_audit, "load_corrections", lambda: table)
         return look("sentiment", tmp_path)

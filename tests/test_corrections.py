@@ -34,7 +34,7 @@ def real(file: str) -> Path:
 
 
 def test_the_corrected_files_are_the_pinned_ones():
-    pinned = {entry["path"]: entry["git_blob_sha1"] for entry in read_manifest()["files"]}
+    pinned = {file.path: file.git_blob_sha1 for file in read_manifest().files}
     for file, entry in load_corrections().items():
         assert entry.git_blob_sha1 == pinned[f"data/{file}"]
 

@@ -63,14 +63,16 @@ def read_table(path: Path, holds: str) -> dict[str, Any]:
     return table
 
 
-def read_entry(path: Path, name: str, entry: Any, record: type[Model]) -> Model:
-    """One entry as a record; UserError names the file, the entry, the key and what is wrong with the first one."""
+def read_entry(path: Path, name: str | None, entry: Any, record: type[Model]) -> Model:
+    """One entry (the whole table without a name) as a record; UserError names the file, the entry, the key and what is
+    wrong with the first one."""
     try:
         return record.model_validate(entry)
     except ValidationError as error:
         first = error.errors()[0]
         reason = first.get("ctx", {}).get("error", first["msg"])
-        raise UserError(": ".join(map(str, (path, name, *first["loc"], reason)))) from error
+        place = [path, name, *first["loc"]] if name else [path, *first["loc"]]
+        raise UserError(": ".join(map(str, [*place, reason]))) from error
 
 
 def _refuse_duplicates(path: Path, node: yaml.Node | None) -> None:

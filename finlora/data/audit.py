@@ -292,7 +292,7 @@ def _numbers(values: array) -> np.ndarray:
 
 def _compare(file: File, rows: int | None, test: TestSet | None) -> bool:
     """Compare a published file with the manifest, the task table and the corrections; whether it is the pinned one."""
-    entry = {entry["path"]: entry for entry in read_manifest()["files"]}.get(f"data/{file.name}")
+    entry = next((entry for entry in read_manifest().files if entry.local == file.name), None)
     pinned = entry is not None and is_right(file.path, entry)
     if entry and not pinned:
         file.find("its checksum is not the manifest's", "fetch it again, or pass your own as FILE=", attention=True)

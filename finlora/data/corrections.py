@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, field_validator, model_validator
 
 from finlora.core.paths import ROOT
 from finlora.core.tables import Record, expecting, read_entry, read_table
-from finlora.data.fetch import is_right
+from finlora.data.fetch import git_blob_sha1
 
 TABLE = ROOT / "data" / "corrections.yaml"
 
@@ -86,7 +86,7 @@ def load_corrections(path: Path = TABLE) -> dict[str, Correction]:
 def applies(file: str, path: Path) -> bool:
     """Whether `file` (its path under data/raw) has corrections and `path`, where it lies, holds its published bytes."""
     entry = load_corrections().get(file)
-    return entry is not None and is_right(path, {"git_blob_sha1": entry.git_blob_sha1})
+    return entry is not None and git_blob_sha1(path) == entry.git_blob_sha1
 
 
 def standing(file: str, row: Row) -> str:

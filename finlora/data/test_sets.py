@@ -76,7 +76,7 @@ def read_set(name: str, folder: Path = RAW) -> SetRows:
     spec = all_sets()[name]
     path = Path(folder) / spec.file
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    pinned = {entry["path"]: entry for entry in read_manifest()["files"]}.get(f"data/{spec.file}")
+    pinned = next((file for file in read_manifest().files if file.local == spec.file), None)
     if not path.is_file():
         where = f"make data TASK={spec.task}" if pinned else f"bring your own as {shown}"
         raise UserError(f"{shown}: is missing; {where}, or leave {name} out with TASKS=")
