@@ -10,12 +10,12 @@ from failures import failed, refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastdora.plugin.keys import read_recipe
 from finlora import cli
 from finlora.core import machine
 from finlora.plan import estimate as plan
 from finlora.plan import gpus, step_time
 from finlora.recipes import bases, memory
-from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 
 pytestmark = pytest.mark.xdist_group("axolotl")  # whose tests import PEFT too
@@ -25,7 +25,7 @@ ALL = list(bases.linear_layers(SHAPE))
 
 
 def recipe(name: str = "sentiment_r8_dora", **changes):
-    return recipes.read_recipe(recipe_names.RECIPES / f"{name}.yaml") | changes
+    return read_recipe(recipe_names.RECIPES / f"{name}.yaml") | changes
 
 
 def planned(name: str = "sentiment_r8_dora", gpu="h100-80g", gpus=1, price=None, **changes):
