@@ -2,12 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from finlora.core.errors import UserError
@@ -16,42 +15,23 @@ from finlora.core.paths import ROOT
 from finlora.recipes.recipe import Recipe
 
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text(encoding="utf-8"))
-ALL_ROWS = "every row of a file must train; remove it and take rows out of the file"
-# PEFT's that leave the base as it is. PiSSA, OLoRA, CorDA and LoftQ subtract from its weights what A and B begin with.
-INITIALISATIONS = (None, True, False, "gaussian", "orthogonal")
+REMEDIES = {  # by pydantic's names of errors
+    "greater_than": "give it a value above {gt:g}",
+    "greater_than_equal": "give it a value of at least {ge:g}",
+    "less_than": "give it a value below {lt:g}",
+    "float_parsing": "give it a number",
+}
 MOST_LAYERS = 200  # of any Llama; a base model of unknown sizes may have so many
 
 
-def must(hold: Callable[[Any], Any], remedy: str) -> AfterValidator:
-    """Refuse a value for which `hold` is false. remedy: how the error goes on after `key 'x' is 0; `."""
-
-    def check(value: Any) -> Any:
-        if not hold(value):
-            raise ValueError(remedy)
-        return value
-
-    return AfterValidator(check)
-
-
-def one_of(*values: Any, remedy: str) -> AfterValidator:
-    return must(lambda value: value in values, remedy)
-
-
-AboveZero = Annotated[float, must(lambda number: number > 0, "give it a value above 0")]
-Share = Annotated[float, must(lambda share: 0 <= share < 1, "give it a value of at least 0 and below 1")]
-Kernel = Annotated[
-    bool | None, one_of(False, remedy="axolotl's LoRA kernels train DoRA with a stale norm (0.19.0); set it to false")
-]
+AboveZero = Annotated[float, Field(gt=0)]
 
 
 class Rows(BaseModel):
     """An entry of `datasets` or `test_datasets`: a file of conversations, one a line."""
 
     path: str
-    type: Annotated[Any, one_of("chat_template", remedy="`make data FILE=` writes any rows for type: chat_template")]
-    ds_type: Annotated[Any, one_of(None, "json", remedy="rows are lines of JSON; `make data FILE=` writes them")] = None
-    split: Annotated[Any, one_of(None, "train", remedy=ALL_ROWS)] = None
-    field_messages: Annotated[Any, one_of(None, "messages", remedy="call that field messages in the rows")] = None
+    type: Any
 
 
 class Keys(BaseModel):
@@ -66,14 +46,8 @@ class Keys(BaseModel):
     dataset_prepared_path: str
     lora_r: AboveZero
     lora_alpha: AboveZero
-    lora_dropout: Share
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     lora_target_modules: Any
-    tokenizer_type: Annotated[
-        Any, one_of(None, "AutoTokenizer", remedy="evaluation and merging use the base's own tokenizer; remove it")
-    ] = None
-    peft_init_lora_weights: Annotated[
-        Any, one_of(*INITIALISATIONS, remedy="it changes the base's weights, which merging cannot undo; remove it")
-    ] = None
     lr_groups: Any = None
     chat_template: Any = None
     chat_template_jinja: Any = None
@@ -126,10 +100,10 @@ class Keys(BaseModel):
         """Axolotl ignores a module of `lr_groups` that no trained parameter has in its name."""
         targets, dora = info.data.get("lora_target_modules", []), info.data.get("peft_use_dora")
         parts = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(dora)]
-        blocks = [f"layers.{layer}.{module}" for layer in range(MOST_LAYERS) for module in ("self_attn", "mlp")]
         trained = [
-            f"base_model.model.model.{block}.{target}.{part}.default.weight"
-            for block in blocks
+            f"base_model.model.model.layers.{layer}.{block}.{target}.{part}.default.weight"
+            for layer in range(MOST_LAYERS)
+            for block in ("self_attn", "mlp")
             for target in targets
             for part in parts
         ]
@@ -149,10 +123,17 @@ class DoraKeys(Keys):
 
     model_config = ConfigDict(validate_default=True)
 
-    lora_qkv_kernel: Kernel = None
-    lora_mlp_kernel: Kernel = None
-    lora_o_kernel: Kernel = None
-    lora_embedding_kernel: Kernel = None
+    lora_qkv_kernel: Any = None
+    lora_mlp_kernel: Any = None
+    lora_o_kernel: Any = None
+    lora_embedding_kernel: Any = None
+
+    @field_validator("lora_qkv_kernel", "lora_mlp_kernel", "lora_o_kernel", "lora_embedding_kernel")
+    @classmethod
+    def kernel_is_off(cls, on: Any) -> Any:
+        if on is not False:
+            raise ValueError("axolotl's LoRA kernels train DoRA with a stale norm (0.19.0); set it to false")
+        return on
 
 
 def check(recipe: Recipe) -> None:
@@ -167,14 +148,14 @@ def validate(source: str, recipe: Recipe) -> None:
     source: what the error begins with, a recipe's path or a sweep's file and point.
     """
     keys = recipe.keys
-    entries = [
-        (f"{kind}.{i}.", rows) for kind in ("datasets", "test_datasets") for i, rows in enumerate(keys.get(kind) or [])
-    ]
-    for kind, prefix, holder in [("recipe", "", keys), *(("rows", *entry) for entry in entries)]:
-        for key in holder:
-            same = holder[key] == keys["base_model"]  # as base_model_config may be: it changes nothing
-            if holder[key] and not same and (reason := why_refused(key, kind)):
-                raise UserError(f"{source}: key '{prefix}{key}': {reason}")
+    holders = [("recipe", "", keys)]
+    for kind in ("datasets", "test_datasets"):
+        holders += [("rows", f"{kind}.{number}.", rows) for number, rows in enumerate(keys.get(kind) or [])]
+    for kind, prefix, holder in holders:
+        for key, value in holder.items():
+            same = value == keys["base_model"]  # as base_model_config may be: it changes nothing
+            if not same and (reason := why_refused(kind, key, value)):
+                raise UserError(f"{source}: key '{prefix}{key}'{reason}")
     try:
         model = DoraKeys if keys.get("peft_use_dora") else Keys
         model.model_validate(keys, context={"layers": recipe.layers})
@@ -182,17 +163,25 @@ def validate(source: str, recipe: Recipe) -> None:
         raise UserError(f"{source}: {_sentence(error.errors(include_url=False)[0])}") from None
 
 
-def why_refused(key: str, kind: str = "recipe") -> str | None:
-    """Why a key is refused and what to do instead; None for another. kind: `recipe`, or `rows` for a dataset's keys."""
-    return next((f"{entry['why']}; {entry['instead']}" for entry in REFUSED[kind] if key in entry["keys"]), None)
+def why_refused(kind: str, key: str, value: Any) -> str | None:
+    """How an error goes on after a key with this value that is refused; None for another.
+
+    kind: `recipe`, or `rows` for a key of a dataset's entry.
+    """
+    for entry in REFUSED[kind]:
+        if key in entry["keys"] and value and value not in entry.get("unless", []):
+            return f"{' is ' + json.dumps(value) if 'unless' in entry else ''}: {entry['why']}; {entry['instead']}"
+    return None
 
 
 def _sentence(error: ErrorDetails) -> str:
-    key = ".".join(map(str, error["loc"]))
+    key, value = ".".join(map(str, error["loc"])), json.dumps(error["input"], default=str)
     if error["type"] == "missing":
         return f"key '{key}' is missing; give it a value"
-    value, remedy = json.dumps(error["input"], default=str), error["msg"].removeprefix("Value error, ")
-    remedy = remedy[0].lower() + remedy[1:] if error["type"] != "value_error" else remedy
+    if error["type"] == "value_error":
+        remedy = str(error["ctx"]["error"])
+    else:
+        remedy = REMEDIES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
     return f"key '{key}' is {value}; {remedy}" if len(value) < 60 else f"key '{key}': {remedy}"
 
 

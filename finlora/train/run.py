@@ -156,11 +156,11 @@ def finished_run(path: Path, small: bool, args: list[str]) -> dict[str, Any] | N
 
 def check_args(path: Path, args: list[str]) -> None:
     """UserError where an option of axolotl changes what the recipe's name says."""
-    for key in option_values(args):
+    for key, value in option_values(args).items():
         if key in NAMED:
             raise UserError(f"ARGS={shlex.join(args)}: {key} belongs to the recipe's name; copy {path} and edit that")
-        if reason := rules.why_refused(key):
-            raise UserError(f"ARGS={shlex.join(args)}: {key}: {reason}")
+        if reason := rules.why_refused("recipe", key, value):
+            raise UserError(f"ARGS={shlex.join(args)}: {key}{reason}")
 
 
 def tiny_base() -> str:
