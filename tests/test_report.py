@@ -369,7 +369,7 @@ def test_format_time_and_tokens(tmp_path):
     made.answered(folder, "fpb", rows, seconds=4.0)
     (heads, row) = dict(report_module.tables(report(tmp_path).models[0]))["Format and time"].texts()
     shown = dict(zip(heads, row, strict=True))
-    assert (shown["unparsed"], shown["cut"]) == ("2 (25.0%)", "1 (12.5%, at 10)")
+    assert (shown["unparsed"], shown["most tokens"], shown["answers cut"]) == ("2 (25.0%)", "10", "1 (12.5%)")
     assert (shown["empty"], shown["rows/s"], shown["prompt tokens"], shown["answer tokens"]) == ("1", "2", "480", "16")
 
 
@@ -387,6 +387,24 @@ def test_the_same_results_give_the_same_bytes(everything):
     assert again.returncode == 0, again.stderr
     assert re.search(r"\b3 .*\b5 ", again.stdout), "how many models and sets"
     assert before == [(everything / name).read_bytes() for name in ("index.html", "README.md")]
+
+
+@pytest.mark.parametrize(
+    ("about", "limit", "cut", "said"),
+    [
+        ({"lengths": "published", "targets_cut": 3, "max_new_tokens": 50}, "50 (FinLoRA's)", "3", 1),
+        ({"lengths": "whole", "targets_cut": 0, "max_new_tokens": 311}, "311 (every target fits)", "0", 0),
+        ({"max_new_tokens": 50}, "50", "–", 0),  # by an earlier version
+    ],
+)
+def test_which_limit_answers_had_and_how_many_targets_it_cuts(tmp_path, about, limit, cut, said):
+    folder = made.subject(tmp_path, "one")
+    made.answered(folder, "xbrl_term", [{"target": "a", "answer": "b", "bertscore": 0.4}] * 8, **about)
+    shown = report(tmp_path)
+    heads, row = dict(report_module.tables(shown.models[0]))["Format and time"].texts()
+    cells = dict(zip(heads, row, strict=True))
+    assert (cells["most tokens"], cells["targets cut"]) == (limit, cut)
+    assert notes(shown, "one", "LENGTHS=published", "xbrl_term 3 of 8") == said
 
 
 # What a reader must know first

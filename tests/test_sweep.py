@@ -23,6 +23,9 @@ from made import answered, label_rows, subject
 
 from finlora.core import machine
 from finlora.core.errors import UserError
+from finlora.core.paths import SAMPLE
+from finlora.data.test_sets import read_set
+from finlora.evaluate import runner
 from finlora.recipes import bases, recipe, rules
 from finlora.recipes import load as recipes
 from finlora.recipes import memory as recipes_memory
@@ -333,6 +336,20 @@ def test_only_what_is_new_is_run(ranks, tmp_path, monkeypatch):
     assert commands(track="wandb") == ["train P --track wandb -- --max-steps 9", f"{ask} --force"]
     point = ranks[1].point
     assert commands() == ["train P -- --max-steps 9", ask]
+
+
+def test_a_point_is_evaluated_again_where_rows_are_missing_or_answers_were_cut(tmp_path, monkeypatch):
+    request = runner.Request(model="some/model", tasks="fpb", tests=str(SAMPLE), results=tmp_path)
+    evaluation = runner.Evaluation(request, "a", "some/model", None, None, 16, ["fpb"], SAMPLE)
+    monkeypatch.setattr(runner, "resolve", lambda request: evaluation)
+    monkeypatch.setattr(runner, "load_tokenizer", lambda evaluation: lambda text, **_: {"input_ids": text.split()})
+    sample = read_set("fpb", SAMPLE)
+    rows = [{"target": row.target, "answer": row.target} for row in sample.rows]
+    folder = answered(subject(tmp_path, "a"), "fpb", rows, sha256=sample.sha256, lengths="whole")
+    assert sweep.answered(request)
+    about = json.loads((folder / "set.json").read_text())
+    (folder / "set.json").write_text(json.dumps(about | {"evaluated": len(rows) - 1}))
+    assert not sweep.answered(request)
 
 
 @given(

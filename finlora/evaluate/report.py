@@ -39,6 +39,7 @@ KINDS = {"bertscore_f1": "BERTScore F1", "tag_accuracy_f1": "each tag", "lm_eval
 MOST_LABELS = 12  # of a test set with a confusion matrix: more do not fit a page
 SCORE_AXIS = Axis(0, 1, [])
 VERSIONS = ("corrected", "published")  # of labels
+LENGTHS = {"published": "FinLoRA's", "whole": "every target fits"}  # the most tokens of an answer, by set.json's key
 OTHERS = {"read": "as read", "strict": "strict"}  # scorings beside FinLoRA's, as the tables call them
 
 
@@ -187,6 +188,10 @@ def notes(model: ModelResults, base: ModelResults | None) -> Iterator[str]:
     some += [f"{answers.name} {answers.about.limit:,} a task" for answers in general]
     if some:
         yield f"LIMIT: only some rows were answered ({', '.join(some)})."
+    limits = [answers for answers in tests if answers.about.lengths == "published" and answers.about.targets_cut]
+    if limits:
+        cut = ", ".join(f"{answers.name} {answers.about.targets_cut:,} of {answers.about.rows:,}" for answers in limits)
+        yield f"LENGTHS=published: targets are longer than an answer may be ({cut}), so not all can be right."
     seen = {answers.name: sum(bool(row["seen"]) for row in answers.rows.values()) for answers in tests}
     if trained_on := [f"{name} {count:,}" for name, count in seen.items() if count]:
         yield f"Some rows were trained on ({', '.join(trained_on)}); the scores without them are listed too."
@@ -271,12 +276,9 @@ def averages(rows: Iterable[ScoreRow], comparable: bool) -> Iterator[Average]:
         accuracy = [row for row in of_labels if row not in bertscore]
         both = of_labels if accuracy and bertscore else []
         for of, averaged in ("accuracy", accuracy), ("BERTScore F1", bertscore), ("both, as FinLoRA's", both):
-            if (
-                len(of_labels) < 2
-                or not averaged
-                or (labels == "corrected" and all(row.versions == 1 for row in averaged))
-            ):
-                continue  # where nothing is corrected they are under the published labels
+            as_published = labels == "corrected" and all(row.versions == 1 for row in averaged)
+            if len(of_labels) < 2 or not averaged or as_published:
+                continue
             sets, scores = [row.set for row in averaged], [row.score for row in averaged]
             mean = math.fsum(one.accuracy for one in scores) / len(scores)
             below = math.hypot(*(one.accuracy - one.low for one in scores)) / len(scores)
@@ -316,16 +318,13 @@ def models_by_sets(models: list[Model], title: str, comparable: bool) -> Table |
         figures = [published().get(test, {}).get(theirs) if labels == "published" else None for test, labels in columns]
         cells = [figure_cell(*figure, draw=True) if figure else Cell("–") for figure in figures]
         body.append([Cell(f"FinLoRA {name}", "published", kind="quiet"), *cells])
-    heads = [
-        "model",
-        *(head(row.set, row.kind, row.labels if row.versions > 1 else "") for row in map(every.get, columns)),
-    ]
+    heads = [head(row.set, row.kind, row.labels if row.versions > 1 else "") for row in map(every.get, columns)]
+    heads = ["model", *heads]
     return Table(heads, body, title, MODELS_CAPTION[comparable]) if body else None
 
 
 MODELS_CAPTION = {
-    True: "All rows of FinLoRA's published files: scores with 95% intervals, and FinLoRA's figures with their F1. "
-    "Below each score its place from 0 to 100; hollow: a base model.",
+    True: "All rows of FinLoRA's published files: scores with 95% intervals, and FinLoRA's figures with their F1.",
     False: "Rows that are not FinLoRA's published ones, or not all of them: its figures cannot be compared with these.",
 }
 
@@ -514,14 +513,24 @@ def format_table(name: str, tests: list[Answers]) -> Table:
             strict = score(answers.items(answers.labels()[0], "strict"))
             unparsed = Cell(number(strict.unparsed), f"{percent(strict.unparsed / strict.items, 1)}%")
         cut = sum(row["stopped"] is False for row in rows)
-        limit = f", at {about.max_new_tokens}" if about.max_new_tokens else ""
+        limit = Cell(number(about.max_new_tokens), LENGTHS.get(about.lengths, ""))
         empty = sum(not row["answer"].strip() for row in rows)
         speed = len(rows) / about.seconds if about.seconds else None
         figures = (empty, about.seconds, speed, about.prompt_tokens, about.answer_tokens)
-        cut_cell = Cell(number(cut), f"{percent(cut / len(rows), 1)}%{limit}")
-        body.append([answers.name, unparsed, cut_cell, *(number(figure) for figure in figures)])
-    heads = ["data set", "unparsed", "cut", "empty", "seconds", "rows/s", "prompt tokens", "answer tokens"]
-    caption = "Unparsed: no valid answer under strict scoring. Cut: the answer reached max_new_tokens."
+        cut_cell = Cell(number(cut), f"{percent(cut / len(rows), 1)}%")
+        body.append(
+            [
+                answers.name,
+                unparsed,
+                limit,
+                number(about.targets_cut),
+                cut_cell,
+                *(number(figure) for figure in figures),
+            ]
+        )
+    heads = ["data set", "unparsed", "most tokens", "targets cut", "answers cut", "empty", "seconds", "rows/s"]
+    heads += ["prompt tokens", "answer tokens"]
+    caption = "Unparsed: no valid answer under strict scoring. Cut: longer than an answer's most tokens."
     return Table(heads, body, f"Format and time, {name}", caption)
 
 

@@ -43,11 +43,7 @@ def evaluate(request: Request) -> list[Path]:
     evaluation = resolve(request)
     check(evaluation)
     tokenizer = None if request.endpoint else load_tokenizer(evaluation)
-    lengths = {
-        name: answer_length(name, evaluation.folder, request.lengths, tokenizer)
-        for name in evaluation.sets
-        if name not in forgetting.TASKS
-    }
+    lengths = answer_lengths(evaluation, tokenizer)
     runs = evaluation.runs(template_sha256(tokenizer) if tokenizer else None)
     with ExitStack() as stack:
         for run in runs:  # two at a time would share one file of answers
@@ -58,6 +54,12 @@ def evaluate(request: Request) -> list[Path]:
         for run, lm in models:
             ask(lm, run, left[run.subject], evaluation, lengths)
     return [request.results / run.subject for run in runs]
+
+
+def answer_lengths(evaluation: Evaluation, tokenizer) -> dict[str, Length]:
+    """How long the answers to each set may be; general tasks have limits of their own."""
+    sets = [name for name in evaluation.sets if name not in forgetting.TASKS]
+    return {name: answer_length(name, evaluation.folder, evaluation.request.lengths, tokenizer) for name in sets}
 
 
 def check(evaluation: Evaluation) -> None:

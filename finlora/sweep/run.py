@@ -139,8 +139,11 @@ def commands_of(point: SweepPoint, folder: Path, options: Options) -> list[list[
 
 def answered(request: runner.Request) -> bool:
     evaluation = runner.resolve(request)
-    folder = request.results / evaluation.name
-    return all(runner.is_answered(folder / name, evaluation) for name in evaluation.sets)
+    folder, lengths = (
+        request.results / evaluation.name,
+        runner.answer_lengths(evaluation, runner.load_tokenizer(evaluation)),
+    )
+    return all(runner.is_answered(folder / name, evaluation, lengths.get(name)) for name in evaluation.sets)
 
 
 def mark_folder(folder: Path, recipe: Path, file: Path) -> None:
