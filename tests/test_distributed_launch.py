@@ -258,7 +258,7 @@ def test_two_nodes(house, tmp_path):
         for rank in range(2)
     ]
     try:
-        outputs = [node.communicate(timeout=150)[0] for node in nodes]
+        outputs = [node.communicate(timeout=400)[0] for node in nodes]
     except subprocess.TimeoutExpired:
         for node in nodes:
             node.terminate()
@@ -276,9 +276,8 @@ def test_two_nodes(house, tmp_path):
         assert secret not in outputs[0] + outputs[1]
 
     one = tmp_path / "one.yaml"
-    one.write_text(
-        yaml.safe_dump(recipe | {"base_model": str(house / ".cache/tiny"), "output_dir": str(tmp_path / "one")})
-    )
+    folders = {"output_dir": str(tmp_path / "one"), "dataset_prepared_path": str(tmp_path / "tokenised")}
+    one.write_text(yaml.safe_dump(recipe | folders | {"base_model": str(house / ".cache/tiny")}))
     from forked import axolotl_command
 
     code, output = axolotl_command("train", str(one), "--launcher", "python")
