@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,37 @@ from finlora.recipes import bases
 from finlora.sweep.points import SweepPoint, as_text, column_of, value_of
 
 LEVEL = 0.95
+SCORE = "score, %"  # the title of its panel
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a point: its run.json once it is trained, or why it failed."""
+    """What became of a point: its run.json once it is trained, or why it failed; its answers where it is evaluated."""
 
     point: SweepPoint
     run: dict[str, Any] | None
     failed: str | None
+    model: ModelResults | None = None
+    answers: tuple[Answers, ...] = ()  # to the sets that all evaluated points answered
+    score: Score | None = None  # on them together
 
     @property
-    def metrics(self) -> dict[str, Any]:
-        return self.run["metrics"] if self.run else {}
+    def name(self) -> str:
+        return self.point.name
 
     @property
-    def resumed(self) -> bool:
-        here = self.metrics.get("steps_this_run")
-        return bool(here) and here < self.metrics["steps"]
+    def results_name(self) -> str:
+        """What finlora.evaluate.runner calls the point."""
+        return self.name + (".tiny" if self.run and self.run["tiny"] else "")
+
+    def metric(self, key: str) -> Any:
+        return self.run["metrics"].get(key) if self.run else None
 
     @property
     def seconds(self) -> float | None:
         """Of the training; where it was interrupted those since, scaled up to all steps."""
-        here = self.metrics.get("steps_this_run")
-        return self.metrics["seconds"] * self.metrics["steps"] / here if here else None
+        here = self.metric("steps_this_run")
+        return self.metric("seconds") * self.metric("steps") / here if here else None
 
     @property
     def trainable(self) -> int | None:
@@ -52,18 +59,9 @@ class Outcome:
     @property
     def note(self) -> str:
         note = f"failed: {self.failed}" if self.failed else "" if self.run else "not finished"
-        resumed = "resumed after an interruption: its time is that of the steps since, scaled up"
-        return "; ".join(filter(None, [note, resumed * self.resumed]))
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A point's answers to the sets that all evaluated points answered, and its score on them together."""
-
-    point: SweepPoint
-    model: ModelResults
-    answers: list[Answers]
-    score: Score
+        resumed = bool(self.seconds) and self.metric("steps_this_run") < self.metric("steps")
+        scaled = "resumed after an interruption: its time is that of the steps since, scaled up"
+        return "; ".join(filter(None, [note, scaled * resumed]))
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,14 @@ class SweepReport:
 def report(recipe: Path, sweep: Path, outcomes: list[Outcome], folder: Path) -> SweepReport:
     """Write table.md and index.html into the sweep's folder, print the table; return what they show."""
     columns = varied([outcome.point for outcome in outcomes])
-    sets, evaluated, warnings = evaluations(outcomes, folder / "results")
-    verdict, differences, unlike = verdict_of(outcomes, evaluated, sets)
+    outcomes, sets, warnings = evaluated(outcomes, folder / "results")
+    verdict, differences, unlike = verdict_of(outcomes, sets)
     result = SweepReport(
         title=f"{sweep.stem} on {recipe.stem}",
         verdict=verdict,
         notes=list(notes(outcomes, sets, warnings + unlike)),
-        table=table_of(outcomes, columns, sets, evaluated, differences),
-        plot=plot_of([outcome for outcome in outcomes if outcome.run], columns, evaluated),
+        table=table_of(outcomes, columns, sets, differences),
+        plot=plot_of([outcome for outcome in outcomes if outcome.run], columns),
     )
     text = render("sweep/report.md.jinja", report=result)
     page = render("sweep/report.html.jinja", report=result, sweep=shown(sweep), recipe=shown(recipe))
@@ -101,78 +99,74 @@ def varied(points: list[SweepPoint]) -> list[str]:
     return [name for name in names if len({repr(value_of(name, point.recipe)) for point in points}) > 1]
 
 
-def evaluations(outcomes: list[Outcome], folder: Path) -> tuple[list[str], dict[int, Evaluated], list[str]]:
-    """The sets that all evaluated points answered, their evaluations by the point's number, and what cannot be used.
+def evaluated(outcomes: list[Outcome], folder: Path) -> tuple[list[Outcome], list[str], list[str]]:
+    """The outcomes with their evaluations, the sets that all evaluated points answered, and what cannot be used.
 
     Sets in which answers are right or wrong are one pool of rows; BERTScores, and then general tasks, make one where
     there is nothing else.
     """
     try:
-        models, warnings = read(folder, [results_name(outcome.point, outcome.run) for outcome in outcomes])
+        models, warnings = read(folder, [outcome.results_name for outcome in outcomes])
     except UserError:  # nothing is evaluated
-        return [], {}, []
-    answered: dict[int, tuple[SweepPoint, ModelResults]] = {}
+        return outcomes, [], []
+    usable = {}
     for outcome in outcomes:
-        model = models.get(results_name(outcome.point, outcome.run))
+        model = models.get(outcome.results_name)
         if outcome.run and model and model.sets:
             if model.run.adapter_sha256 == outcome.run["adapter"]["sha256"]:
-                answered[outcome.point.number] = outcome.point, model
+                usable[outcome.name] = model
             else:
-                warnings.append(f"{outcome.point.name}: was evaluated with another adapter; EVAL=1 asks again")
-    if not answered:
-        return [], {}, warnings
-    first = next(iter(answered.values()))[1].sets
-    sets = [name for name in first if all(name in model.sets for _, model in answered.values())]
+                warnings.append(f"{outcome.name}: was evaluated with another adapter; EVAL=1 asks again")
+    if not usable:
+        return outcomes, [], warnings
+    first = next(iter(usable.values())).sets
+    sets = [name for name in first if all(name in model.sets for model in usable.values())]
     counted = [name for name in sets if not first[name].forgetting]
     sets = [name for name in counted if not first[name].bertscore] or counted or sets
-    evaluated = {}
-    for key, (point, model) in answered.items() if sets else ():
-        answers = [model.sets[name] for name in sets]
-        items = join([(one.items(one.labels()[0]),) for one in answers])[0]
-        evaluated[key] = Evaluated(point, model, answers, score(items))
-    return sets, evaluated, warnings
+    scored = []
+    for outcome in outcomes:
+        if sets and (model := usable.get(outcome.name)):
+            answers = tuple(model.sets[name] for name in sets)
+            (items,) = join([(one.items(one.labels()[0]),) for one in answers])
+            outcome = replace(outcome, model=model, answers=answers, score=score(items))
+        scored.append(outcome)
+    return scored, sets, warnings
 
 
-def results_name(point: SweepPoint, run: dict[str, Any] | None) -> str:
-    """What finlora.evaluate.runner calls a point."""
-    return point.name + (".tiny" if run and run["tiny"] else "")
-
-
-def verdict_of(
-    outcomes: list[Outcome], evaluated: dict[int, Evaluated], sets: list[str]
-) -> tuple[str, dict[int, dict[str, Any]], list[str]]:
-    """Which point is best, or that this cannot be told; each other point's difference from it; what is not comparable.
+def verdict_of(outcomes: list[Outcome], sets: list[str]) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
+    """Which point is best, or that this cannot be told; the others' differences from it; what is not comparable.
 
     The best score is compared with every other one, on the same rows; all those comparisons together are wrong in one
     case of twenty (Bonferroni), so the luck of the highest of many scores is not taken for merit.
     """
-    if not evaluated:
-        losses = {o.point.name: o.metrics.get("final_eval_loss") for o in outcomes}
-        known = {name: loss for name, loss in losses.items() if loss is not None}
-        if not known:
+    scored = [outcome for outcome in outcomes if outcome.score]
+    if not scored:
+        losses = [outcome for outcome in outcomes if outcome.metric("final_eval_loss") is not None]
+        if not losses:
             return "No point has a score or a validation loss yet.", {}, []
-        name = min(known, key=known.__getitem__)
-        verdict = f"No point is named best: the lowest validation loss is {known[name]:.4g} ({name}), and one loss a "
-        return verdict + "run does not say how sure it is. EVAL=1 evaluates the points.", {}, []
-    best = max(evaluated.values(), key=lambda one: one.score.accuracy)
-    others = {key: one for key, one in evaluated.items() if one is not best}
+        low = min(losses, key=lambda outcome: outcome.metric("final_eval_loss"))
+        loss = f"{low.metric('final_eval_loss'):.4g} ({low.name})"
+        verdict = f"No point is named best: the lowest validation loss is {loss}, and one loss a run does not say how "
+        return verdict + "sure it is. EVAL=1 evaluates the points.", {}, []
+    best = max(scored, key=lambda outcome: outcome.score.accuracy)
+    others = [outcome for outcome in scored if outcome is not best]
     if not others:
-        return f"No point is named best: only {best.point.name} is evaluated.", {}, []
+        return f"No point is named best: only {best.name} is evaluated.", {}, []
     differences, unlike = {}, []
-    for key, other in others.items():
+    for other in others:
         try:
-            differences[key] = compare(best, other, sets, 1 - (1 - LEVEL) / len(others))
+            differences[other.name] = compare(best, other, sets, 1 - (1 - LEVEL) / len(others))
         except UserError as error:
             unlike.append(str(error))
     if unlike:
         return "No point is named best: not all of them can be compared, see below.", differences, unlike
-    close = [others[key].point.name for key, one in differences.items() if not one["distinguishable"]]
+    close = [name for name, difference in differences.items() if not difference["distinguishable"]]
     count = sum(len(answers.rows) for answers in best.answers)
     together = f" for all {len(others)} comparisons together" if len(others) > 1 else ""
     how = f"paired on the {count:,} rows of {', '.join(sets)}, at {LEVEL:.0%}{together}"
-    missing = [outcome.point.name for outcome in outcomes if outcome.point.number not in evaluated]
+    missing = [outcome.name for outcome in outcomes if not outcome.score]
     without = f" Not in this comparison: {', '.join(missing)}." if missing else ""
-    highest = f"{best.point.name}, {percent(best.score.accuracy)}"
+    highest = f"{best.name}, {percent(best.score.accuracy)}"
     verdict = f"Best: {highest}, distinguishable from every other point ({how}).{without}"
     if close:
         verdict = f"No point is named best: the highest score is that of {highest}, and it cannot be told apart from "
@@ -180,7 +174,7 @@ def verdict_of(
     return verdict, differences, []
 
 
-def compare(a: Evaluated, b: Evaluated, sets: list[str], level: float) -> dict[str, Any]:
+def compare(a: Outcome, b: Outcome, sets: list[str], level: float) -> dict[str, Any]:
     """How far b is from a, over all sets. UserError where their answers cannot be paired."""
     for name in sets:
         refuse_unlike(name, a.model, b.model)
@@ -206,34 +200,29 @@ def notes(outcomes: list[Outcome], sets: list[str], warnings: list[str]) -> Iter
 
 
 def table_of(
-    outcomes: list[Outcome],
-    columns: list[str],
-    sets: list[str],
-    evaluated: dict[int, Evaluated],
-    differences: dict[int, dict[str, Any]],
+    outcomes: list[Outcome], columns: list[str], sets: list[str], differences: dict[str, dict[str, Any]]
 ) -> Table:
     """A row for each point; columns in which every cell is empty are left out."""
     by_set = sets if len(sets) > 1 else []
     heads = ["", "point", *columns, "score", "vs best", *by_set, "validation loss", "trainable parameters", "seconds"]
     heads += ["samples/s", "peak GiB", "note"]
     body = []
-    for outcome in outcomes:
-        point, metrics, loss = outcome.point, outcome.metrics, outcome.metrics.get("final_eval_loss")
-        one, difference = evaluated.get(point.number), differences.get(point.number)
-        line = [str(point.number), point.name, *(as_text(column, point.recipe) for column in columns)]
-        line += [score_cell(one.score) if one else "", difference_cell(difference) if difference else ""]
-        each = [score(answers.items(answers.labels()[0])).accuracy for answers in one.answers] if one else []
-        line += [percent(each[place]) if each else "" for place in range(len(by_set))]
+    for one in outcomes:
+        difference, loss = differences.get(one.name), one.metric("final_eval_loss")
+        line = [str(one.point.number), one.name, *(as_text(column, one.point.recipe) for column in columns)]
+        line += [score_cell(one.score) if one.score else "", difference_cell(difference) if difference else ""]
+        each = [percent(score(answers.items(answers.labels()[0])).accuracy) for answers in one.answers if by_set]
+        line += each or [""] * len(by_set)
         line += ["" if loss is None else f"{loss:.4g}"]
-        figures = outcome.trainable, outcome.seconds, metrics.get("samples_per_second"), metrics.get("peak_memory_gib")
+        figures = one.trainable, one.seconds, one.metric("samples_per_second"), one.metric("peak_memory_gib")
         line += ["" if value is None else number(value) for value in figures]
-        body.append([*line, Cell(outcome.note, kind="words")])
+        body.append([*line, Cell(one.note, kind="words")])
     kept = [column for column in range(len(heads)) if any(str(line[column]) for line in body)]
     heads, *body = [[line[column] for column in kept] for line in [heads, *body]]
     return Table(heads, body, "All points", left=2)
 
 
-def plot_of(done: list[Outcome], columns: list[str], evaluated: dict[int, Evaluated]) -> Plot | None:
+def plot_of(done: list[Outcome], columns: list[str]) -> Plot | None:
     """Score (or validation loss), time and memory against what varies first. None where no point is finished.
 
     The axis is numeric where every value is a number (logarithmic from a span of four on), else one place a value. What
@@ -242,44 +231,48 @@ def plot_of(done: list[Outcome], columns: list[str], evaluated: dict[int, Evalua
     if not done:
         return None
     column, *rest = columns or ["point"]
-    recipes = {outcome.point.number: outcome.point.recipe for outcome in done}
-    texts = {key: as_text(column, recipe) if columns else "" for key, recipe in recipes.items()}
-    x = {key: on_axis(column, recipe) for key, recipe in recipes.items()}
-    numeric = bool(columns) and None not in x.values()
+    texts = [as_text(column, outcome.point.recipe) if columns else "" for outcome in done]
+    x = [on_axis(column, outcome.point.recipe) for outcome in done]
+    numeric = bool(columns) and None not in x
     if numeric:
-        texts = {key: f"{value:g}" for key, value in x.items()}
+        texts = [f"{value:g}" for value in x]
     else:
-        places = list(dict.fromkeys(texts.values()))
-        x = {key: float(places.index(text)) for key, text in texts.items()}
-    long = max(map(len, texts.values())) > 16
-    log = numeric and min(x.values()) > 0 and max(x.values()) / min(x.values()) >= 4
-    labels = {x[key]: f"#{key}" if long else text for key, text in reversed(texts.items())}
-    axis = Axis(min(x.values()), max(x.values()), sorted(labels.items()), log)
-    names = series_names(recipes, texts, rest)
-    figures = {"score, %": {key: score_point(one, x[key]) for key, one in evaluated.items()}}
-    for title, value in FIGURES.items():
-        figures[title] = {
-            outcome.point.number: Point(
-                value(outcome), x[outcome.point.number], title=f"{outcome.point.name}: {number(value(outcome))}"
-            )
-            for outcome in done
-            if value(outcome) is not None
-        }
-    del figures["validation loss" if evaluated else "score, %"]
+        places = list(dict.fromkeys(texts))
+        x = [float(places.index(text)) for text in texts]
+    long = max(map(len, texts)) > 16
+    log = numeric and min(x) > 0 and max(x) / min(x) >= 4
+    labels = {
+        value: f"#{outcome.point.number}" if long else text
+        for value, outcome, text in reversed(list(zip(x, done, texts, strict=True)))
+    }
+    free = [name for name in rest if not follows(texts, [as_text(name, outcome.point.recipe) for outcome in done])]
+    names = [", ".join(f"{name} {as_text(name, outcome.point.recipe)}" for name in free) for outcome in done]
     panels = []
-    for title, points in figures.items():
-        by_name = {name: [point for key, point in points.items() if names[key] == name] for name in names.values()}
-        if points:
-            panels.append(Panel(title, [Series(name, one, line=numeric) for name, one in by_name.items()]))
+    for title, value in FIGURES.items():
+        series: dict[str, list[Point]] = {name: [] for name in names}
+        for outcome, place, name in zip(done, x, names, strict=True):
+            if (y := value(outcome)) is not None:
+                series[name].append(point(outcome, y, place, title))
+        panels += [Panel(title, [Series(*one, line=numeric) for one in series.items()])] if any(series.values()) else []
+    if any(outcome.score for outcome in done):
+        panels = [panel for panel in panels if panel.title != "validation loss"]
     title = column + " (numbers as in the table)" * long + ", log scale" * log
-    return Plot(panels, axis, title) if panels else None
+    return Plot(panels, Axis(min(x), max(x), sorted(labels.items()), log), title) if panels else None
 
 
 FIGURES = {
-    "validation loss": lambda outcome: outcome.metrics.get("final_eval_loss"),
+    SCORE: lambda outcome: 100 * outcome.score.accuracy if outcome.score else None,
+    "validation loss": lambda outcome: outcome.metric("final_eval_loss"),
     "training, s": lambda outcome: outcome.seconds,
-    "peak memory, GiB": lambda outcome: outcome.metrics.get("peak_memory_gib"),
+    "peak memory, GiB": lambda outcome: outcome.metric("peak_memory_gib"),
 }
+
+
+def point(outcome: Outcome, y: float, x: float, title: str) -> Point:
+    if title != SCORE:
+        return Point(y, x, title=f"{outcome.name}: {number(y)}")
+    low, high = 100 * outcome.score.low, 100 * outcome.score.high
+    return Point(y, x, low, high, f"{outcome.name}: {score_cell(outcome.score)}")
 
 
 def on_axis(column: str, recipe: dict[str, Any]) -> float | None:
@@ -290,15 +283,6 @@ def on_axis(column: str, recipe: dict[str, Any]) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def series_names(recipes: dict[int, dict[str, Any]], texts: dict[int, str], columns: list[str]) -> dict[int, str]:
-    """The name of each point's series: the columns besides the axis that do not follow from it, with their values."""
-    free = []
-    for column in columns:
-        pairs = {(texts[key], as_text(column, recipe)) for key, recipe in recipes.items()}
-        free += [column] * (len(pairs) > len({text for text, _ in pairs}))
-    return {key: ", ".join(f"{name} {as_text(name, recipe)}" for name in free) for key, recipe in recipes.items()}
-
-
-def score_point(one: Evaluated, x: float) -> Point:
-    value, low, high = (100 * getattr(one.score, key) for key in ("accuracy", "low", "high"))
-    return Point(value, x, low, high, f"{one.point.name}: {score_cell(one.score)}")
+def follows(axis: list[str], values: list[str]) -> bool:
+    """Whether each place on the axis has one of the values only."""
+    return len(set(zip(axis, values, strict=True))) == len(set(axis))
