@@ -58,14 +58,15 @@ def generate(raw: Path, rows: int, seed: int = 0) -> int:
     return train.stat().st_size
 
 
-def measure(command: str, *arguments: object) -> tuple[float, float, int]:
-    """Run `finlora command`; return its seconds, its largest resident memory in MiB and its exit code."""
+def measure(command: str, *arguments: object) -> tuple[float, float, float, int]:
+    """Run `finlora command`; its seconds, those of the CPU, its largest resident memory in MiB, its exit code."""
     started = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-m", "finlora", command, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL
     )
     _, status, usage = os.wait4(process.pid, 0)
-    return time.monotonic() - started, usage.ru_maxrss / 1024, os.waitstatus_to_exitcode(status)
+    cpu = usage.ru_utime + usage.ru_stime
+    return time.monotonic() - started, cpu, usage.ru_maxrss / 1024, os.waitstatus_to_exitcode(status)
 
 
 def main() -> None:
@@ -83,9 +84,12 @@ def main() -> None:
         }
         total = 0.0
         for command, arguments in commands.items():
-            seconds, memory, code = measure(command, *arguments)
+            seconds, cpu, memory, code = measure(command, *arguments)
             total += seconds
-            print(f"{command:<14}{seconds:7.1f} s {memory:7.0f} MiB at most, exit code {code}", flush=True)
+            print(
+                f"{command:<14}{seconds:7.1f} s, {cpu:.1f} of CPU {memory:7.0f} MiB at most, exit code {code}",
+                flush=True,
+            )
         print(f"{'together':<14}{total:7.1f} s")
 
 

@@ -414,6 +414,18 @@ def run_main(monkeypatch):
     return run
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["audit", "TASK=cfa", "FILE=own rows.csv"], "audit cfa --file 'own rows.csv'"),
+        (["data", "TASK=general_multi", "MIXTURE=finlora"], "data general_multi --mixture 'finlora'"),
+    ],
+)
+def test_make_passes_its_variables_on(arguments, options):
+    done = subprocess.run(["make", "-n", *arguments, "VENV=anywhere"], cwd=ROOT, capture_output=True, text=True)
+    assert options in " ".join(done.stdout.split()), done
+
+
 def test_own_columns_are_read_from_csv(tmp_path, run_main):
     own = tmp_path / "mine.csv"
     own.write_text("question,answer,id\nwhat is one,A,1\nwhat is two,B,2\n")

@@ -133,6 +133,10 @@ FILE, LONGEST = "file: test/colour.jsonl", "max_new_tokens: 5"
         ("mixture_of: [colour]", "mixture_of: [both]", "both: mixture_of", ["'both'", "single task"]),
         ("mixture_of: [colour]", "mixture_of: colour", "both: mixture_of", ["'colour'", "list of tasks"]),
         ("mixture_of: [colour]", "mixture_of: [colour]\n  labels: null", "both", ["unknown", "'labels'"]),
+        (
+            *("mixture_of: [colour]", "mixture_of: [colour]\n  published_rows: some"),
+            *("both: published_rows", ["'some'", "smallest", "largest"]),
+        ),
         (SMALL, "", None, ["no tasks", "git"]),
         (SMALL, "- colour", None, ["no tasks", "git"]),
         (SMALL, "colour: 5", "colour", ["mapping", "comment"]),

@@ -161,7 +161,11 @@ BAD_MESSAGES = {
     ),
     "empty answer": (
         '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}\n',
-        ":1: .*answer is empty.*remove",
+        ":1: .*empty answer.*remove",
+    ),
+    "missing answer": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "nan"}]}\n',
+        ":1: .*missing answer .*nan.*remove",
     ),
     "no answer": (
         '{"messages": [{"role": "user", "content": "a"}]}\n',

@@ -137,7 +137,7 @@ def read_rows(
         texts = _text(where, context, values[0], False), _text(where, target, values[1], True)
         if columns.is_header(*texts):
             raise UserError(f"{where}: is the header again (were two files joined?); remove the line")
-        reason = _reason(context, texts[0]) or _reason(target, texts[1])
+        reason = fault_of(context, texts[0]) or fault_of(target, texts[1])
         if reason is None:
             yield Row(line, *texts)
         elif left_out is None:
@@ -321,7 +321,7 @@ def _text(where: str, name: str, value: object, numbers: bool) -> str:
     return str(value)
 
 
-def _reason(name: str, text: str) -> str | None:
+def fault_of(name: str, text: str) -> str | None:
     """Why a row with this text has nothing to learn from; None where it has."""
     if not text or text.isspace():
         return f"empty {name}"

@@ -141,7 +141,7 @@ def check_messages(path: Path, file: Path) -> None:
                 ) from error
             if not turns or turns[-1][0] != "assistant" or any(not isinstance(text, str) for _, text in turns):
                 raise UserError(f"{where}: the last message must be the assistant's, and every content a string")
-            if not turns[-1][1].strip():
-                raise UserError(f"{where}: the answer is empty; fill it in or remove the row")
+            if fault := rows.fault_of("answer", turns[-1][1]):
+                raise UserError(f"{where}: {fault}; correct it or remove the row")
     if not number:
         raise UserError(f"{file}: there are no rows in it; recipe {path} has nothing to train on")
