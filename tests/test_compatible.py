@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 import sysconfig
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from failures import refuses
 from runs import RECIPES
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +20,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Phi3Config,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -90,6 +94,19 @@ def test_a_second_time_changes_nothing_and_a_folder_without_them_is_left(tiny_ba
     (tmp_path / "empty").mkdir()
     compatible.make_compatible(tmp_path / "empty")
     assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_tokenizer_that_transformers_takes_for_another_is_told(tiny_base, tmp_path):
+    """It reads the tokenizer beside any Qwen2 model as Qwen's own, which splits numbers into digits."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    trained = SimpleNamespace(adapter="outputs/x", base_model="some/qwen2")
+    rows = [tokenizer("Sales rose 13.1 %")["input_ids"]]
+    for kind, told in {"llama": False, "qwen2": True}.items():
+        CONFIGS.get(kind, Qwen2Config(**SIZES)).save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+        compatible.make_compatible(tmp_path / kind)
+        with refuses("tokenizer", "some/qwen2", "other tokens", file="outputs/x") if told else nullcontext():
+            merge.check_tokenizer(trained, tokenizer, tmp_path / kind, rows)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from runs import RECIPES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finlora.core.errors import run
+from finlora.evaluate import vllm
 from finlora.export import chat, merge, serve
 from finlora.export import trained as trained_models
 
@@ -133,7 +134,7 @@ def test_vllm_is_started_on_the_merged_folder(merged, tmp_path, monkeypatch):
     source = f"import json, os, sys\njson.dump([sys.argv[1:], dict(os.environ)], open({str(log)!r}, 'w'))\n"
     program.write_text(f"#!{sys.executable} -S\n{source}")
     program.chmod(0o755)
-    monkeypatch.setattr(serve, "VLLM", program)
+    monkeypatch.setattr(vllm, "VLLM", program)
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
     port = free_port()
     (pid,) = child(lambda: serve.serve(merged, "127.0.0.1", port, "vllm", ["--max-model-len", "8192"]))
@@ -154,7 +155,7 @@ def test_vllm_is_started_on_the_merged_folder(merged, tmp_path, monkeypatch):
     ("backend", "words"), [("transformers", ["BACKEND=transformers", "no key"]), ("vllm", ["VLLM_API_KEY=", "a key"])]
 )
 def test_other_machines_are_warned_of_and_only_vllm_has_a_key(backend, words, merged, monkeypatch, capsys):
-    monkeypatch.setattr(serve, "VLLM", Path(sys.executable))
+    monkeypatch.setattr(vllm, "VLLM", Path(sys.executable))
     monkeypatch.setattr(serve, f"on_{backend}", lambda *_: None)
     port = free_port()
     serve.serve(merged, "0.0.0.0", port, backend, [])
@@ -170,7 +171,7 @@ def test_what_cannot_be_served_is_one_line(runs, merged, tmp_path, monkeypatch):
     missing = "is not there|not found"
     fails(missing, "`make merge RECIPE=sentiment_r8_dora`", file="outputs/sentiment_r8_dora/merged", what=absent)
     monkeypatch.setattr(serve, "gpus", lambda: [("NVIDIA H100", 80.0, 79.0)])
-    monkeypatch.setattr(serve, "VLLM", tmp_path / ".venv-vllm" / "bin" / "vllm")
+    monkeypatch.setattr(vllm, "VLLM", tmp_path / ".venv-vllm" / "bin" / "vllm")
     fails("vllm", missing, "`make vllm`", "BACKEND=transformers")
     fails("vLLM", file="ARGS=--max-model-len 10", backend="transformers", args=("--max-model-len", "10"))
     for host in "192.0.2.1", "no.such.host", "no..host":

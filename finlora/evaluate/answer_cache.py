@@ -6,21 +6,27 @@ a line of JSON, [key, answer, token counts], and a full disk stops the run with 
 
 import json
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lm_eval.api.model import LM, CacheHook, hash_args
+from lm_eval.api.model import LM, hash_args
 
 from finlora.core.errors import UserError
 from finlora.core.paths import shown
 
 
-class AnswerFile(CacheHook):
-    """The file, read on opening; lm-eval calls `add_partial` with every new answer as it comes, from any thread."""
+class CachedLM(LM):
+    """`lm` for lm-eval, with its answers kept in the file `path`; a context manager that closes the file.
 
-    def __init__(self, path: Path, tokens: dict[str, Any]):
-        super().__init__(None)
-        self.path, self.tokens, self.lock = path, tokens, threading.Lock()
+    `tokens` is lm's: it maps a prompt to the token counts of prompt and answer and whether the answer ended. `reasons`
+    is an endpoint's, for answers without text.
+    """
+
+    def __init__(self, lm: LM, path: Path):
+        super().__init__()
+        self.lm, self.tokens, self.path, self.lock = lm, lm.tokens, path, threading.Lock()
+        self.reasons: dict[str, str] = getattr(lm, "reasons", {})
         self.answers: dict[str, tuple[Any, Any]] = {}  # by key: the answer, and the model's token counts for it
         if path.is_file():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -32,8 +38,17 @@ class AnswerFile(CacheHook):
             print(f"resuming after {len(self.answers)} answers", flush=True)
         self.file = path.open("a", encoding="utf-8")
         self.file.write("\n" if self.answers else "")  # ends a line that was cut
+        lm.set_cache_hook(self)
+
+    def __enter__(self) -> "CachedLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # a full disk, which add_partial reported
+            self.file.close()
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        """lm-eval's hook: called with every new answer as it comes, from any thread."""
         line = json.dumps([hash_args(kind, request), answer, self.tokens.get(request[0])], ensure_ascii=False)
         with self.lock:
             try:
@@ -45,38 +60,12 @@ class AnswerFile(CacheHook):
                     "same command again: it resumes from there"
                 ) from error
 
-    def close(self) -> None:
-        try:
-            self.file.close()
-        except OSError:  # a full disk, which add_partial reported
-            pass
-
-
-class CachedLM(LM):
-    """`lm` for lm-eval, with its answers kept in the file `path`; a context manager that closes the file.
-
-    `tokens` is lm's: it maps a prompt to the token counts of prompt and answer and whether the answer ended.
-    """
-
-    def __init__(self, lm: LM, path: Path):
-        super().__init__()
-        self.lm, self.tokens = lm, lm.tokens
-        self.reasons: dict[str, str] = getattr(lm, "reasons", {})  # an endpoint's, for answers without text
-        self.file = AnswerFile(path, lm.tokens)
-        lm.set_cache_hook(self.file)
-
-    def __enter__(self) -> "CachedLM":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
     def keep(self, rows: list[dict[str, Any]], options: dict[str, Any]) -> None:
         """Take rows of answers.jsonl for the answers to their prompts under lm-eval's generation options."""
         for row in rows:
             key = hash_args("generate_until", (row["prompt"], options))
             counts = row["prompt_tokens"], row["answer_tokens"], row["stopped"]
-            self.file.answers.setdefault(key, (row["answer"], counts))
+            self.answers.setdefault(key, (row["answer"], counts))
 
     def generate_until(self, requests: list) -> list[str]:
         return self._answer("generate_until", self.lm.generate_until, requests)
@@ -89,14 +78,13 @@ class CachedLM(LM):
 
     def _answer(self, kind: str, ask, requests: list) -> list:
         keys = [hash_args(kind, request.args) for request in requests]
-        answers = self.file.answers
-        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in answers}
+        new = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.answers}
         if new:
             for (key, request), answer in zip(new.items(), ask(list(new.values())), strict=True):
-                answers[key] = answer, self.tokens.get(request.args[0])
+                self.answers[key] = answer, self.tokens.get(request.args[0])
         for key, request in zip(keys, requests, strict=True):
-            self.tokens[request.args[0]] = answers[key][1]
-        return [answers[key][0] for key in keys]
+            self.tokens[request.args[0]] = self.answers[key][1]
+        return [self.answers[key][0] for key in keys]
 
     @property
     def tokenizer_name(self) -> str:

@@ -113,8 +113,8 @@ class BatchedHFLM(HFLM):
             longest = lengths[left[0]]
             group = [index for index in left if 4 * lengths[index] >= 3 * longest]
             self.batch_size_per_gpu = batch_size(budget, longest)
-            found = super().loglikelihood([requests[index] for index in group], disable_tqdm=disable_tqdm)
-            for index, answer in zip(group, found, strict=True):
+            answered = super().loglikelihood([requests[index] for index in group], disable_tqdm=disable_tqdm)
+            for index, answer in zip(group, answered, strict=True):
                 answers[index] = answer
             left = left[len(group) :]
         return answers

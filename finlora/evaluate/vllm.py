@@ -47,6 +47,16 @@ def merged(evaluation: Evaluation, run: Run, tokenizer) -> Path:
     return folder
 
 
+def command(folder: Path, name: str, host: str, port: int) -> list[str]:
+    return [str(VLLM), "serve", str(folder), "--host", host, "--port", str(port), "--served-model-name", name]
+
+
+def environment() -> dict[str, str]:
+    """This process's, without its Python's paths: vLLM has an environment of its own."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return kept | {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+
+
 @contextmanager
 def serving(weights: Path, name: str) -> Iterator[Any]:
     """lm-eval's view of a vLLM server on `weights`; its log is beside the folder. UserError where it does not start."""
@@ -56,11 +66,14 @@ def serving(weights: Path, name: str) -> Iterator[Any]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = weights.with_name(f"{weights.name}.log")
-    command = [VLLM, "serve", weights, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     with log.open("wb") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        server = subprocess.Popen(
+            command(weights, name, "127.0.0.1", port),
+            stdout=file,
+            stderr=file,
+            env=environment(),
+            start_new_session=True,
+        )
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(server, url, log)

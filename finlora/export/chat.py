@@ -89,7 +89,8 @@ def chat(model, tokenizer, max_new_tokens: int, eot_tokens: Sequence[str] = ()) 
             print()
             turns.pop()
             continue
-        turns.append({"role": "assistant", "content": tokenizer.decode(out[0, length:], skip_special_tokens=True)})
+        written = [token for token in out[0, length:].tolist() if token not in ends]
+        turns.append({"role": "assistant", "content": tokenizer.decode(written, skip_special_tokens=True)})
 
 
 def run(trained: TrainedModel, prompt: str, keep_quantised: bool, max_new_tokens: int) -> None:

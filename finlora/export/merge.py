@@ -23,14 +23,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdora.plugin.checksums import weights_sha256
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
 from finlora.core.machine import GIB, gpus
-from finlora.core.paths import RAW, ROOT, SAMPLE, shown
+from finlora.core.paths import RAW, ROOT, SAMPLE, existing, shown
 from finlora.core.provenance import git_state, versions
 from finlora.data.test_sets import all_sets
 from finlora.export.trained import TrainedModel, check_base, check_weights, fetch_base_model, merged_folder
@@ -145,26 +146,17 @@ def check_room(trained: TrainedModel) -> None:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(models.load_config(trained.base_model))
     size = 2 * sum(tensor.numel() for tensor in skeleton.parameters()) / GIB
-    existing = next(folder for folder in (trained.folder, *trained.folder.parents) if folder.is_dir())
-    available = shutil.disk_usage(existing).free / GIB
-    if available < size * 1.05:
-        raise UserError(
-            f"{trained.folder}: the merged model takes {size:.1f} GiB and {available:.1f} are free; free some"
-        )
+    free = shutil.disk_usage(existing(trained.folder)).free / GIB
+    if free < size * 1.05:
+        raise UserError(f"{trained.folder}: the merged model takes {size:.1f} GiB and {free:.1f} are free; free some")
+    name, free = "", psutil.virtual_memory().available / GIB
     if cards := gpus():
-        name, _, available = cards[0]
-        if available < size * 1.15:
-            raise UserError(
-                f"merging takes {size * 1.15:.0f} GiB of GPU memory, {name} has {available:.0f} free; free it, or "
-                f"{ON_CPU}"
-            )
-        return
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
-    if available < size * 2.15:
-        raise UserError(
-            f"merging takes {size * 2.15:.0f} GiB of memory and {available:.0f} are free; take a larger machine"
-        )
+        name, _, free = cards[0]
+    needed = size * (1.15 if cards else 2.15)
+    if free < needed:
+        remedy = f"free it, or {ON_CPU}" if cards else "take a larger machine"
+        memory = f"GPU memory ({name})" if cards else "memory"
+        raise UserError(f"merging takes {needed:.0f} GiB of {memory} and {free:.0f} are free; {remedy}")
 
 
 @contextmanager
@@ -188,6 +180,7 @@ def write(trained: TrainedModel, into: str | None, limit: int, tokenizer, folder
         save(merged, tokenizer, trained, folder)
         del merged  # before the saved model is loaded
         collect()
+        check_tokenizer(trained, tokenizer, folder, rows)
         verified = verify(models.load_base(str(folder), 16), rows, expected)
         # Not `>`: logits that are no numbers must not pass.
         if verified.of_a_step is not None and not verified.mean <= verified.of_a_step:
@@ -298,6 +291,21 @@ def save(merged, tokenizer, trained: TrainedModel, folder: Path) -> None:
     models.save(merged, tokenizer, folder, end_tokens(merged, tokenizer, trained.facts.eot_tokens), SHARD)
 
 
+def check_tokenizer(trained: TrainedModel, tokenizer, folder: Path, rows: list[list[int]]) -> None:
+    """UserError where the saved tokenizer makes other tokens of the rows' texts.
+
+    AutoTokenizer (transformers 5) takes the class that belongs to config.json's model_type for some models, such as
+    Qwen2's, whatever class the tokenizer has.
+    """
+    saved = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    for text in tokenizer.batch_decode(rows):
+        if saved(text, add_special_tokens=False)["input_ids"] != tokenizer(text, add_special_tokens=False)["input_ids"]:
+            raise UserError(
+                f"{trained.adapter}: its tokenizer is not the one that transformers takes for {trained.base_model}: it "
+                "would make other tokens of the same text; train on a base with a tokenizer of its own kind"
+            )
+
+
 def verify(saved, rows: list[list[int]], expected: torch.Tensor) -> Distance:
     """The distance of a saved model's logits from the expected ones; `saved` may be changed in place.
 
@@ -305,15 +313,15 @@ def verify(saved, rows: list[list[int]], expected: torch.Tensor) -> Distance:
     random, twice the most that rounding changes it by. A model that is no further off than that is sensitive to
     rounding, not wrongly merged.
     """
-    found = logits(saved, rows)
-    verified = distance(found, expected)
+    actual = logits(saved, rows)
+    verified = distance(actual, expected)
     if verified.mean <= TOLERANCE[saved.device.type] * verified.spread:
         return verified
     for tensor in saved.parameters():
         rounded = tensor.data.to(torch.bfloat16)
         towards = torch.where(torch.rand_like(tensor.data, dtype=torch.float32) < 0.5, math.inf, -math.inf)
         tensor.data = torch.nextafter(rounded, towards.to(torch.bfloat16)).to(tensor.dtype)
-    return Distance(**verified.as_json(), of_a_step=distance(logits(saved, rows), found).mean)
+    return Distance(**verified.as_json(), of_a_step=distance(logits(saved, rows), actual).mean)
 
 
 def logits(model, rows: list[list[int]]) -> torch.Tensor:
@@ -349,13 +357,13 @@ def ask(model, tokenizer, rows: list[list[int]], trained: TrainedModel, limit: i
     return responses
 
 
-def distance(found: torch.Tensor, expected: torch.Tensor) -> Distance:
-    apart = (found - expected).abs()
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> Distance:
+    apart = (actual - expected).abs()
     return Distance(
         mean=apart.mean().item(),
         largest=apart.max().item(),
         spread=expected.std(-1).mean().item(),
-        same_next_token=(found.argmax(-1) == expected.argmax(-1)).double().mean().item(),
+        same_next_token=(actual.argmax(-1) == expected.argmax(-1)).double().mean().item(),
     )
 
 

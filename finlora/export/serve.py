@@ -17,7 +17,7 @@ from pathlib import Path
 from finlora.core.errors import UserError
 from finlora.core.machine import gpus
 from finlora.core.paths import shown
-from finlora.evaluate.vllm import VLLM
+from finlora.evaluate import vllm
 from finlora.export.trained import TrainedModel, disable_hub, need_merged
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -27,8 +27,8 @@ def serve(trained: TrainedModel, host: str, port: int, backend: str | None, args
     """Serve until Ctrl-C; vLLM takes this process's place. Raises UserError before anything is loaded."""
     folder = need_merged(trained)
     backend = backend or ("vllm" if gpus() else "transformers")
-    if backend == "vllm" and not VLLM.is_file():
-        raise UserError(f"{shown(str(VLLM))}: is not there; run `make vllm`, or add BACKEND=transformers")
+    if backend == "vllm" and not vllm.VLLM.is_file():
+        raise UserError(f"{shown(str(vllm.VLLM))}: is not there; run `make vllm`, or add BACKEND=transformers")
     if backend == "transformers" and args:
         raise UserError(f"ARGS={' '.join(args)}: are vLLM's; leave them out with BACKEND=transformers")
     check_port(host, port)
@@ -61,13 +61,10 @@ def check_port(host: str, port: int) -> None:
 
 
 def on_vllm(folder: Path, name: str, host: str, port: int, args: list[str]) -> None:
-    """Replace this process by `vllm serve`, without this environment's Python paths."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-    command = [str(VLLM), "serve", str(folder), "--host", host, "--port", str(port), "--served-model-name", name]
-    command += ["--override-generation-config", '{"temperature": 0}']
+    """Replace this process by `vllm serve`."""
+    greedy = ["--override-generation-config", '{"temperature": 0}']
     sys.stdout.flush()  # exec drops what is buffered
-    os.execve(VLLM, [*command, *args], environment)
+    os.execve(vllm.VLLM, [*vllm.command(folder, name, host, port), *greedy, *args], vllm.environment())
 
 
 def on_transformers(folder: Path, name: str, host: str, port: int) -> None:

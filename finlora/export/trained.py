@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from fastdora.plugin.checksums import weights_sha256
+from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
 from finlora.core.paths import ROOT, shown, slug
@@ -115,6 +116,7 @@ def merged_folder(trained: TrainedModel) -> Path | None:
 def need_merged(trained: TrainedModel) -> Path:
     """`merged_folder`, or UserError that says what to run."""
     if folder := merged_folder(trained):
+        make_compatible(folder)  # one that was merged before 2026-11
         return folder
     state = "does not hold this adapter's model" if (trained.merged / "merge.json").is_file() else "is not there"
     raise UserError(f"{shown(str(trained.merged))}: {state}; run `make merge {trained.options}`")
