@@ -5,6 +5,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import openai
 import pytest
 from failures import refuses, says
 from lm_eval.api.instance import Instance
@@ -46,7 +47,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server():
+def server(monkeypatch):
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)  # seconds
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.script, server.log, server.lock = [], [], threading.Lock()
     server.models, server.refused = None, {}  # the path of its list of models; parameters that it does not take
@@ -58,7 +61,7 @@ def server():
 
 
 def ask(server, texts, model="m"):
-    lm = endpoint.Endpoint(server.url, model, backoff=0.01)
+    lm = endpoint.Endpoint(server.url, model)
     requests = [
         Instance("generate_until", {}, (lm.apply_chat_template([{"role": "user", "content": text}]), OPTIONS), i)
         for i, text in enumerate(texts)
@@ -96,8 +99,8 @@ def test_what_passes_is_waited_for(server, misdeed):
 
 NO_COMPLETION = ("chat completion", "OpenAI")
 LASTING = {
-    "429 for ever": ({"status": 429}, ["429", "6 tries|6 times|6 attempts", "wait"]),
-    "500 for ever": ({"status": 500}, ["server", "6 tries|6 times|6 attempts", "log"]),
+    "429 for ever": ({"status": 429}, ["429", "8 tries|8 times|8 retries", "wait"]),
+    "500 for ever": ({"status": 500}, ["server", "8 tries|8 times|8 retries", "log"]),
     "401": ({"status": 401, "body": '{"error": "no such key"}'}, ["401", "no such key", "MODEL", "OPENAI_API_KEY"]),
     "404": ({"status": 404, "body": "not\n here"}, ["404", "not here", "MODEL"]),
     "garbage": ({"body": "<html>hello</html>"}, NO_COMPLETION),

@@ -220,7 +220,7 @@ def test_mistakes_are_one_line_and_leave_nothing(runs, tiny_base, tmp_path, monk
     nowhere = plan(adapter=runs / RECIPES[8], model=".cache/nowhere")
     fails(wrong, str(tiny_base), "MODEL=", "FORCE=1", file=f"MODEL={other}")
     fails(wrong, "layers.2|layers.3", "no layer", str(other), str(tiny_base), force=True)
-    fails(nowhere, "base", "MODEL=", ".cache/nowhere", "fetch", force=True)
+    fails(nowhere, "base", "MODEL=", ".cache/nowhere", "no folder", "fix", force=True)
     (runs / RECIPES[8] / "chat_template.jinja").unlink()
     fails(plan(adapter=runs / RECIPES[8]), "tokenizer", "chat template", "PROMPT=")
     assert not wrong.folder.exists() and not list(wrong.folder.parent.glob(".*"))  # no lock either

@@ -4,9 +4,10 @@ Limits: the prompt is the server's own chat template, so it cannot be compared w
 without logits, so tasks that compare likelihoods (MMLU) cannot run; a hosted model may change behind its name and
 answer differently twice.
 
-lm-eval 0.4.11's own client (local-chat-completions) does not suffice: it needs tenacity, which axolotl does not bring;
-after its retries it raises tenacity's RetryError without the server's reason; it takes an answer that it cannot parse
-for an empty one; and it drops the token counts and the finish reason, which are kept with every answer here.
+OpenAI's own client makes the requests and the retries. lm-eval 0.4.11's (local-chat-completions) does not suffice: it
+needs tenacity, which axolotl does not bring; after its retries it raises tenacity's RetryError without the server's
+reason; it takes an answer that it cannot parse for an empty one; and it drops the token counts and the finish reason,
+which are kept with every answer here.
 """
 
 import json
@@ -14,16 +15,16 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import requests
+import httpx
+import openai
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
-from requests.adapters import HTTPAdapter
+from openai.types.chat import ChatCompletion
 from tqdm import tqdm
-from urllib3.util import Retry
 
 from finlora.core.errors import UserError
 
-RETRIES = 6
+RETRIES = 8  # half a minute where the server does not say how long to wait
 TIMEOUT = 120  # seconds: a busy server queues requests
 CONNECT = 10  # seconds until a server that does not answer at all is called down
 AT_ONCE = 32  # requests in flight; vLLM batches them
@@ -36,25 +37,26 @@ class Endpoint(LM):
 
     `tokens` maps a prompt to what the server counted (prompt tokens, answer tokens) and whether the answer ended, which
     is None where it gives no finish reason. `reasons` maps a prompt to why its answer has no text; such an answer is
-    empty. Answers 429 and 5xx are retried RETRIES times, after Retry-After or `backoff` x 2^n seconds. Raises UserError
-    for whatever keeps a request from being answered; at once where no server is there.
+    empty. Answers 429 and 5xx are retried RETRIES times. Raises UserError for whatever keeps a request from being
+    answered; at once where no server is there.
     """
 
     tokenizer_name = ""
 
-    def __init__(self, url: str, model: str, backoff: float = 1.0):
+    def __init__(self, url: str, model: str):
         super().__init__()
-        self.url, self.model = f"{url.rstrip('/').removesuffix('/chat/completions')}/chat/completions", model
+        self.model, self.key = model, os.environ.get("OPENAI_API_KEY")
+        base = url.rstrip("/").removesuffix("/chat/completions")
+        self.client = openai.OpenAI(
+            base_url=base, api_key=self.key or "none", max_retries=RETRIES, timeout=httpx.Timeout(TIMEOUT)
+        )
         self.tokens: dict[str, tuple[int, int, bool | None]] = {}
         self.reasons: dict[str, str] = {}
         self.replaced: set[str] = set()
-        retry = Retry(RETRIES, backoff_factor=backoff, status_forcelist=[429, 500, 502, 503, 504], allowed_methods=None)
-        self.session = requests.Session()
-        for scheme in "http://", "https://":
-            self.session.mount(scheme, HTTPAdapter(pool_maxsize=AT_ONCE, max_retries=retry))
-        self.key = os.environ.get("OPENAI_API_KEY")
-        if self.key:
-            self.session.headers["Authorization"] = f"Bearer {self.key}"
+
+    @property
+    def url(self) -> str:
+        return f"{self.client.base_url}chat/completions"
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return json.dumps(chat_history, ensure_ascii=False)
@@ -75,89 +77,94 @@ class Endpoint(LM):
 
     def check_address(self) -> None:
         """UserError where nobody listens, without a retry; where only the address with (or without) /v1 answers, it."""
-        base = self.url.removesuffix("/chat/completions")
+        base = str(self.client.base_url).rstrip("/")
         for address in (base, base.removesuffix("/v1") if base.endswith("/v1") else f"{base}/v1"):
+            client = self.client.with_options(base_url=address, max_retries=0, timeout=CONNECT)
             try:
-                models = requests.get(f"{address}/models", headers=self.session.headers, timeout=CONNECT)
-            except requests.Timeout:
+                client.get("/models", cast_to=httpx.Response)
+            except openai.NotFoundError:
+                continue
+            except openai.APIStatusError:
+                pass  # a server, with no list of models
+            except openai.APITimeoutError:
                 return  # somebody listens, and is busy
-            except requests.RequestException as error:
-                raise UserError(f"{self.url}: {_reason(error)}") from None
-            if models.ok and address != base:
+            except openai.APIConnectionError as error:
+                raise self._error(error) from None
+            if address != base:
                 print(f"ENDPOINT={base}: nothing is there; taking {address}", file=sys.stderr)
-                self.url = f"{address}/chat/completions"
-            if models.ok or models.status_code != 404:
-                return
+                self.client.base_url = address
+            return
 
     def _answer(self, request: tuple[str, dict]) -> str:
         prompt, options = request[0], normalize_gen_kwargs(request[1])
-        body = {"messages": json.loads(prompt), "max_tokens": options["max_gen_toks"], "temperature": 0}
-        body |= {"model": self.model} | ({"stop": options["until"]} if options["until"] else {})
-        response = self._post(body)
-        if response.status_code == 400 and "content_filter" in response.text:
+        parameters = {"max_tokens": options["max_gen_toks"], "temperature": 0}
+        parameters |= {"stop": options["until"]} if options["until"] else {}
+        try:
+            answer = self._text_of(prompt, self._complete(json.loads(prompt), parameters))
+        except openai.BadRequestError as error:
+            if "content_filter" not in error.response.text:
+                raise self._error(error) from None
             answer, self.reasons[prompt], self.tokens[prompt] = "", "content_filter", (0, 0, None)
-        elif not response.ok:
-            text = self._text(response, 200)
-            raise UserError(
-                f"{self.url}: answered {response.status_code} ({text}); check ENDPOINT, MODEL and OPENAI_API_KEY"
-            )
-        else:
-            answer = self._text_of(prompt, response)
+        except openai.APIError as error:
+            raise self._error(error) from None
         self.cache_hook.add_partial("generate_until", request, answer)
         return answer
 
-    def _post(self, body: dict) -> requests.Response:
+    def _complete(self, messages: list[dict[str, str]], parameters: dict) -> ChatCompletion:
         """The server's answer to a request, without the parameters that it does not take."""
         while True:
-            sent = {(REPLACED[key] if key in self.replaced else key): value for key, value in body.items()}
+            sent = {(REPLACED[key] if key in self.replaced else key): value for key, value in parameters.items()}
             sent.pop(None, None)
             try:
-                response = self.session.post(self.url, json=sent, timeout=TIMEOUT)
-            except requests.RequestException as error:
-                raise UserError(
-                    f"{self.url}: {_reason(error)}. The same command resumes from the answers that are kept."
-                ) from None
-            text = response.text.lower() if response.status_code == 400 else ""
-            refused = next((key for key in REPLACED if key in sent and f"'{key}'" in text and "support" in text), None)
-            if refused is None:
-                return response
-            if refused not in self.replaced:
-                self.replaced.add(refused)
-                instead = f"sending {REPLACED[refused]}" if REPLACED[refused] else "leaving it out"
-                print(f"warning: {self.url}: does not take {refused}; {instead}", file=sys.stderr)
+                return self.client.chat.completions.create(model=self.model, messages=messages, **sent)
+            except openai.BadRequestError as error:
+                text = error.response.text.lower()
+                refused = next((key for key in REPLACED if key in sent and f"'{key}'" in text), None)
+                if refused is None or "support" not in text:
+                    raise
+                if refused not in self.replaced:
+                    self.replaced.add(refused)
+                    instead = f"sending {REPLACED[refused]}" if REPLACED[refused] else "leaving it out"
+                    print(f"warning: {self.url}: does not take {refused}; {instead}", file=sys.stderr)
 
-    def _text_of(self, prompt: str, response: requests.Response) -> str:
-        """The answer of a chat completion, empty where it holds no text; what the server counted goes to `tokens`."""
-        try:
-            completion = response.json()
-            choice = (completion["choices"] or [{}])[0]
-            usage, message = completion.get("usage") or {}, choice.get("message") or {}
-            answer, why = message.get("content"), choice.get("finish_reason")
-            counted = (int(usage.get(f"{part}_tokens") or 0) for part in ("prompt", "completion"))
-            self.tokens[prompt] = *counted, None if why is None else why != "length"
-            if not isinstance(answer, str | None):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, AttributeError):
-            text = self._text(response, 80)
+    def _text_of(self, prompt: str, completion: ChatCompletion) -> str:
+        """The answer of a chat completion, empty where it has no text; what the server counted goes to `tokens`.
+
+        The client does not check what servers send: any attribute may be missing, or of another type.
+        """
+        choices = getattr(completion, "choices", None)
+        choice = choices[0] if choices else None
+        answer, why = getattr(getattr(choice, "message", None), "content", None), getattr(choice, "finish_reason", None)
+        if not isinstance(choices, list) or not isinstance(answer, str | None):
+            text = (
+                completion.model_dump_json(warnings=False)
+                if isinstance(completion, ChatCompletion)
+                else str(completion)
+            )
             raise UserError(
-                f"{self.url}: the answer is not a chat completion ({text}); is this an OpenAI endpoint?"
-            ) from None
+                f"{self.url}: the answer is not a chat completion ({self._line(text, 80)}); is this an OpenAI endpoint?"
+            )
+        counted = (getattr(completion.usage, f"{part}_tokens", None) or 0 for part in ("prompt", "completion"))
+        self.tokens[prompt] = *counted, None if why is None else why != "length"
         if answer is None:
-            self.reasons[prompt] = why or ("no text" if completion["choices"] else "no choice")
+            self.reasons[prompt] = why or ("no text" if choice else "no choice")
         return answer or ""
 
-    def _text(self, response: requests.Response, length: int) -> str:
+    def _error(self, error: openai.APIError) -> UserError:
+        if isinstance(error, openai.RateLimitError):
+            why = f"still answers 429 (too many requests) after {RETRIES} retries; wait, or ask for a higher limit"
+        elif isinstance(error, openai.InternalServerError):
+            why = f"still answers with a server's error after {RETRIES} retries; look at its log"
+        elif isinstance(error, openai.APIStatusError):
+            text = self._line(error.response.text, 200)
+            why = f"answered {error.status_code} ({text}); check ENDPOINT, MODEL and OPENAI_API_KEY"
+        elif isinstance(error, openai.APITimeoutError):
+            why = f"no answer within {TIMEOUT} s"
+        else:
+            why = "cannot be reached; check that the server is running"
+        return UserError(f"{self.url}: {why}. The same command resumes from the answers that are kept")
+
+    def _line(self, text: str, length: int) -> str:
         """The beginning of what the server answered, on one line and without the key."""
-        text = " ".join(response.text.split())
+        text = " ".join(text.split())
         return (text.replace(self.key, "***") if self.key else text)[:length]
-
-
-def _reason(error: Exception) -> str:
-    text = str(error)
-    if "429 error" in text:  # not a port or an address
-        return f"still answers 429 (too many requests) after {RETRIES} tries; wait, or ask for a higher limit"
-    if "too many" in text and "error responses" in text:
-        return f"still answers with a server's error after {RETRIES} tries; look at its log"
-    if isinstance(error, requests.Timeout):
-        return f"no answer within {TIMEOUT} s"
-    return "cannot be reached; check that the server is running"
