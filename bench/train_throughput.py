@@ -102,7 +102,7 @@ class Run(NamedTuple):
 def start(recipe: dict[str, Any], work: Path, processes: int = 1, **env: str) -> Run:
     """Start `axolotl train` in so many processes, with the environment that torchrun would give them."""
     path = work / "recipe.yaml"
-    path.write_json(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     env = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "AXOLOTL_DATASET_NUM_PROC": "0"} | env
     if processes > 1:
         with socket.socket() as probe:
