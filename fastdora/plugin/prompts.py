@@ -109,7 +109,7 @@ def _check_row(strategy, tokenizer, row: dict[str, Any], where: str) -> None:
         before, asked = (tokenizer.decode(tokens[same : same + SHOWN]) for tokens in (ids[:start], served))
         raise RecipeError(
             f"{where}: key 'chat_template': trains an answer after ...{before!r}, and will be asked for one after "
-            f"...{asked!r}; choose a template (chat_template: jinja) in which both are the same"
+            f"...{asked!r}; choose a template that has the same in both, such as chatml, or write one (jinja)"
         )
     end = end_of_turn(tokenizer, prompter.chat_template, **prompter.chat_template_kwargs)
     if end is None:
