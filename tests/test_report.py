@@ -15,7 +15,7 @@ import pytest
 from failures import refuses, says
 
 from finlora.core.html import Table, number, percent, signed, templates, visible
-from finlora.core.plot import ticks
+from finlora.core.plot import Axis, ticks
 from finlora.data.tasks import load_tasks
 from finlora.evaluate import report as report_module
 from finlora.evaluate import results
@@ -696,6 +696,13 @@ def test_numbers():
 def test_an_axis_holds_its_values(low, high):
     marks = ticks(low, high)
     assert marks[0] <= low and marks[-1] >= high and 2 <= len(marks) <= 7
+
+
+def test_axis_labels_that_would_overlap_are_left_out():
+    axis = Axis(0, 1, [(1, "end"), (0, "0"), (0.01, "near"), (0.5, "middle")])
+    assert [text for _, text in axis.spaced_labels()] == ["0", "middle", "end"]
+    many = Axis(1, 64, [(2**power, f"{2**power / 1e5:g}") for power in range(7)], log=True)
+    assert len(many.spaced_labels()) == 7 and len(Axis(1, 64, many.labels).spaced_labels()) < 7
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def all_sets() -> dict[str, TestSet]:
     return {name: test for task in load_tasks().values() if isinstance(task, Task) for name, test in task.tests.items()}
 
 
+@cache
 def groups() -> dict[str, list[str]]:
     """Names that stand for several sets: FinLoRA's four groups (tags of the task files), the tasks, and `all`."""
     found: dict[str, list[str]] = {}

@@ -330,16 +330,16 @@ def _read_set(folder: Path) -> Answers:
     name = "id" if about.metric == "lm_eval" else "row"
     if name == "row" and about.labels_used not in ("corrected", "published"):
         raise _Broken(f"{shown(done)}: 'labels_used' is neither corrected nor published; evaluate again")
-    rows = {}
+    where, rows = shown(answers), {}
     for line, row in enumerate(_json_lines(answers), 1):
-        _check(f"{shown(answers)}:{line}", row, types)
+        _check(f"{where}:{line}", row, types)
         if row[name] in rows:
-            raise _Broken(f"{shown(answers)}:{line}: {name} {row[name]} is there twice; {AGAIN}")
+            raise _Broken(f"{where}:{line}: {name} {row[name]} is there twice; {AGAIN}")
         if about.metric == "bertscore_f1" and row["bertscore"] is None:
-            raise _Broken(f"{shown(answers)}:{line}: has no bertscore; {AGAIN}")
+            raise _Broken(f"{where}:{line}: has no bertscore; {AGAIN}")
         rows[row[name]] = {key: value for key, value in row.items() if key not in ("prompt", "context")}
     if len(rows) != about.evaluated or not rows:
-        raise _Broken(f"{shown(answers)}: has {len(rows):,} answers and set.json says {about.evaluated:,}; {AGAIN}")
+        raise _Broken(f"{where}: has {len(rows):,} answers and set.json says {about.evaluated:,}; {AGAIN}")
     return Answers(folder, about, all_sets().get(folder.name) or tasks.unlisted_set(asdict(about)), rows)
 
 
