@@ -1,13 +1,15 @@
 # Where axolotl is: VENV=<folder>, else an active environment that has it, else .venv, which `make` sets up.
+# Any of these folders may have spaces in its path, which make's own functions would split.
 TORCH ?= 2.13.0
-ACTIVE := $(filter-out $(CURDIR)/.venv/bin/axolotl,$(shell command -v axolotl))
-BIN := $(if $(VENV),$(VENV)/bin,$(if $(ACTIVE),$(patsubst %/,%,$(dir $(ACTIVE))),.venv/bin))
-READY := $(if $(filter .venv/bin,$(BIN)),.venv/.ready-$(TORCH))
-PY := PATH="$(abspath $(BIN)):$$PATH" AXOLOTL_DO_NOT_TRACK=$${AXOLOTL_DO_NOT_TRACK:-1} $(BIN)/python
+quote = '$(subst ','\'',$1)'
+ACTIVE := $(shell found=$$(command -v axolotl) && [ "$$found" != $(call quote,$(CURDIR)/.venv/bin/axolotl) ] && dirname "$$found")
+BIN := $(or $(if $(VENV),$(VENV)/bin),$(ACTIVE),.venv/bin)
+READY := $(if $(subst .venv/bin,,$(BIN)),,.venv/.ready-$(TORCH))
+WHOLE_BIN := $(if $(filter /%,$(firstword $(BIN))),,$(CURDIR)/)$(BIN)
+PY := PATH=$(call quote,$(WHOLE_BIN)):"$$PATH" PYTHONUTF8=1 AXOLOTL_DO_NOT_TRACK=$${AXOLOTL_DO_NOT_TRACK:-1} $(call quote,$(BIN)/python)
 FINLORA := $(PY) -m finlora
 # $(call options,RECIPE TINY) is --recipe 'value of RECIPE' --tiny, each where the variable is set.
 FLAGS := TINY FORCE OFFLOAD RAY LIST EVAL BASE KEEP_QUANTISED MERGED PRIVATE PUSH
-quote = '$(subst ','\'',$1)'
 option = --$(shell echo $1 | tr A-Z_ a-z-)$(if $(filter $1,$(FLAGS)),, $(call quote,$($1)))
 options = $(foreach name,$1,$(if $($(name)),$(call option,$(name))))
 .DEFAULT_GOAL := help
@@ -18,7 +20,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 help: ## what `make` can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY) ## the whole path on a CPU in three minutes; DATA=rows.jsonl for rows of your own
+demo: $(READY) ## the whole path on a CPU in three minutes; DATA=rows.jsonl for your own rows; VERBOSE=1 (any target) shows all
 	@$(FINLORA) demo $(call options,DATA)
 
 test: $(READY) ## lint and the tests, about 7 minutes on two cores; ARGS= for pytest
@@ -79,13 +81,13 @@ pictures: $(READY) ## draw docs/speed.svg and docs/scores.svg from the recorded 
 	@$(FINLORA) pictures
 
 setup: $(READY) ## make .venv (TORCH=2.11.0, 2.12.1 or 2.13.0); every target does it by itself
-	@$(PY) -c "import torch, axolotl; print('ready: torch', torch.__version__, 'in $(BIN)')"
+	@$(PY) -c "import sys, torch, axolotl; print('ready: torch', torch.__version__, 'in', sys.prefix)"
 
 vllm: ## set vLLM up in .venv-vllm, its own environment (a GPU machine; 10 GB), for make eval BACKEND=vllm
 	@PYTHON="$(PYTHON)" scripts/setup_vllm.sh .venv-vllm
 
 lint: $(READY) ## ruff: format in place, then check; imports run one way
-	@$(BIN)/ruff format . && $(BIN)/ruff check --fix . && $(BIN)/lint-imports
+	@$(PY) -m ruff format . && $(PY) -m ruff check --fix . && $(call quote,$(BIN)/lint-imports)
 
 constraints: ## pin every package again for TORCH= (needs uv)
 	@scripts/constraints.sh "$(TORCH)"

@@ -4,14 +4,16 @@
 What a command needs is imported within it: `finlora --help` then starts at once, without torch and axolotl.
 """
 
+import os
+import re
 import sys
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import click
 import typer
 
+from finlora.core import startup
 from finlora.core.errors import UserError, run
 
 app = typer.Typer(
@@ -45,30 +47,7 @@ class Number(click.ParamType):
         return number
 
 
-class Labels(str, Enum):
-    corrected = "corrected"
-    published = "published"
-
-
-class Mixing(str, Enum):
-    balanced = "balanced"
-    finlora = "finlora"
-
-
-class Lengths(str, Enum):
-    whole = "whole"
-    published = "published"
-
-
-class Into(str, Enum):
-    full = "full"
-    dequantised = "dequantised"
-
-
-class Backend(str, Enum):
-    transformers = "transformers"
-    vllm = "vllm"
-
+Labels = Literal["corrected", "published"]
 
 # Options that several commands have.
 RecipeName = Annotated[str, typer.Argument(help="a name from `make recipes`, FinLoRA's name for a run, or a YAML file")]
@@ -100,7 +79,8 @@ Out = Annotated[Path | None, typer.Option(help="the folder to write to (default 
 Seed = Annotated[int, typer.Option(help="random seed of the validation split")]
 Validation = Annotated[float, typer.Option(help="the share of rows that are held out")]
 Mixture = Annotated[
-    Mixing, typer.Option(help="rows of a mixture's tasks: all as many as the largest, or as FinLoRA's script has them")
+    Literal["balanced", "finlora"],
+    typer.Option(help="rows of a mixture's tasks: all as many as the largest, or as FinLoRA's script has them"),
 ]
 Timeout = Annotated[float, typer.Option(click_type=Number(float), help="seconds without data until a retry")]
 Retries = Annotated[int, typer.Option(help="failed attempts in a row before a file is given up")]
@@ -110,6 +90,8 @@ Manifest = Annotated[Path | None, typer.Option(help="the pinned files (default d
 
 def main(argv: list[str] | None = None) -> None:
     """Run a command. A user's mistake is one line on stderr and exit code 1, or 2 where it is in the options."""
+    if argv is None:
+        startup.start()
     run(lambda: _answer(sys.argv[1:] if argv is None else argv))
 
 
@@ -120,8 +102,11 @@ def _answer(argv: list[str]) -> None:
         sys.exit(done.exit_code)
     except click.ClickException as error:
         # click would print the usage in several lines and leave the reason last.
-        message = " ".join(error.format_message().split()).rstrip(".")
-        print(f"error: {message}; --help lists the options", file=sys.stderr)
+        message, remedy = " ".join(error.format_message().split()).rstrip("."), "--help lists the options"
+        if os.environ.get("MAKELEVEL"):  # from make, whose variables they are
+            message = re.sub(r"'--([a-z-]+)'", lambda option: f"{option[1].upper().replace('-', '_')}=", message)
+            remedy = "make help lists the variables"
+        print(f"error: {message}; {remedy}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -198,7 +183,7 @@ def sweep(
     if list:
         sweeps.show_points(path, file)
         return
-    evaluate = sweeps.eval_options(path, tasks, limit, labels and labels.value) if eval else None
+    evaluate = sweeps.eval_options(path, tasks, limit, labels) if eval else None
     sweeps.sweep(path, file, sweeps.Options(tiny, force, gpus, point, evaluate, track, context.obj))
 
 
@@ -213,10 +198,11 @@ def evaluate(
     bits: Bits = None,
     tasks: TestSets = None,
     limit: Limit = None,
-    labels: LabelsUsed = Labels.corrected,
+    labels: LabelsUsed = "corrected",
     lengths: Annotated[
-        Lengths, typer.Option(help="how long answers may be: as a set's longest target, or as in FinLoRA")
-    ] = Lengths.whole,
+        Literal["whole", "published"],
+        typer.Option(help="how long answers may be: as a set's longest target, or as in FinLoRA"),
+    ] = "whole",
     prompt: Prompt = "saved",
     tests: Annotated[
         str | None, typer.Option(help="folder with test files of your own (test/<file> as in data/tasks.yaml)")
@@ -230,7 +216,7 @@ def evaluate(
     batch_tokens: Annotated[
         int | None, typer.Option(click_type=Number(), help="prompt tokens at a time (default: what memory allows)")
     ] = None,
-    backend: Backend = Backend.transformers,
+    backend: Literal["transformers", "vllm"] = "transformers",
     endpoint: Annotated[
         str | None, typer.Option(help="base URL of an OpenAI-compatible server; its key in OPENAI_API_KEY")
     ] = None,
@@ -241,33 +227,10 @@ def evaluate(
     results: Results = None,
 ) -> None:
     """Evaluate a trained adapter, a base model, or anything behind an endpoint, on FinLoRA's test sets."""
+    options = locals()  # each is a field of Request
     from finlora.evaluate import runner
 
-    runner.run(
-        runner.Request(
-            recipe=recipe,
-            model=model,
-            adapter=adapter,
-            base=base,
-            bits=bits,
-            tasks=tasks,
-            limit=limit,
-            labels=labels.value,
-            lengths=lengths.value,
-            prompt=prompt,
-            tests=tests,
-            tiny=tiny,
-            name=name,
-            force=force,
-            keep_quantised=keep_quantised,
-            batch_tokens=batch_tokens,
-            backend=backend.value,
-            endpoint=endpoint,
-            encoder=encoder,
-            layer=layer,
-            results=results,
-        )
-    )
+    runner.run(runner.Request(**options))
 
 
 @app.command()
@@ -312,7 +275,9 @@ def merge(
     model: Base = None,
     bits: Bits = None,
     tiny: Tiny = False,
-    into: Annotated[Into | None, typer.Option(help="what to merge into (default: the closer one)")] = None,
+    into: Annotated[
+        Literal["full", "dequantised"] | None, typer.Option(help="what to merge into (default: the closer one)")
+    ] = None,
     limit: Annotated[int, typer.Option(help="rows of each test set to compare answers on, 0 for none")] = 100,
     prompt: Prompt = "saved",
     force: Force = False,
@@ -325,7 +290,7 @@ def merge(
     trained = load_trained(recipe, adapter, model, bits, tiny)
     from finlora.export.merge import merge  # torch and PEFT: after the options have been checked
 
-    merge(trained, into and into.value, limit, prompt, force)
+    merge(trained, into, limit, prompt, force)
     print(f"next      make serve {trained.options}, or make chat {trained.options}")
 
 
@@ -339,13 +304,15 @@ def serve(
     tiny: Tiny = False,
     port: Annotated[int, typer.Option(click_type=Number(largest=65535), help="port to listen on")] = 8000,
     host: Annotated[str, typer.Option(help="address to listen on (default: this machine alone)")] = "127.0.0.1",
-    backend: Annotated[Backend | None, typer.Option(help="default: vllm with a GPU, else transformers")] = None,
+    backend: Annotated[
+        Literal["vllm", "transformers"] | None, typer.Option(help="default: vllm with a GPU, else transformers")
+    ] = None,
 ) -> None:
     """Serve a merged model behind an OpenAI-compatible endpoint."""
     from finlora.export.serve import serve
     from finlora.export.trained import load_trained
 
-    serve(load_trained(recipe, adapter, model, bits, tiny), host, port, backend and backend.value, context.obj)
+    serve(load_trained(recipe, adapter, model, bits, tiny), host, port, backend, context.obj)
 
 
 @app.command()
@@ -407,26 +374,6 @@ def check() -> None:
 
 
 @app.command()
-def data(
-    tasks: Tasks = None,
-    raw: Raw = None,
-    out: Out = None,
-    file: OwnRows = None,
-    context_column: ContextColumn = "context",
-    target_column: TargetColumn = "target",
-    any_label: AnyLabel = False,
-    seed: Seed = 42,
-    validation: Validation = 0.02,
-    labels: LabelsUsed = Labels.corrected,
-    mixture: Mixture = Mixing.balanced,
-) -> None:
-    """Fetch and prepare tasks; with --file prepare rows of your own."""
-    if not file:
-        fetch(tasks, raw=raw)
-    prepare(tasks, raw, out, file, context_column, target_column, any_label, seed, validation, labels, mixture)
-
-
-@app.command()
 def fetch(
     tasks: Tasks = None,
     timeout: Timeout = 30,
@@ -442,8 +389,10 @@ def fetch(
     fetch.run(tasks or [], raw or fetch.RAW, manifest or fetch.MANIFEST, patience)
 
 
-@app.command()
+@app.command("data", help="Fetch and prepare tasks; with --file prepare rows of your own.")
+@app.command("prepare", help="Prepare fetched files, or rows of your own, for training.")
 def prepare(
+    context: typer.Context,
     tasks: Tasks = None,
     raw: Raw = None,
     out: Out = None,
@@ -453,12 +402,13 @@ def prepare(
     any_label: AnyLabel = False,
     seed: Seed = 42,
     validation: Validation = 0.02,
-    labels: LabelsUsed = Labels.corrected,
-    mixture: Mixture = Mixing.balanced,
+    labels: LabelsUsed = "corrected",
+    mixture: Mixture = "balanced",
 ) -> None:
-    """Prepare fetched files, or rows of your own, for training."""
     from finlora.data import prepare
 
+    if context.info_name == "data" and not file:
+        fetch(tasks, raw=raw)
     options = prepare.Options(
         file=str(file.absolute()) if file else None,
         context_column=context_column,
@@ -466,8 +416,8 @@ def prepare(
         any_label=any_label,
         seed=seed,
         validation=validation,
-        labels=labels.value,
-        mixture=mixture.value,
+        labels=labels,
+        mixture=mixture,
     )
     prepare.run(tasks or [], raw, out, options)
 

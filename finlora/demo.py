@@ -4,22 +4,23 @@ finlora demo [--data rows.jsonl]
 """
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 from finlora.data import prepare, rows
 from finlora.export.merge import merge
 from finlora.export.trained import load_trained
+from finlora.models.load import load_base
 from finlora.recipes import names as recipe_names
 from finlora.train import tiny
-from finlora.train.run import train
+from finlora.train.run import is_unfinished, train
 from finlora.train.runs import OUTPUTS
 
 RECIPE = recipe_names.RECIPES / "demo_r8_dora.yaml"
@@ -46,8 +47,8 @@ def demo(data: Path | None = None) -> dict[str, float]:
         # The base model learns from the train rows' prompts alone, never from an answer or a held-out row.
         base, recipe = tiny.build([prompt for prompt, _ in read_pairs(folder / "train.jsonl")]), RECIPE
     tiny.link(base)
-    record = train(recipe, force=True)
     adapter = OUTPUTS / "demo_r8_dora"
+    record = train(recipe, force=not is_unfinished(recipe))
     scores = evaluate(base, adapter, held_out)
     usual, count = Counter(target for _, target in held_out).most_common(1)[0]
     scores["usual"] = count / len(held_out)
@@ -74,10 +75,7 @@ def evaluate(base: Path, adapter: Path, held_out: list[tuple[str, str]]) -> dict
     """The share of right answers of the base, and of the adapter merged into it (`make merge`)."""
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     folders = {"base": base, "adapter": merge(load_trained(RECIPE.stem), limit=0)}
-    return {
-        name: right_answers(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer, held_out)
-        for name, folder in folders.items()
-    }
+    return {name: right_answers(load_base(str(folder), 16), tokenizer, held_out) for name, folder in folders.items()}
 
 
 def right_answers(model, tokenizer, held_out: list[tuple[str, str]]) -> float:
@@ -101,6 +99,11 @@ def right_answers(model, tokenizer, held_out: list[tuple[str, str]]) -> float:
 
 def run(data: Path | None = None) -> None:
     """The demo; UserError where the adapter is no better than the base model or the most frequent answer."""
-    scores = demo(data)
+    try:
+        scores = demo(data)
+    except KeyboardInterrupt:
+        if not is_unfinished(RECIPE):  # else training has said where it resumes
+            print("\ninterrupted; the same command begins anew", file=sys.stderr)
+        raise
     if scores["adapter"] <= max(scores["base"], scores["usual"]):
         raise UserError("the adapter is no better than the base model or the usual answer on these rows")

@@ -11,7 +11,8 @@ done
 free=$(df -Pk . | awk 'NR == 2 {print int($4 / 1048576)}')
 [ "$free" -ge 6 ] || { echo "error: set-up needs 6 GB in $PWD and $free GB are free" >&2; exit 1; }
 echo "setting up $venv with torch $torch (once)" >&2
-export PIP_CONSTRAINT=$PWD/constraints/torch-$torch.txt PIP_DISABLE_PIP_VERSION_CHECK=1
+# Relative: pip splits this variable at spaces, which the path of the checkout may have.
+export PIP_CONSTRAINT=constraints/torch-$torch.txt PIP_DISABLE_PIP_VERSION_CHECK=1
 rm -f "$venv"/.ready-*
 "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install -q pip

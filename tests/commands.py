@@ -193,10 +193,12 @@ def command(module: str, argv: list[str], cwd: str, env: dict[str, str], trainin
 
 
 def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> None:
-    """finlora.train.run.axolotl in a forked child."""
+    """finlora.train.launch.axolotl in a forked child."""
     from forked import axolotl_command
 
+    launch, errors = (importlib.import_module(f"finlora.{name}") for name in ("train.launch", "core.errors"))
     code, output = axolotl_command(command, str(config), *args)
-    print(output, file=sys.stderr, flush=True)
+    with launch.log_file(config).open("a", encoding="utf-8") as log:
+        log.write(output)
     if code:
-        sys.exit(f"error: axolotl {command} {config} failed with exit code {code}; see the output above")
+        raise errors.UserError(launch.why(output, f"axolotl {command} {config}", code))

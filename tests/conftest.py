@@ -131,7 +131,7 @@ def tiny_base() -> Path:
 @pytest.fixture
 def house(tmp_path: Path, tiny_base: Path) -> Path:
     """A copy of the repository without its outputs and fetched data; the tiny base model is linked in."""
-    root = tmp_path / "house"
+    root = tmp_path / "the house"  # whose path has a space, as a folder of anybody's may
     for folder in FOLDERS:
         if (ROOT / folder).is_dir():
             skip = shutil.ignore_patterns("__pycache__", "raw", "prepared", "audit")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -41,10 +42,17 @@ def made(command, house):
 
 @pytest.mark.long
 def test_demo(house):
-    """`make demo`: DoRA through axolotl on the sample rows, clearly better than the base and than the usual answer."""
+    """`make demo`: DoRA through axolotl on the sample rows, clearly better than the base and than the usual answer.
+
+    In a pipe it prints at most 40 lines.
+    """
     assert "make demo" in COMMANDS
     done = make("demo", VENV, cwd=house)
     assert done.returncode == 0, done.stderr[-3000:]
+    printed = done.stdout + done.stderr
+    assert len(printed.splitlines()) <= 40 and "\r" not in printed, printed
+    assert not re.search("torchao|bitsandbytes|pytree|trust_remote_code|Traceback", printed), printed
+    assert "outputs/demo_r8_dora/train.log" in done.stdout
     table = done.stdout[done.stdout.index("200 held-out rows of data/sample/test/fpb_test.jsonl\n") :]
     base, usual, adapter = (float(share) for share in re.findall(r"([\d.]+)%$", table, re.M))
     assert adapter > max(base, usual) + 20, table
@@ -99,6 +107,36 @@ def test_a_typo_ends_make_with_one_line_and_a_hint():
     done = make("train", "RECIPE=sentment_r8_dora", VENV)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("make")]  # its own: which target failed
     assert done.returncode != 0 and len(lines) == 1 and "did you mean sentiment_r8_dora" in lines[0]
+
+
+@pytest.mark.parametrize("how", ["VENV", "active", "VENV in a checkout", "made in a checkout"])
+def test_paths_with_spaces(how, tmp_path):
+    """An environment and a checkout; with Python stood in for: what it is called with, and the PATH, are printed."""
+    checkout = tmp_path / "my checkout" if "checkout" in how else ROOT
+    checkout.mkdir(exist_ok=True)
+    if checkout != ROOT:
+        shutil.copy(ROOT / "Makefile", checkout)
+    venv = checkout / ".venv" if how == "made in a checkout" else tmp_path / "my env"
+    for name in ("python", "axolotl"):
+        (venv / "bin").mkdir(parents=True, exist_ok=True)
+        (venv / "bin" / name).write_text(
+            '#!/bin/sh\nprintf "%s\\n" "${PATH%%:*}" "$PYTHONUTF8" "$@"\n', encoding="utf-8"
+        )
+        (venv / "bin" / name).chmod(0o755)
+    env = {key: value for key, value in os.environ.items() if key not in ("VIRTUAL_ENV", "PATH")}
+    env["PATH"] = f"{venv / 'bin'}:/usr/bin:/bin" if how == "active" else "/usr/bin:/bin"
+    variables = [f"VENV={venv}"] if how.startswith("VENV") else []
+    if how == "made in a checkout":  # setup would make it; its mark is there
+        (checkout / "pyproject.toml").touch()
+        (checkout / "constraints").mkdir()
+        (checkout / "scripts").mkdir()
+        (checkout / "constraints" / "torch-2.13.0.txt").touch()
+        (checkout / "scripts" / "setup.sh").touch()
+        (venv / ".ready-2.13.0").touch()
+    command = ["make", "train", "RECIPE=it's a recipe", *variables]
+    done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True)
+    expected = [str(venv / "bin"), "1", "-m", "finlora", "train", "it's a recipe", "--"]
+    assert (done.returncode, done.stdout.splitlines()) == (0, expected), done.stderr
 
 
 def test_ci_runs_the_readmes_test_command(tmp_path):

@@ -36,8 +36,8 @@ from finlora.sweep import run as sweep
 from finlora.sweep.points import SweepPoint
 from finlora.sweep.report import Outcome
 from finlora.sweep.run import Job, Options
+from finlora.train import launch, runs
 from finlora.train import run as train
-from finlora.train import runs
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = recipe_names.RECIPES / "sentiment_r8_dora.yaml"
@@ -410,12 +410,11 @@ def stand_in(tmp_path, monkeypatch):
 
 def test_points_run_one_after_another_and_each_fails_alone(stand_in, tmp_path, capfd):
     oom = "run.yaml: out of memory on NVIDIA A100: a step needs more than 44.0 of 40.0 GiB; set sequence_len: 128"
-    above = "error: axolotl train point.yaml failed with exit code 1; " + train.SEE_ABOVE
     todo = [
         stand_in("good"),
-        stand_in("memory", (1, "  12%|#2   | step", f"error: {sweep.ROOT}/{oom}", above)),
+        stand_in("memory", (1, "  12%|#2   | step", f"error: {sweep.ROOT}/{oom}")),
         stand_in("killed", ("kill",)),
-        stand_in("raised", (1, "Traceback", "RuntimeError: the driver is gone", above)),
+        stand_in("raised", (1, "warning: a", "error: axolotl train point.yaml failed: the driver is gone", "last")),
         stand_in("silent", (3,)),
         stand_in("asked", (0,), (0,)),
     ]
@@ -424,7 +423,7 @@ def test_points_run_one_after_another_and_each_fails_alone(stand_in, tmp_path, c
     assert failed_points == {
         "memory": oom,
         "killed": failed_points["killed"],
-        "raised": "RuntimeError: the driver is gone",
+        "raised": "axolotl train point.yaml failed: the driver is gone",
         "silent": failed_points["silent"],
     }
     assert re.search(rf"\b3\b.*{tmp_path / 'silent.log'}", failed_points["silent"])
@@ -621,13 +620,13 @@ class Forked:
 
 
 def axolotl(command, config, args, local, lock) -> None:
-    """finlora.train.run.axolotl in a forked child."""
+    """finlora.train.launch.axolotl in a forked child."""
     from forked import axolotl_command
 
     code, output = axolotl_command(command, str(config), *args)
     print(output, flush=True)
     if code:
-        sys.exit(f"error: axolotl {command} {config} failed with exit code {code}; {train.SEE_ABOVE}")
+        sys.exit(f"error: {launch.why(output, f'axolotl {command} {config}', code)}")
 
 
 def swept(house: Path, *argv: str) -> tuple[int, object]:

@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from failures import refuses
 from kills import digest, recipe
 
 from fastdora.plugin.checkpoints import MAY_CHANGE
@@ -144,6 +146,31 @@ def test_bad_track(tracker, missing, expected, nothing_set, tmp_path):
     nothing_set.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     with pytest.raises(UserError, match=f"^{expected}"):
         tracking.options(tracker, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "keys, missing, words",
+    [
+        ({"wandb_project": "mine"}, None, ["WANDB_API_KEY", "WANDB_MODE=offline"]),
+        ({"use_wandb": True, "wandb_mode": "online"}, None, ["WANDB_API_KEY"]),
+        ({"use_wandb": True}, "wandb", ["pip install wandb"]),
+        ({"mlflow_experiment_name": "mine"}, "mlflow", ["pip install mlflow-skinny"]),
+        ({"use_comet": True}, "comet_ml", ["pip install comet_ml"]),
+        ({"trackio_project_name": "mine"}, "trackio", ["pip install trackio"]),
+    ],
+)
+def test_a_recipe_that_logs_to_a_service_that_is_not_at_hand(keys, missing, words, nothing_set):
+    find = importlib.util.find_spec
+    nothing_set.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    with refuses(*words, file="own.yaml", key=next(iter(keys))):
+        tracking.check_recipe(Path("own.yaml"), keys)
+
+
+def test_a_recipe_that_logs_to_nothing_or_offline(nothing_set):
+    tracking.check_recipe(Path("own.yaml"), {"use_wandb": False, "wandb_project": "", "use_tensorboard": True})
+    tracking.check_recipe(Path("own.yaml"), {"wandb_project": "mine", "wandb_mode": "offline"})
+    nothing_set.setenv("WANDB_MODE", "offline")
+    tracking.check_recipe(Path("own.yaml"), {"wandb_project": "mine"})
 
 
 def test_keys_and_places_come_from_the_environment(nothing_set, tmp_path):

@@ -226,7 +226,9 @@ def test_a_run_from_start_to_finish_and_everything_that_may_happen_to_it(house, 
     output, errors = first.communicate(timeout=300)
     assert first.returncode == 130 and "Traceback" not in errors, errors[-3000:]
     last = errors.rstrip().splitlines()[-1]
-    assert last.startswith("interrupted") and last.endswith("outputs/tiny/sentiment_bf16_r8_dora"), last
+    assert re.search(r"^interrupted; .* resumes from checkpoint-\d+ of outputs/tiny/sentiment_bf16_r8_dora$", last), (
+        last
+    )
     assert not (out / "adapter_model.safetensors").exists() and not (out / "run.json").exists()
     steps = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
     assert 1 <= steps < 60 and (out / f"checkpoint-{steps}" / "optimizer.pt").exists()

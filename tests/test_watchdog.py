@@ -4,8 +4,10 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,4 +121,25 @@ def test_early_stopping_is_an_option_of_the_recipe(train, tmp_path):
     )
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     assert code == 0 and metrics["steps"] == 6 and metrics["stopped_early"] and not metrics["interrupted"]
-    assert (out / "adapter_model.safetensors").exists()
+    assert metrics["adapter_step"] == 2
+    kept = (out / "checkpoint-2" / "adapter_model.safetensors").read_bytes()
+    assert (out / "adapter_model.safetensors").read_bytes() == kept
+
+
+@pytest.mark.parametrize("load_best, step, losses", [(True, 4, (2.0, 1.5)), (False, 6, (1.0, 1.8))])
+def test_the_losses_of_a_run_are_those_of_the_adapter_it_keeps(load_best, step, losses, tmp_path):
+    from transformers import TrainerState
+
+    from fastdora.plugin.metrics import _Writer
+
+    log = [(2, 3.0, None), (2, None, 1.9), (4, 2.0, None), (4, None, 1.5), (6, 1.0, None), (6, None, 1.8)]
+    state = TrainerState(global_step=6, max_steps=12, best_global_step=4, best_model_checkpoint="checkpoint-4")
+    state.log_history = [
+        {"step": step} | ({"loss": loss} if loss else {"eval_loss": validation}) for step, loss, validation in log
+    ]
+    writer = _Writer(tmp_path / "metrics.json", torch.tensor([6, 60]), {})
+    writer.started, writer.first_step = 0.0, 0
+    writer.on_train_end(SimpleNamespace(load_best_model_at_end=load_best), state, None)
+    metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert (metrics["adapter_step"], metrics["steps"]) == (step, 6)
+    assert (metrics["final_loss"], metrics["final_eval_loss"]) == losses

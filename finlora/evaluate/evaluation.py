@@ -12,7 +12,7 @@ from finlora.data.test_sets import all_sets, choose
 from finlora.evaluate import forgetting
 from finlora.evaluate.results import RESULTS, Run
 from finlora.models.load import AdapterFacts, adapter_facts, prompts, resolve_adapter
-from finlora.train.runs import check_start, of_recipe
+from finlora.train.runs import TrainedRecipe, check_start, of_recipe
 
 
 @dataclass
@@ -110,8 +110,8 @@ def resolve(request: Request) -> Evaluation:
         raise UserError("RECIPE= says model and adapter already; leave out MODEL=, ADAPTER= and ENDPOINT=, or RECIPE=")
     if not (request.recipe or request.model or request.adapter):
         raise UserError("nothing to evaluate; give RECIPE=<trained recipe>, or MODEL= and ADAPTER= (hub id or folder)")
-    trained = of_recipe(request.recipe, request.tiny) if request.recipe else {}
-    model, adapter, tiny = trained.get("model", request.model), trained.get("adapter"), trained.get("tiny", False)
+    trained = of_recipe(request.recipe, request.tiny) if request.recipe else TrainedRecipe()
+    model, adapter = trained.model or request.model, trained.adapter
     if request.adapter:
         adapter = resolve_adapter(request.adapter)
         check_start(adapter, request.model)
@@ -125,21 +125,21 @@ def resolve(request: Request) -> Evaluation:
         raise UserError(f"PROMPT={request.prompt}: there are {', '.join(prompts())}")
     if request.endpoint and (request.adapter or request.base or not request.model):
         raise UserError("ENDPOINT= takes MODEL=<the name it serves> and neither ADAPTER= nor BASE=1")
-    name = request.name or trained.get("subject") or slug(request.adapter or request.model)
-    sets, folder = sets_and_folder(request, trained.get("default_sets", []), tiny)
+    name = request.name or trained.subject or slug(request.adapter or request.model)
+    sets, folder = sets_and_folder(request, trained.test_sets, trained.tiny)
     return Evaluation(
         request=request,
         name=with_prompt(name, request.prompt),
         model=model,
         adapter=adapter,
         adapter_facts=facts,
-        bits=request.bits or trained.get("bits") or 16,
+        bits=request.bits or trained.bits or 16,
         sets=sets,
         folder=folder,
-        recipe=trained.get("recipe"),
-        tiny=tiny,
-        training=trained.get("training"),
-        trained_on=trained.get("trained_on"),
+        recipe=trained.recipe,
+        tiny=trained.tiny,
+        training=trained.training,
+        trained_on=trained.trained_on,
     )
 
 

@@ -234,7 +234,8 @@ def merge_closest(trained: TrainedModel, into: str | None, limit: int, tokenizer
         collect()
         merged, expected = fold(trained, closest, rows)
     if len(choices) > 1:
-        print(f"taking    {closest}, the closer to the model as trained; INTO= takes the other")
+        other = next(choice for choice in choices if choice != closest)
+        print(f"taking    {closest}, the closer to the model as trained; make merge INTO={other} takes the other")
     return merged, expected, {"into": closest, "from_trained": comparisons, "trained_score": reference.score}
 
 

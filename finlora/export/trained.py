@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastdora.plugin.checksums import weights_sha256
 from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError
@@ -62,21 +60,19 @@ def load_trained(
 
 def _of_recipe(recipe: str, tiny: bool, options: str) -> TrainedModel:
     run = of_recipe(recipe, tiny)
-    folder = run["adapter"]
-    facts, record = adapter_facts(folder), read_json(folder / "run.json")
     return TrainedModel(
-        name=run["recipe"],
+        name=run.recipe,
         options=options,
-        base_model=run["model"],
-        bits=run["bits"],
-        adapter=folder,
-        facts=facts,
-        folder=folder,
-        recipe=run["recipe"],
-        tiny=run["tiny"],
-        test_sets=run["default_sets"],
-        run_record=record,
-        run_config=yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
+        base_model=run.model,
+        bits=run.bits,
+        adapter=run.adapter,
+        facts=adapter_facts(run.adapter),
+        folder=run.adapter,
+        recipe=run.recipe,
+        tiny=run.tiny,
+        test_sets=run.test_sets,
+        run_record=run.record,
+        run_config=run.keys,
     )
 
 

@@ -15,6 +15,7 @@ import yaml
 from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
+from finlora.core.startup import is_verbose
 from finlora.recipes import names as recipe_names
 
 PROMPTS = recipe_names.RECIPES / "prompts"
@@ -152,11 +153,14 @@ def load_base(model: str, bits: int, keep_quantised: bool = False):
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from fastdora import quantized
     from fastdora.plugin import peft_int8
 
     peft_int8.patch()
+    if not is_verbose():
+        logging.disable_progress_bar()  # one for each model that is loaded
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if gpu else torch.float32
     try:

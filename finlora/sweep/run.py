@@ -266,15 +266,12 @@ def why(log: Path, code: int) -> str:
 
 
 def reason(log: Path) -> str | None:
-    """Why a point failed, by its log: its first error line, or the line above one that names no reason."""
+    """Why a point failed, by its log: the first line of an error."""
     if not log.is_file():
         return None
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    for number, line in enumerate(lines):
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("error: "):
-            if train.SEE_ABOVE in line and number:
-                line = lines[number - 1]
-            return line.removeprefix("error: ").replace(f"{ROOT}/", "")
+            return line.removeprefix("error: ").replace(f"{ROOT}/", "").strip()
     return None
 
 

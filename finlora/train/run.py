@@ -8,13 +8,8 @@ import hashlib
 import json
 import os
 import shlex
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError
@@ -29,6 +24,7 @@ from finlora.recipes.recipe import Recipe, on_tiny_base
 from finlora.train import distributed, tiny
 from finlora.train import tracking as track
 from finlora.train.distributed import Launch
+from finlora.train.launch import axolotl, log_file
 from finlora.train.preflight import preflight, prepare_data
 from finlora.train.runs import (
     RunFolder,
@@ -42,7 +38,6 @@ from finlora.train.runs import (
     write_identity,
 )
 
-SEE_ABOVE = "its own messages above say why"  # finlora/sweep/run.py looks for the reason above such a line
 # Keys that a recipe's name decides: ARGS may not change them, or the folder and the adapter would not be the recipe's.
 NAMED = {key for part in ("bits", "r", "alpha", "method", "name") for key in recipe_names.DECIDED_BY[part]}
 ONE_PROCESS = Launch()
@@ -67,6 +62,7 @@ def train(
     check_args(path, args)
     recipe = recipes.load(path)
     rules.check_paths(recipe)
+    track.check_recipe(path, recipe.keys | option_values(args))
     written = on_tiny_base(recipe, tiny_base()) if small else recipe
     as_run, message = distributed.distribute(written, launch)
     hint, zero = distributed.shorter_packs_hint(written, as_run), distributed.stage(as_run.keys)
@@ -87,6 +83,7 @@ def train(
             fetch_base(path, as_run.keys)
             identity = identify(recipe, as_run, args)  # with a hub's model that was fetched
             started = datetime.datetime.now(datetime.timezone.utc)
+            print(f"log       {log_file(config).relative_to(ROOT)} (VERBOSE=1 shows it)", flush=True)
             if not rank:
                 write_identity(out, identity)
                 preprocess(config, args, not needs_gpu, lock, hint)
@@ -154,6 +151,15 @@ def finished_run(path: Path, small: bool, args: list[str]) -> dict[str, Any] | N
     return folder.record if same else None
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether the recipe's folder holds an interrupted run of it, which `train` resumes or begins again."""
+    recipe = recipes.load(path)
+    folder = RunFolder(recipe.output_folder)
+    if folder.identity is None or folder.record:
+        return False
+    return not difference(folder.identity, identify(recipe, recipe, []))
+
+
 def check_args(path: Path, args: list[str]) -> None:
     """UserError where an option of axolotl changes what the recipe's name says."""
     for key, value in option_values(args).items():
@@ -172,55 +178,6 @@ def base_model(keys: dict[str, Any]) -> str:
     """The hub id, or the folder behind the link that the recipe names: `.cache/tiny` may point elsewhere later."""
     folder = ROOT / keys["base_model"]
     return os.path.relpath(folder.resolve(), ROOT) if folder.is_dir() else keys["base_model"]
-
-
-def axolotl(command: str, config: Path, args: list[str], local: bool, lock) -> None:
-    """Run one axolotl command with its output visible; UserError when it fails; Ctrl-C leaves a complete checkpoint.
-
-    local: the base model is small, so nothing is spread over processes. The hub is never asked: `fetch_base` has.
-    """
-    env = os.environ | {
-        "AXOLOTL_DO_NOT_TRACK": os.environ.get("AXOLOTL_DO_NOT_TRACK", "1"),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-        "TOKENIZERS_PARALLELISM": "false",
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a recipe's paths are this repository's
-        "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # torchrun would kill a checkpoint under way after 30 s
-    }
-    if command == "train" or local:
-        # 0: none but this one. Tokens are ready by then, and others would only start anew, axolotl's imports included.
-        env["AXOLOTL_DATASET_NUM_PROC"] = "0"
-    # Its own process group: Ctrl-C reaches it from here alone, and once. The lock goes with it.
-    child = subprocess.Popen(
-        [sys.executable, "-m", "axolotl.cli.main", command, str(config), *args],
-        cwd=ROOT,
-        env=env,
-        start_new_session=True,
-        pass_fds=[lock.fileno()],
-    )
-    try:
-        code = child.wait()
-    except (KeyboardInterrupt, SystemExit):
-        # During preprocess and loading nothing is worth keeping; while steps run the plugin answers with a checkpoint.
-        out = ROOT / yaml.safe_load(config.read_text(encoding="utf-8"))["output_dir"]
-        stepping = command == "train" and (out / "stepping").exists()
-        os.killpg(child.pid, signal.SIGINT if stepping else signal.SIGTERM)
-        if stepping:
-            print("\ninterrupted: finishing the step under way and saving a checkpoint", file=sys.stderr, flush=True)
-        try:
-            child.wait()
-        except KeyboardInterrupt:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-        partial = out / "adapter_model.safetensors"
-        if partial.exists():
-            partial.rename(out / "interrupted_adapter_model.safetensors")
-        print(f"interrupted; run the same command again to resume from {out.relative_to(ROOT)}", file=sys.stderr)
-        raise
-    if code:
-        raise UserError(f"axolotl {command} {config} failed with exit code {code}; {SEE_ABOVE}")
 
 
 def preprocess(config: Path, args: list[str], local: bool, lock, hint: str) -> None:
@@ -271,6 +228,8 @@ def check_adapter(recipe: Recipe, folder: RunFolder, metrics: dict[str, Any]) ->
 def summary(path: Path, record: dict[str, Any]) -> str:
     """What a finished run shows: its adapter, time, speed and loss, and the command that comes next."""
     adapter, metrics = record["adapter"], record["metrics"]
+    step = metrics.get("adapter_step", metrics["steps"])
+    best = f" at step {step}, the best validation" if step < metrics["steps"] else ""
     if record.get("tiny"):
         then = f"make train RECIPE={path.stem} on a GPU, or make demo"
     else:
@@ -280,6 +239,6 @@ def summary(path: Path, record: dict[str, Any]) -> str:
         f"\nadapter   {adapter['file']} ({adapter['bytes'] / 1e6:.1f} MB)\n"
         f"time      {record['seconds']:.0f} s, of them {metrics['seconds']:.0f} s training {metrics['steps']} steps\n"
         f"speed     {metrics['samples_per_second']:.1f} samples/s, {metrics['tokens_per_second']:.0f} tokens/s\n"
-        f"loss      {metrics['final_loss']} (validation {metrics['final_eval_loss']})\n"
+        f"loss      {metrics['final_loss']} (validation {metrics['final_eval_loss']}){best}\n"
         f"next      {then}"
     )

@@ -4,7 +4,7 @@ import datetime
 import fcntl
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -223,13 +223,29 @@ def folder_lock(out: Path, rank: int = 0, make: bool = True):
     return lock
 
 
-def of_recipe(name: str, tiny: bool) -> dict[str, Any]:
-    """A trained recipe's model, adapter, bits, test sets and training. UserError where it is not trained."""
+@dataclass(frozen=True)
+class TrainedRecipe:
+    """What a trained recipe says of itself; all of it is None without a recipe."""
+
+    recipe: str | None = None  # its name
+    subject: str | None = None  # the name of its results
+    model: str | None = None  # the base: folder or hub id
+    adapter: Path | None = None
+    bits: int | None = None  # of the base's weights in training: 16, 8 or 4
+    tiny: bool = False  # trained on a tiny base
+    training: dict[str, Any] | None = None  # metrics, args, seconds, data_from and log
+    trained_on: set[str] | None = None  # as of trained_contexts
+    test_sets: list[str] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)  # run.json
+    keys: dict[str, Any] = field(default_factory=dict)  # recipe.yaml, as it was trained
+
+
+def of_recipe(name: str, tiny: bool) -> TrainedRecipe:
+    """The trained recipe of this name. UserError where it is not trained, or what it was trained from has changed."""
     path = recipe_names.find(name)
     out = output_folder(recipes.load(path).keys, tiny)
     folder, as_run = RunFolder(out), config_file(out)
-    record = folder.record
-    again = f"make train RECIPE={name}{' TINY=1' if tiny else ''}"
+    record, again = folder.record, f"make train RECIPE={name}{' TINY=1' if tiny else ''}"
     if record is None or not as_run.is_file():
         state = "its training is unfinished" if any(out.glob("checkpoint-*")) else "is not trained"
         raise UserError(f"{out.relative_to(ROOT)}: {state}; run `{again}`" + ("" if tiny else ", or add TINY=1"))
@@ -238,22 +254,23 @@ def of_recipe(name: str, tiny: bool) -> dict[str, Any]:
             f"{out.relative_to(ROOT)}: the adapter is not the one that run.json records; run `{again} FORCE=1`"
         )
     check_start(out)
-    recipe = yaml.safe_load(as_run.read_text(encoding="utf-8"))
+    keys = yaml.safe_load(as_run.read_text(encoding="utf-8"))
     parts = recipe_names.parse_name(path.stem) or {}
-    small = tiny or recipe["base_model"].startswith(".cache/")
-    base = record.get("base_model", recipe["base_model"])
-    return {
-        "recipe": path.stem,
-        "subject": path.stem + (".tiny" if tiny else ""),
-        "model": str(ROOT / base) if (ROOT / base).is_dir() else base,
-        "adapter": out,
-        "bits": 8 if recipe.get("load_in_8bit") else 4 if recipe.get("load_in_4bit") else 16,
-        "tiny": small,
-        "training": {key: record[key] for key in ("metrics", "args", "seconds", "data_from") if key in record}
+    base = record.get("base_model", keys["base_model"])
+    return TrainedRecipe(
+        recipe=path.stem,
+        subject=path.stem + (".tiny" if tiny else ""),
+        model=str(ROOT / base) if (ROOT / base).is_dir() else base,
+        adapter=out,
+        bits=8 if keys.get("load_in_8bit") else 4 if keys.get("load_in_4bit") else 16,
+        tiny=tiny or keys["base_model"].startswith(".cache/"),
+        training={key: record[key] for key in ("metrics", "args", "seconds", "data_from") if key in record}
         | {"log": (folder.metrics or {}).get("log", [])},
-        "trained_on": trained_contexts(record),
-        "default_sets": choose([parts["task"] if parts.get("task") in load_tasks() else "sentiment"]),
-    }
+        trained_on=trained_contexts(record),
+        test_sets=choose([parts["task"] if parts.get("task") in load_tasks() else "sentiment"]),
+        record=record,
+        keys=keys,
+    )
 
 
 def check_start(out: Path, model: str | None = None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT, SAMPLE
+from finlora.core.progress import progress
 
 CACHE = ROOT / ".cache"
 SPECIAL = [
@@ -72,6 +73,7 @@ def link(folder: Path) -> None:
 
 def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY):
     """A byte-level BPE tokenizer of these texts with Llama-3.1's special tokens, at most `vocabulary` tokens in all."""
+    # Late, as torch below: the model is mostly there already, and each takes a second or more.
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -100,7 +102,6 @@ def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY):
 
 def _train_model(tokenizer, texts: list[str]):
     import torch
-    from tqdm import tqdm
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -124,15 +125,17 @@ def _train_model(tokenizer, texts: list[str]):
     stream = stream.repeat(-(-(LENGTH + 2) // len(stream)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS, pct_start=0.1)
-    for _ in tqdm(range(STEPS), desc="tiny base model", unit="step", file=sys.stderr, mininterval=1):
-        starts = torch.randint(0, len(stream) - LENGTH, (BATCH,))
-        batch = torch.stack([stream[start : start + LENGTH] for start in starts])
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    with progress("tiny base model", "step") as show:
+        for step in range(STEPS):
+            starts = torch.randint(0, len(stream) - LENGTH, (BATCH,))
+            batch = torch.stack([stream[start : start + LENGTH] for start in starts])
+            loss = model(input_ids=batch, labels=batch).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            show(step + 1, STEPS, f"loss {loss.item():.2f}")
     return model.eval()
 
 

@@ -1,0 +1,75 @@
+"""What every command does first: text is UTF-8, caches can be written, libraries' own messages are off."""
+
+import locale
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+from finlora.core.paths import ROOT, existing, shown
+
+
+def start() -> None:
+    """Prepare this process and those that it starts. Call it before torch and transformers are imported."""
+    use_utf8()
+    use_writable_caches()
+    quiet()
+
+
+def use_utf8() -> None:
+    """Begin this process again in Python's UTF-8 mode where the locale's encoding is another.
+
+    torch 2.13 reads its own sources in the locale's encoding, and fails at its import; rows hold more than ASCII.
+    """
+    if not sys.flags.utf8_mode and locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8"):
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "finlora", *sys.argv[1:]])
+
+
+def use_writable_caches() -> None:
+    """Where nothing can be written below HOME, keep what libraries cache in this repository's .cache, and say so.
+
+    A cache of models that is there stays in use: it is only read.
+    """
+    try:
+        home = Path.home()
+    except RuntimeError:  # no HOME, and no such user: as in a container that runs under another user's number
+        home = Path("/")
+    hub = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "huggingface")
+    caches = {"HF_DATASETS_CACHE": hub / "datasets", "TRITON_CACHE_DIR": home / ".triton"}
+    if not (hub / "hub").is_dir():
+        caches["HF_HUB_CACHE"] = hub / "hub"
+    moved = [name for name, folder in caches.items() if name not in os.environ and not _is_writable(folder)]
+    if moved:
+        print(f"{home}: cannot be written; caches are in {shown(str(ROOT / '.cache'))}", file=sys.stderr)
+    for name in moved:
+        os.environ[name] = str(ROOT / ".cache" / name.lower())
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=existing(folder)):
+            return True
+    except OSError:
+        return False
+
+
+def is_verbose() -> bool:
+    """Whether all that libraries print is shown: VERBOSE=1."""
+    return os.environ.get("VERBOSE", "") not in ("", "0")
+
+
+def quiet() -> None:
+    """Turn off what libraries print while they are imported, unless VERBOSE=1 is set.
+
+    torchao 0.17 warns of kernels for other GPUs, bitsandbytes 0.50 of hub kernels, torch 2.13 of a deprecated call of
+    torchao's, and transformers 5 of models that are loaded as we want them.
+    """
+    if is_verbose():
+        return
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(bitsandbytes|torch|torchao|typer|fla|kernels)\b")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,0 +1,151 @@
+"""Axolotl's commands as child processes: what they print goes to a log, their progress to the screen."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from fastdora.plugin import checkpoints
+from finlora.core.errors import UserError
+from finlora.core.files import read_json
+from finlora.core.paths import ROOT
+from finlora.core.progress import progress
+from finlora.core.startup import is_verbose
+
+# Lines of the log that a person must know: fastdora's warnings, and which rows train.
+TELLING = re.compile(
+    r"\[(?:WARNING|ERROR)\] \[axolotl\.fastdora[\w.]*\] (.*)|\[INFO\] \[axolotl\.fastdora\.rows\] (.*)"
+)
+EXCEPTION = re.compile(r"(?:\[rank\d+\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception): .+)")
+POLL = 0.2  # seconds
+
+
+def axolotl(command: str, config: Path, args: list[str], local: bool, lock: IO) -> None:
+    """Run one axolotl command; UserError with its reason when it fails; Ctrl-C leaves a complete checkpoint.
+
+    local: the base model is small, so nothing is spread over processes. The hub is never asked: `fetch_base` has.
+    """
+    log = log_file(config)
+    with log.open("ab") as output:
+        start = output.tell()
+        # Its own process group: Ctrl-C reaches it from here alone, and once. The lock goes with it.
+        child = subprocess.Popen(
+            [sys.executable, "-m", "axolotl.cli.main", command, str(config), *args],
+            cwd=ROOT,
+            env=environment(command, local),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[lock.fileno()],
+        )
+    try:
+        code = watch(child, log, start, config.parent / "stepping")
+    except (KeyboardInterrupt, SystemExit):
+        interrupt(child, config.parent)
+        raise
+    if code:
+        with log.open("rb") as file:
+            file.seek(start)
+            text = file.read().decode("utf-8", errors="replace")
+        raise UserError(f"{why(text, f'axolotl {command} {config}', code)} (log: {log.relative_to(ROOT)})")
+
+
+def log_file(config: Path) -> Path:
+    """What preprocess and train print; nodes after the first have one each, as their recipes are."""
+    return config.with_name("train.log" if config.name == "recipe.yaml" else f"{config.stem}.log")
+
+
+def environment(command: str, local: bool) -> dict[str, str]:
+    env = os.environ | {
+        "AXOLOTL_DO_NOT_TRACK": os.environ.get("AXOLOTL_DO_NOT_TRACK", "1"),
+        "AXOLOTL_TEE_STDOUT": "0",  # its debug.log would hold our log once more
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "PYTHONUTF8": "1",  # torch reads its own sources in the locale's encoding
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a recipe's paths are this repository's
+        "RAY_USAGE_STATS_ENABLED": os.environ.get("RAY_USAGE_STATS_ENABLED", "0"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # torchrun would kill a checkpoint under way after 30 s
+    }
+    if command == "train" or local:
+        # 0: none but this one. Tokens are ready by then, and others would only start anew, axolotl's imports included.
+        env["AXOLOTL_DATASET_NUM_PROC"] = "0"
+    return env
+
+
+def watch(child: subprocess.Popen, log: Path, start: int, stepping: Path) -> int:
+    """Show what a person must know of the log from byte `start` on, and the steps, until the process ends; its code."""
+    told: set[str] = set()
+    rest = ""
+    with log.open(encoding="utf-8", errors="replace", newline="") as file, progress("training", "step") as show:
+        file.seek(start)
+        while True:
+            code = child.poll()  # before the log is read: nothing comes after its end
+            lines, newline, rest = (rest + file.read()).rpartition("\n")
+            tell(lines + newline, told)
+            if state := read_json(stepping):
+                show(state["step"], state["max_steps"], note(state))
+            if code is not None:
+                tell(rest, told)
+                return code
+            time.sleep(POLL)
+
+
+def tell(text: str, told: set[str]) -> None:
+    """Print lines of the log: all of them with VERBOSE=1, else those that matter, each once."""
+    if is_verbose():
+        print(text, end="", file=sys.stderr, flush=True)
+        return
+    for match in TELLING.finditer(text):
+        line = match[2] or f"warning: {match[1]}"
+        if line not in told:
+            print(line, file=sys.stderr, flush=True)
+        told.add(line)
+
+
+def note(state: dict[str, Any]) -> str:
+    """What the plugin knew when it last logged."""
+    parts = {"loss": "loss {:.3f}", "samples_per_second": "{:.1f} samples/s"}
+    return ", ".join(text.format(state[key]) for key, text in parts.items() if state.get(key) is not None)
+
+
+def why(text: str, what: str, code: int) -> str:
+    """The reason of a failure in what the process printed: the plugin's line, else the last exception."""
+    for line in text.splitlines():
+        if line.startswith("error: "):
+            return line.removeprefix("error: ")
+    if code < 0:
+        hint = "; the machine may be out of memory" if -code == signal.SIGKILL else ""
+        return f"{what} was ended by {signal.Signals(-code).name}{hint}"
+    exceptions = [match[1] for match in map(EXCEPTION.match, text.splitlines()) if match]
+    reason = f": {exceptions[-1][:300]}" if exceptions else "; VERBOSE=1 shows what it prints"
+    return f"{what} failed with exit code {code}{reason}"
+
+
+def interrupt(child: subprocess.Popen, out: Path) -> None:
+    """End a command on Ctrl-C or SIGTERM, and say where the same command will begin.
+
+    During preprocessing and loading nothing is worth keeping; while steps run the plugin answers with a checkpoint.
+    """
+    stepping = (out / "stepping").exists()
+    os.killpg(child.pid, signal.SIGINT if stepping else signal.SIGTERM)
+    if stepping:
+        print("\ninterrupted: finishing the step under way and saving a checkpoint", file=sys.stderr, flush=True)
+    try:
+        child.wait()
+    except KeyboardInterrupt:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    partial = out / "adapter_model.safetensors"
+    if partial.exists():
+        partial.rename(out / "interrupted_adapter_model.safetensors")
+    last = checkpoints.last_whole(out)[0]
+    if last:
+        print(f"interrupted; the same command resumes from {last.name} of {out.relative_to(ROOT)}", file=sys.stderr)
+    else:
+        print("interrupted; no checkpoint was written, the same command begins anew", file=sys.stderr)

@@ -1,0 +1,99 @@
+"""What every command does first, whatever the machine's locale and home folder; and what it shows while it works."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finlora.core import progress as progress_module
+from finlora.core import startup
+from finlora.core.paths import ROOT
+from finlora.core.progress import progress
+
+CACHES = ("HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "TRITON_CACHE_DIR")
+
+
+def test_a_locale_of_another_encoding():
+    """The process begins again in UTF-8 mode: an error's text is printed as it was given."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("LC_")}
+    env |= {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "finlora", "recipes", "--task", "Ä„é"]
+    done = subprocess.run([part.encode() for part in command], cwd=ROOT, env=env, capture_output=True)
+    assert done.returncode == 1 and done.stderr.decode("utf-8").startswith("error: TASK=Ä„é: no such task")
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    for name in CACHES:
+        monkeypatch.delenv(name, raising=False)
+
+    def use(folder: Path, **others: str) -> dict[str, str]:
+        for name, value in ({"HOME": str(folder)} | others).items():
+            monkeypatch.setenv(name, value)
+        startup.use_writable_caches()
+        return {name: os.environ[name] for name in CACHES if name in os.environ}
+
+    return use
+
+
+def test_a_home_that_can_be_written_keeps_its_caches(home, tmp_path, capsys):
+    assert home(tmp_path) == {} and list(tmp_path.iterdir()) == [] and capsys.readouterr().err == ""
+
+
+def test_a_home_that_cannot_be_written(home, capsys):
+    """Not even root can write in /proc."""
+    cache = str(ROOT / ".cache")
+    caches = home(Path("/proc"))
+    assert sorted(caches) == ["HF_DATASETS_CACHE", "HF_HUB_CACHE", "TRITON_CACHE_DIR"]
+    assert all(folder.startswith(cache) for folder in caches.values())
+    assert capsys.readouterr().err == "/proc: cannot be written; caches are in .cache\n"
+    assert home(Path("/proc")) == caches and capsys.readouterr().err == ""  # said once, child processes included
+
+
+def test_caches_that_are_named_or_hold_models_stay(home, tmp_path):
+    (tmp_path / "hub").mkdir()
+    assert home(Path("/proc"), HF_HOME=str(tmp_path)).keys() == {"HF_HOME", "TRITON_CACHE_DIR"}
+
+
+@pytest.mark.parametrize("value, verbose", [(None, False), ("", False), ("0", False), ("1", True)])
+def test_what_libraries_print_is_shown_on_demand(value, verbose, monkeypatch):
+    monkeypatch.delenv("VERBOSE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("VERBOSE", value)
+    assert startup.is_verbose() == verbose
+
+
+def steps(seconds: float, clock: list[float]) -> None:
+    with progress("training", "step") as show:
+        for step in range(5, 101):
+            clock[0] += seconds
+            show(step, 100, f"loss {step}")
+
+
+def test_in_a_pipe_progress_is_a_few_lines(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
+    steps(0.1, clock)
+    assert capsys.readouterr().err.splitlines() == []  # less than ten seconds in all
+    steps(1.0, clock)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "training: 15 of 100 steps, loss 15, 85 s left" and len(lines) == 9
+    assert lines[-1] == "training: 95 of 100 steps, loss 95, 5 s left"
+
+
+def test_on_a_terminal_progress_is_one_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    steps(0, [0.0])
+    assert (
+        "\n" not in screen.getvalue().rstrip("\n")
+        and "100/100" in screen.getvalue()
+        and "loss 100" in screen.getvalue()
+    )
