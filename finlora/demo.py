@@ -38,17 +38,17 @@ def demo(data: Path | None = None) -> dict[str, float]:
     if data is None:
         prepare.prepare("sentiment", tiny.SAMPLE, folder)
         held_out = [(row.context, row.target) for row in rows.read_rows(HELD_OUT)]
-        base, recipe = tiny.build(tiny.sample_texts()), RECIPE
+        base = tiny.build(tiny.sample_texts())
     else:
         prepare.prepare(
             "sentiment", out=folder, options=prepare.Options(file=str(data.absolute()), any_label=True, validation=0.2)
         )
         held_out = list(read_pairs(folder / "validation.jsonl"))
         # The base model learns from the train rows' prompts alone, never from an answer or a held-out row.
-        base, recipe = tiny.build([prompt for prompt, _ in read_pairs(folder / "train.jsonl")]), RECIPE
+        base = tiny.build([prompt for prompt, _ in read_pairs(folder / "train.jsonl")])
     tiny.link(base)
     adapter = OUTPUTS / "demo_r8_dora"
-    record = train(recipe, force=not is_unfinished(recipe))
+    record = train(RECIPE, force=not is_unfinished(RECIPE))
     scores = evaluate(base, adapter, held_out)
     usual, count = Counter(target for _, target in held_out).most_common(1)[0]
     scores["usual"] = count / len(held_out)

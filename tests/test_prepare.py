@@ -406,6 +406,8 @@ OWN_MISTAKES = {
     "label outside the set": ([("a", "A"), ("b", "E")], 2, None, "'E'", *LABELS),
     "label in another case": ([("a", "a")], 1, None, "'a'", *LABELS),
     "label with a space": ([("a", "A ")], 1, None, "'A '", *LABELS),
+    "two of them": ([("a", "E"), ("b", "A"), ("c", "F")], 1, None, "2 rows", "'E' in line 1", "'F' in line 3", *LABELS),
+    "many of them": ([(str(i), f"E{i}") for i in range(9)], 1, None, "9 rows", "'E4' in line 5 and 4 more", *LABELS),
     "long label": ([("a", "x" * 41)], 1, None, f"'{'x' * 40}'", *LABELS),
     "empty answer": ([("a", "A"), ("b", "B"), ("c", "")], 3, "target", "empty", "fill", "remove"),
     "missing answer": ([("a", "A"), ("b", "nan")], 2, "target", "'nan'", "missing", "remove"),

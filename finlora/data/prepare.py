@@ -247,16 +247,14 @@ def _spool(
         digest, before = _sha256(path), _stamp(path)
         correcting = options.labels == "corrected" and not own and applies(name, path)
         left_out: list[LeftOut] = []
+        unknown: list[tuple[int, str]] = []
         unused: dict[str, int] = {}
         first, corrected, unsure = len(lines), 0, 0
         rows = read_rows(path, *columns, left_out=None if own else left_out, unused=unused)
         for row in tqdm(rows, desc=path.name, unit=" rows", disable=None, leave=False):
             target = row.target
             if allowed and target not in allowed:
-                raise UserError(
-                    f"{path}:{row.line}: the answer {target[:40]!r} is none of {', '.join(allowed)};"
-                    " correct it or pass --any-label"
-                )
+                unknown.append((row.line, target[:40]))
             if correcting:
                 target = corrected_target(name, row)
                 corrected += target != row.target
@@ -264,6 +262,8 @@ def _spool(
             lines.append(row.line)
             spool.write(_message_line(row.context, target))
             yield row.context
+        if unknown:
+            raise UserError(_unknown_labels(path, unknown, allowed))
         if _stamp(path) != before:
             raise UserError(f"{path}: changed while it was read; run this again when it is whole")
         sources.append(
@@ -278,6 +278,17 @@ def _spool(
                 unused=list(unused),
             )
         )
+
+
+def _unknown_labels(path: Path, answers: list[tuple[int, str]], allowed: list[str]) -> str:
+    """What to say of an own file's answers, by line, that are no labels: how many there are, and the first of them."""
+    first = ", ".join(f"{answer!r} in line {line}" for line, answer in answers[:5])
+    more = f" and {len(answers) - 5} more" if len(answers) > 5 else ""
+    count = f"the answers of {len(answers)} rows are" if len(answers) > 1 else "the answer of a row is"
+    return (
+        f"{path}:{answers[0][0]}: {count} none of {', '.join(allowed)} ({first}{more}); correct them, or accept any "
+        'answer with ARGS="--any-label"'
+    )
 
 
 def _message_line(context: str, target: str) -> bytes:

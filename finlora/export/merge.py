@@ -235,7 +235,8 @@ def merge_closest(trained: TrainedModel, into: str | None, limit: int, tokenizer
         merged, expected = fold(trained, closest, rows)
     if len(choices) > 1:
         other = next(choice for choice in choices if choice != closest)
-        print(f"taking    {closest}, the closer to the model as trained; make merge INTO={other} takes the other")
+        print(f"taking    {closest}, the closer to the model as trained")
+        print(f"          make merge {trained.options} INTO={other} takes the other")
     return merged, expected, {"into": closest, "from_trained": comparisons, "trained_score": reference.score}
 
 

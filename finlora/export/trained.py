@@ -51,8 +51,8 @@ def load_trained(
     model: the adapter's base (default: the one that the adapter names). bits: of its base in training (default 16).
     Raises UserError where it is not trained, not whole, or not the adapter that run.json records.
     """
-    if bool(recipe) == bool(adapter) or (recipe and model):
-        raise UserError("give RECIPE=<trained recipe>, or ADAPTER=<folder or hub id> and MODEL=<its base>")
+    if bool(recipe) == bool(adapter) or (recipe and (model or bits)):
+        raise UserError("give RECIPE=<trained recipe>, or ADAPTER=<folder or hub id> with MODEL=<its base> and BITS=")
     options = f"RECIPE={recipe}{' TINY=1' if tiny else ''}" if recipe else f"ADAPTER={adapter}"
     options += (f" MODEL={model}" if model else "") + (f" BITS={bits}" if bits else "")
     return _of_recipe(recipe, tiny, options) if recipe else _of_adapter(adapter, model, bits, options)

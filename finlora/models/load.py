@@ -106,7 +106,7 @@ def check_fits(adapter: Path, model: str) -> None:
                 f"is {_times(shape)} where {model} takes {_times(expected)}" if expected else f"is no layer of {model}"
             )
             base = adapter_facts(adapter).base or "another base"
-            raise UserError(f"{adapter}: {name} {need}; it was trained on {base}: name that with MODEL=")
+            raise UserError(f"{adapter}: {name} {need}; it was trained on {base}: name both with ADAPTER= MODEL=")
 
 
 def _times(shape: list[int]) -> str:
@@ -174,7 +174,10 @@ def load_base(model: str, bits: int, keep_quantised: bool = False):
             use_safetensors=True,
         )
     except torch.OutOfMemoryError as error:
-        raise UserError(f"{model}: does not fit on the GPU; free it, or set BITS=4 KEEP_QUANTISED=1") from error
+        raise UserError(
+            f"{model}: does not fit on the GPU; free it, or leave the weights quantised (make eval and make "
+            "chat: KEEP_QUANTISED=1)"
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{model}: cannot be loaded ({_first_line(error)}); fetch it again") from error
     if bits != 16 and not keep_quantised:
