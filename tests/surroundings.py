@@ -3,6 +3,7 @@
 python tests/surroundings.py says in one line what the machine lacks: on a full disk pytest itself cannot say it.
 """
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -44,8 +45,9 @@ def prepare() -> Path:
     """Make the run's folder and point all temporary files and caches there; Unfit where that cannot be done."""
     check()
     for old in Path(tempfile.gettempdir()).glob("finlora-tests-*"):  # of runs that failed or were killed
-        if old.stat().st_uid == os.getuid() and _locked(old):
-            shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # it has just ended
+            if old.stat().st_uid == os.getuid() and _locked(old):
+                shutil.rmtree(old, ignore_errors=True)
     run = Path(tempfile.mkdtemp(prefix="finlora-tests-"))
     _locked(run)
     os.environ["TMPDIR"] = tempfile.tempdir = str(run)

@@ -90,12 +90,12 @@ def test_kept_answers_of_a_base_whose_weights_were_replaced_are_another_models(r
     evaluation = resolve(Request(recipe=NAME, tasks="fpb", base=True, results=tmp_path / "results"))
     base, adapter = evaluation.runs(None)
     assert base.base_sha256 == adapter.base_sha256 == weights_sha256(evaluation.model)
-    prepare_folder(base, evaluation)
-    assert prepare_folder(base, evaluation) == ["fpb"]
+    prepare_folder(base, evaluation, {})
+    assert prepare_folder(base, evaluation, {}) == ["fpb"]
     with refuses("another model", "base_sha256", "FORCE=1"):
-        prepare_folder(replace(base, base_sha256="0" * 64), evaluation)
+        prepare_folder(replace(base, base_sha256="0" * 64), evaluation, {})
     record = tmp_path / "results" / base.subject / "run.json"
     kept = json.loads(record.read_text(encoding="utf-8"))
     del kept["base_sha256"]  # of before 2026-11
     record.write_text(json.dumps(kept), encoding="utf-8")
-    assert prepare_folder(base, evaluation) == ["fpb"]
+    assert prepare_folder(base, evaluation, {}) == ["fpb"]
