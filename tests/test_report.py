@@ -813,7 +813,7 @@ at("next").click();
 found.next = at("count").textContent;
 choose("which", "wrong");
 found.wrong = at("count").textContent;
-choose("scoring", "1");
+choose("scoring", [...at("scoring").options].find(option => option.text === "strict").value);
 found.strict = at("count").textContent;
 found.pair = at("pair").options[1].textContent;
 choose("pair", at("pair").options[1].value);
