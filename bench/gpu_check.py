@@ -168,12 +168,7 @@ def layer_rows() -> dict[str, dict[str, float]]:
     rows = {}
     for bits in (16, 8, 4):
         torch.manual_seed(bits)
-        net = nn.Sequential(nn.Linear(1024, 768)).cuda().bfloat16()
-        if bits != 16:
-            kind = bnb.nn.Linear8bitLt if bits == 8 else bnb.nn.Linear4bit
-            kept = kind(1024, 768, True, False) if bits == 8 else kind(1024, 768, True, torch.bfloat16)
-            kept.load_state_dict({name: tensor.cpu() for name, tensor in net[0].half().state_dict().items()})
-            net[0] = kept.cuda()
+        net = nn.Sequential(quantized_linear(nn.Linear(1024, 768).bfloat16(), bits)).cuda()
         net.is_loaded_in_8bit, net.is_loaded_in_4bit = bits == 8, bits == 4
         config = LoraConfig(r=8, lora_alpha=16, use_dora=True, target_modules=["0"], init_lora_weights=False)
         theirs = get_peft_model(net, config)
@@ -197,6 +192,16 @@ def layer_rows() -> dict[str, dict[str, float]]:
                 pefts = [relative(r, e) for r, e in zip(results, expected, strict=True)]
                 row["against_peft"] = max(own / other for own, other in zip(errors, pefts, strict=True))
     return rows
+
+
+def quantized_linear(layer: nn.Linear, bits: int) -> nn.Linear:
+    """The layer with 8- or 4-bit weights, which bitsandbytes quantizes when they move to the GPU; itself for 16."""
+    if bits == 16:
+        return layer
+    sizes = layer.in_features, layer.out_features, layer.bias is not None
+    made = bnb.nn.Linear8bitLt(*sizes, False) if bits == 8 else bnb.nn.Linear4bit(*sizes, torch.bfloat16)
+    made.load_state_dict({name: tensor.cpu() for name, tensor in layer.half().state_dict().items()})
+    return made
 
 
 def gradients(model: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
@@ -234,13 +239,10 @@ def trained_adapter(bits: int, by_graphs: bool) -> tuple[torch.Tensor, torch.Ten
     )  # fmt: skip
     with torch.device("cuda"):
         base = LlamaForCausalLM(config).bfloat16()
-    for layer in base.model.layers if bits == 8 else ():
-        for block, names in ((layer.self_attn, "q k v o"), (layer.mlp, "gate up down")):
-            for name in (f"{part}_proj" for part in names.split()):
-                weight = getattr(block, name).weight
-                quantised = bnb.nn.Linear8bitLt(*weight.shape[::-1], bias=False, has_fp16_weights=False)
-                quantised.weight = bnb.nn.Int8Params(weight.data.cpu().half(), requires_grad=False)
-                setattr(block, name, quantised.cuda())
+    for block in [*base.model.layers.modules()]:
+        for name, layer in block.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(block, name, quantized_linear(layer, bits).cuda())
     base.is_loaded_in_8bit = bits == 8
     peft = LoraConfig(r=8, use_dora=True, lora_dropout=0.05, target_modules=["q_proj", "k_proj", "v_proj"])
     model = get_peft_model(base, peft)
