@@ -29,20 +29,20 @@ AXOLOTL = "What follows -- goes to axolotl: -- --learning-rate 0.0002"
 
 
 class Number(click.ParamType):
-    """A number above 0, up to `largest` where there is one."""
+    """A number above 0 (or 0, with `or_zero`), up to `largest` where there is one."""
 
     name = "number"
 
-    def __init__(self, kind: type = int, largest: int | None = None):
-        self.kind, self.largest = kind, largest
+    def __init__(self, kind: type = int, largest: int | None = None, or_zero: bool = False):
+        self.kind, self.largest, self.or_zero = kind, largest, or_zero
 
     def convert(self, value: str | float, parameter: click.Parameter | None, context: click.Context | None) -> float:
         try:
             number = self.kind(value)
         except ValueError:
-            number = 0
-        if not 0 < number <= (self.largest or float("inf")):  # nor a NaN
-            range = f"from 1 to {self.largest}" if self.largest else "above 0"
+            number = -1
+        if not (0 < number <= (self.largest or sys.float_info.max) or self.or_zero and number == 0):  # nor a NaN
+            range = f"from 1 to {self.largest}" if self.largest else "of 0 or more" if self.or_zero else "above 0"
             self.fail(f"'{value}' is not a number {range}", parameter, context)
         return number
 
@@ -259,8 +259,11 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option(help="a GPU of finlora/plan/gpus.yaml (default: the one in this machine)")
     ] = None,
-    gpus: Annotated[str, typer.Option(help="number of GPUs")] = "1",
-    price: Annotated[str | None, typer.Option(help="price of one GPU hour, in any currency")] = None,
+    gpus: Annotated[int, typer.Option(click_type=Number(largest=4096), help="number of GPUs")] = 1,
+    price: Annotated[
+        float | None,
+        typer.Option(click_type=Number(float, or_zero=True), help="price of one GPU hour, in any currency, as 2.50"),
+    ] = None,
 ) -> None:
     """Estimate a run before it starts: parameters, memory, time, cost."""
     from finlora.plan import estimate

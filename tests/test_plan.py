@@ -5,6 +5,7 @@ import math
 import re
 import sys
 
+import click
 import pytest
 from failures import failed, refuses
 from hypothesis import given
@@ -344,24 +345,26 @@ def test_rows_that_cannot_be_read(tmp_path):
         plan.rows_of(tmp_path / "r.yaml", keys)
 
 
-@pytest.mark.parametrize("text", ["abc", "", "-1", "nan", "inf", "2,50"])
-def test_a_bad_price(text):
-    with refuses("number", "PRICE=2.50", "GPU", "hour", file=f"PRICE={text}"):
-        plan.price(text)
-    assert plan.price("0") == 0 and plan.price(None) is None
+@pytest.mark.parametrize(
+    ("option", "text", "words"),
+    [("price", text, "0 or more") for text in ("abc", "", "-1", "nan", "inf", "2,50")]
+    + [("gpus", text, "from 1 to 4096") for text in ("none", "0", "-2", "1.5", "9999")],
+)
+def test_a_bad_number(option, text, words):
+    with pytest.raises(click.BadParameter, match=f"^'{text}' is not a number .*{words}") as refused:
+        cli.call(["plan", "ner_r8_dora", f"--{option}", text])
+    assert refused.value.param.name == option
+
+
+def test_a_price_of_0_is_one(capsys):
+    cli.call(["plan", "ner_r8_dora", "--gpu", "h200", "--price", "0"])
+    assert re.search(r"^  cost +0\.00 ", capsys.readouterr().out, re.M)
 
 
 def test_a_mistake_is_one_line(command):
     done = command("finlora", "plan", "sentment_r8_dora", "--gpus", "4")
     assert done.returncode == 1 and not done.stdout and len(done.stderr.splitlines()) == 1
     failed(done, "sentiment_r8_dora", file="RECIPE=sentment_r8_dora")
-
-
-@pytest.mark.parametrize("text", ["none", "0", "-2", "1.5", "9999"])
-def test_a_bad_number_of_gpus(text, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["plan", "ner_r8_dora", "--gpus", text])
-    with refuses("1 to 4096", file=f"GPUS={text}"):
-        cli.call(sys.argv)
 
 
 def test_the_gpu_that_is_here_is_the_default(monkeypatch):

@@ -249,19 +249,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def run(recipe: str, gpu: str | None, gpus: str, price_text: str | None) -> None:
+def run(recipe: str, gpu: str | None, gpus: int, price: float | None) -> None:
     """Print the plan of a recipe."""
-    if not gpus.isdecimal() or not 0 < int(gpus) <= 4096:
-        raise UserError(f"GPUS={gpus}: give a number from 1 to 4096")
     path = recipe_names.find(recipe)
-    print(show(make_plan(path, recipes.load(path).keys, gpu, int(gpus), price(price_text))))
-
-
-def price(text: str | None) -> float | None:
-    try:
-        value = None if text is None else float(text)
-    except ValueError:
-        value = math.nan
-    if value is not None and not 0 <= value < math.inf:
-        raise UserError(f"PRICE={text}: give a number, as in PRICE=2.50, the price of one GPU for an hour")
-    return value
+    print(show(make_plan(path, recipes.load(path).keys, gpu, gpus, price)))
