@@ -24,7 +24,7 @@ from finlora.core.paths import ROOT
 from finlora.data import corrections
 from finlora.data import prepare as preparing
 from finlora.data.neardup import near_duplicate_groups, normalise
-from finlora.data.prepare import Options, _choose_groups, is_current, refresh, why_stale
+from finlora.data.prepare import Options, _choose_groups, refresh, why_stale
 from finlora.data.tasks import load_tasks
 
 SHARED = ROOT.parent / "shared" / "finlora" / "data"
@@ -37,6 +37,10 @@ def prepare(task: str, raw: Path | None = None, out: Path | None = None, **optio
     if "file" in options:
         options["file"] = str(options["file"])
     return preparing.prepare(task, raw, out, Options(**options)).model_dump()
+
+
+def is_current(*place: object, **folders: Path) -> bool:
+    return why_stale(*place, **folders) is None
 
 
 def rows_of(path: Path) -> list[tuple[str, str]]:

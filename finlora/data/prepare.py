@@ -170,11 +170,6 @@ def read_prepared(folder: Path) -> Prepared | None:
         return None
 
 
-def is_current(task: str, raw: Path | None = None, out: Path | None = None) -> bool:
-    """Whether the prepared files are whole and made from the sources as they are now, by their contents' checksums."""
-    return why_stale(task, raw, out) is None
-
-
 def why_stale(
     task: str, raw: Path | None = None, out: Path | None = None, options: Options | None = None
 ) -> str | None:

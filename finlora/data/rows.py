@@ -341,33 +341,28 @@ def _plain(text: str) -> str:
     return text.strip("\ufeff \t").casefold()
 
 
-class _DuplicateKey(ValueError):
-    pass
-
-
-class _NotANumber(ValueError):
-    pass
+class _Complaint(ValueError):
+    """What is wrong with a line that json alone would accept, and what to do."""
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     row = dict(pairs)
     if len(row) != len(pairs):
         keys = [key for key, _ in pairs]
-        raise _DuplicateKey(next(key for key in keys if keys.count(key) > 1))
+        doubled = next(key for key in keys if keys.count(key) > 1)
+        raise _Complaint(f"the key {_show(doubled)} is there twice; keep one")
     return row
 
 
 def _no_constant(text: str) -> None:
-    raise _NotANumber(text)
+    raise _Complaint(f"{text} is not JSON; write a number or a string")
 
 
 def _json_complaint(text: str, line: int, error: Exception) -> str:
     if isinstance(error, RecursionError):
         return f"is nested too deeply; write {EXAMPLE}"
-    if isinstance(error, _DuplicateKey):
-        return f"the key {_show(str(error))} is there twice; keep one"
-    if isinstance(error, _NotANumber):
-        return f"{error} is not JSON; write a number or a string"
+    if isinstance(error, _Complaint):
+        return str(error)
     if not text.strip():
         return "is a blank line; remove it"
     if text.startswith("\ufeff"):
