@@ -11,14 +11,12 @@ Exit code: 0 when nothing needs attention; 1 when something does, when no file i
 """
 
 import re
-from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import yaml
 from ftfy.badness import is_bad
 from tqdm import tqdm
@@ -30,13 +28,12 @@ from finlora.data.corrections import Correction, applies, corrected_target, load
 from finlora.data.fetch import is_right, read_manifest
 from finlora.data.neardup import duplicate_groups
 from finlora.data.prepare import Options, read_prepared
-from finlora.data.rows import LeftOut, Row, read_rows
+from finlora.data.rows import LeftOut, read_rows
 from finlora.data.tasks import Mixture, Task, TestSet, load_tasks
 from finlora.data.tasks import task as find_task
 from finlora.data.tokens import BATCH, Count, chat, find_measure
 
 OUT = ROOT / "data" / "audit"
-COUNTED = 10_000  # different answers of a file that are counted one by one
 FEW = 12  # different answers that the table shows
 SHOWN = 5  # lines that a finding names
 NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(\.\d+)?([eE][-+]?\d+)?%?")
@@ -44,10 +41,7 @@ NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(\.\d+)?([eE][-+]?\d+)?%?")
 # ("Boeing鈥檚"), and characters that are lost for good.
 GARBLED = re.compile(r"\+(?!£\d)[¡-ÿ]|-¦|鈥|\ufffd")
 AROUND = re.compile(r"[\x00-\x7f]{0,5}[^\x00-\x7f]+[\x00-\x7f]{0,5}")
-STANDINGS = ("other", "certain", "unsure")
-
-# By role: the group of each row, of those in the same words and of near-duplicates.
-Groups = dict[str, tuple[np.ndarray, np.ndarray]]
+CORRECTED = "corrected as rows are read (data/corrections.yaml); LABELS=published leaves them"
 
 
 @dataclass(frozen=True)
@@ -63,7 +57,12 @@ class Finding:
 
 @dataclass
 class File:
-    """One file and what is gathered of its rows: each array has one entry a row, in file order."""
+    """One file and what its rows show.
+
+    rows: one a row, in file order. line; context (a hash of the text); target; corrected and standing, in files with
+    corrections; garbled; bytes; words; tokens, where they are counted; same and near: the group of the rows in the same
+    words, and of near-duplicates.
+    """
 
     name: str
     role: str  # "train", or the test set's name
@@ -72,21 +71,9 @@ class File:
     own: bool = False  # the user's rows in place of the train file
     columns: tuple[str, str] = ("context", "target")
     status: str = "read"
-    rows: int = 0
-    lines: array = field(default_factory=lambda: array("Q"))
-    contexts: array = field(default_factory=lambda: array("q"))  # hashes of the texts as they are
-    answers: array = field(default_factory=lambda: array("q"))
-    standings: array = field(default_factory=lambda: array("B"))  # places in STANDINGS, for files with corrections
-    tokens: array = field(default_factory=lambda: array("I"))
-    counts: Counter = field(default_factory=Counter)
-    corrected: Counter = field(default_factory=Counter)
-    certain: Counter = field(default_factory=Counter)  # published labels of the rows that are corrected
-    outside: dict[str, list[int]] = field(default_factory=dict)
+    rows: pd.DataFrame = field(default_factory=pd.DataFrame)
     left_out: list[LeftOut] = field(default_factory=list)
     unused: dict[str, int] = field(default_factory=dict)  # columns that are not read
-    garbled: list[int] = field(default_factory=list)
-    numbers: int = 0
-    longest: tuple[int, int, int] = (0, 0, 0)  # bytes, words, line
     findings: list[Finding] = field(default_factory=list)
 
     def find(self, text: str, done: str, lines: Iterable[int] = (), attention: bool = False) -> None:
@@ -121,15 +108,15 @@ def audit(
     for each in files:
         if not each.path.exists():
             each.status = "absent"
-    groups = _duplicate_groups([each for each in files if each.status == "read"], count)
+    _read([each for each in files if each.status == "read"], count)
     table = []
     for each in files:
         if each.status == "absent":
             table.append({"file": each.name, "role": each.role, "status": each.status})
             continue
-        table.append(_examine(each, entry, groups, measure))
-        if each is not train and "train" in groups:
-            table[-1]["in_train"] = _overlap(each, train, groups)
+        table.append(_examine(each, entry, measure))
+        if each is not train and train.status != "absent":
+            table[-1]["in_train"] = _overlap(each, train)
     return {
         "task": task,
         "released": entry.released,
@@ -150,30 +137,29 @@ def _measure(task: str, tokenizer: Path | None, sequence_len: int | None) -> tup
     return {"tokenizer": measure.tokenizer, "stand_in": measure.stand_in, "sequence_len": length}, measure.count
 
 
-def _duplicate_groups(files: list[File], count: Count | None) -> Groups:
-    """Read the files, gathering what each row shows; by role, the groups of its rows in the same words and near."""
+def _read(files: list[File], count: Count | None) -> None:
+    """Read the files, gathering what each row shows, and group the rows of all of them."""
     same, near = duplicate_groups(text for file in files for text in _contexts(file, count))
-    groups, start = {}, 0
+    start = 0
     for file in files:
-        end = start + file.rows
-        groups[file.role] = same[start:end], near[start:end]
+        end = start + len(file.rows)
+        file.rows["same"], file.rows["near"] = same[start:end], near[start:end]
         start = end
-    return groups
 
 
-def _examine(file: File, entry: Task | Mixture, groups: Groups, measure: dict[str, Any]) -> dict[str, Any]:
+def _examine(file: File, entry: Task | Mixture, measure: dict[str, Any]) -> dict[str, Any]:
     """Add what one file shows to its findings and return its entry of the table."""
-    same, near = groups[file.role]
     test = entry.tests.get(file.role)
-    conflicts = _conflicts(file, same)
-    summary = _summary(file, same, near, len(conflicts), measure.get("sequence_len"))
+    # The rows whose words another row of the file has with a different answer.
+    conflicts = file.rows[file.rows.groupby("same").target.transform("nunique") > 1]
+    summary = _summary(file, len(conflicts), measure.get("sequence_len"))
     if test and entry.mixture_of:
         return summary  # the findings about a mixture's test sets are those of their own tasks
     pinned = not file.own and _compare(file, test.rows if test else entry.train_rows, test)
-    _judge(file, summary["repeats"], near, conflicts, pinned)
+    _judge(file, summary, conflicts, pinned)
     if test and test.metric in ("accuracy", "accuracy_f1"):
         _judge_scoring(file)
-    if file.tokens:
+    if "tokens" in summary:
         _judge_length(file, summary["tokens"], measure)
     return summary
 
@@ -202,92 +188,76 @@ def looks_garbled(text: str) -> bool:
 
 def _contexts(file: File, count: Count | None) -> Iterator[str]:
     """Yield the file's contexts while everything else about its rows is gathered; a broken file ends at its flaw."""
-    rows = read_rows(file.path, *file.columns, left_out=file.left_out, unused=file.unused)
     ruled = not file.own and applies(file.name, file.path)
-    batch, room = [], BATCH
+    columns: dict[str, list[Any]] = {name: [] for name in ("line", "context", "target", "garbled", "bytes", "words")}
+    columns |= {"corrected": [], "standing": []} if ruled else {}
+    tokens, batch, room = [], [], BATCH
+    rows = read_rows(file.path, *file.columns, left_out=file.left_out, unused=file.unused)
     try:
         for row in tqdm(rows, desc=file.path.name, unit=" rows", disable=None, leave=False):
-            _note(file, row, ruled)
+            columns["line"].append(row.line)
+            # Python's own hashes differ from run to run, which is all the same for telling rows of one run apart.
+            columns["context"].append(hash(row.context))
+            columns["target"].append(row.target)
+            columns["garbled"].append(looks_garbled(row.context) or looks_garbled(row.target))
+            columns["bytes"].append(len(row.context.encode()) + len(row.target.encode()))
+            columns["words"].append(len(row.context.split()) + len(row.target.split()))
+            if ruled:
+                columns["corrected"].append(corrected_target(file.name, row))
+                columns["standing"].append(standing(file.name, row))
             if count:
                 batch.append(chat(row.context, row.target))
                 room -= len(batch[-1])
                 if room < 0:
-                    file.tokens.extend(count(batch))
+                    tokens += count(batch)
                     batch, room = [], BATCH
             yield row.context
     except UserError as error:
         file.status = "broken"
         file.find(f"cannot be read to its end: {error}", "fix the file: nothing can be trained on it", attention=True)
-    if batch:
-        file.tokens.extend(count(batch))
+    if count:
+        columns["tokens"] = tokens + count(batch)
+    file.rows = pd.DataFrame(columns)
 
 
-def _note(file: File, row: Row, ruled: bool) -> None:
-    line, context, target = row
-    file.rows += 1
-    file.lines.append(line)
-    # Python's own hashes differ from run to run, which is all the same for telling rows of one run apart.
-    file.contexts.append(hash(context))
-    file.answers.append(hash(target))
-    if target in file.counts or len(file.counts) < COUNTED:
-        file.counts[target] += 1
-    if file.labels is not None and target not in file.labels:
-        file.outside.setdefault(target, []).append(line)
-    if target[-1].isdigit() or target[-1] == "%":
-        file.numbers += bool(NUMBER.fullmatch(target))
-    if looks_garbled(context) or looks_garbled(target):
-        file.garbled.append(line)
-    if 4 * (len(context) + len(target)) > file.longest[0]:
-        size = len(context.encode()) + len(target.encode())
-        if size > file.longest[0]:
-            file.longest = (size, len(context.split()) + len(target.split()), line)
-    if ruled:
-        kind = standing(file.name, row)
-        file.standings.append(STANDINGS.index(kind))
-        if kind == "certain":
-            file.certain[target] += 1
-        file.corrected[corrected_target(file.name, row)] += 1
-
-
-def _summary(
-    file: File, same: np.ndarray, near: np.ndarray, conflicts: int, sequence_len: int | None
-) -> dict[str, Any]:
+def _summary(file: File, conflicts: int, sequence_len: int | None) -> dict[str, Any]:
     """The file's entry in the table."""
-    different = len(np.unique(_numbers(file.answers)))
+    rows = file.rows
+    answers = rows.target.value_counts().sort_index().to_dict()
+    listed = file.labels is not None or len(answers) <= FEW
     summary = {
         "file": file.name,
         "role": file.role,
         "status": file.status,
-        "rows": file.rows,
-        "labels": dict(sorted(file.counts.items())) if file.labels is not None or different <= FEW else None,
-        "labels_corrected": (dict(sorted(file.corrected.items())) or None) if different <= FEW else None,
-        "different_answers": different,
-        "answers_that_are_numbers": file.numbers,
+        "rows": len(rows),
+        "labels": answers if listed else None,
+        "labels_corrected": rows.corrected.value_counts().sort_index().to_dict()
+        if listed and "corrected" in rows
+        else None,
+        "different_answers": len(answers),
+        "answers_that_are_numbers": sum(times for answer, times in answers.items() if NUMBER.fullmatch(answer)),
         # Rows that repeat an earlier one: letter for letter; in the same words, those included; nearly, all included.
         "repeats": {
-            "exact": file.rows - len(np.unique(_numbers(file.contexts))),
-            "same_words": file.rows - len(np.unique(same)),
-            "near": file.rows - len(np.unique(near)),
+            "exact": int(rows.context.duplicated().sum()),
+            "same_words": int(rows.same.duplicated().sum()),
+            "near": int(rows.near.duplicated().sum()),
         },
         "conflicts": conflicts,
-        "garbled": len(file.garbled),
-        "longest": dict(zip(("bytes", "words", "line"), file.longest, strict=True)),
+        "garbled": int(rows.garbled.sum()),
+        "longest": dict.fromkeys(("bytes", "words", "line"), 0),
     }
-    if file.tokens:
-        tokens = _numbers(file.tokens)
+    if len(rows):
+        summary["longest"] = {key: int(rows.loc[rows.bytes.idxmax(), key]) for key in summary["longest"]}
+    if len(rows) and "tokens" in rows:
         summary["tokens"] = {
-            "longest": int(tokens.max()),
-            "line": file.lines[int(tokens.argmax())],
-            "median": int(np.median(tokens)),
-            "p99": int(np.quantile(tokens, 0.99)),
-            "all": int(tokens.sum()),
-            "too_long": int((tokens > sequence_len).sum()) if sequence_len else None,
+            "longest": int(rows.tokens.max()),
+            "line": int(rows.line[rows.tokens.idxmax()]),
+            "median": int(rows.tokens.median()),
+            "p99": int(rows.tokens.quantile(0.99)),
+            "all": int(rows.tokens.sum()),
+            "too_long": int((rows.tokens > sequence_len).sum()) if sequence_len else None,
         }
     return summary
-
-
-def _numbers(values: array) -> np.ndarray:
-    return np.frombuffer(values, values.typecode) if values else np.zeros(0, values.typecode)
 
 
 def _compare(file: File, rows: int | None, test: TestSet | None) -> bool:
@@ -296,88 +266,85 @@ def _compare(file: File, rows: int | None, test: TestSet | None) -> bool:
     pinned = entry is not None and is_right(file.path, entry)
     if entry and not pinned:
         file.find("its checksum is not the manifest's", "fetch it again, or pass your own as FILE=", attention=True)
-    found = file.rows + len(file.left_out)
-    if rows and found != rows and file.status == "read":
-        file.find(f"it has {found:,} rows and not {rows:,} (data/tasks.yaml)", "fetch it again", attention=True)
+    count = len(file.rows) + len(file.left_out)
+    if rows and count != rows and file.status == "read":
+        file.find(f"it has {count:,} rows and not {rows:,} (data/tasks.yaml)", "fetch it again", attention=True)
     if test and test.source_counts:
         _compare_counts(file, test.source_counts)
     correction = load_corrections().get(file.name)
-    if correction and not file.standings:
+    if correction and "standing" not in file.rows:
         text = "it is not the file that data/corrections.yaml knows"
-        file.find(text, "its labels are taken as they stand", attention=True)
+        file.find(text, "its labels are taken as they are", attention=True)
     elif correction and correction.rows:
         _compare_rows(file, correction)
     elif correction and correction.answers:
-        text = f"{_rows(len(correction.answers))} with a wrong answer"
-        file.find(
-            text, "corrected as rows are read (data/corrections.yaml); LABELS=published leaves them", correction.answers
-        )
+        file.find(f"{_rows(len(correction.answers))} with a wrong answer", CORRECTED, correction.answers)
     return pinned
 
 
 def _compare_counts(file: File, documented: dict[str, int]) -> None:
-    exchange = find_exchange(file.counts, documented)
+    counts = file.rows.target.value_counts().to_dict()
+    exchange = find_exchange(counts, documented)
     if exchange == {}:
         return
-    both = f"the file has {_listed(file.counts)}, the source {_listed(documented)}"
+    both = f"the file has {_listed(counts)}, the source {_listed(documented)}"
     if exchange is None:
         file.find(f"label counts are not the source's: {both}", "find out why before you score on it", attention=True)
         return
     names = ", ".join(f"'{published}' stands for {right}" for published, right in exchange.items())
     text = f"labels are exchanged: {both}; the counts fit when {names}"
-    if file.corrected == documented:
-        file.find(text, "corrected as rows are read (data/corrections.yaml); LABELS=published leaves them")
+    if "corrected" in file.rows and file.rows.corrected.value_counts().to_dict() == documented:
+        file.find(text, CORRECTED)
     else:
         file.find(text, "not corrected: add it to data/corrections.yaml", attention=True)
 
 
 def _compare_rows(file: File, correction: Correction) -> None:
     """Count the rows that a correction holds for, and look whether the file agrees with the reasons for it."""
-    standings, contexts = _numbers(file.standings), _numbers(file.contexts)
-    _, first, group, copies = np.unique(contexts, return_index=True, return_inverse=True, return_counts=True)
+    rows = file.rows.assign(copies=file.rows.groupby("context").context.transform("size"))
     for kind, done in (
-        ("certain", "corrected as rows are read (data/corrections.yaml); LABELS=published leaves them"),
+        ("certain", CORRECTED),
         ("unsure", "kept as published: by its own text such a row may come from another data set"),
     ):
-        rows = np.flatnonzero(standings == STANDINGS.index(kind))
-        texts = first[standings[first] == STANDINGS.index(kind)]
-        often = Counter(copies[group[texts]].tolist()).most_common(3)
-        shown = ", ".join(f"{count:,} stand {times} times" for times, count in often)
-        labels = f" ({_listed(file.certain)})" if kind == "certain" and len(rows) else ""
-        if len(rows):
-            text = f"{len(rows):,} rows have exchanged labels, {kind}{labels}; of their {len(texts):,} texts {shown}"
-            file.find(text, done, _numbers(file.lines)[rows])
-    expected = correction.rows.source_counts
-    corrected = Counter()
-    for label, count in file.certain.items():
-        corrected[correction.labels.get(label, label)] += count
-    if file.certain and _distance(corrected, expected) >= _distance(file.certain, expected):
+        some = rows[rows.standing == kind]
+        if len(some):
+            often = some.drop_duplicates("context").copies.value_counts()
+            shown = ", ".join(f"{count:,} stand {times} times" for times, count in often.head(3).items())
+            labels = f" ({_listed(some.target.value_counts())})" if kind == "certain" else ""
+            text = f"{len(some):,} rows have exchanged labels, {kind}{labels}; of their {often.sum():,} texts {shown}"
+            file.find(text, done, some.line)
+    certain = rows[rows.standing == "certain"]
+    published, corrected, expected = certain.target, certain.corrected, correction.rows.source_counts
+    if len(certain) and _distance(corrected.value_counts(), expected) >= _distance(published.value_counts(), expected):
         text = "the published labels of the rows to be corrected are nearer to the source's shares than the corrected"
         file.find(text, "find out why; until then use LABELS=published", attention=True)
-    copied = (standings == STANDINGS.index("certain")) & (copies[group] >= correction.rows.not_copied)
-    if copied.any():
-        text = f"{copied.sum():,} rows to be corrected stand {correction.rows.not_copied} times or more"
+    copied = certain[certain.copies >= correction.rows.not_copied]
+    if len(copied):
+        text = f"{len(copied):,} rows to be corrected stand {correction.rows.not_copied} times or more"
         text += " and so come from another data set"
-        file.find(text, "find out why; until then use LABELS=published", _numbers(file.lines)[copied], attention=True)
+        file.find(text, "find out why; until then use LABELS=published", copied.line, attention=True)
 
 
-def _distance(one: dict[str, int], other: dict[str, int]) -> float:
+def _distance(one: Mapping[str, int], other: Mapping[str, int]) -> float:
     """How far the shares of two label counts are apart: total variation, from 0 to 1."""
-    first, second = sum(one.values()), sum(other.values())
-    return sum(abs(one.get(key, 0) / first - other.get(key, 0) / second) for key in one.keys() | other.keys()) / 2
+    first, second = (pd.Series(counts, dtype=float) / sum(counts.values()) for counts in map(dict, (one, other)))
+    return first.sub(second, fill_value=0).abs().sum() / 2
 
 
-def _judge(file: File, repeats: dict[str, int], near: np.ndarray, conflicts: np.ndarray, pinned: bool) -> None:
+def _judge(file: File, summary: dict[str, Any], conflicts: pd.DataFrame, pinned: bool) -> None:
     """Add what the rows of one file show by themselves."""
+    rows, repeats = file.rows, summary["repeats"]
     if file.unused:
         text = f"columns that are neither context nor target: {', '.join(file.unused)}"
         file.find(text, "not read", file.unused.values())
-    for target, lines in list(file.outside.items())[:SHOWN]:
-        text = f"{target[:60]!r} is none of the task's labels ({_rows(len(lines))})"
-        file.find(text, "correct the rows, or the labels in data/tasks.yaml", lines, attention=True)
-    if len(file.outside) > SHOWN:
-        text = f"{len(file.outside) - SHOWN:,} more answers are none of the task's labels"
-        file.find(text, "as above", attention=True)
+    outside = rows[~rows.target.isin(file.labels)] if file.labels is not None else rows[:0]
+    for number, (target, lines) in enumerate(outside.groupby("target", sort=False).line):
+        if number < SHOWN:
+            text = f"{target[:60]!r} is none of the task's labels ({_rows(len(lines))})"
+            file.find(text, "correct the rows, or the labels in data/tasks.yaml", lines, attention=True)
+    more = outside.target.nunique() - SHOWN
+    if more > 0:
+        file.find(f"{more:,} more answers are none of the task's labels", "as above", attention=True)
     for reason in sorted({reason for _, reason in file.left_out}):
         lines = [line for line, why in file.left_out if why == reason]
         done = "correct or remove them: `make data` refuses them" if file.own else "left out and counted by `make data`"
@@ -385,45 +352,27 @@ def _judge(file: File, repeats: dict[str, int], near: np.ndarray, conflicts: np.
     if repeats["near"]:
         text = f"{_rows(repeats['near'])} nearly the same as an earlier one, {repeats['same_words']:,} of them in the "
         text += f"same words, {repeats['exact']:,} letter for letter"
-        if file.own:
-            done = "kept: validation rows have no copy or near-duplicate in training"
-        elif file.role == "train":
-            done = "kept: FinLoRA repeats rows for balance; validation rows have no copy or near-duplicate in training"
-        else:
-            done = "kept: the published scores count them"
-        file.find(text, done, _numbers(file.lines)[_later(near)])
+        done = "kept: the published scores count them"
+        if file.role == "train":
+            done = "kept: " + "FinLoRA repeats rows for balance; " * (not file.own)
+            done += "validation rows have no copy or near-duplicate in training"
+        file.find(text, done, rows.line[rows.near.duplicated()])
     if len(conflicts):
         text = f"{_rows(len(conflicts))} with the words of another one and a different answer"
-        file.find(text, "kept: which one is right is not certain", _numbers(file.lines)[conflicts])
-    if file.numbers and file.labels is None:
-        file.find(f"{file.numbers:,} answers are numbers", "read as text, digit for digit as the file has them")
-    if file.garbled:
-        text = f"{_rows(len(file.garbled))} with garbled characters (read with a wrong code page, or lost)"
-        file.find(text, "kept: the published scores were made with them", file.garbled)
-
-
-def _later(groups: np.ndarray) -> np.ndarray:
-    """The rows whose group has an earlier row."""
-    _, first = np.unique(groups, return_index=True)
-    return np.setdiff1d(np.arange(len(groups)), first)
-
-
-def _conflicts(file: File, same: np.ndarray) -> np.ndarray:
-    """The rows whose words another row of the file has with a different answer."""
-    _, text = np.unique(same, return_inverse=True)
-    _, answer = np.unique(_numbers(file.answers), return_inverse=True)
-    _, first = np.unique(text * (len(text) + 1) + answer, return_index=True)
-    answers_of_text = np.bincount(text[first], minlength=1)
-    return np.flatnonzero(answers_of_text[text] > 1)
+        file.find(text, "kept: which one is right is not certain", conflicts.line)
+    numbers = summary["answers_that_are_numbers"]
+    if numbers and file.labels is None:
+        file.find(f"{numbers:,} answers are numbers", "read as text, digit for digit as the file has them")
+    if summary["garbled"]:
+        text = f"{_rows(summary['garbled'])} with garbled characters (read with a wrong code page, or lost)"
+        file.find(text, "kept: the published scores were made with them", rows.line[rows.garbled])
 
 
 def _judge_scoring(file: File) -> None:
     """FinLoRA's scorer takes the earliest answer of the file that stands in a prediction: a prefix ties with it."""
-    answers = {target.lower() for target in file.counts}
-    tied = 0
-    for target, count in file.counts.items():
-        lower = target.lower()
-        tied += count * any(lower[:end] in answers for end in range(1, len(lower)))
+    targets = file.rows.target.str.lower()
+    answers = set(targets)
+    tied = sum(any(target[:end] in answers for end in range(1, len(target))) for target in targets)
     if tied:
         text = f"{_rows(tied)} whose right answer begins with another one of the file, which FinLoRA's scorer may take"
         file.find(text, "scored both as FinLoRA does, made deterministic, and strictly")
@@ -442,19 +391,18 @@ def _judge_length(file: File, tokens: dict[str, Any], measure: dict[str, Any]) -
     file.find(text, done, [tokens["line"]], attention=file.role == "train" and not measure["stand_in"])
 
 
-def _overlap(test: File, train: File, groups: Groups) -> dict[str, int]:
+def _overlap(test: File, train: File) -> dict[str, int]:
     """Count the test rows whose text is in the train file too, in the same words and nearly; of own rows, those."""
     inside, outside = (train, test) if train.own else (test, train)
-    same, near = (
-        np.flatnonzero(np.isin(groups[inside.role][index], groups[outside.role][index])) for index in range(2)
-    )
+    same = inside.rows.same.isin(outside.rows.same).sum()
+    near = inside.rows[inside.rows.near.isin(outside.rows.near)]
     if len(near):
-        text = f"{_rows(len(near))} nearly the same as one of {outside.name}, {len(same):,} of them in the same words"
+        text = f"{_rows(len(near))} nearly the same as one of {outside.name}, {same:,} of them in the same words"
         done = "kept in both, as published: a good score on them may be memory"
         if train.own:
             done = f"remove them: they are test rows, and a score on {test.role} would be memory"
-        inside.find(text, done, _numbers(inside.lines)[near], attention=train.own)
-    return {"same_words": len(same), "near": len(near)}
+        inside.find(text, done, near.line, attention=train.own)
+    return {"same_words": int(same), "near": len(near)}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -520,7 +468,7 @@ def _rows(count: int) -> str:
     return f"{count:,} row" if count == 1 else f"{count:,} rows"
 
 
-def _listed(counts: dict[str, int]) -> str:
+def _listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{label} {count:,}" for label, count in sorted(counts.items()))
 
 

@@ -16,6 +16,7 @@ import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -216,25 +217,14 @@ def _parquet(path: Path, columns: Columns) -> Values:
     file_name, number = _name(path), 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            columns.check(file_name, 1, "column", schema.names)
-            for name, numbers in (columns.context, False), (columns.target, True):
-                kind = schema.field(name).type
-                text = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-                if not (
-                    pyarrow.types.is_string(text)
-                    or pyarrow.types.is_large_string(text)
-                    or (numbers and (pyarrow.types.is_integer(text) or pyarrow.types.is_decimal(text)))
-                ):
-                    what = f"the column {_show(name)} is {_show(str(kind), 60)} and not text"
-                    raise UserError(f"{file_name}: {what}; save it as strings")
+            columns.check(file_name, 1, "column", file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024, columns=[columns.context, columns.target]):
                 for context, target in zip(*(_values(batch[name]) for name in batch.schema.names), strict=True):
                     number += 1
                     where = f"{file_name}: row {number}"
-                    target = Number(target) if target is not None and type(target) is not str else target
+                    target = Number(target) if type(target) in (int, Decimal) else target  # floats have no one text
                     for name, value in (columns.context, context), (columns.target, target):
-                        if value is not None and len(value) > LIMIT:
+                        if isinstance(value, str) and len(value) > LIMIT:
                             raise UserError(f"{where}: {_show(name)} is longer than {LIMIT >> 20} MiB; cut the row")
                     yield number, where, context, target
     except UnicodeDecodeError as error:
@@ -390,7 +380,7 @@ def _unreadable(path: Path, error: OSError | ValueError) -> UserError:
 
 def _kind(value: object) -> str:
     kinds = {dict: "an object", list: "an array", bool: "true or false", Number: "a number", str: "a string"}
-    return kinds.get(type(value), "null")
+    return kinds.get(type(value)) or ("null" if value is None else f"of the type {type(value).__name__}")
 
 
 def _name(path: Path) -> str:
