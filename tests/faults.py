@@ -44,7 +44,9 @@ class OutOfMemory(NotFinite):
         torch.cuda.max_memory_allocated = lambda *args: 39 * 2**30
         torch.cuda.memory_allocated = lambda *args: 10 * 2**30
         torch.cuda.is_available = lambda: True  # for watchdog's look at the memory before the first step
-        torch.accelerator.current_device_index = lambda: 0  # torch's DataLoader asks too, where CUDA is built in
+        # Where CUDA is built into torch its DataLoader asks as well, and would pin memory on the card.
+        torch.accelerator.current_device_index = lambda: 0
+        trainer.args.dataloader_pin_memory = False
         raise_at = {2: "CUDA out of memory. Tried to allocate 5.00 GiB. GPU 0 has a total capacity of 39.50 GiB"}
 
         def fault(step, loss):
