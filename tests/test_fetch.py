@@ -217,9 +217,8 @@ def manifest_of(*files) -> bytes:
     ("content", "words"),
     [
         (None, ["cannot be read|unreadable", "No such file", "git"]),
-        (b"{", ["cannot be read|unreadable", "parsing", "git"]),
-        (b"\xff", ["cannot be read|unreadable", "utf-8", "git"]),
-        (b"[]", ["no files", "git"]),
+        (b"\xff", ["not UTF-8", "git"]),
+        (b"[]", ["mapping", "git"]),
         (b'{"repository": "r", "commit": "c"}', ["'files'", "missing"]),
         (manifest_of({}), ["files: 0", "'path'", "missing"]),
         (manifest_of(5), ["files: 0", "mapping", "path"]),

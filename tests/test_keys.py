@@ -51,7 +51,7 @@ def test_a_recipe_is_read_as_utf8_yaml(recipe):
         ('a: 1\nb: 2\nc: "\a"\n', 3, ["not valid YAML", "control character 0x07", "remove"]),
         ('"a\\nb": 1\n"a\\nb": 2\n', 2, ["key 'a\\nb'", "twice", "keep one"]),
         ("", None, ["is empty", "mapping"]),
-        ("- a: 1\n", None, ["is not a mapping", "mapping of axolotl's keys"]),
+        ("- a: 1\n", None, ["is not a mapping", "write a mapping"]),
         (b"a: 1 # \xfc\n", None, ["not UTF-8", "byte 7", "save it as UTF-8"]),
     ],
 )

@@ -15,7 +15,7 @@ from finlora.train import launch
 
 @pytest.fixture
 def child(tmp_path, monkeypatch):
-    """A function that runs `axolotl train` with a program in axolotl's place; its config, lock and log are real."""
+    """A function that runs an axolotl command with a program in axolotl's place; its config, lock and log are real."""
     package = tmp_path / "modules" / "axolotl" / "cli"
     package.mkdir(parents=True)
     (package.parent / "__init__.py").touch()
@@ -26,12 +26,12 @@ def child(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
     monkeypatch.delenv("VERBOSE", raising=False)
 
-    def call(program: str, verbose: bool = False) -> Path:
+    def call(program: str, verbose: bool = False, command: str = "preprocess") -> Path:
         (package / "main.py").write_text(f"import sys, os, time\nout = {str(out)!r}\n{program}", encoding="utf-8")
         if verbose:
             monkeypatch.setenv("VERBOSE", "1")
         with (tmp_path / "lock").open("w") as lock:
-            launch.axolotl("train", out / "recipe.yaml", ["--launcher", "python"], True, lock)
+            launch.axolotl(command, out / "recipe.yaml", ["--launcher", "python"], True, lock)
         return out / "train.log"
 
     return call
@@ -53,6 +53,10 @@ def test_what_a_person_must_know_is_shown_once_and_the_rest_is_in_the_log(child,
     shown = capfd.readouterr()
     lines = ["train: 9 rows, 99 tokens, 18 of them answers", "warning: checkpoint-4 is broken"]
     assert shown.out == "" and shown.err.splitlines() == lines
+    child(CHATTER, command="train")
+    assert capfd.readouterr().err.splitlines() == lines[1:]  # its rows were told before
+    log.unlink()
+    child(CHATTER)
     text = log.read_text(encoding="utf-8")
     assert "torchao" in text and "'--launcher', 'python'] 1 1" in text
     child("print('the next command')")
@@ -81,7 +85,7 @@ FAILURES = {
     "the plugin's own line": ("sys.exit('\\nerror: own.yaml: key x is wrong')", ["own.yaml: key x is wrong"]),
     "an exception": (
         "raise ValueError('first')",
-        ["axolotl train", "recipe.yaml failed with exit code 1", "ValueError: first"],
+        ["axolotl preprocess", "recipe.yaml failed with exit code 1", "ValueError: first"],
     ),
     "the last of several": ("try: 1 / 0\nexcept ZeroDivisionError: raise OSError('then')", ["OSError: then"]),
     "of one process": (

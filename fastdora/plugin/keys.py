@@ -52,7 +52,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); check its path and permissions") from error
     try:
         recipe = yaml.load(text, _StrictLoader)  # noqa: S506 (a SafeLoader)
     except RecipeError as error:
@@ -66,7 +66,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: line {line}: not valid YAML ({error.problem}); fix that line") from error
     if not isinstance(recipe, dict):
         what = "is empty" if recipe is None else "is not a mapping"
-        raise RecipeError(f"{path}: {what}; a recipe is a mapping of axolotl's keys")
+        raise RecipeError(f"{path}: {what}; write a mapping of keys to values")
     return recipe
 
 

@@ -65,11 +65,15 @@ def quiet() -> None:
     """Turn off what libraries print while they are imported, unless VERBOSE=1 is set.
 
     torchao 0.17 warns of kernels for other GPUs, bitsandbytes 0.50 of hub kernels, torch 2.13 of a deprecated call of
-    torchao's, and transformers 5 of models that are loaded as we want them.
+    torchao's, DeepSpeed 0.18 of a machine without a GPU, and transformers 5 of models that are loaded as intended.
     """
     if is_verbose():
         return
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Not a level: DeepSpeed sets its own when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # bars, lm-eval's and the hub's, that would fill a pipe
     warnings.filterwarnings("ignore", module=r"(bitsandbytes|torch|torchao|typer|fla|kernels)\b")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, WrapValidator, model_validator
 
+from fastdora.plugin.keys import RecipeError, read_recipe
 from finlora.core.errors import UserError, did_you_mean
 
 Model = TypeVar("Model", bound="Record")
@@ -46,20 +46,17 @@ def expecting(what: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-def read_table(path: Path, holds: str) -> dict[str, Any]:
-    """The entries of a YAML file by name, not yet checked. `holds` names them in the plural ("tasks").
+def read_table(path: Path, plural: str) -> dict[str, Any]:
+    """The entries of a YAML file by name, not yet checked. `plural` names them ("tasks").
 
     Raises UserError where the file cannot be read, is no mapping, is empty, or has a key twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        _refuse_duplicates(path, yaml.compose(text, yaml.SafeLoader))
-        table = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be read ({reason}); restore it from git") from error
-    if not isinstance(table, dict) or not table:
-        raise UserError(f"{path}: has no {holds}; restore it from git")
+        table = read_recipe(path)
+    except RecipeError as error:
+        raise UserError(f"{error}, or restore it from git") from error
+    if not table:
+        raise UserError(f"{path}: has no {plural}; restore it from git")
     return table
 
 
@@ -73,15 +70,3 @@ def read_entry(path: Path, name: str | None, entry: Any, record: type[Model]) ->
         reason = first.get("ctx", {}).get("error", first["msg"])
         place = [path, name, *first["loc"]] if name else [path, *first["loc"]]
         raise UserError(": ".join(map(str, [*place, reason]))) from error
-
-
-def _refuse_duplicates(path: Path, node: yaml.Node | None) -> None:
-    """YAML itself lets the last of two equal keys win without a word."""
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen = set()
-    for key, value in node.value:
-        if key.value in seen:
-            raise UserError(f"{path}: line {key.start_mark.line + 1}: the key {key.value!r} is there twice; keep one")
-        seen.add(key.value)
-        _refuse_duplicates(path, value)

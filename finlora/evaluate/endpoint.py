@@ -20,9 +20,9 @@ import openai
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from openai.types.chat import ChatCompletion
-from tqdm import tqdm
 
 from finlora.core.errors import UserError
+from finlora.core.progress import progress
 
 RETRIES = 8  # half a minute where the server does not say how long to wait
 TIMEOUT = 120  # seconds: a busy server queues requests
@@ -65,8 +65,12 @@ class Endpoint(LM):
         self.check_address()
         pool = ThreadPoolExecutor(AT_ONCE)
         try:
-            answers = pool.map(self._answer, [request.args for request in requests])
-            return list(tqdm(answers, total=len(requests), desc="requests", disable=disable_tqdm))
+            answers = []
+            with progress("answers", "row") as show:
+                for answer in pool.map(self._answer, [request.args for request in requests]):
+                    answers.append(answer)
+                    show(len(answers), len(requests))
+            return answers
         finally:
             pool.shutdown(cancel_futures=True)
 

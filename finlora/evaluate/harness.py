@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from tqdm import tqdm
 
 from finlora.core.errors import UserError
+from finlora.core.progress import progress
 from finlora.models.generate import Answer, generate
 
 CPU_BATCH_TOKENS = 8192  # padded tokens at a time, prompts and answers: 2 GiB of an 8B model's float32 cache
@@ -49,8 +49,9 @@ class BatchedHFLM(HFLM):
         # Requests with equal options stand together, the longest first: what does not fit fails at once.
         left = sorted(range(len(asked)), key=lambda index: (json.dumps(asked[index][1]), -len(ids[index])))
         budget = self.batch_tokens or batch_tokens(self.model)
-        with tqdm(total=len(asked), desc="answers", disable=disable_tqdm) as bar:
+        with progress("answers", "row") as show:
             while left:
+                show(len(asked) - len(left), len(asked))
                 options = normalize_gen_kwargs(asked[left[0]][1])
                 longest = len(ids[left[0]]) + options["max_gen_toks"]
                 if longest > self.max_length:
@@ -68,7 +69,6 @@ class BatchedHFLM(HFLM):
                     answers[index] = answer.text
                     self.tokens[asked[index][0]] = len(ids[index]), answer.tokens, answer.ended
                     self.cache_hook.add_partial("generate_until", asked[index], answer.text)
-                bar.update(len(batch))
                 left = left[len(batch) :]
         return answers
 
@@ -109,14 +109,16 @@ class BatchedHFLM(HFLM):
         answers: list = [None] * len(requests)
         left = sorted(range(len(requests)), key=lambda index: -lengths[index])
         budget = self.batch_tokens or batch_tokens(self.model, logits=True)
-        while left:
-            longest = lengths[left[0]]
-            group = [index for index in left if 4 * lengths[index] >= 3 * longest]
-            self.batch_size_per_gpu = batch_size(budget, longest)
-            answered = super().loglikelihood([requests[index] for index in group], disable_tqdm=disable_tqdm)
-            for index, answer in zip(group, answered, strict=True):
-                answers[index] = answer
-            left = left[len(group) :]
+        with progress("choices", "request") as show:
+            while left:
+                show(len(requests) - len(left), len(requests))
+                longest = lengths[left[0]]
+                group = [index for index in left if 4 * lengths[index] >= 3 * longest]
+                self.batch_size_per_gpu = batch_size(budget, longest)
+                answered = super().loglikelihood([requests[index] for index in group], disable_tqdm=True)
+                for index, answer in zip(group, answered, strict=True):
+                    answers[index] = answer
+                left = left[len(group) :]
         return answers
 
 

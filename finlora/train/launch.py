@@ -16,10 +16,10 @@ from finlora.core.paths import ROOT
 from finlora.core.progress import progress
 from finlora.core.startup import is_verbose
 
-# Lines of the log that a person must know: fastdora's warnings, and which rows train.
-TELLING = re.compile(
-    r"\[(?:WARNING|ERROR)\] \[axolotl\.fastdora[\w.]*\] (.*)|\[INFO\] \[axolotl\.fastdora\.rows\] (.*)"
-)
+# Lines of the log that a person must know: fastdora's warnings, and which rows train. `train` reads the rows again.
+WARNING = r"\[(?:WARNING|ERROR)\] \[axolotl\.fastdora[\w.]*\] (?P<warning>.*)"
+ROWS = r"\[INFO\] \[axolotl\.fastdora\.rows\] (?P<rows>.*)"
+TELLING = {"train": re.compile(WARNING), "preprocess": re.compile(f"{WARNING}|{ROWS}")}
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception): .+)")
 POLL = 0.2  # seconds
 
@@ -43,7 +43,7 @@ def axolotl(command: str, config: Path, args: list[str], local: bool, lock: IO) 
             pass_fds=[lock.fileno()],
         )
     try:
-        code = watch(child, log, start, config.parent / "stepping")
+        code = watch(child, log, start, TELLING[command])
     except (KeyboardInterrupt, SystemExit):
         interrupt(child, config.parent)
         raise
@@ -78,31 +78,31 @@ def environment(command: str, local: bool) -> dict[str, str]:
     return env
 
 
-def watch(child: subprocess.Popen, log: Path, start: int, stepping: Path) -> int:
+def watch(child: subprocess.Popen, log: Path, start: int, telling: re.Pattern) -> int:
     """Show what a person must know of the log from byte `start` on, and the steps, until the process ends; its code."""
     told: set[str] = set()
-    rest = ""
+    stepping, rest = log.with_name("stepping"), ""
     with log.open(encoding="utf-8", errors="replace", newline="") as file, progress("training", "step") as show:
         file.seek(start)
         while True:
             code = child.poll()  # before the log is read: nothing comes after its end
             lines, newline, rest = (rest + file.read()).rpartition("\n")
-            tell(lines + newline, told)
+            tell(lines + newline, telling, told)
             if state := read_json(stepping):
                 show(state["step"], state["max_steps"], note(state))
             if code is not None:
-                tell(rest, told)
+                tell(rest, telling, told)
                 return code
             time.sleep(POLL)
 
 
-def tell(text: str, told: set[str]) -> None:
-    """Print lines of the log: all of them with VERBOSE=1, else those that matter, each once."""
+def tell(text: str, telling: re.Pattern, told: set[str]) -> None:
+    """Print lines of the log: all of them with VERBOSE=1, else those that are telling, each once."""
     if is_verbose():
         print(text, end="", file=sys.stderr, flush=True)
         return
-    for match in TELLING.finditer(text):
-        line = match[2] or f"warning: {match[1]}"
+    for match in telling.finditer(text):
+        line = f"warning: {match['warning']}" if match["warning"] else match["rows"]
         if line not in told:
             print(line, file=sys.stderr, flush=True)
         told.add(line)

@@ -239,6 +239,10 @@ def summary(path: Path, record: dict[str, Any]) -> str:
         f"\nadapter   {adapter['file']} ({adapter['bytes'] / 1e6:.1f} MB)\n"
         f"time      {record['seconds']:.0f} s, of them {metrics['seconds']:.0f} s training {metrics['steps']} steps\n"
         f"speed     {metrics['samples_per_second']:.1f} samples/s, {metrics['tokens_per_second']:.0f} tokens/s\n"
-        f"loss      {metrics['final_loss']} (validation {metrics['final_eval_loss']}){best}\n"
+        f"loss      {_digits(metrics['final_loss'])} (validation {_digits(metrics['final_eval_loss'])}){best}\n"
         f"next      {then}"
     )
+
+
+def _digits(loss: float | None) -> str:
+    return "none" if loss is None else f"{loss:.4f}"
