@@ -1,6 +1,7 @@
 """BERTScore F1 (Zhang et al. 2020, section 3) on any BERT-like encoder: no idf weights, no rescaling with a baseline.
 
-Equal to the authors' bert-score 0.3.13 for BERT encoders, and right where that stops: on empty answers.
+Equal to the authors' bert-score 0.3.13 for BERT encoders pair by pair, and right where that is not: it stops on empty
+answers, and in a batch padding is the best match, of similarity 0, of tokens whose similarities are all negative.
 """
 
 import sys
