@@ -32,11 +32,15 @@ def rows(test_set: str, folder: str = str(RAW), labels: str = "corrected", **_: 
 def results(doc: dict[str, Any], answers: list[str]) -> dict[str, tuple[str, str, str]]:
     """process_results: (set, answer, target) for each scoring; the aggregations below score a set as a whole."""
     answer = (doc["set"], answers[0], doc["target"])
-    return {"finlora": answer, "strict": answer}
+    return {"finlora": answer, "read": answer, "strict": answer}
 
 
 def finlora(answers: list[tuple[str, str, str]]) -> float:
     return _accuracy(answers, "finlora")
+
+
+def read(answers: list[tuple[str, str, str]]) -> float:
+    return _accuracy(answers, "read")
 
 
 def strict(answers: list[tuple[str, str, str]]) -> float:

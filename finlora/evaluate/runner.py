@@ -29,7 +29,7 @@ from finlora.evaluate import forgetting
 from finlora.evaluate.evaluation import Evaluation, Request, resolve
 from finlora.evaluate.lengths import Length, answer_length
 from finlora.evaluate.results import Row, Run, SetResult, kept_result, kept_rows, write_record, write_set
-from finlora.evaluate.scorers import bertscore_items, scorings, summary
+from finlora.evaluate.scorers import after_answer, bertscore_items, scorings, summary
 from finlora.models.load import check_fits, template_sha256
 from finlora.train.runs import folder_lock
 
@@ -286,7 +286,8 @@ def add_bertscore(rows: list[dict[str, Any]], request: Request) -> str:
     from finlora.evaluate.bertscore import bertscore
 
     encoder, layer, named = encoder_named(request)
-    values = bertscore([row["answer"] for row in rows], [row["target"] for row in rows], encoder, layer)
+    answers = [after_answer(row["answer"]) for row in rows]
+    values = bertscore(answers, [row["target"] for row in rows], encoder, layer)
     for row, value in zip(rows, values, strict=True):
         row["bertscore"] = value
     return named

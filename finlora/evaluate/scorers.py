@@ -1,4 +1,4 @@
-"""Answers scored: by FinLoRA's rules with their ties decided, and strictly beside.
+"""Answers scored: by FinLoRA's rules with their ties decided, as a person reads them, and strictly.
 
 A scorer turns the answers of a test set into items, a dictionary of equally long lists: row (index of the answer),
 target, predicted (the class for F1), right (0 to 1) and unparsed; finlora/evaluate/results.py adds the row's group. An
@@ -7,42 +7,25 @@ On every test set answers equal to the targets score 1.0 and answers that hold n
 labels nor PYTHONHASHSEED changes a score.
 """
 
-import ast
 import math
-import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from fractions import Fraction
 from functools import partial
-from itertools import product
 
 import numpy as np
 
 from finlora.core.errors import UserError
 from finlora.data.tasks import TestSet
+from finlora.evaluate import reading
+from finlora.evaluate.quantities import Number, calculation, number
 
 Items = dict[str, list]
 
 UNPARSED = "unparsed"
 # Besides the strict scorer these sets have one that takes a number within 1% of the target.
 NUMERIC = ("formula", "xbrl_extract_value", "xbrl_extract_formula_calculations")
-TWO_DECIMALS = 0.005 + 1e-9  # half a unit of the second decimal and a float's noise
-EXACT = 1e-9  # of the number's size: a float's noise
-
-SIGNS = str.maketrans({"−": "-", "–": "-", "×": "*", "÷": "/"})
-NUMBER = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?(?![0-9])"
-PLAIN = re.compile(rf"([-+]?)\s*[$€£]?\s*({NUMBER})\s*(%?)")
-TERM = re.compile(rf"[$€£]?\s*({NUMBER})\s*(%?)")
-DATE = re.compile(r"[0-9]{1,4}([-/])[0-9]{1,2}\1[0-9]{1,4}")
-LONGEST_CALCULATION = 500  # characters; what is longer could exhaust Python's parser
-OPERATIONS = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.Pow: operator.pow,
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-}
+TWO_DECIMALS = Fraction(1, 200)  # half a unit of the second decimal
 
 
 def scorings(name: str, spec: TestSet) -> dict[str, Callable[[Sequence[str], Sequence[str]], Items]]:
@@ -52,7 +35,7 @@ def scorings(name: str, spec: TestSet) -> dict[str, Callable[[Sequence[str], Seq
     """
     if spec.metric == "bertscore_f1":
         return {}
-    ways = {"finlora": partial(finlora, spec), "strict": partial(strict, spec)}
+    ways = {"finlora": partial(finlora, spec), "read": partial(read, spec), "strict": partial(strict, spec)}
     if name == "nwgi":
         ways["three classes"] = partial(_three_classes, spec)
     if name in NUMERIC:
@@ -69,14 +52,20 @@ def finlora_label(answer: str, labels: Iterable[str]) -> str:
     return _earliest(answer, _lowered(labels)) or answer
 
 
+def after_answer(answer: str) -> str:
+    """What FinLoRA measures of an answer: what stands after its last "Answer:", without white space around it."""
+    return answer.rpartition("Answer:")[2].strip()
+
+
 def finlora(spec: TestSet, answers: Sequence[str], targets: Sequence[str]) -> Items:
     """FinLoRA's score: an answer is right when its earliest label (finlora_label) equals the target, case aside.
 
     The labels are the targets given, whatever the table of tasks says; fewer rows have fewer labels and are easier.
-    Several tags are compared by their place: a missing one is empty, surplus ones are left out. For F1 a wrong answer
-    is a class of its own under its raw text, so it hardly ever counts against another class's precision.
+    Several tags are compared by their place, without line breaks: a missing one is empty, surplus ones are left out.
+    For F1 a wrong answer is a class of its own under its text (after_answer), so it hardly ever counts against another
+    class's precision.
     """
-    rows = list(_rows(spec, answers, targets))
+    rows = list(_rows(spec, [after_answer(answer) for answer in answers], targets))
     labels = _lowered(target for _, _, target in rows)
     items = _no_items()
     for row, answer, target in rows:
@@ -90,17 +79,17 @@ def strict(spec: TestSet, answers: Sequence[str], targets: Sequence[str], share:
     """The strict score: the whole answer must be the target, not merely hold it.
 
     Case, spaces, and quotes or punctuation around the answer do not count. Where the table of tasks lists labels, only
-    a label is an answer. Where the target is a number ("$1,234.50", "(5)" for -5, "2e6", "12.5%" as 12.5 or 0.125) it
-    is compared to two decimals in Financial Math, which asks for two, and exactly elsewhere; a calculation with numbers
-    ("(3 - 1) / 4") is compared by its value; `share` tolerates that part of the target's size (0.01: 1%). Anything else
-    is compared as text. Several tags are compared by their place as in finlora().
+    a label is an answer. A number ("$1,234.50", "(5)" for -5, "2e6") is compared exactly, in Financial Math to the two
+    decimals that it asks for; there 12.5% is 12.5 or 0.125 as well, elsewhere a percentage is one in both or in none. A
+    calculation with numbers ("(3 - 1) / 4") is compared by its exact value, and no number is one. `share` tolerates
+    that part of the target's size (0.01: 1%). Anything else is compared as text. Several tags are compared by their
+    place as in finlora().
     Predicted is "unparsed" for an answer that has no letter or digit, is no label, is no number or calculation where
     the target is one, or is several words where the target is one.
     """
     rows = list(_rows(spec, answers, targets))
     closed, tags = spec.labels is not None, spec.metric == "tag_accuracy_f1"
-    # A target that the table does not list is an answer all the same.
-    spellings = {_plain(text): text for text in sorted({*(spec.labels or ()), *(target for *_, target in rows)})}
+    spellings = _spellings(spec, rows)
     items = _no_items()
     for row, answer, target in rows:
         given, wanted = _plain(answer), _plain(target)
@@ -109,17 +98,45 @@ def strict(spec: TestSet, answers: Sequence[str], targets: Sequence[str], share:
             predicted = target
         elif closed:
             predicted = spellings.get(given) or spellings.get(given.strip("()[]{}"), UNPARSED)
-        elif not tags and (numbers := _number(target) or _calculation(target)):
-            found = _number(answer) or ([] if _number(target) else _calculation(answer))
-            slack = TWO_DECIMALS if spec.metric == "accuracy" else EXACT * abs(numbers[0])
-            if _near(found, numbers, slack, share):
-                predicted = target
+        elif not tags and (goal := number(wanted) or calculation(target)):
+            found = number(given) if isinstance(goal, Number) else calculation(answer)
+            if found is None:
+                predicted = UNPARSED
             else:
-                predicted = spellings.get(given, given) if found else UNPARSED
+                predicted = target if _equals(spec, goal, share)(found) else spellings.get(given, given)
         else:
             prose = " " in given and " " not in wanted
             predicted = spellings.get(given, UNPARSED if prose or not re.search(r"\w", given) else given)
         _add(items, row, target, predicted, predicted == target, predicted == UNPARSED != target)
+    return items
+
+
+def read(spec: TestSet, answers: Sequence[str], targets: Sequence[str]) -> Items:
+    """As a person reads it (finlora/evaluate/reading.py): the strictly right, and what names the target and no other.
+
+    Predicted is the label, number or tag that it names instead, and "unparsed" where it names none or several.
+    """
+    items = strict(spec, answers, targets)
+    closed, tags = spec.labels is not None, spec.metric == "tag_accuracy_f1"
+    rows = list(_rows(spec, [reading.named(answer) for answer in answers], targets, re.compile(r"[,;\n]")))
+    spellings = _spellings(spec, rows)
+    find = reading.finder(spellings.values())
+    for place, (_, text, target) in enumerate(rows):
+        if items["right"][place]:
+            continue
+        verdict, instead, target = None, _plain(text), items["target"][place]
+        if not closed and not tags and (goal := number(_plain(target)) or calculation(target)):
+            reads = reading.read_number if isinstance(goal, Number) else reading.read_calculation
+            verdict = reads(text, _equals(spec, goal))
+        elif not closed and re.search(r"[a-z]", target) and reading.FORMULA.fullmatch(target.replace("us-gaap:", "")):
+            verdict = reading.read_formula(text, target)
+        elif len(names := find(text) | (set() if closed else reading.tags(text))) == 1:
+            (name,) = names
+            verdict = _plain(name.removeprefix("us-gaap:")) == _plain(target.removeprefix("us-gaap:"))
+            instead = spellings.get(_plain(name), _plain(name))
+        predicted = UNPARSED if verdict is None else target if verdict else instead
+        items["predicted"][place], items["right"][place] = predicted, float(bool(verdict))
+        items["unparsed"][place] = verdict is None
     return items
 
 
@@ -184,17 +201,32 @@ def _three_classes(spec: TestSet, answers: Sequence[str], targets: Sequence[str]
     return items
 
 
-def _rows(spec: TestSet, answers: Sequence[str], targets: Sequence[str]) -> Iterator[tuple[int, str, str]]:
-    """Yield (index of the answer, answer, target) of each item."""
+def _rows(
+    spec: TestSet, answers: Sequence[str], targets: Sequence[str], between: re.Pattern = re.compile(",")
+) -> Iterator[tuple[int, str, str]]:
+    """Yield (index of the answer, answer, target) of each item; `between` stands between the tags of an answer."""
     for row, (answer, target) in enumerate(zip(answers, targets, strict=True)):
         if spec.metric != "tag_accuracy_f1":
             yield row, answer, target
             continue
-        given = [tag.strip() for tag in answer.split(",")]
-        wanted = [tag.strip() for tag in target.split(",")]
+        given = [tag.strip().replace("\n", "") for tag in between.split(answer)]
+        wanted = [tag.strip().replace("\n", "") for tag in target.split(",")]
         given += [""] * (len(wanted) - len(given))
         for answer_tag, target_tag in zip(given, wanted, strict=False):  # leaves out surplus answers
             yield row, answer_tag, target_tag
+
+
+def _spellings(spec: TestSet, rows: Sequence[tuple[int, str, str]]) -> dict[str, str]:
+    """Labels by what _plain makes of them. A target that the table does not list is an answer all the same."""
+    return {_plain(text): text for text in sorted({*(spec.labels or ()), *(target for *_, target in rows)})}
+
+
+def _equals(spec: TestSet, goal: Number | Fraction, share: float = 0.0) -> Callable[[Number | Fraction], bool]:
+    """Whether a number or a calculation's value is as near to the target's as the set asks."""
+    asked = spec.metric == "accuracy"  # Financial Math: two decimals; rates are percentages or fractions of one
+    if isinstance(goal, Number):
+        return lambda found: found.equals(goal, TWO_DECIMALS if asked else Fraction(0), share, asked)
+    return lambda found: abs(found - goal) <= Fraction(share) * abs(goal)
 
 
 def _no_items() -> Items:
@@ -222,54 +254,3 @@ def _plain(text: str) -> str:
     text = re.sub(r"\s*([-+*/^()=])\s*", r"\1", " ".join(text.lower().split()))
     # A full stop in front belongs to a number.
     return text.lstrip(" \"'`“”‘’«»*").rstrip(" \"'`“”‘’«»*.,;:!?")
-
-
-def _number(text: str) -> list[float]:
-    """The number that a text is, [12.5] or for a percentage [12.5, 0.125]; nothing where it is something else."""
-    text = _plain(text).translate(SIGNS)
-    negative = text.startswith("(") and text.endswith(")")
-    match = PLAIN.fullmatch(text[1:-1] if negative else text)
-    if not match:
-        return []
-    value = float(match[2].replace(",", ""))
-    if negative or match[1] == "-":
-        value = -value
-    return ([value, value / 100] if match[3] else [value]) if math.isfinite(value) else []
-
-
-def _calculation(text: str) -> list[float]:
-    """The value of a calculation with + - * / ^ and brackets; nothing where the text is something else or a date.
-
-    Of "a = b = c" it is the first part that is one.
-    """
-    text = text.translate(SIGNS).replace("^", "**").strip(" \"'`")
-    if len(text) > LONGEST_CALCULATION or DATE.fullmatch(text):
-        return []
-    for part in text.split("="):
-        terms = TERM.sub(lambda match: f"({float(match[1].replace(',', ''))!r}{'/100' * bool(match[2])})", part)
-        if re.search(r"[^-+*/()\s]", TERM.sub("", part)):
-            continue
-        try:
-            value = _value(ast.parse(terms.strip(), mode="eval").body)
-        except (ArithmeticError, SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
-            continue
-        if isinstance(value, float) and math.isfinite(value):
-            return [value]
-    return []
-
-
-def _value(node: ast.expr) -> float | complex:
-    """Raises TypeError for anything but numbers and OPERATIONS."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATIONS:
-        return OPERATIONS[type(node.op)](_value(node.operand))
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
-        return OPERATIONS[type(node.op)](_value(node.left), _value(node.right))
-    raise TypeError(ast.dump(node))
-
-
-def _near(found: list[float], wanted: list[float], slack: float, share: float) -> bool:
-    if len(found) == len(wanted):  # two percentages are compared as such
-        found, wanted = found[:1], wanted[:1]
-    return any(abs(one - other) <= max(slack, share * abs(other)) for one, other in product(found, wanted))
