@@ -175,7 +175,8 @@ def test_explanations_are_measured_with_the_encoder_that_is_named(evaluate, test
     encoder = str(make_encoder(tmp_path / "encoder", layers=3))
     about, rows = read(evaluate("--encoder", encoder, "--layer", "2", tasks="xbrl_term")[0], "xbrl_term")
     assert about["metric"] == "bertscore_f1" and about["encoder"] == "encoder, layer 2"
-    expected = bertscore([row["answer"] for row in rows], [row["target"] for row in rows], encoder, 2)
+    answers, targets = zip(*[(row["answer"].rpartition("Answer:")[2], row["target"]) for row in rows], strict=True)
+    expected = bertscore(answers, targets, encoder, 2)
     assert [row["bertscore"] for row in rows] == expected and 0 < max(expected) < 1
     monkeypatch.setattr(models, "load_base", None)  # no weights are loaded from here on
     about, again = read(evaluate("--encoder", encoder, "--layer", "1", tasks="xbrl_term")[0], "xbrl_term")

@@ -338,7 +338,7 @@ def test_all_answers_can_be_looked_through_right_and_wrong(reported):
     assert [(row[0], row[2], row[3]) for row in rows] == [(row["row"], row["target"], row["answer"]) for row in kept]
     scores = rows_of(shown, "sentiment_r8_dora", "fpb")[0]
     assert sum(row[5][0] for row in rows) == pytest.approx(scores.score.accuracy * 240)
-    assert sum(row[5][1] for row in rows) == pytest.approx(scores.others["strict"].accuracy * 240)
+    assert sum(row[5][2] for row in rows) == pytest.approx(scores.others["strict"].accuracy * 240)
     assert "seen in training" in rows[0][6] and not any("seen" in mark for mark in rows[1][6])
     assert {row[4] for row in rows if row[3] == "I think it is mixed."} == {"unparsed"}
     empty = answers_of(folder, "sentiment_r8_dora", "xbrl_term")[7]
