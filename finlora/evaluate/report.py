@@ -345,7 +345,8 @@ def average_table(models: list[Model]) -> Table:
     body = []
     for model, comparable in itertools.product(models, (True, False)):
         for mean in averages(model.rows, comparable):
-            small = f"{len(mean.sets)} sets, {mean.labels} labels" + (", other rows" if not comparable else "")
+            small = f"{len(mean.sets)} set{'s' * (len(mean.sets) > 1)}, {mean.labels} labels"
+            small += "" if comparable else ", other rows"
             theirs = [figure_cell(mean.published.get(name)) for name in BESIDE]
             body.append([Cell(model.name, href=f"#{model.id}"), Cell(mean.of, small, title=", ".join(mean.sets))])
             body[-1] += [score_cell(mean), *theirs]
