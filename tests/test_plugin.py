@@ -1,4 +1,4 @@
-"""The plugin under axolotl's own commands: what it refuses, what it mends, and that equal runs are equal."""
+"""The plugin under axolotl's own commands: what it refuses, what it sets right, and that equal runs are equal."""
 
 import hashlib
 import json
@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from failures import says
+from axolotl.utils.dict import DictDefault
+from failures import refuses, says
+
+from fastdora.plugin import rows
+from fastdora.plugin.keys import RecipeError
 
 pytestmark = pytest.mark.xdist_group("axolotl")
 
@@ -162,6 +166,38 @@ def test_a_row_that_is_longer_than_the_bases_positions_is_refused(axolotl, recip
     code, output = axolotl("preprocess", path := recipe(base_model=str(base)))
     assert code == 1
     refused(output, "16 positions", "set it to 16", file=path, key="sequence_len")
+
+
+def test_rows_that_fill_no_batch_are_refused(axolotl, recipe, tmp_path):
+    """Axolotl would end with exit code 0, and with an adapter that was not trained."""
+    write_rows(tmp_path / "train.jsonl", 3)
+    code, output = train(axolotl, path := recipe(micro_batch_size=4, sequence_len=256))
+    assert code == 1 and not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    refused(output, "fill no batch of 4 packs", "lower it", file=path, key="micro_batch_size")
+
+
+@pytest.mark.parametrize(
+    "message, key, words",
+    [
+        (
+            "eval dataset split is too small for sample_packing.",
+            "eval_sample_packing",
+            ["no pack", "set it to false"],
+        ),
+        ("Sequence encountered with 9 tokens, which exceeds the maximum 8.", "sequence_len", ["9 tokens", "raise it"]),
+        ("no train split found for dataset {a}\nmore", "datasets", ["no train split found for dataset {a}"]),
+    ],
+)
+def test_what_axolotl_refuses_in_rows_names_its_key(message, key, words, monkeypatch, tmp_path):
+    """In place of axolotl's loading stands its error: each needs rows of its own, and seconds."""
+
+    def load(cfg):
+        raise ValueError(message)
+
+    monkeypatch.setattr(rows, "load_datasets", load)
+    cfg = DictDefault({"axolotl_config_path": "mine.yaml", "base_model": str(tmp_path), "datasets": []})
+    with refuses(*words, error=RecipeError, file="mine.yaml", key=key):
+        rows.load(cfg)
 
 
 def test_rows_without_an_answer_are_refused(axolotl, recipe, tmp_path):

@@ -27,12 +27,14 @@ def load(cfg) -> TrainDatasetMeta:
     try:
         meta = load_datasets(cfg=cfg)
     except ValueError as error:
-        if "longer than" in str(error) or "exceed" in str(error).lower():
-            raise RecipeError(
-                f"{cfg.axolotl_config_path}: key 'sequence_len': {error}; raise it, "
-                "or set excess_length_strategy: drop to leave those rows out"
-            ) from error
-        raise
+        remedies = {  # by words of axolotl's messages (0.19.0)
+            "longer than": "'sequence_len': {}; raise it, or set excess_length_strategy: drop to leave those rows out",
+            "exceed": "'sequence_len': {}; raise it, or set excess_length_strategy: drop to leave those rows out",
+            "too small for sample_packing": "'eval_sample_packing': the validation rows fill no pack; set it to false",
+        }
+        first = str(error).partition("\n")[0]
+        text = next((text for words, text in remedies.items() if words in first.lower()), "'datasets': {}")
+        raise RecipeError(f"{cfg.axolotl_config_path}: key {text.format(first)}") from error
     for split, files, dataset in (
         ("train", cfg.datasets, meta.train_dataset),
         ("validation", cfg.test_datasets, meta.eval_dataset),

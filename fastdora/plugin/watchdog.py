@@ -1,4 +1,4 @@
-"""Stops a run with a one-line error: a loss that is not finite or explodes, a GPU that is too small."""
+"""Stops a run with a one-line error: rows too few for a batch, a loss that explodes, a GPU that is too small."""
 
 import math
 import re
@@ -38,7 +38,14 @@ class _Watch(TrainerCallback):
     def __init__(self, cfg, trainer, bad: torch.Tensor):
         self.cfg, self.trainer, self.bad, self.first, self.fixed = cfg, trainer, bad, None, 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # transformers (5.16.1) drops a batch that is not full, warns where none is left, and ends as if all went well.
+        if train_dataloader is not None and len(train_dataloader) == 0:
+            packs = " packs" if self.cfg.sample_packing else ""
+            end(
+                f"{self.cfg.axolotl_config_path}: key 'micro_batch_size': the rows fill no batch of "
+                f"{self.cfg.micro_batch_size}{packs}, so nothing would train; lower it, or add rows"
+            )
         self.fixed = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
     def on_step_end(self, args, state, control, **kwargs):
