@@ -21,6 +21,7 @@ from finlora.core.errors import UserError
 from finlora.evaluate import results
 from finlora.export import merge, publish
 from finlora.export import trained as trained_models
+from finlora.train.runs import TrainedRecipe
 
 pytestmark = pytest.mark.xdist_group("after")
 TOKEN = "hf_" + "aB3" * 11
@@ -332,8 +333,9 @@ def test_what_is_published_holds_no_path_of_this_machine(runs, hub, tiny_base, t
 
 def of_recipe(folder, base):
     """What finlora.train.runs says of a run whose base is not here."""
-    names = {"recipe": folder.name, "model": base, "bits": 8, "tiny": True}
-    return names | {"adapter": folder, "default_sets": ["fpb"]}
+    files = {"record": "run.json", "keys": "recipe.yaml"}
+    read = {name: yaml.safe_load((folder / file).read_text(encoding="utf-8")) for name, file in files.items()}
+    return TrainedRecipe(recipe=folder.name, model=base, bits=8, tiny=True, adapter=folder, test_sets=["fpb"], **read)
 
 
 def test_a_path_in_the_header_of_the_weights_is_found(runs):
