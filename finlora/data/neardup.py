@@ -48,8 +48,8 @@ def normalise(text: str) -> str:
 def near_duplicate_groups(texts: Iterable[str], threshold: float = 0.8) -> list[int]:
     """The group of each text: equal numbers are near-duplicates or connected by them, numbered by first occurrence.
 
-    `threshold` is the Jaccard similarity of word pairs, in (0, 1]. `texts` is read once and not kept: memory is 8
-    bytes a word and about 500 a text. Equal normalised texts are always in one group; texts whose word pairs are all
+    `threshold` is the Jaccard similarity of word pairs, in (0, 1]. `texts` is read once and not kept: a million
+    of 50 words take 1.6 GB. Equal normalised texts are always in one group; texts whose word pairs are all
     common match equal texts only. The partition is the same in every process and for every order of the texts.
     """
     return duplicate_groups(texts, threshold)[1].tolist()
