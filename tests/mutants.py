@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEAST = 0.9
 # The modules and their own tests.
 MODULES = {
-    "finlora/evaluate/scorers.py": ["tests/test_scorers.py"],
+    "finlora/evaluate/scorers.py": ["tests/test_scorers.py", "tests/test_reading.py"],
     "finlora/evaluate/statistics.py": ["tests/test_stats.py"],
     "finlora/data/rows.py": ["tests/test_rows.py"],
     "finlora/data/corrections.py": ["tests/test_corrections.py"],

@@ -17,7 +17,7 @@ from sklearn.metrics import f1_score
 from finlora.data import tasks
 from finlora.data.rows import read_rows
 from finlora.data.tasks import load_tasks
-from finlora.evaluate.scorers import bertscore_items, f1, finlora, finlora_label, scorings, strict, summary
+from finlora.evaluate.scorers import _earliest, _lowered, bertscore_items, f1, finlora, scorings, strict, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {name: spec for entry in load_tasks().values() for name, spec in entry.tests.items()}
@@ -56,6 +56,10 @@ def spec_of(metric: str = "accuracy_f1", labels: list[str] | None = None) -> tas
 
 def right(items) -> list[float]:
     return items["right"]
+
+
+def finlora_label(answer: str, labels) -> str:
+    return _earliest(answer, _lowered(labels)) or answer
 
 
 # What holds on every test set

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from finlora.core.errors import UserError
 from finlora.core.html import p_value, percent, signed
 from finlora.core.paths import shown
@@ -136,30 +138,24 @@ def line(name: str, labels: str, items_a: dict[str, list], items_b: dict[str, li
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
-    heads = ["set", "labels", "rows", "groups", "A", "B", "B - A", "95% interval", "only A", "only B", "p"]
-    body = [
-        [
-            entry["set"],
-            entry["labels"],
-            f"{entry['rows']:,}",
-            f"{entry['groups']:,}",
-            percent(entry["a"]),
-            percent(entry["b"]),
-            signed(entry["difference"]),
-            span(entry),
-            f"{entry['only_a']:,}",
-            f"{entry['only_b']:,}",
-            p_value(entry["p"]).removeprefix("= "),
-        ]
+    table = [
+        {
+            "set": entry["set"],
+            "labels": entry["labels"],
+            "rows": f"{entry['rows']:,}",
+            "groups": f"{entry['groups']:,}",
+            "A": percent(entry["a"]),
+            "B": percent(entry["b"]),
+            "B - A": signed(entry["difference"]),
+            "95% interval": f"[{signed(entry['low'])}, {signed(entry['high'])}]",
+            "only A": f"{entry['only_a']:,}",
+            "only B": f"{entry['only_b']:,}",
+            "p": p_value(entry["p"]).removeprefix("= "),
+        }
         for entry in lines
     ]
-    widths = [max(len(row[column]) for row in [heads, *body]) for column in range(len(heads))]
-    print()
-    for row in [heads, *body]:
-        aligned = [
-            text.ljust(w) if c < 2 else text.rjust(w) for c, (text, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(aligned).rstrip())
+    sides = ["left", "left", *["right"] * (len(table[0]) - 2)]
+    print("\n" + tabulate(table, "keys", "plain", disable_numparse=True, colalign=sides))
 
 
 def sentence(entry: dict[str, Any]) -> str:
@@ -171,7 +167,3 @@ def sentence(entry: dict[str, Any]) -> str:
     better, worse = ("B", "A") if entry["difference"] > 0 else ("A", "B")
     size = f"{abs(entry['difference']) * 100:.2f} points"
     return f"{name}: {better} is better than {worse} by {size}, distinguishable on these {entry['rows']:,} rows."
-
-
-def span(entry: dict[str, Any]) -> str:
-    return f"[{signed(entry['low'])}, {signed(entry['high'])}]"

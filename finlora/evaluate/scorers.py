@@ -43,22 +43,13 @@ def scorings(name: str, spec: TestSet) -> dict[str, Callable[[Sequence[str], Seq
     return ways
 
 
-def finlora_label(answer: str, labels: Iterable[str]) -> str:
-    """The label that stands earliest in the answer as a case-insensitive substring; without one the answer itself.
-
-    FinLoRA leaves a tie to the hash order of a set. Here the longest label wins ("150.0" over "15"), so an answer that
-    is a label is that label. Of labels that differ in case only, the first in sorted order is returned.
-    """
-    return _earliest(answer, _lowered(labels)) or answer
-
-
 def after_answer(answer: str) -> str:
     """What FinLoRA measures of an answer: what stands after its last "Answer:", without white space around it."""
     return answer.rpartition("Answer:")[2].strip()
 
 
 def finlora(spec: TestSet, answers: Sequence[str], targets: Sequence[str]) -> Items:
-    """FinLoRA's score: an answer is right when its earliest label (finlora_label) equals the target, case aside.
+    """FinLoRA's score: an answer is right when its earliest label (_earliest) equals the target, case aside.
 
     The labels are the targets given, whatever the table of tasks says; fewer rows have fewer labels and are easier.
     Several tags are compared by their place, without line breaks: a missing one is empty, surplus ones are left out.
@@ -244,6 +235,11 @@ def _lowered(labels: Iterable[str]) -> dict[str, str]:
 
 
 def _earliest(answer: str, lowered: dict[str, str]) -> str | None:
+    """The label that stands earliest in the answer as a case-insensitive substring.
+
+    FinLoRA leaves a tie to the hash order of a set. Here the longest label wins ("150.0" over "15"), so an answer that
+    is a label is that label.
+    """
     text = answer.lower()
     places = [(text.find(label), -len(label), label) for label in lowered if label in text]
     return lowered[min(places)[2]] if places else None
