@@ -209,6 +209,13 @@ def test_rows_without_an_answer_are_refused(axolotl, recipe, tmp_path):
     refused(output, "1 of 40 train rows", "would not train", file=path)
 
 
+def test_a_token_that_the_base_does_not_have_is_refused(axolotl, recipe):
+    """Axolotl would add it, and a row to the embeddings that no base model has."""
+    code, output = axolotl("preprocess", path := recipe(special_tokens={"pad_token": "<|pad|>"}))
+    assert code == 1
+    refused(output, "<|pad|> is no token", "take one that is", file=path, key="special_tokens")
+
+
 def test_a_prompt_that_teaches_no_end_is_refused_before_the_rows_are_tokenized(axolotl, recipe, tmp_path):
     path = recipe(special_tokens={"eos_token": "<|end_of_text|>"})  # as the base model's tokenizer has it
     code, output = axolotl("train", path, "--launcher", "python")

@@ -262,6 +262,7 @@ def test_a_base_model_that_fits(checked):
     checked({})
     checked({"max_position_embeddings": 2048})  # packed: each row has positions of its own
     checked({}, lora_modules_to_save=["lm_head"], eot_tokens=["<|eot_id|>"])
+    checked({}, added_tokens_overrides={291: "<|end|>"}, eot_tokens=["<|end|>"])  # a reserved token gets another name
 
 
 def test_layers_that_an_architecture_does_not_have(checked):

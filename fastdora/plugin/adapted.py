@@ -1,10 +1,21 @@
 """Checks that the model which axolotl built is the one in the recipe; axolotl and PEFT do not report a difference."""
 
 import bitsandbytes as bnb
+from axolotl.loaders.utils import load_model_config
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from fastdora.plugin.keys import RecipeError
+
+
+def check_vocabulary(cfg, tokenizer) -> None:
+    """Raise RecipeError for tokens without an embedding in the base: axolotl would add one, which is not trained."""
+    size = getattr(load_model_config(cfg), "vocab_size", None)
+    if size and len(tokenizer) > size:
+        last = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+        raise RecipeError(
+            f"{cfg.axolotl_config_path}: key 'special_tokens': {last} is no token of {cfg.base_model}; take one that is"
+        )
 
 
 def check_model(cfg, model: nn.Module) -> None:

@@ -68,7 +68,9 @@ class FastDoraPlugin(BasePlugin):
 
     def load_datasets(self, cfg, preprocess: bool = False):
         with one_line_errors():
-            prompts.check(cfg, load_tokenizer(cfg), cfg.axolotl_config_path)
+            tokenizer = load_tokenizer(cfg)
+            adapted.check_vocabulary(cfg, tokenizer)
+            prompts.check(cfg, tokenizer, cfg.axolotl_config_path)
             return rows.load(cfg)
 
     def pre_model_load(self, cfg) -> None:

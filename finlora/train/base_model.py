@@ -82,9 +82,10 @@ def check_vocabulary(recipe: Recipe) -> None:
         return
     tokenizer, base = Tokenizer.from_file(str(file)), recipe.keys["base_model"]
     named = {f"special_tokens.{key}": value for key, value in (recipe.keys.get("special_tokens") or {}).items()}
+    renamed = (recipe.keys.get("added_tokens_overrides") or {}).values()  # reserved tokens under other names
     for key, value in (named | {"eot_tokens": recipe.keys.get("eot_tokens")}).items():
         for token in value if isinstance(value, list) else [value]:
-            if token is not None and tokenizer.token_to_id(token) is None:
+            if token is not None and token not in renamed and tokenizer.token_to_id(token) is None:
                 added = [entry.content for entry in tokenizer.get_added_tokens_decoder().values()]
                 near = difflib.get_close_matches(token, added, 1) or added[:3]
                 raise UserError(
