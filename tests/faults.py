@@ -1,5 +1,7 @@
 """Axolotl plugins for tests: what can go wrong in a step."""
 
+from types import SimpleNamespace
+
 import torch
 from axolotl.integrations.base import BasePlugin
 
@@ -33,20 +35,27 @@ class Explosion(NotFinite):
         in_step(trainer, lambda step, loss: loss * 10 if step >= 5 else loss)
 
 
+class TorchWithCard:
+    """torch as the watchdog sees it: with an A100. Torch's own code must not, or it looks for the card itself."""
+
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        current_device=lambda: 0,
+        get_device_name=lambda *args: "NVIDIA A100",
+        get_device_properties=lambda *args: SimpleNamespace(total_memory=40 * 2**30),
+        max_memory_allocated=lambda *args: 39 * 2**30,
+        memory_allocated=lambda *args: 10 * 2**30,
+    )
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
 class OutOfMemory(NotFinite):
     def trainer_created(self, trainer):
-        class Card:
-            total_memory = 40 * 2**30
+        from fastdora.plugin import watchdog
 
-        torch.cuda.current_device = lambda: 0
-        torch.cuda.get_device_name = lambda *args: "NVIDIA A100"
-        torch.cuda.get_device_properties = lambda *args: Card
-        torch.cuda.max_memory_allocated = lambda *args: 39 * 2**30
-        torch.cuda.memory_allocated = lambda *args: 10 * 2**30
-        torch.cuda.is_available = lambda: True  # for watchdog's look at the memory before the first step
-        # Where CUDA is built into torch its DataLoader asks as well, and would pin memory on the card.
-        torch.accelerator.current_device_index = lambda: 0
-        trainer.args.dataloader_pin_memory = False
+        watchdog.torch = TorchWithCard()
         raise_at = {2: "CUDA out of memory. Tried to allocate 5.00 GiB. GPU 0 has a total capacity of 39.50 GiB"}
 
         def fault(step, loss):
