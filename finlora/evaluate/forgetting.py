@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from finlora.core.errors import UserError
+from finlora.core.errors import UserError, first_line
 from finlora.core.paths import RAW
 from finlora.evaluate.results import ForgettingRow, SetResult
 
@@ -69,7 +69,7 @@ def answers(lm, name: str, folder: Path, limit: int | None) -> tuple[SetResult, 
             )
     except (DatasetNotFoundError, OfflineModeIsEnabled, ConnectionError, FileNotFoundError, ValueError) as error:
         raise UserError(
-            f"{name}: {TASKS[name]['dataset']} cannot be loaded ({str(error).splitlines()[0]}); go online once, or "
+            f"{name}: {TASKS[name]['dataset']} cannot be loaded ({first_line(error)}); go online once, or "
             f"name a folder that holds a copy of it as {name}/ with TESTS="
         ) from error
     metric, wanted = TASKS[name]["metric"], TASKS[name]["filter"]

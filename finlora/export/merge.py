@@ -25,16 +25,24 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from fastdora.plugin.checksums import weights_sha256
 from finlora.core.errors import UserError
-from finlora.core.files import read_json, sha256
+from finlora.core.files import sha256
 from finlora.core.machine import GIB, gpus
 from finlora.core.paths import RAW, ROOT, SAMPLE, existing, shown
 from finlora.core.provenance import git_state, versions
 from finlora.data.test_sets import all_sets
-from finlora.export.trained import TrainedModel, check_base, check_weights, fetch_base_model, merged_folder
+from finlora.export.trained import (
+    MergeRecord,
+    TrainedModel,
+    check_base,
+    check_weights,
+    fetch_base_model,
+    merged_folder,
+    read_merge_record,
+)
 from finlora.models import load as models
 from finlora.train.runs import folder_lock
 
@@ -67,6 +75,28 @@ class Distance:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """How a merged model differs from the model as trained."""
+
+    distance: Distance
+    asked: int  # rows of test sets that both answered
+    same_answers: float | None  # share of them; None where none were asked
+    score: dict[str, float]  # of the merged model, by test set
+    score_difference: dict[str, float]
+
+    def __str__(self) -> str:
+        text = f"logits {self.distance} from the trained model"
+        if self.asked:
+            text += f", {self.same_answers:.1%} of {self.asked} answers the same"
+        scores = [f"{name} {self.score[name]:.1%} ({change:+.1%})" for name, change in self.score_difference.items()]
+        return text + (f"; score {', '.join(scores)}" if scores else "")
+
+    def as_json(self) -> dict[str, Any]:
+        own = {key: value for key, value in asdict(self).items() if key != "distance"}
+        return self.distance.as_json() | own
+
+
+@dataclass(frozen=True)
 class Responses:
     """What a model makes of the rows: logits, and its answers and accuracy for each test set that was asked."""
 
@@ -89,8 +119,8 @@ def merge(
     if not force:
         check_base(trained)
     out = trained.merged
-    before = read_json(out / "merge.json")
-    if merged_folder(trained) and into in (before["asked_for"], before["into"]) and not force:
+    before = read_merge_record(out)
+    if merged_folder(trained) and into in (before.asked_for, before.into) and not force:
         with folder_lock(trained.folder):
             check_weights(out)
         print(f"{shown(str(out))} is already merged from this adapter; FORCE=1 merges again")
@@ -122,18 +152,18 @@ def merge(
     return out
 
 
-def check_replaced(trained: TrainedModel, before: dict[str, Any] | None, force: bool) -> None:
+def check_replaced(trained: TrainedModel, before: MergeRecord | None, force: bool) -> None:
     """UserError where merging would replace files that it did not write, or the model of an adapter from elsewhere.
 
-    before: merge.json of the folder as it is now.
+    before: of the folder as it is now.
     """
     out = shown(str(trained.merged))
     if before is None and trained.merged.exists() and not force:
         raise UserError(f"{out}: holds files that `make merge` did not write; FORCE=1 replaces them")
-    other = before and before["adapter_sha256"] != trained.facts.sha256
-    if other and before["adapter"] != shown(str(trained.adapter)) and not force:
+    other = before and before.adapter_sha256 != trained.facts.sha256
+    if other and before.adapter != shown(str(trained.adapter)) and not force:
         raise UserError(
-            f"{out}: holds the model merged from {before['adapter']}; FORCE=1 replaces it, and an adapter folder of "
+            f"{out}: holds the model merged from {before.adapter}; FORCE=1 replaces it, and an adapter folder of "
             "another name keeps both"
         )
 
@@ -143,9 +173,7 @@ def check_room(trained: TrainedModel) -> None:
 
     The factors leave room beside the weights: 5% for tokenizer and file headers, 15% for one layer's update and norm.
     """
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(models.load_config(trained.base_model))
-    size = 2 * sum(tensor.numel() for tensor in skeleton.parameters()) / GIB
+    size = 2 * sum(tensor.numel() for tensor in models.skeleton(trained.base_model).parameters()) / GIB
     free = shutil.disk_usage(existing(trained.folder)).free / GIB
     if free < size * 1.05:
         raise UserError(f"{trained.folder}: the merged model takes {size:.1f} GiB and {free:.1f} are free; free some")
@@ -175,7 +203,7 @@ def disk_errors(out: Path) -> Iterator[None]:
 def write(trained: TrainedModel, into: str | None, limit: int, tokenizer, folder: Path) -> Distance:
     """Merge into the closer weights, save the model to `folder`, verify what was saved, and write merge.json."""
     rows = dialogues(trained, tokenizer)
-    merged, expected, report = merge_closest(trained, into, limit, tokenizer, rows)
+    merged, expected, choice = merge_closest(trained, into, limit, tokenizer, rows)
     with disk_errors(trained.merged):
         save(merged, tokenizer, trained, folder)
         del merged  # before the saved model is loaded
@@ -188,28 +216,31 @@ def write(trained: TrainedModel, into: str | None, limit: int, tokenizer, folder
                 f"{trained.adapter}: merged, its logits are {verified} from those of base and adapter, more than the "
                 f"{verified.of_a_step:.2g} of a rounding of its weights; nothing was written, please report this"
             )
-        about = {
-            "adapter": shown(str(trained.adapter)),
-            "adapter_sha256": trained.facts.sha256,
-            "base": shown(trained.base_model),
-            "base_sha256": weights_sha256(trained.base_model, ROOT),
-            **{key: getattr(trained.facts, key) for key in ("method", "r", "alpha")},
-            "trained_bits": trained.bits,
-            "asked_for": into,
-            "dialogues": len(rows),
-            **report,
-            "verified": verified.as_json(),
-            "template_sha256": models.template_sha256(tokenizer),
-            "weights": {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))},
-            "versions": versions(),
-            "git": git_state(),
-        }
-        (folder / "merge.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        facts = trained.facts
+        record = MergeRecord(
+            adapter=shown(str(trained.adapter)),
+            adapter_sha256=facts.sha256,
+            base=shown(trained.base_model),
+            base_sha256=weights_sha256(trained.base_model, ROOT),
+            method=facts.method,
+            r=facts.r,
+            alpha=facts.alpha,
+            trained_bits=trained.bits,
+            asked_for=into,
+            dialogues=len(rows),
+            **choice,
+            verified=verified.as_json(),
+            template_sha256=models.template_sha256(tokenizer),
+            weights={path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))},
+            versions=versions(),
+            git=git_state(),
+        )
+        (folder / "merge.json").write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
     return verified
 
 
 def merge_closest(trained: TrainedModel, into: str | None, limit: int, tokenizer, rows: list[list[int]]):
-    """The merged model, the logits to expect of it, and merge.json's keys on the choice of the weights merged into.
+    """The merged model, the logits to expect of it, and MergeRecord's fields on the choice of weights merged into.
 
     One model is in memory at a time, so the choice that was not merged last is merged again.
     """
@@ -227,8 +258,8 @@ def merge_closest(trained: TrainedModel, into: str | None, limit: int, tokenizer
         collect()
         merged, expected = fold(trained, choice, rows)
         comparisons[choice] = compare(ask(merged, tokenizer, rows, trained, limit), reference)
-        print(f"{choice:<12}{summary_line(comparisons[choice])}", flush=True)
-    closest = min(comparisons, key=lambda choice: comparisons[choice]["mean"])
+        print(f"{choice:<12}{comparisons[choice]}", flush=True)
+    closest = min(comparisons, key=lambda choice: comparisons[choice].distance.mean)
     if closest != choices[-1]:
         merged = None
         collect()
@@ -237,7 +268,8 @@ def merge_closest(trained: TrainedModel, into: str | None, limit: int, tokenizer
         other = next(choice for choice in choices if choice != closest)
         print(f"taking    {closest}, the closer to the model as trained")
         print(f"          make merge {trained.options} INTO={other} takes the other")
-    return merged, expected, {"into": closest, "from_trained": comparisons, "trained_score": reference.score}
+    from_trained = {choice: comparison.as_json() for choice, comparison in comparisons.items()}
+    return merged, expected, {"into": closest, "from_trained": from_trained, "trained_score": reference.score}
 
 
 def dialogues(trained: TrainedModel, tokenizer) -> list[list[int]]:
@@ -369,31 +401,19 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> Distance:
     )
 
 
-def compare(merged: Responses, trained: Responses) -> dict[str, Any]:
-    """merge.json's comparison: `Distance`, the share of equal answers (None where none were asked), and the scores."""
+def compare(merged: Responses, trained: Responses) -> Comparison:
     same = [
         ours == theirs
         for name, answers in trained.answers.items()
         for ours, theirs in zip(merged.answers[name], answers, strict=True)
     ]
-    return distance(merged.logits, trained.logits).as_json() | {
-        "asked": len(same),
-        "same_answers": sum(same) / len(same) if same else None,
-        "score": merged.score,
-        "score_difference": {name: merged.score[name] - score for name, score in trained.score.items()},
-    }
-
-
-def summary_line(comparison: dict[str, Any]) -> str:
-    keys = ("mean", "largest", "spread", "same_next_token")
-    text = f"logits {Distance(**{key: comparison[key] for key in keys})} from the trained model"
-    if comparison["asked"]:
-        text += f", {comparison['same_answers']:.1%} of {comparison['asked']} answers the same"
-    scores = [
-        f"{name} {comparison['score'][name]:.1%} ({change:+.1%})"
-        for name, change in comparison["score_difference"].items()
-    ]
-    return text + (f"; score {', '.join(scores)}" if scores else "")
+    return Comparison(
+        distance=distance(merged.logits, trained.logits),
+        asked=len(same),
+        same_answers=sum(same) / len(same) if same else None,
+        score=merged.score,
+        score_difference={name: merged.score[name] - score for name, score in trained.score.items()},
+    )
 
 
 def collect() -> None:

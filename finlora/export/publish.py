@@ -26,7 +26,7 @@ from finlora.core.paths import MACHINE_PATH, ROOT, is_machine_path, public_name,
 from finlora.data.corrections import load_corrections
 from finlora.data.tasks import load_tasks
 from finlora.evaluate import report, results
-from finlora.export.trained import TrainedModel, check_weights, need_merged
+from finlora.export.trained import TrainedModel, check_weights, need_merged, read_merge_record
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 DEFECTS = ROOT / "data" / "README.md"
@@ -250,7 +250,7 @@ def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: boo
         name=repo.split("/")[1],
         trained=trained,
         base=base,
-        merged=read_json(merged / "merge.json") if merged else None,
+        merged=read_merge_record(merged) if merged else None,
         llama=LLAMA if llama else None,
         recipe_text=(trained.adapter / "recipe.yaml").read_text(encoding="utf-8").strip(),
         method=report.METHODS[trained.facts.method],

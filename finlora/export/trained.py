@@ -1,7 +1,7 @@
 """A trained adapter, named by its recipe, folder or hub id: its base model, its files, and its merged model."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,36 @@ class TrainedModel:
     def merged(self) -> Path:
         """Where its merged model lies, or would lie."""
         return self.folder / "merged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRecord:
+    """merge.json of a merged model. A key that earlier versions did not write is None."""
+
+    adapter: str  # its folder
+    adapter_sha256: str
+    base: str  # folder or hub id
+    base_sha256: str | None
+    method: str
+    r: int
+    alpha: int | float
+    trained_bits: int
+    asked_for: str | None  # INTO=
+    into: str  # full or dequantised
+    dialogues: int  # rows that logits were compared on
+    from_trained: dict[str, dict]  # what each choice of weights differs by from the model as trained
+    trained_score: dict[str, float]
+    verified: dict[str, float]  # the distance of the saved model's logits from those of base and adapter
+    template_sha256: str
+    weights: dict[str, str]  # SHA-256 by file
+    versions: dict[str, str]
+    git: dict
+
+
+def read_merge_record(folder: Path) -> MergeRecord | None:
+    """None where merge.json is missing or is not one."""
+    keys = read_json(folder / "merge.json")
+    return MergeRecord(**{field.name: keys.get(field.name) for field in fields(MergeRecord)}) if keys else None
 
 
 def load_trained(
@@ -95,18 +125,14 @@ def _of_adapter(adapter: str, model: str | None, bits: int | None, options: str)
 
 def merged_folder(trained: TrainedModel) -> Path | None:
     """The folder with the merged model of this very adapter and base; None where it is missing or incomplete."""
-    about = read_json(trained.merged / "merge.json")
-    expected = {
-        "adapter_sha256": trained.facts.sha256,
-        "base": shown(trained.base_model),
-        "trained_bits": trained.bits,
-    }
-    if not about or any(about.get(key) != value for key, value in expected.items()):
+    record = read_merge_record(trained.merged)
+    expected = (trained.facts.sha256, shown(trained.base_model), trained.bits)
+    if not record or (record.adapter_sha256, record.base, record.trained_bits) != expected:
         return None
     base = weights_sha256(trained.base_model, ROOT)  # None where it is gone: the merged model is whole without it
-    if base and about.get("base_sha256") not in (None, base):
+    if base and record.base_sha256 not in (None, base):
         return None
-    return trained.merged if all((trained.merged / name).is_file() for name in about["weights"]) else None
+    return trained.merged if all((trained.merged / name).is_file() for name in record.weights) else None
 
 
 def need_merged(trained: TrainedModel) -> Path:
@@ -120,7 +146,7 @@ def need_merged(trained: TrainedModel) -> Path:
 
 def check_weights(folder: Path) -> None:
     """UserError where a merged model's weights are not those that were verified."""
-    for name, expected in (read_json(folder / "merge.json") or {})["weights"].items():
+    for name, expected in read_merge_record(folder).weights.items():
         if sha256(folder / name) != expected:
             raise UserError(f"{shown(str(folder / name))}: is not what was verified; merge again with FORCE=1")
 

@@ -4,6 +4,9 @@ An adapter is merged into the base *as it was trained on*: 8- and 4-bit weights 
 dequantized to 16 bits, and DoRA's W' = m (W0 + s B A) / ||W0 + s B A|| (arXiv 2402.09353, eq. 5) is folded in float32,
 a layer at a time. Generation then runs at the speed of the plain model. `keep_quantised` leaves 8- and 4-bit weights as
 they are, for cards that 16 bits do not fit, and caches DoRA's norms instead.
+
+torch, transformers and PEFT are imported within functions: naming a mistake in the options does not need them, and
+bitsandbytes must not be imported before the hub is turned off (finlora.export.trained.disable_hub).
 """
 
 import json
@@ -13,7 +16,7 @@ from typing import NamedTuple
 import yaml
 
 from finlora.core.compatible import make_compatible
-from finlora.core.errors import UserError
+from finlora.core.errors import UserError, first_line
 from finlora.core.files import read_json, sha256
 from finlora.core.startup import is_verbose
 from finlora.recipes import names as recipe_names
@@ -86,12 +89,8 @@ def tensor_shapes(weights: Path) -> dict[str, list[int]]:
 
 def check_fits(adapter: Path, model: str) -> None:
     """UserError that names the first tensor that does not fit, for another base's adapter. Loads no weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(load_config(model))
-    modules, parameters = dict(skeleton.named_modules()), dict(skeleton.named_parameters())
+    empty = skeleton(model)
+    modules, parameters = dict(empty.named_modules()), dict(empty.named_parameters())
     for name, shape in tensor_shapes(adapter / "adapter_model.safetensors").items():
         layer, _, part = name.removeprefix("base_model.model.").partition(".lora_")
         if not part:
@@ -113,6 +112,15 @@ def _times(shape: list[int]) -> str:
     return " x ".join(map(str, shape))
 
 
+def skeleton(model: str):
+    """The model without its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(model))
+
+
 def load_config(model: str):
     from transformers import AutoConfig
 
@@ -120,7 +128,7 @@ def load_config(model: str):
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{model}: cannot be loaded ({_first_line(error)}); give a folder, or a hub id with HF_TOKEN set"
+            f"{model}: cannot be loaded ({first_line(error)}); give a folder, or a hub id with HF_TOKEN set"
         ) from error
 
 
@@ -133,7 +141,7 @@ def load_tokenizer(model: str, adapter: Path | None, prompt: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # every file format has errors of its own
-        raise UserError(f"{source}: its tokenizer cannot be loaded ({_first_line(error)})") from error
+        raise UserError(f"{source}: its tokenizer cannot be loaded ({first_line(error)})") from error
     if prompt not in prompts():
         raise UserError(f"PROMPT={prompt}: there are {', '.join(prompts())}")
     if prompt != "saved":
@@ -179,7 +187,7 @@ def load_base(model: str, bits: int, keep_quantised: bool = False):
             "chat: KEEP_QUANTISED=1)"
         ) from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{model}: cannot be loaded ({_first_line(error)}); fetch it again") from error
+        raise UserError(f"{model}: cannot be loaded ({first_line(error)}); fetch it again") from error
     if bits != 16 and not keep_quantised:
         loaded = loaded.dequantize(dtype=dtype)
     return loaded.eval()
@@ -228,10 +236,6 @@ def save(model, tokenizer, folder: Path, ends: list[int], shard_size: str = "5GB
     make_compatible(folder)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-
-
 def resolve_adapter(adapter: str) -> Path:
     """The folder of an adapter that is given as a folder or as a hub id (configuration, weights and tokenizer only)."""
     if Path(adapter).exists() or adapter.count("/") != 1 or adapter.startswith((".", "/", "~")):
@@ -243,7 +247,7 @@ def resolve_adapter(adapter: str) -> Path:
         return Path(snapshot_download(adapter, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"ADAPTER={adapter}: is neither a folder nor to be had from the hub ({_first_line(error)})"
+            f"ADAPTER={adapter}: is neither a folder nor to be had from the hub ({first_line(error)})"
         ) from error
 
 

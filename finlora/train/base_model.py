@@ -5,7 +5,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from finlora.core.errors import UserError
+from finlora.core.errors import UserError, first_line
 from finlora.core.files import read_json
 from finlora.core.paths import ROOT
 from finlora.recipes.recipe import Recipe
@@ -69,7 +69,7 @@ def layers_of(base: str, config: dict[str, Any]) -> list[str]:
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**small))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{base} is no language model that transformers knows ({str(error).splitlines()[0]}); take another"
+            f"{base} is no language model that transformers knows ({first_line(error)}); take another"
         ) from error
     linears = {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     return sorted(linears - EMBEDDINGS)
