@@ -225,7 +225,8 @@ def test_answers_may_be_as_long_as_the_longest_target(evaluate, tests_folder, as
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     about, cut = read(evaluate("--lengths", "published")[0])
     assert (about["lengths"], about["max_new_tokens"], about["targets_cut"]) == ("published", 10, 1)
-    about, whole = read(evaluate()[0])
+    about, whole = read(evaluate("--limit", "2")[0])  # a smaller number takes no answer away here either
+    assert about["evaluated"] == 6 and about["limit"] is None
     limit, again = about["max_new_tokens"], sum(row["stopped"] is False for row in cut)
     assert (about["lengths"], about["targets_cut"]) == ("whole", 0) and limit > 24 and sum(asked) == 6 + again
     assert str(again) in capsys.readouterr().out or not again

@@ -196,18 +196,20 @@ def ask(lm, run: Run, sets: list[str], evaluation: Evaluation, lengths: dict[str
             print(f"[{number}/{len(sets)}] {run.subject}: {name}", flush=True)
             started = time.perf_counter()
             if name in forgetting.TASKS:
-                result, rows = forgetting.answers(lm, name, evaluation.folder, request.limit)
+                limit = request.limit
+                result, rows = forgetting.answers(lm, name, evaluation.folder, limit)
             else:
                 # Answers to fewer rows, or to rows that have changed since, are not asked for again.
-                before = kept_result(folder / name)
+                before, limit = kept_result(folder / name), request.limit
                 if before and before.lengths:
                     rows = uncut(kept_rows(folder / name), before, lengths[name])
                     lm.keep(rows, generation_options(lengths[name]))
+                if before and limit and before.sha256 == read_set(name, evaluation.folder).sha256:
+                    limit = before.limit and max(limit, before.limit)  # no answer is taken away
                 trained_on = evaluation.trained_on if run.adapter else None
-                how = (evaluation.folder, request.labels, request.limit, lengths[name], trained_on)
-                result, rows = answers(lm, name, *how)
+                result, rows = answers(lm, name, evaluation.folder, request.labels, limit, lengths[name], trained_on)
                 warn_of_empty(name, rows, lm.reasons)
-            result = replace(result, seconds=round(time.perf_counter() - started, 3), limit=request.limit)
+            result = replace(result, seconds=round(time.perf_counter() - started, 3), limit=limit)
             if result.metric == "bertscore_f1":
                 result = replace(result, encoder=add_bertscore(rows, request))
             write_set(folder / name, result, rows)

@@ -20,6 +20,7 @@ from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 from finlora.evaluate.evaluation import Evaluation
 from finlora.evaluate.results import Run
+from finlora.models import load as models
 
 VLLM = ROOT / ".venv-vllm" / "bin" / "vllm"
 START = 900  # seconds; loading 8B weights and capturing graphs takes about two minutes on an H200
@@ -27,8 +28,9 @@ START = 900  # seconds; loading 8B weights and capturing graphs takes about two 
 
 def merged(evaluation: Evaluation, run: Run, tokenizer) -> Path:
     """A folder with the run's weights in 16 bits and its tokenizer: made once, named by what is in it."""
-    from finlora.models import load as models
-    from finlora.models.generate import end_tokens
+    from finlora.models.generate import (
+        end_tokens,
+    )  # late, as Endpoint below: make serve needs neither lm_eval nor torch
 
     if not VLLM.is_file():
         raise UserError(f"{VLLM.relative_to(ROOT)}: is missing; `make vllm` sets vLLM up, in its own environment")

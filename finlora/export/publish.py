@@ -13,8 +13,12 @@ import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import httpx
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 from fastdora.plugin.safety import SECRET_VALUE
@@ -145,9 +149,6 @@ def notes(trained: TrainedModel, repo: str, card: str, llama: bool) -> list[str]
 
 
 def check_repo(repo: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     try:
         validate_repo_id(repo)
         if repo.count("/") != 1:
@@ -177,10 +178,6 @@ def check_text(name: str, content: bytes) -> None:
 
 def upload(repo: str, folder: Path, names: list[str], private: bool, token: str, run: str) -> str:
     """One commit with the named files of `folder`; the model's address. Weights that the Hub has are not sent again."""
-    import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
     try:
         url = api.create_repo(repo, private=private or None, exist_ok=True)
@@ -197,8 +194,6 @@ def upload(repo: str, folder: Path, names: list[str], private: bool, token: str,
 
 def reason(error: BaseException) -> str:
     """What went wrong with the Hub and what to do, in one line."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
     while not isinstance(error, HfHubHTTPError) and error.__cause__:
         error = error.__cause__
     if isinstance(error, OfflineModeIsEnabled):
@@ -221,8 +216,6 @@ def reason(error: BaseException) -> str:
 
 def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: bool) -> str:
     """The card: how to load it, prompt, data with its defects, scores, recipe, versions, licences."""
-    from huggingface_hub import ModelCard, ModelCardData
-
     record, recipe = trained.run_record, trained.run_config
     task = next((part for part in Path(recipe["datasets"][0]["path"]).parts if part in load_tasks()), "sentiment")
     entry = load_tasks()[task]
@@ -263,7 +256,7 @@ def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: boo
         defects=defects(tests),
         corrections={file: load_corrections()[file] for file in files_of(parts, tests) if file in load_corrections()},
         # A sweep keeps its points' evaluations beside them.
-        evaluations=scores(trained.facts.sha256, results.RESULTS, trained.folder.parent / "results"),
+        evaluations=score_tables(trained.facts.sha256, results.RESULTS, trained.folder.parent / "results"),
         percent=html.percent,
         signed=html.signed,
         metrics=record["metrics"],
@@ -311,8 +304,16 @@ def defects(tests: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def scores(sha256: str, *folders: Path) -> list[dict[str, Any]]:
-    """For each evaluation of this very adapter: how it was run, a row for each test set, and its notes."""
+class ScoreTable(NamedTuple):
+    """One evaluation of the adapter: how it was run, a row for each test set, and its notes."""
+
+    facts: str
+    rows: list[report.ScoreRow]
+    notes: list[str]
+
+
+def score_tables(sha256: str, *folders: Path) -> list[ScoreTable]:
+    """One for each evaluation of the adapter with these weights that these folders of results have."""
     evaluations = {}
     for folder in folders:
         with suppress(UserError):  # nothing is evaluated there
@@ -322,9 +323,7 @@ def scores(sha256: str, *folders: Path) -> list[dict[str, Any]]:
         if evaluation.run.adapter_sha256 == sha256 and evaluation.sets:
             base = results.base_of(evaluation, evaluations)
             of_base = base.sets if base else {}
-            answered = [answers for answers in evaluation.sets.values() if not answers.forgetting]
-            rows = [row for answers in answered for row in report.lines(answers, of_base.get(answers.name))]
-            tables.append(
-                {"facts": report.facts(evaluation.run), "rows": rows, "notes": report.notes(evaluation, base)}
-            )
+            tests = [answers for answers in evaluation.sets.values() if not answers.forgetting]
+            rows = [row for answers in tests for row in report.lines(answers, of_base.get(answers.name))]
+            tables.append(ScoreTable(report.facts(evaluation.run), rows, list(report.notes(evaluation, base))))
     return tables
