@@ -21,7 +21,6 @@ from finlora.core.errors import UserError
 from finlora.evaluate import results
 from finlora.export import merge, publish
 from finlora.export import trained as trained_models
-from finlora.train.runs import TrainedRecipe
 
 pytestmark = pytest.mark.xdist_group("after")
 TOKEN = "hf_" + "aB3" * 11
@@ -311,12 +310,12 @@ def test_what_is_published_holds_no_path_of_this_machine(runs, hub, tiny_base, t
     (folder / "recipe.yaml").write_text(text)
     record = json.loads((folder / "run.json").read_text())
     record |= {"args": ["--deepspeed", "/opt/zero/stage1.json"], "data": {"/data/alice/rows.jsonl": "0" * 64}}
+    record["base_model"] = base
     (folder / "run.json").write_text(json.dumps(record))
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
     about = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(about | {"name_or_path": base}))
-    monkeypatch.setattr(trained_models, "of_recipe", lambda *_: of_recipe(folder, base))
     publish.publish(plan(), "someone/finance", push=True)
     files = pushed(hub)
     texts = {name: content for name, content in files.items() if name != WEIGHTS}
@@ -329,13 +328,6 @@ def test_what_is_published_holds_no_path_of_this_machine(runs, hub, tiny_base, t
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "tiny-llama"
     about = json.loads(files["tokenizer_config.json"])
     assert about["name_or_path"] == "tiny-llama" and about["tokenizer_class"] == "PreTrainedTokenizerFast"
-
-
-def of_recipe(folder, base):
-    """What finlora.train.runs says of a run whose base is not here."""
-    files = {"record": "run.json", "keys": "recipe.yaml"}
-    read = {name: yaml.safe_load((folder / file).read_text(encoding="utf-8")) for name, file in files.items()}
-    return TrainedRecipe(recipe=folder.name, model=base, bits=8, tiny=True, adapter=folder, test_sets=["fpb"], **read)
 
 
 def test_a_path_in_the_header_of_the_weights_is_found(runs):
