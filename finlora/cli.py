@@ -411,7 +411,11 @@ def prepare(
     from finlora.data import prepare
 
     if context.info_name == "data" and not file:
-        fetch(tasks, raw=raw)
+        from finlora.data.tasks import task
+
+        # FinLoRA's script builds a mixture from its tasks' files; its own file of the mixture is not needed then.
+        parts = [part for name in tasks or [] for part in task(name).mixture_of or [name]]
+        fetch(parts if mixture == "finlora" else tasks, raw=raw)
     options = prepare.Options(
         file=str(file.absolute()) if file else None,
         context_column=context_column,

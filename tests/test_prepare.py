@@ -19,9 +19,11 @@ from failures import failed, refuses, says
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from finlora import cli
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 from finlora.data import corrections
+from finlora.data import fetch as fetching
 from finlora.data import prepare as preparing
 from finlora.data.neardup import near_duplicate_groups, normalise
 from finlora.data.prepare import Options, _choose_groups, refresh, why_stale
@@ -311,6 +313,17 @@ def test_mixture_as_finloras_script_makes_it(task, counts, rows, tmp_path):
         assert train[:70] == train[:30] * 2 + train[:10] and train[0] == first  # whole copies, then the first rows
     with refuses(GONE, "`make data TASK=finer`", file=raw / "train" / "finer_train_batched.jsonl"):
         prepare("reporting_multi", raw, tmp_path / "other", mixture="finlora")
+
+
+@pytest.mark.parametrize(
+    ("mixture", "files"), [("balanced", ["general_multi"]), ("finlora", ["sentiment", "headline", "ner"])]
+)
+def test_what_a_mixture_is_made_of_is_fetched(mixture, files, monkeypatch):
+    asked = []
+    monkeypatch.setattr(fetching, "run", lambda tasks, *_: asked.append(tasks))
+    monkeypatch.setattr(preparing, "run", lambda tasks, raw, out, options: asked.append((tasks, options.mixture)))
+    cli.call(["data", "general_multi", "--mixture", mixture])
+    assert asked == [files, (["general_multi"], mixture)]
 
 
 def test_mixture_with_a_task_missing(tmp_path):
