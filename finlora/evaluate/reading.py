@@ -24,7 +24,12 @@ REFUSAL = re.compile(
     r"|(?:impossible|hard|difficult|unable) to (?:say|tell|determine)|(?:not|n't) enough|insufficient|unclear)\b",
     re.IGNORECASE,
 )
-NEGATED = re.compile(r"(?:\bnot|n't|\bnever|\bneither|\bnor|\bthan|\binstead of)\s+(?:an?\s|the\s|\w+ly\s)?\W?$", re.I)
+# Before a label: "not", "does not convey a strong", but not "not negative but".
+NEGATED = re.compile(
+    r"(?:\b(?:not|no|never|neither|nor|without)|n't)\s+(?:(?!but\b|rather\b|yet\b)[\w-]+\s+){0,4}\W?$"
+    r"|\b(?:than|instead of)\s+(?:an?\s|the\s)?\W?$",
+    re.IGNORECASE,
+)
 STATED = re.compile(
     r"(?:\b(?:is|are|was|were|be|equals?)|[=:≈])\s*(?:(?:about|approximately|around|roughly|equal to|thus)\s)*\(?$",
     re.I,
