@@ -1,6 +1,7 @@
 """The command `finlora`: every option of every subcommand, declared once.
 
 `make TARGET` calls these with its variables turned into options. The functions that do the work take plain arguments.
+Commands have as many parameters as options, since typer reads the options from a function's signature.
 What a command needs is imported within it: `finlora --help` then starts at once, without torch and axolotl.
 """
 

@@ -42,7 +42,7 @@ print("config: {")
 print("[2026-11-27 02:58:50,955] [INFO] [axolotl.fastdora.rows] train: 9 rows, 99 tokens, 18 of them answers")
 print("[2026-11-27 02:58:50,955] [WARNING] [torchao] Failed to load a library")
 print("[2026-11-27 02:58:50,955] [WARNING] [axolotl.fastdora] checkpoint-4 is broken", flush=True)
-time.sleep(0.5)
+time.sleep(0.3)
 print("[2026-11-27 02:58:50,955] [INFO] [axolotl.fastdora.rows] train: 9 rows, 99 tokens, 18 of them answers")
 print("last", sys.argv, os.environ["PYTHONUTF8"], os.environ["HF_HUB_OFFLINE"], file=sys.stderr)
 """

@@ -104,7 +104,11 @@ LOADED = "8-bit DoRA"  # which layers the loaded model has
 
 def test_a_checkpoint_elsewhere_is_checked_before_the_model_is_loaded(runs):
     """`resume_from_checkpoint`: an equal run's is resumed from, one of other keys or with a changed byte is not."""
+    from axolotl.utils.dict import DictDefault
     from forked import axolotl_command
+
+    from fastdora.plugin import resume
+    from fastdora.plugin.keys import RecipeError
 
     folder, write = runs
     elsewhere = folder / "elsewhere" / "checkpoint-4"
@@ -118,9 +122,13 @@ def test_a_checkpoint_elsewhere_is_checked_before_the_model_is_loaded(runs):
     assert code == 1 and LOADED not in output
     says(error_of(output), "was 0.003 and is 0.002", "remove resume_from", file=path, key="learning_rate")
     name = damage(elsewhere, "changed", random.Random(1))
-    code, output = axolotl_command("train", str(write("given2", **explicit)), "--launcher", "python")
-    assert code == 1 and LOADED not in output
-    says(error_of(output), f"{elsewhere} cannot", f"{name} has changed", file=path, key="resume_from_checkpoint")
+    cfg = DictDefault(
+        yaml.safe_load(write("given2", **explicit).read_text(encoding="utf-8")) | {"axolotl_config_path": path}
+    )
+    with refuses(
+        f"{elsewhere} cannot", f"{name} has changed", error=RecipeError, file=path, key="resume_from_checkpoint"
+    ):
+        resume.check(cfg)
 
 
 def test_a_full_disk_costs_that_checkpoint_only(runs):
