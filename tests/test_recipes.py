@@ -286,6 +286,7 @@ def test_find_by_path(tmp_path):
         ("sentment_r8_dora", "did you mean sentiment_r8_dora"),
         ("sentiment_llama_3_1_8b_8bit_r8_dora", "did you mean sentiment_llama_3_1_8b_8bits_r8_dora"),
         ("", "`make recipes`"),
+        ("bases", "`make recipes`"),
         ("../../etc/passwd", "`make recipes`"),
     ],
 )

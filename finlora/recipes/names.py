@@ -83,7 +83,7 @@ def find(recipe: str) -> Path:
         recipe = path.stem
     finlora = {row["run"]: row["recipe"] for row in finlora_runs()}
     path = RECIPES / f"{finlora.get(recipe, recipe)}.yaml"
-    if re.fullmatch(r"\w+", recipe) and path.is_file():
+    if re.fullmatch(r"\w+", recipe) and path.is_file() and path != BASES:
         return path
     known = names() + list(finlora)
     hint = did_you_mean(recipe, known, 3, 0.5) or "`make recipes` lists them"
