@@ -62,12 +62,12 @@ def train(
     check_args(path, args)
     recipe = recipes.load(path)
     rules.check_paths(recipe)
-    track.check_recipe(path, recipe.keys | option_values(args))
     written = on_tiny_base(recipe, tiny_base()) if small else recipe
     as_run, message = distributed.distribute(written, launch)
     hint, zero = distributed.shorter_packs_hint(written, as_run), distributed.stage(as_run.keys)
     launcher, launcher_args = distributed.launcher(launch)
     out, rank = as_run.output_folder, launch.rank
+    track.check_recipe(path, recipe.keys | option_values(args))
     tracking = track.options(tracker, out)
     with folder_lock(out, rank, make=False) as lock:
         trained = not force and RunFolder(out).record is not None

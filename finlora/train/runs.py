@@ -45,6 +45,11 @@ class RunFolder:
     def metrics(self) -> dict[str, Any] | None:
         return read_json(self.path / "metrics.json")
 
+    def last_checkpoint(self) -> tuple[Path | None, list[str]]:
+        """The last complete checkpoint, and a line on each broken one, which is set aside."""
+        last, _, broken = checkpoints.last_whole(self.path)
+        return last, broken
+
     @property
     def adapter_config(self) -> dict[str, Any]:
         return read_json(self.path / "adapter_config.json") or {}
@@ -122,7 +127,7 @@ def resumes(out: Path, identity: dict[str, Any]) -> bool:
     keys = settings(identity)
     if not (keys.get("auto_resume_from_checkpoints") or keys.get("resume_from_checkpoint")):
         return False
-    last, _, broken = checkpoints.last_whole(out)
+    last, broken = RunFolder(out).last_checkpoint()
     for line in broken:
         print(f"warning: {line}", file=sys.stderr)
     if last:
@@ -140,7 +145,7 @@ def resume_options(path: Path, out: Path, identity: dict[str, Any], force: bool)
     name = settings(identity).get("resume_from_checkpoint")
     if not name or (folder := ROOT / name).resolve().parent == out.resolve():
         return []
-    own = None if force else checkpoints.last_whole(out)[0]
+    own = None if force else RunFolder(out).last_checkpoint()[0]
     if own:
         return ["--resume-from-checkpoint", str(own)]
     try:
