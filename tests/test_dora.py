@@ -408,8 +408,8 @@ def test_many_steps_keep_to_peft(r, alpha, method, scale, sizes, seed, zero):
         )
         for step in range(100):
             optimizer.zero_grad()
-            given = x if nudge is None else nudged(x, 1000 * nudge + step)
-            (((model(given) - target) / scale) ** 2).mean().backward()
+            moved = x if nudge is None else nudged(x, 1000 * nudge + step)
+            (((model(moved) - target) / scale) ** 2).mean().backward()
             optimizer.step()
             conditions.append(1.0 if nudge is None else norms_condition(model))
         return {"y": model(x).detach(), **{name: p.detach() for name, p in model.named_parameters()}}
@@ -593,11 +593,11 @@ def test_dropout_touches_the_low_rank_path_only(p, seed, shape):
         return {"y": y.detach(), **dict(zip(inputs, actual, strict=True))}
 
     def explicit(model, x):
-        given, module = inputs(model, x), layer(model)
-        mag_scale = given["m"] / explicit_norm(module).detach()
-        low = ((x * mask / (1 - p)) @ given["A"].t()) @ given["B"].t()
+        leaves, module = inputs(model, x), layer(model)
+        mag_scale = leaves["m"] / explicit_norm(module).detach()
+        low = ((x * mask / (1 - p)) @ leaves["A"].t()) @ leaves["B"].t()
         z = x @ module.base_layer.weight.t() + module.scaling["default"] * low
-        return gradients(mag_scale * z + module.base_layer.bias, given)
+        return gradients(mag_scale * z + module.base_layer.bias, leaves)
 
     expected = explicit(model, x)
     moved = lambda seed: explicit(nudged_model(model, seed), nudged(x.detach(), seed).requires_grad_())  # noqa: E731
@@ -632,7 +632,7 @@ def test_gradient_checkpointing_draws_the_same_dropout():
 
 
 @pytest.mark.parametrize(
-    "build, said",
+    "build, text",
     [
         (
             lambda: get_peft_model(
@@ -662,10 +662,10 @@ def test_gradient_checkpointing_draws_the_same_dropout():
         ),
     ],
 )
-def test_what_has_no_fast_path_is_named(build, said):
+def test_what_has_no_fast_path_is_named(build, text):
     model = build()
     kinds = [type(module) for module in model.modules()]
-    with pytest.raises(dora.Unsupported, match=f"^{said}"):
+    with pytest.raises(dora.Unsupported, match=f"^{text}"):
         dora.accelerate(model)
     assert [type(module) for module in model.modules()] == kinds  # and nothing is changed
 
@@ -734,16 +734,16 @@ def with_trainable_weight() -> PeftModel:
 
 
 @pytest.mark.parametrize(
-    "config, said",
+    "config, text",
     [
         (dict(lora_bias=True), "lora_bias"),
         (dict(lora_dropout=1.0), "lora_dropout .*less than 1"),
         (dict(init_lora_weights="mica"), "MiCALinearVariant"),
     ],
 )
-def test_an_adapter_added_later_is_held_against_the_same(config, said):
+def test_an_adapter_added_later_is_checked_too(config, text):
     model = fast(adapted(Net(12, 6, True)))
-    with pytest.raises(dora.Unsupported, match=f"^adapter 'second': .*{said}"):
+    with pytest.raises(dora.Unsupported, match=f"^adapter 'second': .*{text}"):
         model.add_adapter("second", LoraConfig(r=2, target_modules=["one"], **config))
 
 

@@ -22,7 +22,7 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.log.append((self.path, body, self.headers.get("Authorization")))
             act = server.script.pop(0) if server.script else {}
-        act |= next(({"status": 400, "body": said} for key, said in server.refused.items() if key in body), {})
+        act |= next(({"status": 400, "body": text} for key, text in server.refused.items() if key in body), {})
         if act.get("drop"):
             self.close_connection = True
             return self.connection.close()
@@ -30,13 +30,13 @@ class Handler(BaseHTTPRequestHandler):
         usage = {"prompt_tokens": 5, "completion_tokens": 1}
         choice = {"message": {"role": "assistant", "content": text}} | act.get("choice", {})
         answer = {"choices": [choice], "usage": usage}
-        said = act.get("body", json.dumps(answer)).encode()
+        content = act.get("body", json.dumps(answer)).encode()
         self.send_response(act.get("status", 200))
         for key, value in act.get("headers", {}).items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(said)))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(said)
+        self.wfile.write(content)
 
     def do_GET(self):
         self.send_response(404 if self.server.models not in (None, self.path) else 200)

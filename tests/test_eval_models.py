@@ -91,9 +91,9 @@ def test_merging_is_the_formula(tiny_base, tmp_path, alpha):
             )
             summed = plain.get_submodule(name).weight.double() + alpha / 4 * b @ a
             expected = m[:, None] * summed / summed.norm(dim=1, keepdim=True)
-            found = merged.get_submodule(name).weight.double()
+            weight = merged.get_submodule(name).weight.double()
             # Merged in float32: the norm's, the division's and the sum's rounding.
-            assert (found - expected).abs().max() < FACTOR * torch.finfo(torch.float32).eps * expected.abs().max()
+            assert (weight - expected).abs().max() < FACTOR * torch.finfo(torch.float32).eps * expected.abs().max()
 
 
 SLOW = pytest.mark.slow
@@ -227,8 +227,8 @@ def test_an_adapter_by_its_hub_id(adapters, tmp_path, monkeypatch):
     shutil.copytree(adapters["dora"], kept / "snapshots" / ("1" * 40))
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text("1" * 40)
-    found = models.resolve_adapter("owner/adapter")
-    assert models.adapter_facts(found) == models.adapter_facts(adapters["dora"])
+    folder = models.resolve_adapter("owner/adapter")
+    assert models.adapter_facts(folder) == models.adapter_facts(adapters["dora"])
 
 
 def test_a_base_that_is_not_there(tmp_path):
@@ -300,14 +300,14 @@ TEXTS = ["<|begin_of_text|>" + "profit rose and " * n + "the share" for n in (1,
 @pytest.fixture
 def batches(monkeypatch):
     """The lengths of the prompts of every batch."""
-    found, answer = [], harness.generate
+    lengths, answer = [], harness.generate
 
     def record(model, tokenizer, ids, *options):
-        found.append([len(row) for row in ids])
+        lengths.append([len(row) for row in ids])
         return answer(model, tokenizer, ids, *options)
 
     monkeypatch.setattr(harness, "generate", record)
-    return found
+    return lengths
 
 
 @pytest.mark.parametrize("instruction", ["", "What is the sentiment of this news? Choose one of negative, positive: "])
@@ -339,13 +339,13 @@ def test_an_answer_ends_where_its_end_is_and_no_later(ask, monkeypatch):
     assert lm.tokens[TEXTS[0]][1:] == (end + 1, True) and len(calls) == end + 1
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "no"), ("<|begin_of_text|>" * 2, "2"), ("<|begin_of_text|>", None)])
-def test_a_prompt_that_begins_twice_or_not_at_all_is_warned_of(ask, text, said, capsys):
+@pytest.mark.parametrize(("text", "count"), [("", "no"), ("<|begin_of_text|>" * 2, "2"), ("<|begin_of_text|>", None)])
+def test_a_prompt_that_begins_twice_or_not_at_all_is_warned_of(ask, text, count, capsys):
     ask([f"{text}profit rose"])
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == bool(said)
-    if said:
-        says(warnings[0], f"{said} <|begin_of_text|>", "template", "PROMPT=")
+    assert len(warnings) == bool(count)
+    if count:
+        says(warnings[0], f"{count} <|begin_of_text|>", "template", "PROMPT=")
 
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"

@@ -63,18 +63,18 @@ def test_the_merged_model_is_what_was_trained(runs, bits, tiny_base, tmp_path, m
     assert about["into"] == into and about["adapter_sha256"] == about_run.facts.sha256
 
     assert len(about["weights"]) > 2 and (folder / "model.safetensors.index.json").is_file()
-    found, base = weights(folder), models.load_base(str(tiny_base), bits)
+    merged, base = weights(folder), models.load_base(str(tiny_base), bits)
     adapter = load_file(runs / RECIPES[bits] / "adapter_model.safetensors")
     config = json.loads((runs / RECIPES[bits] / "adapter_config.json").read_text())
-    assert set(found) == set(base.state_dict())
+    assert set(merged) == set(base.state_dict())
     for name, tensor in base.state_dict().items():
         expected, bound = tensor.double(), 0.0
         if name.split(".")[-2] in TARGETS:
             expected, bound = merged_in_float64(expected, f"base_model.model.{name}", adapter, config)
         # The nearest bfloat16 (8 digits) is at most half a unit of the last away: 2^e / 256 for 2^e <= |w| < 2^(e+1).
         half_unit = torch.ldexp(torch.ones_like(expected), torch.frexp(expected).exponent - 1) / 256
-        assert found[name].dtype == torch.bfloat16
-        assert ((found[name].double() - expected).abs() <= half_unit + bound).all(), name
+        assert merged[name].dtype == torch.bfloat16
+        assert ((merged[name].double() - expected).abs() <= half_unit + bound).all(), name
 
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "quantization_config" not in config
@@ -94,8 +94,8 @@ def test_the_merged_model_is_what_was_trained(runs, bits, tiny_base, tmp_path, m
         assert full["asked"] == dequantised["asked"] == 3 and set(full["score"]) == set(about["trained_score"]) == {
             "fpb"
         }
-        said = capsys.readouterr().out
-        assert re.search(r"taking +dequantised\b", said) and len(re.findall(r"score fpb \d", said)) == 2
+        printed = capsys.readouterr().out
+        assert re.search(r"taking +dequantised\b", printed) and len(re.findall(r"score fpb \d", printed)) == 2
 
 
 def test_what_it_merges_into_can_be_chosen_and_is_kept(runs, capsys):
@@ -129,40 +129,40 @@ def test_only_a_model_with_the_logits_of_base_and_adapter_is_called_done(runs, t
     if wrong:
         monkeypatch.setattr(models, "attach", slightly_off)
     monkeypatch.setattr(merge, "TOLERANCE", {"cpu": tolerance})
-    found = plan(RECIPES[16])
-    shutil.rmtree(found.merged, ignore_errors=True)
+    trained = plan(RECIPES[16])
+    shutil.rmtree(trained.merged, ignore_errors=True)
     if wrong:
         with refuses("logits", "base and adapter", "nothing was written", "report"):
-            merge.merge(found, limit=0)
-        assert not found.merged.exists() and not list(found.folder.glob(".merged-*"))
+            merge.merge(trained, limit=0)
+        assert not trained.merged.exists() and not list(trained.folder.glob(".merged-*"))
     else:
-        verified = json.loads((merge.merge(found, limit=0) / "merge.json").read_text())["verified"]
+        verified = json.loads((merge.merge(trained, limit=0) / "merge.json").read_text())["verified"]
         assert "of_a_step" not in verified if tolerance else verified["mean"] < verified["of_a_step"]
 
 
 def test_what_is_merged_is_held_against_adapter_base_and_weights(runs, tiny_base):
-    found = plan(RECIPES[16])
-    folder = merge.merge(found, limit=0)
-    assert trained_models.need_merged(found) == folder and trained_models.check_weights(folder) is None
+    trained = plan(RECIPES[16])
+    folder = merge.merge(trained, limit=0)
+    assert trained_models.need_merged(trained) == folder and trained_models.check_weights(folder) is None
     for key, other in {"base_model": "another/base", "bits": 8}.items():
         with refuses("this adapter", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-            trained_models.need_merged(replace(found, **{key: other}))
+            trained_models.need_merged(replace(trained, **{key: other}))
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-8] + b"spoiled!")
-    for check in (lambda: trained_models.check_weights(folder), lambda: merge.merge(found, limit=0)):
+    for check in (lambda: trained_models.check_weights(folder), lambda: merge.merge(trained, limit=0)):
         with refuses("verified", "FORCE=1", file=f"{MERGED}/model.safetensors"):
             check()
     path.unlink()
     with refuses("this adapter", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-        trained_models.need_merged(found)
-    merge.merge(found, limit=0)
+        trained_models.need_merged(trained)
+    merge.merge(trained, limit=0)
     assert path.read_bytes() == whole
 
 
 def test_an_adapter_alone_names_its_base(runs, tiny_base, monkeypatch):
-    found = plan(adapter=runs / RECIPES[16])
-    assert found.base_model == str(tiny_base) and found.bits == 16 and found.name == RECIPES[16]
+    trained = plan(adapter=runs / RECIPES[16])
+    assert trained.base_model == str(tiny_base) and trained.bits == 16 and trained.name == RECIPES[16]
     config = runs / RECIPES[16] / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
     with refuses("base", "MODEL=", file=runs / RECIPES[16]):
@@ -212,9 +212,9 @@ def test_mistakes_are_one_line_and_leave_nothing(runs, tiny_base, tmp_path, monk
             merge.merge(what, limit=0, **options)
         assert not list(what.folder.glob("*merged*"))
 
-    for given in ({}, {"recipe": RECIPES[8], "adapter": "x"}, {"recipe": RECIPES[8], "model": "x"}):
+    for options in ({}, {"recipe": RECIPES[8], "adapter": "x"}, {"recipe": RECIPES[8], "model": "x"}):
         with refuses("RECIPE=", "ADAPTER=", "MODEL="):
-            plan(**given)
+            plan(**options)
     other = other_base(tiny_base, tmp_path / "other")
     wrong = plan(adapter=runs / RECIPES[8], model=other)
     nowhere = plan(adapter=runs / RECIPES[8], model=".cache/nowhere")
@@ -253,17 +253,17 @@ def test_mistakes_are_one_line_and_leave_nothing(runs, tiny_base, tmp_path, monk
 
 
 def test_files_of_somebody_else_are_kept(runs):
-    found = plan(RECIPES[16])
-    found.merged.mkdir()
-    (found.merged / "mine").touch()
+    trained = plan(RECIPES[16])
+    trained.merged.mkdir()
+    (trained.merged / "mine").touch()
     with refuses("files", "make merge", "FORCE=1", file=MERGED):
-        merge.merge(found, limit=0)
-    assert (found.merged / "mine").exists()
+        merge.merge(trained, limit=0)
+    assert (trained.merged / "mine").exists()
     with refuses("not there|missing", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-        trained_models.need_merged(found)
-    (found.merged / "merge.json").write_text('{"adapter_sha256": "0"}')
+        trained_models.need_merged(trained)
+    (trained.merged / "merge.json").write_text('{"adapter_sha256": "0"}')
     with refuses("this adapter", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-        trained_models.need_merged(found)
+        trained_models.need_merged(trained)
 
 
 def test_an_adapter_of_the_same_name_elsewhere_replaces_no_merged_model(runs, tmp_path, capsys):

@@ -99,23 +99,23 @@ def pushed(server):
     """The files of the one commit, by name."""
     (lines,) = server.commits
     assert lines[0]["key"] == "header"
-    found = {}
+    files = {}
     for line in lines[1:]:
         value = line["value"]
-        found[value["path"]] = (
+        files[value["path"]] = (
             server.large[value["oid"]] if line["key"] == "lfsFile" else base64.b64decode(value["content"])
         )
-    return found
+    return files
 
 
 def test_a_dry_run_is_the_default_and_asks_nobody(runs, hub, capsys):
     names = publish.publish(plan(), "someone/Llama-finance")
-    said = capsys.readouterr().out
-    assert not hub.asked and "PUSH=1" in said and TOKEN not in said
-    assert "make eval RECIPE=sentiment_r8_dora BASE=1" in said
-    assert names == sorted(names, key=said.index)
+    printed = capsys.readouterr().out
+    assert not hub.asked and "PUSH=1" in printed and TOKEN not in printed
+    assert "make eval RECIPE=sentiment_r8_dora BASE=1" in printed
+    assert names == sorted(names, key=printed.index)
     for name in names:
-        assert re.search(rf"^  {re.escape(name)} +\d+\.\d{{3}} MB$", said, re.M), name
+        assert re.search(rf"^  {re.escape(name)} +\d+\.\d{{3}} MB$", printed, re.M), name
     assert (runs / RECIPES[8] / "publish" / "README.md").is_file()
 
 
@@ -132,26 +132,26 @@ def test_what_is_pushed_loads_and_nothing_else_goes(runs, hub, tiny_base, tmp_pa
     ):
         (folder / name).write_text(TOKEN)
     names = publish.publish(plan(), "someone/Llama-finance", private=True, push=True)
-    found = pushed(hub)
+    files = pushed(hub)
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert set(found) == set(names) == {"README.md", "adapter_config.json", WEIGHTS} | tokenizer
-    assert found[WEIGHTS] == (folder / WEIGHTS).read_bytes()
+    assert set(files) == set(names) == {"README.md", "adapter_config.json", WEIGHTS} | tokenizer
+    assert files[WEIGHTS] == (folder / WEIGHTS).read_bytes()
     assert hub.created["visibility"] == "private" and hub.created["organization"] == "someone"
     assert {token for path, token in hub.asked if path != "/put"} == {f"Bearer {TOKEN}"}
-    assert not any(TOKEN.encode() in content for content in found.values())
-    assert not any(str(tmp_path).encode() in content for content in found.values())
+    assert not any(TOKEN.encode() in content for content in files.values())
+    assert not any(str(tmp_path).encode() in content for content in files.values())
     assert capsys.readouterr().out.splitlines()[-1].endswith("/someone/Llama-finance")
 
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for name, content in found.items():
+    for name, content in files.items():
         (tmp_path / "clone").mkdir(exist_ok=True)
         (tmp_path / "clone" / name).write_bytes(content)
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "clone")
     assert loaded.peft_config["default"].use_dora
     assert AutoTokenizer.from_pretrained(tmp_path / "clone").chat_template
-    assert json.loads(found["adapter_config.json"])["base_model_name_or_path"] == tiny_base.name
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == tiny_base.name
 
 
 def test_the_merged_model_is_pushed_in_its_place(runs, hub, monkeypatch):
@@ -161,10 +161,10 @@ def test_the_merged_model_is_pushed_in_its_place(runs, hub, monkeypatch):
     folder = merge.merge(plan(16), limit=0)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # merging leaves the hub alone, in a process of its own
     publish.publish(plan(16), "someone/Llama-finance", merged=True, push=True)
-    found = pushed(hub)
-    assert found["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    assert {"config.json", "generation_config.json", "chat_template.jinja"} < set(found) and WEIGHTS not in found
-    card = found["README.md"].decode()
+    files = pushed(hub)
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert {"config.json", "generation_config.json", "chat_template.jinja"} < set(files) and WEIGHTS not in files
+    card = files["README.md"].decode()
     assert re.search("[Mm]erged into .*16-bit", card) and "library_name: transformers" in card
 
 

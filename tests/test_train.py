@@ -430,5 +430,5 @@ def test_what_is_recorded_is_what_is_trained(command, house, tiny_base):
     edit += "train.axolotl = lambda command, config, *rest: print(command, config, 'seed: 77' in config.read_text())\n"
     edit += "train.train(own)"
     done = command("-c", edit)
-    said = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith(("preprocess ", "train "))]
-    assert said == ["False", "False"], done.stdout + done.stderr
+    flags = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith(("preprocess ", "train "))]
+    assert flags == ["False", "False"], done.stdout + done.stderr

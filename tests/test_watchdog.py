@@ -25,9 +25,9 @@ def train(tmp_path, tiny_base):
 
     def run(plugin: str | None, **changes) -> tuple[int, str, Path]:
         path = recipe(tmp_path, "run", tiny_base, **changes)
-        wanted = yaml.safe_load(path.read_text(encoding="utf-8"))
-        wanted["plugins"] = ([f"faults.{plugin}"] if plugin else []) + wanted["plugins"]
-        path.write_text(yaml.safe_dump(wanted), encoding="utf-8")
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config["plugins"] = ([f"faults.{plugin}"] if plugin else []) + config["plugins"]
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
         code, output = axolotl_command("train", str(path), "--launcher", "python")
         lines = [line for line in output.splitlines() if line.startswith("error: ")]
         assert code == 0 or (len(lines) == 1 and "Traceback" not in output), output[-3000:]
