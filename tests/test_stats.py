@@ -10,7 +10,7 @@ import pytest
 from failures import refuses
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binom, binomtest, t
+from scipy.stats import beta, binom, binomtest, norm, t
 
 from finlora.data.tasks import TestSet
 from finlora.evaluate import statistics as stats
@@ -136,6 +136,17 @@ def test_copies_add_nothing_and_independent_rows_do():
     assert widths[2] < widths[0] / 2
 
 
+@pytest.mark.parametrize(("groups", "size"), [(2, 2), (10, 2), (10, 4), (60, 3)])
+def test_groups_that_agree_are_as_many_answers_less_what_students_t_takes(groups, size):
+    items = items_of([[("a", "a" if row // size % 2 else "b")] for row in range(groups * size)])
+    items["group"] = [row // size for row in range(groups * size)]
+    for level in (0.8, 0.95):
+        tail = (1 - level) / 2
+        number = groups * (norm.isf(tail) / t.isf(tail, groups - 1)) ** 2
+        expected = beta.ppf([tail, 1 - tail], [number / 2, number / 2 + 1], [number / 2 + 1, number / 2])
+        assert interval(items, level=level) == pytest.approx(tuple(expected))
+
+
 def test_an_interval_is_as_wide_as_the_normal_approximation():
     items = answers(1000, 0.6, 1)
     score = summary(items)["accuracy"]
@@ -220,6 +231,27 @@ def test_a_subject_does_not_differ_from_itself(rows):
     assert low == pytest.approx(-high) and 0 < high <= 1  # other rows could tell them apart
     same = {"difference": 0.0, "p": 1.0, "only_a": 0, "only_b": 0, "rows": len(rows), "groups": len(rows)}
     assert result == same | {"distinguishable": False}
+
+
+def test_gains_and_losses_exclude_each_other():
+    """A row that gains cannot lose: the variance of their difference is more than the sum of theirs."""
+    a = items_of([[("a", "ab"[row % 2])] for row in range(400)])
+    b = items_of([[("a", "ba"[row % 2])] for row in range(400)])
+    result = paired(a, b)
+    assert (result["low"], result["high"]) == pytest.approx((-1.96 / 20, 1.96 / 20), rel=0.05)
+    # 20 of 100 gain and none loses: Clopper and Pearson's ends of both.
+    a, b = (items_of([[("a", "a" if row >= start else "b")] for row in range(100)]) for start in (20, 0))
+    gains, losses = (binomtest(count, 100).proportion_ci() for count in (20, 0))
+    result = paired(a, b)
+    assert result["low"] == pytest.approx(0.2 - np.hypot(0.2 - gains.low, losses.high))
+    assert result["high"] == pytest.approx(gains.high)
+
+
+def test_f1_where_nobody_names_the_last_class():
+    items = items_of([[("a", "a")], [("b", "a")], [("b", "a")], [("c", "a")]])
+    for statistic in ("weighted_f1", "macro_f1"):
+        low, high = interval(items, statistic)
+        assert low < summary(items)[statistic] < high
 
 
 def test_equal_answers_bound_a_difference():

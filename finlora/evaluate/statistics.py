@@ -172,7 +172,8 @@ def _difference(items_a: Items, items_b: Items) -> str:
     rows = [len(set(items["row"])) for items in (items_a, items_b)]
     what = f"{rows[0]} and {rows[1]} rows" if rows[0] != rows[1] else ""
     if not what:
-        pairs = zip(*(zip(items["row"], items["target"], strict=True) for items in (items_a, items_b)), strict=False)
-        row = next((one[0] for one, other in pairs if one != other), items_a["row"][-1])
+        columns = (items[key] for items in (items_a, items_b) for key in ("row", "target"))
+        places = zip(*columns, strict=False)  # one may have a tag more in its last row
+        row = next((place[0] for place in places if place[:2] != place[2:]), items_a["row"][-1])
         what = f"row {row + 1} has another target or place"
     return f"the two were not scored on the same rows ({what}); evaluate both with the same file, labels and LIMIT"
