@@ -196,6 +196,14 @@ def test_keys_that_differ_are_named_with_both_values():
     says(checkpoints.difference({"recipe": {"seed": 1}}, {}), "was 1", "is None", key="seed")
 
 
+def test_keys_that_may_differ_and_seals_of_before_do_not_end_a_run():
+    """Seals of before 2026-11 have `include_tkps` and `ddp_timeout`, and no files that a run starts from."""
+    before = {"recipe": RUN["recipe"] | {"include_tkps": False, "logging_steps": 1}, "data": RUN["data"]}
+    assert checkpoints.difference(before, RUN | {"start": {"base": {"model.safetensors": "1"}}}) is None
+    start = {"start": {"base": {"model.safetensors": "0"}, "fetched/since": {"model.safetensors": "2"}}}
+    says(checkpoints.difference(RUN | {"start": {"base": {"model.safetensors": "1"}}}, RUN | start), "base/model.safe")
+
+
 def test_of_many_keys_that_differ_the_first_three_are_named():
     line = says(changed(dict.fromkeys("dbca", 1)), "key 'a' was None and is 1, key 'b' was", "key 'c'")
     assert "'d'" not in line
