@@ -6,6 +6,7 @@ Everything around it is real: merging, the folder, starting, waiting, asking, en
 import json
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from failures import refuses
@@ -13,6 +14,7 @@ from test_eval_models import adapters  # noqa: F401 (a fixture)
 from test_eval_run import evaluate, read, tests_folder  # noqa: F401 (fixtures)
 
 from finlora.evaluate import evaluation, vllm
+from finlora.evaluate.results import Run
 
 SERVER = """#!{python}
 import json, os, signal, sys
@@ -79,6 +81,14 @@ def test_the_server_gets_the_merged_model_and_its_prompt(evaluate, program, tmp_
         evaluate("--limit", "6", "--backend", "vllm", "--name", "served")
     merged = [path for path in (tmp_path / ".cache").glob("merged-*") if path.is_dir()]
     assert len(merged) == 1, "merged once"
+
+
+@pytest.mark.parametrize("key", ["base_sha256", "adapter_sha256", "template_sha256", "bits"])
+def test_other_weights_or_another_prompt_are_merged_anew(key):
+    """A base's weights may be replaced at the same path."""
+    run = Run(model="some/base", base_sha256="a" * 64, adapter_sha256="b" * 64, template_sha256="c" * 64, bits=8)
+    assert vllm.merged_place(run) == vllm.merged_place(replace(run, subject="another"))
+    assert vllm.merged_place(run) != vllm.merged_place(replace(run, **{key: 4 if key == "bits" else "d" * 64}))
 
 
 def alive(pid):

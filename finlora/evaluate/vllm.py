@@ -28,14 +28,11 @@ START = 900  # seconds; loading 8B weights and capturing graphs takes about two 
 
 def merged(evaluation: Evaluation, run: Run, tokenizer) -> Path:
     """A folder with the run's weights in 16 bits and its tokenizer: made once, named by what is in it."""
-    from finlora.models.generate import (
-        end_tokens,
-    )  # late, as Endpoint below: make serve needs neither lm_eval nor torch
+    from finlora.models.generate import end_tokens  # late, like Endpoint: `make serve` needs no lm_eval
 
     if not VLLM.is_file():
         raise UserError(f"{VLLM.relative_to(ROOT)}: is missing; `make vllm` sets vLLM up, in its own environment")
-    key = f"{(run.adapter_sha256 or 'base')[:12]}-{run.template_sha256[:12]}-{run.bits}bit"
-    folder = ROOT / ".cache" / f"merged-{Path(run.model).name}-{key}"
+    folder = merged_place(run)
     if folder.is_dir():
         return folder
     model = models.load_base(evaluation.model, evaluation.bits)
@@ -47,6 +44,12 @@ def merged(evaluation: Evaluation, run: Run, tokenizer) -> Path:
         models.save(model, tokenizer, whole, end_tokens(model, tokenizer, evaluation.eot_tokens))
         whole.rename(folder)
     return folder
+
+
+def merged_place(run: Run) -> Path:
+    """Named by what is in it: base and adapter by their checksums, the prompt, and the bits."""
+    parts = (run.base_sha256 or "hub", run.adapter_sha256 or "base", run.template_sha256, f"{run.bits}bit")
+    return ROOT / ".cache" / f"merged-{Path(run.model).name}-{'-'.join(part[:12] for part in parts)}"
 
 
 def command(folder: Path, name: str, host: str, port: int) -> list[str]:
