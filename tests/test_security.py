@@ -111,7 +111,7 @@ def test_folders_may_be_links_or_mounts_of_their_own(tmp_path, monkeypatch):
     rules.check_paths(recipes.Recipe(Path("a.yaml"), RECIPE))
 
 
-def test_a_base_model_comes_as_safetensors_and_text_alone(tmp_path, monkeypatch):
+def test_a_base_model_comes_as_safetensors_and_text_alone(tmp_path, monkeypatch, capsys):
     """The hub's client is stood in for; what it is asked for, and what its errors become, is ours."""
     import httpx
     import huggingface_hub
@@ -127,7 +127,9 @@ def test_a_base_model_comes_as_safetensors_and_text_alone(tmp_path, monkeypatch)
     with refuses("has no safetensors", "choose", file="a.yaml", key="base_model"):
         bases.fetch_base(Path("a.yaml"), RECIPE)
     (tmp_path / "model.safetensors").write_bytes(b"")
+    capsys.readouterr()
     bases.fetch_base(Path("a.yaml"), RECIPE)
+    assert RECIPE["base_model"] in capsys.readouterr().err  # told, since it may take minutes
     names = ["model-00001-of-00004.safetensors", "tokenizer.json", "pytorch_model.bin", "modeling_llama.py", "a.pth"]
     from huggingface_hub.utils import filter_repo_objects
 

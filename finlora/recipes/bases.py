@@ -1,6 +1,7 @@
 """Base models: their sizes, their layers, and their files from the Hub."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +90,8 @@ def fetch_base(
     import huggingface_hub  # a second of start-up, which a local base model spares
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+    if "*.safetensors" in files:  # minutes, without a bar where the output is a pipe
+        print(f"base      {name}: from the hub, unless it is in its cache", file=sys.stderr, flush=True)
     try:
         folder = huggingface_hub.snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*"])
     except GatedRepoError as error:
