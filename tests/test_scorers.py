@@ -17,7 +17,7 @@ from sklearn.metrics import f1_score
 from finlora.data import tasks
 from finlora.data.rows import read_rows
 from finlora.data.tasks import load_tasks
-from finlora.evaluate.scorers import _earliest, _lowered, bertscore_items, f1, finlora, scorings, strict, summary
+from finlora.evaluate.scorers import _earliest, _lowered, bertscore_items, f1, finlora, read, scorings, strict, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {name: spec for entry in load_tasks().values() for name, spec in entry.tests.items()}
@@ -195,6 +195,7 @@ def test_the_order_of_labels_counts_for_nothing(answer, labels, random):
         ("-15", "15"),
         ("POSITIVE", "positive"),
         ("not neutral but positive", "neutral"),
+        ("positive, neutral or positive", "positive"),
         ("unknown", "unknown"),
         ("", ""),
     ],
@@ -355,7 +356,7 @@ def test_what_is_no_number_is_a_format_failure(answer):
         ("18.64", False, False, True),
         ("18.642332304993", False, False, True),
         ("-(2)", False, False, True),
-        ("100 * (27314000000 + 1) / 146516000000", False, True, False),
+        ("100 * 27500000000 / 146516000000", False, True, False),
         ("27314000000 * 146516000000 ^ -1 * 10 ^ 2", True, True, False),
         ("(27314000000 / 5536000000) * 100", False, False, False),
         ("27314000000 / 0", False, False, True),
@@ -424,7 +425,8 @@ def test_a_wrong_number_is_the_class_that_it_spells():
 
 
 def test_tags_are_texts_even_where_they_are_numbers():
-    assert right(strict(spec_of("tag_accuracy_f1"), ["5.00, 6"], ["5.0, 6"])) == [0.0, 1.0]
+    for way in (read, strict):
+        assert right(way(spec_of("tag_accuracy_f1"), ["5.00, 6"], ["5.0, 6"])) == [0.0, 1.0]
 
 
 def test_several_words_are_an_answer_where_the_target_is_several():
