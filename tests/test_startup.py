@@ -13,7 +13,7 @@ from finlora.core import startup
 from finlora.core.paths import ROOT
 from finlora.core.progress import progress
 
-CACHES = ("HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "TRITON_CACHE_DIR")
+CACHES = ("HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN_PATH", "TRITON_CACHE_DIR")
 
 
 def test_a_locale_of_another_encoding():
@@ -47,10 +47,22 @@ def test_a_home_that_cannot_be_written(home, capsys):
     """Not even root can write in /proc."""
     cache = str(ROOT / ".cache")
     caches = home(Path("/proc"))
-    assert sorted(caches) == ["HF_DATASETS_CACHE", "HF_HUB_CACHE", "TRITON_CACHE_DIR"]
+    assert sorted(caches) == ["HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN_PATH", "TRITON_CACHE_DIR"]
     assert all(folder.startswith(cache) for folder in caches.values())
     assert capsys.readouterr().err == "/proc: cannot be written; caches are in .cache\n"
     assert home(Path("/proc")) == caches and capsys.readouterr().err == ""  # said once, child processes included
+
+
+def test_a_home_below_a_file(home, tmp_path, capsys):
+    """Or one whose .cache is a link to nowhere: nothing can be made there, although the folder above can be written."""
+    (tmp_path / "file").touch()
+    caches = home(tmp_path / "file" / "x")
+    assert sorted(caches) == ["HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN_PATH", "TRITON_CACHE_DIR"]
+    assert capsys.readouterr().err == f"{tmp_path}/file/x: cannot be written; caches are in .cache\n"
+    for name in caches:
+        del os.environ[name]
+    (tmp_path / ".cache").symlink_to(tmp_path / "nowhere")
+    assert sorted(home(tmp_path)) == ["HF_DATASETS_CACHE", "HF_HUB_CACHE", "HF_TOKEN_PATH"]
 
 
 def test_caches_that_are_named_or_hold_models_stay(home, tmp_path):

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from finlora.core.paths import ROOT, existing, shown
+from finlora.core.paths import ROOT, shown
 
 
 def start() -> None:
@@ -41,6 +41,8 @@ def use_writable_caches() -> None:
     caches = {"HF_DATASETS_CACHE": hub / "datasets", "TRITON_CACHE_DIR": home / ".triton"}
     if not (hub / "hub").is_dir():
         caches["HF_HUB_CACHE"] = hub / "hub"
+    if not hub.is_dir():  # huggingface_hub 1.x looks for the token there, and fails below a file
+        caches["HF_TOKEN_PATH"] = hub / "token"
     moved = [name for name, folder in caches.items() if name not in os.environ and not _is_writable(folder)]
     if moved:
         print(f"{home}: cannot be written; caches are in {shown(str(ROOT / '.cache'))}", file=sys.stderr)
@@ -50,7 +52,9 @@ def use_writable_caches() -> None:
 
 def _is_writable(folder: Path) -> bool:
     try:
-        with tempfile.TemporaryFile(dir=existing(folder)):
+        # Not `existing`: where a file is in the folder's place or above it, nothing can be made there.
+        nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        with tempfile.TemporaryFile(dir=nearest):
             return True
     except OSError:
         return False
