@@ -104,6 +104,20 @@ def test_memory_estimate_is_near_what_was_measured():
         assert estimate == pytest.approx(row["peak_gib"], rel=0.05), name
 
 
+@pytest.mark.parametrize("tiny", [True, False])
+def test_the_next_command_names_a_recipe_of_ones_own_by_its_path(tiny, tmp_path, monkeypatch):
+    """RECIPE=save is no recipe of the repository; one of recipes/ goes by its name."""
+    metrics = dict.fromkeys(("steps", "seconds", "samples_per_second", "tokens_per_second"), 1)
+    metrics |= {"final_loss": 1.0, "final_eval_loss": None}
+    record = {"adapter": {"file": "outputs/x", "bytes": 1}, "metrics": metrics, "seconds": 1, "tiny": tiny}
+    for path, option in ("own/save.yaml", "own/save.yaml"), (recipe_names.RECIPES / "ner_r8_dora.yaml", "ner_r8_dora"):
+        assert f"RECIPE={option} " in run.summary(Path(path), record).partition("\nnext ")[2] + " "
+    own = tmp_path / "save.yaml"
+    monkeypatch.setattr(machine, "gpus", lambda: [])
+    with refuses("needs a GPU", f"RECIPE={own} TINY=1"):
+        preflight.check_device(recipes.Recipe(own, recipes.load(recipe_names.RECIPES / "sentiment_r8_dora.yaml").keys))
+
+
 def test_a_gpu_that_is_too_small_names_the_keys_to_change(monkeypatch):
     # No GPU is here; everything around its three figures is real.
     monkeypatch.setattr(machine, "gpus", lambda: [("NVIDIA T4", 15.0, 14.5)])

@@ -68,6 +68,11 @@ def compose_name(task: str, recipe: dict[str, Any]) -> str:
     return f"{task}{bits}_r{recipe['lora_r']}{alpha}_{method_of(recipe)}"
 
 
+def option(path: Path) -> str:
+    """What RECIPE= says for this recipe: the name of one in recipes/, the path of any other."""
+    return path.stem if path.resolve().parent == RECIPES else str(path)
+
+
 def names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml") if path != BASES)
 

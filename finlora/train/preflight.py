@@ -11,6 +11,7 @@ from finlora.core.paths import PREPARED, ROOT, SAMPLE
 from finlora.data import prepare, rows
 from finlora.data.tasks import load_tasks
 from finlora.recipes.memory import what_fits
+from finlora.recipes.names import option
 from finlora.recipes.recipe import Recipe
 from finlora.train.base_model import check_base
 from finlora.train.distributed import Launch
@@ -50,7 +51,7 @@ def check_device(recipe: Recipe, gpus_needed: int = 0) -> bool:
         return False
     need = recipe.memory
     if not gpus:
-        name = recipe.path.stem
+        name = option(recipe.path)
         raise UserError(
             f"{name} needs a GPU with about {need:.0f} GiB and none is here; try `make demo`, or this recipe on a "
             f"tiny model: make train RECIPE={name} TINY=1"

@@ -230,10 +230,10 @@ def summary(path: Path, record: dict[str, Any]) -> str:
     adapter, metrics = record["adapter"], record["metrics"]
     step = metrics.get("adapter_step", metrics["steps"])
     best = f" at step {step}, the best validation" if step < metrics["steps"] else ""
+    recipe = recipe_names.option(path)
     if record.get("tiny"):
-        then = f"make train RECIPE={path.stem} on a GPU, or make demo"
+        then = f"make train RECIPE={recipe} on a GPU, or make demo"
     else:
-        recipe = path.stem if path.resolve().parent == recipe_names.RECIPES else path
         then = f"make eval RECIPE={recipe} BASE=1, or make merge RECIPE={recipe}"
     return (
         f"\nadapter   {adapter['file']} ({adapter['bytes'] / 1e6:.1f} MB)\n"
