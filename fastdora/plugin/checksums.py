@@ -84,13 +84,13 @@ def changed_files(before: Digests, now: Digests) -> list[str]:
     ]
 
 
-def changed_weights(before: Digests, recorded: str, name: str, root: Path, revision: str | None = None) -> list[str]:
+def changed_weights(before: Digests, recorded: str, name: str, root: Path) -> list[str]:
     """The weights of the model `name` that are not those which `before` has of `recorded`; none where one is not there.
 
     The two names differ where a recipe's path is a link.
     """
     weights = {file: digest for file, digest in before.get(recorded, {}).items() if _is_weight(file)}
-    now = model_files(name, WEIGHTS, root, revision)
+    now = model_files(name, WEIGHTS, root)
     return changed_files({name: weights}, {name: now}) if weights and now else []
 
 

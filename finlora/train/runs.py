@@ -291,7 +291,7 @@ def check_start(out: Path, model: str | None = None) -> None:
     keys = yaml.safe_load(file.read_text(encoding="utf-8")) | option_values(record["args"])
     base, first = record["base_model"], keys.get("lora_model_dir")
     same = model is None or model == base or (ROOT / model).resolve() == (ROOT / base).resolve()
-    changed = changed_weights(start, keys["base_model"], base, ROOT, keys.get("revision_of_model")) if same else []
+    changed = changed_weights(start, keys["base_model"], base, ROOT) if same else []
     if changed:
         raise UserError(
             f"{shown(str(out))}: its base model has changed since it was trained ({', '.join(changed[:3])}); restore "
