@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from finlora.core.errors import UserError
-from finlora.data.rows import LIMIT, LeftOut, Row, read_rows
+from finlora.data.rows import LIMIT, LeftOut, Row, fault_of, read_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "finlora" / "data"
 GOOD = b'{"context": "Is it up?", "target": "yes"}\n'
@@ -310,7 +310,18 @@ MALFORMED = {
 }
 
 
-CAPITALS = {"CRC", "CRLF", "CSV", "JSON", "LF", "LFS", "NA", "NUL", "UTF"}  # names; all else of a line is in lower case
+CAPITALS = {
+    "CRC",
+    "CRLF",
+    "CSV",
+    "JSON",
+    "LF",
+    "LFS",
+    "NA",
+    "NUL",
+    "NULL",
+    "UTF",
+}  # names; all else of a line is in lower case
 
 
 def complaint(path: Path, *words: str, shown: object = None, line: int | None = None, key: str | None = None, **given):
@@ -328,6 +339,40 @@ def test_malformed_file(case, tmp_path):
     path = tmp_path / name
     path.write_bytes(content)
     complaint(path, *words, line=line, key=key)
+
+
+MISSING_VALUES = [
+    "nan ",
+    " NaN",
+    "NULL ",
+    "Nan",
+    "-nan",
+    "N/A",
+    "n/a",
+    "#N/A N/A",
+    "NA",
+    " None",
+    "<na>",
+    "\\N",
+    "#Ref!",
+]
+
+
+@pytest.mark.parametrize("text", MISSING_VALUES)
+def test_a_missing_value_is_refused_in_every_spelling_unless_it_is_a_label(text, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"context,target\na,{text}\n")
+    complaint(path, f"{text.strip()!r}", "missing", "remove", line=2, key="target")
+    assert list(read_rows(path, labels=["A", text])) == [Row(2, "a", text)]
+    path.write_text(f"context,target\n{text},b\n")
+    complaint(path, "missing", "remove", line=2, key="context", labels=["A", text])
+
+
+@pytest.mark.parametrize("text", ["none", "None of the above", "Not available", "nano", "nan or not", "na", "0", "-"])
+def test_an_answer_that_resembles_a_missing_value_is_kept(text, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"context,target\na,{text}\n")
+    assert list(read_rows(path)) == [Row(2, "a", text)]
 
 
 @pytest.mark.parametrize("key", ["conversations", "history", "instruction", "messages", "prompt", "tools"])
@@ -523,12 +568,6 @@ def test_what_looks_like_a_part_of_the_prompt(name, tmp_path):
     complaint(path, "column", "lost|ignored", line=1, key=name, context="text of it", target="label")
 
 
-def test_a_label_that_is_called_as_a_missing_value_is_written_otherwise(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("context,target\na,none\nb,N/A\nc,nan or not\n")
-    assert [row.target for row in read_rows(path)] == ["none", "N/A", "nan or not"]
-
-
 def test_other_names_and_ignored_columns(tmp_path):
     path = tmp_path / "A.CSV"
     path.write_text("id,Q,A\n1,Is it up?,0\n")
@@ -604,9 +643,9 @@ def test_real_files():
     assert len(list(read_rows(SHARED / "test" / "tfns_test.jsonl"))) == 2388
 
 
-# Any text that can be written as UTF-8 and is neither blank nor holds a NUL.
+# Any text that can be written as UTF-8 and is neither blank nor a missing value nor holds a NUL.
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(
-    lambda text: not text.isspace()
+    lambda text: fault_of("text", text) is None
 )
 pairs = st.lists(st.tuples(texts, texts), min_size=1, max_size=6)
 quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -192,7 +192,7 @@ def _contexts(file: File, count: Count | None) -> Iterator[str]:
     columns: dict[str, list[Any]] = {name: [] for name in ("line", "context", "target", "garbled", "bytes", "words")}
     columns |= {"corrected": [], "standing": []} if ruled else {}
     tokens, batch, room = [], [], BATCH
-    rows = read_rows(file.path, *file.columns, left_out=file.left_out, unused=file.unused)
+    rows = read_rows(file.path, *file.columns, left_out=file.left_out, unused=file.unused, labels=file.labels or ())
     try:
         for row in tqdm(rows, desc=file.path.name, unit=" rows", disable=None, leave=False):
             columns["line"].append(row.line)

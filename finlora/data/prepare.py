@@ -245,7 +245,7 @@ def _spool(
         unknown: list[tuple[int, str]] = []
         unused: dict[str, int] = {}
         first, corrected, unsure = len(lines), 0, 0
-        rows = read_rows(path, *columns, left_out=None if own else left_out, unused=unused)
+        rows = read_rows(path, *columns, left_out=None if own else left_out, unused=unused, labels=entry.labels or ())
         for row in tqdm(rows, desc=path.name, unit=" rows", disable=None, leave=False):
             target = row.target
             if allowed and target not in allowed:
@@ -303,7 +303,10 @@ def _reasons(left_out: list[LeftOut]) -> dict[str, LeftOutRows]:
 def _in_tests(entry: Task | Mixture, raw: Path, spool: IO[bytes], lines: array) -> dict[str, InTest]:
     """Of each test set that is in `raw`, the rows of an own file that it holds too."""
     files = {name: raw / test.file for name, test in entry.tests.items() if (raw / test.file).exists()}
-    tests = {name: [row.context for row in read_rows(path)] for name, path in files.items()}
+    tests = {
+        name: [row.context for row in read_rows(path, labels=entry.tests[name].labels or ())]
+        for name, path in files.items()
+    }
     if not tests:
         return {}
     spool.seek(0)

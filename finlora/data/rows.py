@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -35,8 +35,13 @@ PROMPT_NAMES = frozenset(
 )
 CHOICE = re.compile("(answer|choice|op|opt|option)?[a-h]")
 
-# How programs write a value that is not there: pandas, Python, JSON, Excel. Any other spelling may be an answer.
-MISSING = frozenset("nan NaN NAN NaT <NA> None null NULL #N/A #NAME? #REF! #VALUE! #DIV/0! #NUM! #NULL!".split())
+# How programs write a value that is not there: pandas, R, Python, JSON, SQL, Excel, C. Compared in lower case and
+# without blanks at the ends, but None and NA as they are: `none` is an answer. A label of the task is never one.
+MISSING = frozenset(
+    "nan -nan +nan nat <na> n/a null <null> (null) \\n #n/a #na #name? #ref! #value! #div/0! #num! #null! "
+    "1.#qnan -1.#qnan 1.#ind -1.#ind".split()
+) | {"#n/a n/a"}
+MISSING_AS_WRITTEN = frozenset({"None", "NA"})
 
 # A text that holds one of these would end the turn or open another one: Llama-3, ChatML (Qwen) and Gemma.
 CONTROL_TOKEN = re.compile(r"<\|[a-zA-Z0-9_]+\|>|<(?:start|end)_of_turn>")
@@ -114,12 +119,14 @@ def read_rows(
     target: str = "target",
     left_out: list[LeftOut] | None = None,
     unused: dict[str, int] | None = None,
+    labels: Collection[str] = (),
 ) -> Iterator[Row]:
     """Yield the rows of a .jsonl, .csv (both also .gz) or .parquet file in file order.
 
     context, target: the names of the two keys or columns. Rows with nothing to learn (a text that is empty or a missing
     value, a chat's control token) raise like any other mistake; where a list `left_out` is given they are noted there
-    and passed over instead. unused: gains the names of the other keys or columns with their first line.
+    and passed over instead. unused: gains the names of the other keys or columns with their first line. labels: the
+    task's answers, where they are a closed set; none of them is taken for a missing value.
     Raises UserError (one line: file, line or row, what is wrong, what to do), also when there is no row at all.
     """
     path = Path(path)
@@ -138,7 +145,7 @@ def read_rows(
         texts = _text(where, context, values[0], False), _text(where, target, values[1], True)
         if columns.is_header(*texts):
             raise UserError(f"{where}: is the header again (were two files joined?); remove the line")
-        reason = fault_of(context, texts[0]) or fault_of(target, texts[1])
+        reason = fault_of(context, texts[0]) or fault_of(target, texts[1], labels)
         if reason is None:
             yield Row(line, *texts)
         elif left_out is None:
@@ -311,12 +318,13 @@ def _text(where: str, name: str, value: object, numbers: bool) -> str:
     return str(value)
 
 
-def fault_of(name: str, text: str) -> str | None:
-    """Why a row with this text has nothing to learn from; None where it has."""
-    if not text or text.isspace():
+def fault_of(name: str, text: str, labels: Collection[str] = ()) -> str | None:
+    """Why a row with this text has nothing to learn from; None where it has. labels: texts that are answers."""
+    plain = text.strip()
+    if not plain:
         return f"empty {name}"
-    if text in MISSING:
-        return f"missing {name} ({text!r})"
+    if (plain in MISSING_AS_WRITTEN or plain.casefold() in MISSING) and text not in labels:
+        return f"missing {name} ({plain!r})"
     if "<" in text and (token := CONTROL_TOKEN.search(text)):
         return f"{name} holds the chat's control token {token[0]}"
     return None

@@ -89,6 +89,7 @@ def read_set(name: str, folder: Path = RAW) -> SetRows:
         )
     correcting = applies(spec.file, path)
     rows = [
-        LabelledRow(*row, corrected_target(spec.file, row) if correcting else row.target) for row in read_rows(path)
+        LabelledRow(*row, corrected_target(spec.file, row) if correcting else row.target)
+        for row in read_rows(path, labels=spec.labels or ())
     ]
     return SetRows(rows, str(shown), sha256(path), published)

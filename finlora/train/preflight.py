@@ -127,6 +127,7 @@ def prepare_data(recipe: Recipe, small: bool) -> str:
 def check_messages(path: Path, file: Path) -> None:
     """Raise UserError for the first line of a chat file that would train nothing, or not what it says."""
     rows.check_regular_file(file)
+    labels = {label for task in load_tasks().values() for label in task.labels or ()}
     number = 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -142,7 +143,7 @@ def check_messages(path: Path, file: Path) -> None:
                 ) from error
             if not turns or turns[-1][0] != "assistant" or any(not isinstance(text, str) for _, text in turns):
                 raise UserError(f"{where}: the last message must be the assistant's, and every content a string")
-            if fault := rows.fault_of("answer", turns[-1][1]):
+            if fault := rows.fault_of("answer", turns[-1][1], labels):
                 raise UserError(f"{where}: {fault}; correct it or remove the row")
     if not number:
         raise UserError(f"{file}: there are no rows in it; recipe {path} has nothing to train on")
