@@ -561,11 +561,70 @@ def test_columns_that_are_not_used_are_named_with_their_first_line(tmp_path):
         assert list(read_rows(path, unused=unused)) and list(unused) == ["id", "url"]
 
 
-@pytest.mark.parametrize("name", ["A", "d", "option_1", "Choice B", "opb", "Question", "system prompt", "Distractor2"])
+@pytest.mark.parametrize(
+    "name",
+    ["A", "d", "option_1", "Choice B", "opb", "Question", "system prompt", "Distractor2"]
+    + ["ending0", "paragraphs", "Sentences", "contexts", "passages", "pre_text", "post_text", "question_text", "ans_a"]
+    + ["question_stem", "choices_text", "claim", "ending_b", "questionText", "SystemPrompt"],
+)
 def test_what_looks_like_a_part_of_the_prompt(name, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(f"text of it,{name},label\nx,y,z\n")
     complaint(path, "column", "lost|ignored", line=1, key=name, context="text of it", target="label")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["A", "B", "C", "D"],
+        ["1", "2", "3", "4"],
+        ["w", "x"],
+        ["answer_1", "answer_2"],
+        ["ending0", "passages", "claim"],
+    ],
+)
+def test_all_columns_that_are_a_part_of_the_prompt_are_named(names, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"context,target,id,{','.join(names)}\nx,y,1{',z' * len(names)}\n")
+    complaint(path, "columns", "lost|ignored", ", ".join(f"'{name}'" for name in names), "remove", line=1)
+
+
+@pytest.mark.parametrize("names", ["x", "0", "answer_1", "question_id,text_id", "answers,answer_start", "2023,2024"])
+def test_columns_that_are_no_part_of_the_prompt_are_not_read(names, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"context,target,{names}\na,b{',z' * len(names.split(','))}\n")
+    assert list(read_rows(path)) == [Row(2, "a", "b")]
+
+
+HEADERS = [
+    "target,context",
+    " Target ,CONTEXT",
+    "question,answer",
+    "Question Text,Label",
+    "answer,id",
+    "q,a",
+    "text,labels",
+]
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_second_header_with_other_columns_is_refused(header, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"context,target\na,yes\n{header}\nb,no\n")
+    complaint(path, "header", "joined", "remove", line=3)
+
+
+def test_rows_that_hold_a_name_of_a_column_are_no_header(tmp_path):
+    path = tmp_path / "a.csv"
+    rows = [
+        ("question", "yes"),
+        ("What is a label?", "answer"),
+        ("context", "context"),
+        ("A", "B"),
+        ("text", "positive"),
+    ]
+    path.write_text("context,target\n" + "".join(f"{context},{target}\n" for context, target in rows))
+    assert [row[1:] for row in read_rows(path)] == rows
 
 
 def test_other_names_and_ignored_columns(tmp_path):

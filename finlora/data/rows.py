@@ -25,15 +25,22 @@ from finlora.core.errors import UserError
 LIMIT = 16 * 2**20  # bytes of a line or field; FinLoRA's longest line is below 1 MiB
 EXAMPLE = '{"context": "...", "target": "..."}'
 
-# Names of columns that hold a part of a question, in lower case and without what stands between and after their words:
-# chat formats, SQuAD and its kin, multiple choice (A, option_1, opb, Choice C).
-PROMPT_NAMES = frozenset(
-    "article background body choice choices content context conversation conversations distractor document documents "
-    "endings evidence exhibit facts headline history human hypothesis input inputs instruction instructions message "
-    "messages news option options paragraph passage passages premise prompt query question questions sentence "
-    "statement system systemprompt table text tool tools tweet user userprompt vignette".split()
+# Words of names of columns that hold a part of a question, in lower case and in the singular: chat formats, SQuAD and
+# its kin. A name that is made of these words only is such a column: questions, pre_text, Question 1, choices_text.
+PROMPT_WORDS = frozenset(
+    "article background body choice claim content context conversation distractor document ending evidence exhibit "
+    "fact headline history human hypothesis input instruction message news option paragraph passage post pre premise "
+    "prompt query question sentence statement stem system systemprompt table text tool tweet user userprompt "
+    "vignette".split()
 )
-CHOICE = re.compile("(answer|choice|op|opt|option)?[a-h]")
+# Multiple choice: A, option_b, opb, Choice C; and, only where there are several, x, 1, answer_2.
+CHOICE = re.compile("(ans|answer|choice|distractor|ending|op|opt|option)?[a-h]")
+ONE_OF_SEVERAL = re.compile(r"[\W_]*([a-z]|((ans|answer)[\W_]*)?\d{1,2})[\W_]*")
+# Names of the other columns that files of questions have, with which a second header is told from a row.
+OTHER_NAMES = frozenset(
+    "id idx index q title source split target label gold ans answer output response reply completion assistant "
+    "solution explanation category sentiment class summary".split()
+)
 
 # How programs write a value that is not there: pandas, R, Python, JSON, SQL, Excel, C. Compared in lower case and
 # without blanks at the ends, but None and NA as they are: `none` is an answer. A label of the task is never one.
@@ -95,18 +102,21 @@ class Columns:
                 has = _show(", ".join(names), 80)
                 raise UserError(f"{where}: has no {kind} {_show(name)} (it has {has}); rename it or pass {option}")
         others = [name for name in names if name not in (self.context, self.target)]
-        for name in sorted(others):
-            if _is_prompt(name):
-                raise UserError(
-                    f"{where}: the {kind} {_show(name)} would be lost from the prompt; "
-                    f"put its text into {_show(self.context)}, or remove it"
-                )
+        several = [name for name in others if ONE_OF_SEVERAL.fullmatch(name.casefold())]
+        if lost := [name for name in others if _is_prompt(name) or (len(several) > 1 and name in several)]:
+            names, it, its = (f"{kind}s", "them", "their texts") if len(lost) > 1 else (kind, "it", "its text")
+            raise UserError(
+                f"{where}: the {names} {', '.join(map(_show, lost))} would be lost from the prompt; "
+                f"put {its} into {_show(self.context)}, or remove {it}"
+            )
         for name in others:
             self.unused.setdefault(name, line)
 
     def is_header(self, context: str, target: str) -> bool:
-        """Whether a row holds the two names: the header of a second file, which may begin with a byte order mark."""
-        return _plain(target) == _plain(self.target) and _plain(context) == _plain(self.context)
+        """Whether a row holds two names of columns: the header of a second file, whose columns may be others."""
+        own = {_plain(self.context), _plain(self.target)}
+        names = {_plain(context), _plain(target)}
+        return len(names) == 2 and all(name in own or _is_column(name) for name in names)
 
 
 # Of each row, unchecked: its line, the place as errors name it, and its two values.
@@ -331,8 +341,17 @@ def fault_of(name: str, text: str, labels: Collection[str] = ()) -> str | None:
 
 
 def _is_prompt(name: str) -> bool:
-    letters = re.sub(r"[\W\d_]+", "", name.casefold())
-    return letters in PROMPT_NAMES or CHOICE.fullmatch(letters) is not None
+    return _has_only(name, PROMPT_WORDS) or CHOICE.fullmatch(re.sub(r"[\W\d_]+", "", name.casefold())) is not None
+
+
+def _is_column(name: str) -> bool:
+    return len(name) < 40 and _has_only(name, PROMPT_WORDS | OTHER_NAMES)
+
+
+def _has_only(name: str, known: frozenset[str]) -> bool:
+    """Whether all words of a name (singular or plural, digits left out) are known, and there is at least one."""
+    words = re.findall(r"[^\W\d_]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold())
+    return bool(words) and all({word, word.removesuffix("s")} & known for word in words)
 
 
 def _plain(text: str) -> str:
