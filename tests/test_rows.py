@@ -602,7 +602,7 @@ HEADERS = [
     "question,answer",
     "Question Text,Label",
     "answer,id",
-    "q,a",
+    "q,ans",
     "text,labels",
 ]
 
