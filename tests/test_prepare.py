@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from finlora import cli
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
+from finlora.data import audit as auditing
 from finlora.data import corrections
 from finlora.data import fetch as fetching
 from finlora.data import prepare as preparing
@@ -592,6 +593,26 @@ def test_mistakes_in_the_options(tmp_path):
         with refuses("validation|--validation", f"{share}", "0 to 0.5"):
             prepare("xbrl_term", raw, out, validation=share)
     assert prepare("xbrl_term", raw, out, validation=0.5)["rows"]["validation"] == 15
+
+
+def test_under_make_the_remedies_are_what_make_takes(tmp_path, monkeypatch):
+    monkeypatch.setenv("MAKELEVEL", "1")
+    own = tmp_path / "own.csv"
+    own.write_text("question,answer\na,A\n")
+    with refuses('ARGS="--context-column', file=own, line=1, key="context"):
+        prepare("cfa", file=own, out=tmp_path / "out")
+    with refuses('ARGS="--target-column', file=own, line=1, key="target"):
+        prepare("cfa", file=own, out=tmp_path / "out", context_column="question")
+    alike = write_rows(tmp_path / "alike.jsonl", [("the same words in each", "A")] * 20)
+    with refuses('ARGS="--validation 0"'):
+        prepare("cfa", file=alike, out=tmp_path / "out")
+    for run in (
+        lambda: preparing.run([], None, None, Options(file=str(own))),
+        lambda: auditing.run([], tmp_path, tmp_path, Options(file=str(own))),
+    ):
+        with refuses("FILE=", "one task", "TASK=") as error:
+            run()
+        assert "--file" not in str(error.value)
 
 
 def test_mistakes_of_the_command(tmp_path):

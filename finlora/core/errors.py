@@ -23,6 +23,13 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 1, cutoff: float 
     return f"did you mean {', '.join(near)}? " if near else ""
 
 
+def typed(option: str, variable: str = "") -> str:
+    """How a user gives an option: as it is, and under make by its variable (`FILE=`) or, without one, within ARGS."""
+    if not os.environ.get("MAKELEVEL"):
+        return option
+    return variable or f'ARGS="{option}"'
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a command's main function; a UserError becomes `error: ...` on stderr and exit code 1, Ctrl-C 130."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

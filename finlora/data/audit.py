@@ -21,7 +21,7 @@ import yaml
 from ftfy.badness import is_bad
 from tqdm import tqdm
 
-from finlora.core.errors import UserError
+from finlora.core.errors import UserError, typed
 from finlora.core.files import write_json
 from finlora.core.paths import PREPARED, RAW, ROOT
 from finlora.data.corrections import Correction, applies, corrected_target, load_corrections, standing
@@ -408,7 +408,7 @@ def _overlap(test: File, train: File) -> dict[str, int]:
 def render(report: dict[str, Any]) -> str:
     """The report of one task as plain text: its table, its labels, its findings."""
     measure = report["measure"]
-    tokens = "tokens were not counted; --tokenizer names what to count them with"
+    tokens = f"tokens were not counted; {typed('--tokenizer ...')} names what to count them with"
     if measure:
         length = f", at most {measure['sequence_len']:,} a row" if measure["sequence_len"] else ""
         more = ", more than by Llama's" if measure["stand_in"] else ""
@@ -479,7 +479,7 @@ def run(tasks: Sequence[str], raw: Path, json_folder: Path, own: Options | None 
     """
     tasks = tasks or list(load_tasks())
     if own and len(tasks) != 1:
-        raise UserError("--file: name the one task that the rows are for")
+        raise UserError(f"{typed('--file', 'FILE=')}: name the one task that the rows are for (TASK=...)")
     attention = read = 0
     for name in tasks:
         find_task(name)

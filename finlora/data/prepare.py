@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
-from finlora.core.errors import UserError
+from finlora.core.errors import UserError, typed
 from finlora.core.files import read_json, replacing, sha256, write_json
 from finlora.core.paths import PREPARED, RAW
 from finlora.data.corrections import TABLE as CORRECTIONS
@@ -135,7 +135,8 @@ def prepare(task: str, raw: Path | None = None, out: Path | None = None, options
             smallest = options.mixture == "finlora" and entry.published_rows == "smallest"
             rows = _write(out, spool, sources, groups, held_out, options, smallest)
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); free some space or choose --out") from error
+        remedy = f"free some space or choose {typed('--out ...')}"
+        raise UserError(f"{out}: cannot be written ({error.strerror}); {remedy}") from error
     read = sum(source.rows for source in sources)
     record = Prepared(
         task=task,
@@ -282,7 +283,7 @@ def _unknown_labels(path: Path, answers: list[tuple[int, str]], allowed: list[st
     count = f"the answers of {len(answers)} rows are" if len(answers) > 1 else "the answer of a row is"
     return (
         f"{path}:{answers[0][0]}: {count} none of {', '.join(allowed)} ({first}{more}); correct them, or accept any "
-        'answer with ARGS="--any-label"'
+        f"answer with {typed('--any-label')}"
     )
 
 
@@ -343,7 +344,8 @@ def _choose_groups(task: str, groups: list[int], share: float, seed: int) -> set
         # Every group is larger than the share: hold out the smallest if that leaves most rows to train on.
         smallest = min(order, key=sizes.__getitem__)
         if 2 * sizes[smallest] > len(groups):
-            raise UserError(f"{task}: all rows are near-duplicates of each other; add rows or pass --validation 0")
+            option = typed("--validation 0")
+            raise UserError(f"{task}: all rows are near-duplicates of each other; add rows or prepare with {option}")
         chosen.add(smallest)
     return chosen
 
@@ -432,15 +434,16 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 def run(tasks: Sequence[str], raw: Path | None, out: Path | None, options: Options) -> None:
     """Prepare tasks that are not prepared yet, and say what is there."""
     if (options.file or out) and len(tasks) != 1:
-        raise UserError("--file and --out: name the one task that they are for (TASK=...)")
+        options = f"{typed('--file', 'FILE=')} and {typed('--out ...')}"
+        raise UserError(f"{options}: name the one task that they are for (TASK=...)")
     for task in tasks or [name for name, entry in load_tasks().items() if entry.released]:
         find_task(task)
         folder = out or PREPARED / task
         record = read_prepared(folder)
         if record and record.settings.file and not options.file:
             raise UserError(
-                f"{folder}: was prepared from your own file {record.settings.file}; name it again with --file, "
-                "or remove the folder to go back to FinLoRA's rows"
+                f"{folder}: was prepared from your own file {record.settings.file}; name it again with "
+                f"{typed('--file', 'FILE=')}, or remove the folder to go back to FinLoRA's rows"
             )
         reason = why_stale(task, raw, out, options)
         if record and reason is None:

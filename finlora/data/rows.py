@@ -20,7 +20,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from finlora.core.errors import UserError
+from finlora.core.errors import UserError, typed
 
 LIMIT = 16 * 2**20  # bytes of a line or field; FinLoRA's longest line is below 1 MiB
 EXAMPLE = '{"context": "...", "target": "..."}'
@@ -99,6 +99,7 @@ class Columns:
             raise UserError(f"{where}: the {kind} {_show(doubled)} is there twice; keep one")
         for name, option in (self.context, "--context-column"), (self.target, "--target-column"):
             if name not in names:
+                option = typed(f"{option} ...")
                 has = _show(", ".join(names), 80)
                 raise UserError(f"{where}: has no {kind} {_show(name)} (it has {has}); rename it or pass {option}")
         others = [name for name in names if name not in (self.context, self.target)]
