@@ -1,6 +1,7 @@
 """What a trained adapter started from is compared before it is evaluated, merged, chatted with or served."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +11,13 @@ from failures import refuses, says
 from runs import RECIPES
 
 from fastdora.plugin.checksums import starting_files, weights_sha256
-from finlora.core.paths import shown
+from finlora.core.paths import SAMPLE, shown
+from finlora.evaluate import runner
 from finlora.evaluate.evaluation import Request, resolve
 from finlora.evaluate.runner import prepare_folder
+from finlora.export import chat
+from finlora.export import trained as trained_models
 from finlora.export.trained import load_trained, merged_folder
-from finlora.train.runs import check_start
 
 pytestmark = pytest.mark.xdist_group("after")
 NAME = RECIPES[8]
@@ -49,13 +52,62 @@ def test_a_base_whose_weights_were_replaced_is_refused(use, runs):
         USES[use](out)
 
 
-def test_another_base_that_is_asked_for_is_not_the_one_it_was_trained_on(runs):
-    """MODEL= with another folder is judged by its shapes and by the adapter's own words, as before."""
-    record(runs / NAME, "model.safetensors")
-    check_start(runs / NAME, model=str(runs))
-    base = json.loads((runs / NAME / "run.json").read_text(encoding="utf-8"))["base_model"]
-    with refuses("base model has changed"):
-        check_start(runs / NAME, model=base)
+WITH_MODEL = {
+    "merge, chat, serve": lambda out, model: load_trained(adapter=str(out), model=str(model)),
+    "eval": lambda out, model: resolve(Request(adapter=str(out), model=str(model), tasks="fpb")),
+    "eval FORCE=1": lambda out, model: resolve(Request(adapter=str(out), model=str(model), tasks="fpb", force=True)),
+}
+
+
+@pytest.mark.parametrize("use", WITH_MODEL)
+def test_a_model_that_is_named_is_told_by_its_weights(use, runs, tiny_base, tmp_path):
+    """The same weights may be anywhere; others are refused, whatever FORCE=1 says of names."""
+    out, other = runs / NAME, tmp_path / "other"
+    record(out)
+    shutil.copytree(tiny_base, other)
+    WITH_MODEL[use](out, other)
+    (other / "model.safetensors").write_bytes(b"other")
+    with refuses("other weights", "other/model.safetensors", "leave MODEL= out", file=f"MODEL={other}"):
+        WITH_MODEL[use](out, other)
+    WITH_MODEL[use](out, tiny_base)
+
+
+def test_a_model_is_told_by_its_name_where_no_weights_are_recorded(runs, tiny_base, tmp_path):
+    out, other = runs / NAME, tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    for use in WITH_MODEL.values():
+        use(out, tiny_base)
+    with refuses("leave MODEL= out", "FORCE=1", str(tiny_base), file=f"MODEL={other}"):
+        WITH_MODEL["eval"](out, other)
+    WITH_MODEL["eval FORCE=1"](out, other)
+    with refuses("leave MODEL= out", str(tiny_base), file=f"MODEL={other}") as error:
+        chat.load(load_trained(adapter=str(out), model=str(other)), "saved", keep_quantised=False)
+    assert "FORCE" not in str(error.value)  # chat has none
+
+
+def test_a_model_is_compared_once_it_is_fetched(runs, tmp_path, monkeypatch):
+    """In place of the hub's cache, a folder that comes between."""
+    out = runs / NAME
+    record(out)
+    trained = load_trained(adapter=str(out), model="me/other")
+    evaluation = resolve(Request(adapter=str(out), model="me/other", tasks="fpb", force=True))
+
+    def fetch(*_):
+        (tmp_path / "me" / "other").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "me" / "other" / "model.safetensors").write_bytes(b"other")
+
+    for module in runner, trained_models:
+        monkeypatch.setattr(module, "fetch_base", fetch)
+    for use in lambda: runner.fetch_base_model(evaluation), lambda: trained_models.fetch_base_model(trained):
+        with refuses("other weights", "leave MODEL= out", file="MODEL=me/other"):
+            use()
+        shutil.rmtree(tmp_path / "me")
+
+
+def test_a_model_that_is_nowhere_is_refused_before_anything_is_loaded(runs):
+    request = Request(model="bases/nope", tasks="fpb", tests=str(SAMPLE))
+    with refuses("MODEL=", "bases/nope is no folder here", "fix the name", file="nope"):
+        runner.check(resolve(request))
 
 
 def test_an_adapter_that_was_trained_anew_since_is_told(runs, capsys):

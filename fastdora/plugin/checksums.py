@@ -84,14 +84,14 @@ def changed_files(before: Digests, now: Digests) -> list[str]:
     ]
 
 
-def changed_weights(before: Digests, recorded: str, name: str, root: Path) -> list[str]:
-    """The weights of the model `name` that are not those which `before` has of `recorded`; none where one is not there.
+def changed_weights(before: Digests, recorded: str, name: str, root: Path) -> list[str] | None:
+    """The weights of the model `name` that are not those which `before` has of `recorded`; None where one is not there.
 
     The two names differ where a recipe's path is a link.
     """
     weights = {file: digest for file, digest in before.get(recorded, {}).items() if _is_weight(file)}
     now = model_files(name, WEIGHTS, root)
-    return changed_files({name: weights}, {name: now}) if weights and now else []
+    return changed_files({name: weights}, {name: now}) if weights and now else None
 
 
 def _is_weight(file: str) -> bool:

@@ -11,7 +11,7 @@ from finlora.core.paths import RAW, ROOT, SAMPLE, shown, slug
 from finlora.data.test_sets import all_sets, choose
 from finlora.evaluate import forgetting
 from finlora.evaluate.results import RESULTS, Run
-from finlora.models.load import AdapterFacts, adapter_facts, prompts, resolve_adapter
+from finlora.models.load import AdapterFacts, adapter_facts, check_named_base, prompts, resolve_adapter
 from finlora.train.runs import TrainedRecipe, check_start, of_recipe
 
 
@@ -114,8 +114,11 @@ def resolve(request: Request) -> Evaluation:
     model, adapter = trained.model or request.model, trained.adapter
     if request.adapter:
         adapter = resolve_adapter(request.adapter)
-        check_start(adapter, request.model)
     facts = adapter_facts(adapter) if adapter else None
+    if request.adapter:
+        same_weights = check_start(adapter, request.model or facts.base)
+        if request.model and not (same_weights or request.force or request.endpoint):
+            check_named_base(request.model, facts, force=True)
     if facts and not model:
         model = facts.base
         print(f"MODEL= is not given: taking the adapter's own base, {model}")

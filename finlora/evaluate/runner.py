@@ -31,7 +31,8 @@ from finlora.evaluate.lengths import Length, answer_length
 from finlora.evaluate.results import Row, Run, SetResult, kept_result, kept_rows, write_record, write_set
 from finlora.evaluate.scorers import after_answer, bertscore_items, scorings, summary
 from finlora.models.load import check_fits, template_sha256
-from finlora.train.runs import folder_lock
+from finlora.recipes.bases import fetch_base
+from finlora.train.runs import check_base_weights, folder_lock
 
 # Answers in a folder whose run.json differs in one of these are another model's.
 IDENTITY = ("model", "base_sha256", "adapter_sha256", "bits", "prompt", "template_sha256", "way", "backend")
@@ -69,11 +70,22 @@ def check(evaluation: Evaluation) -> None:
             forgetting.check(name, evaluation.folder)
         else:
             read_set(name, evaluation.folder)
+    if not evaluation.request.endpoint:
+        fetch_base_model(evaluation)
     if any(name in all_sets() and all_sets()[name].metric == "bertscore_f1" for name in evaluation.sets):
         add_bertscore([{"answer": "one", "target": "one"}], evaluation.request)
     results = evaluation.request.results
     if shutil.disk_usage(existing(results)).free < DISK_NEEDED:
         raise UserError(f"{results}: the disk is full; free {DISK_NEEDED >> 20} MiB")
+
+
+def fetch_base_model(evaluation: Evaluation) -> None:
+    """Bring the base into the hub's cache. UserError where it is nowhere, or not what the adapter's run recorded."""
+    model = evaluation.model
+    if not Path(model).is_dir():
+        fetch_base(Path(evaluation.name), {"base_model": model}, "the base, which MODEL= names")
+        if evaluation.adapter:
+            check_base_weights(evaluation.adapter, model)
 
 
 def load_tokenizer(evaluation: Evaluation):

@@ -26,6 +26,8 @@ def load(trained: TrainedModel, prompt: str, keep_quantised: bool):
     if folder:
         disable_hub()
         return models.load_base(str(folder), 16), models.load_tokenizer(str(folder), None, prompt), shown(str(folder))
+    if not trained.same_weights:
+        models.check_named_base(trained.base_model, trained.facts)
     fetch_base_model(trained)
     tokenizer = models.load_tokenizer(trained.base_model, trained.adapter, prompt)
     models.check_fits(trained.adapter, trained.base_model)

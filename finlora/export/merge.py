@@ -37,7 +37,6 @@ from finlora.data.test_sets import all_sets
 from finlora.export.trained import (
     MergeRecord,
     TrainedModel,
-    check_base,
     check_weights,
     fetch_base_model,
     merged_folder,
@@ -116,8 +115,8 @@ def merge(
     """
     if into == "dequantised" and trained.bits == 16:
         raise UserError(f"INTO=dequantised: {trained.name} was trained on 16 bits; there is nothing to dequantise")
-    if not force:
-        check_base(trained)
+    if not (force or trained.same_weights):
+        models.check_named_base(trained.base_model, trained.facts, force=True)
     out = trained.merged
     before = read_merge_record(out)
     if merged_folder(trained) and into in (before.asked_for, before.into) and not force:

@@ -12,7 +12,7 @@ from finlora.core.files import read_json, sha256
 from finlora.core.paths import ROOT, shown, slug
 from finlora.models.load import AdapterFacts, adapter_facts, resolve_adapter
 from finlora.recipes.bases import fetch_base
-from finlora.train.runs import OUTPUTS, check_start, of_recipe
+from finlora.train.runs import OUTPUTS, check_base_weights, check_start, of_recipe
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class TrainedModel:
     adapter: Path
     facts: AdapterFacts
     folder: Path  # what merge and publish write to
+    same_weights: bool = False  # the base's weights are those that the adapter's run recorded
     # Known of a trained recipe alone, not of an adapter from elsewhere.
     recipe: str | None = None
     tiny: bool = False
@@ -111,7 +112,7 @@ def _of_adapter(adapter: str, model: str | None, bits: int | None, options: str)
     facts = adapter_facts(folder)
     if not (model or facts.base):
         raise UserError(f"{adapter}: does not say which base it was trained on; name it with MODEL=")
-    check_start(folder, model)
+    same_weights = check_start(folder, model or facts.base)
     return TrainedModel(
         name=slug(adapter),
         options=options,
@@ -120,6 +121,7 @@ def _of_adapter(adapter: str, model: str | None, bits: int | None, options: str)
         adapter=folder,
         facts=facts,
         folder=OUTPUTS / "adapters" / slug(adapter),  # no recipe has this name
+        same_weights=same_weights,
     )
 
 
@@ -151,20 +153,14 @@ def check_weights(folder: Path) -> None:
             raise UserError(f"{shown(str(folder / name))}: is not what was verified; merge again with FORCE=1")
 
 
-def check_base(trained: TrainedModel) -> None:
-    """UserError where MODEL= is not the base that the adapter names: one of equal shapes would merge in silence."""
-    named, model = trained.facts.base, trained.base_model
-    if named and model != named and Path(model).resolve() != Path(named).resolve():
-        raise UserError(
-            f"MODEL={model}: the adapter was trained on {named}; leave MODEL= out, or add FORCE=1 where it is the same "
-            "model in another place"
-        )
-
-
 def fetch_base_model(trained: TrainedModel) -> None:
-    """Bring the base into the cache, as safetensors and text, and turn the hub off from there on."""
+    """Bring the base into the cache, as safetensors and text, and turn the hub off from there on.
+
+    UserError where what came is not what the adapter's run recorded.
+    """
     option = "key 'base_model'" if trained.recipe else "the base, which MODEL= names"
     fetch_base(Path(trained.name), {"base_model": trained.base_model}, option)
+    check_base_weights(trained.adapter, trained.base_model)
     disable_hub()
 
 

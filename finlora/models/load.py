@@ -68,6 +68,16 @@ def adapter_facts(folder: Path) -> AdapterFacts:
     )
 
 
+def check_named_base(model: str, facts: AdapterFacts, force: bool = False) -> None:
+    """UserError where MODEL= is not the base that the adapter names: one of equal shapes would be taken in silence.
+
+    force: whether the command has FORCE=1, which takes it nevertheless.
+    """
+    if facts.base and model != facts.base and Path(model).resolve() != Path(facts.base).resolve():
+        remedy = ", or add FORCE=1 where it is the same model in another place" if force else ""
+        raise UserError(f"MODEL={model}: the adapter was trained on {facts.base}; leave MODEL= out{remedy}")
+
+
 def _eot_tokens(recipe: Path) -> tuple[str, ...]:
     try:
         keys = yaml.safe_load(recipe.read_text(encoding="utf-8"))

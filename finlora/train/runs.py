@@ -278,27 +278,51 @@ def of_recipe(name: str, tiny: bool) -> TrainedRecipe:
     )
 
 
-def check_start(out: Path, model: str | None = None) -> None:
-    """UserError where the base model's weights are not those that the run in `out` was trained on.
+def check_start(out: Path, model: str | None = None) -> bool:
+    """`check_base_weights`, and a warning where an adapter in `lora_model_dir` has changed since.
 
-    model: the base that is asked for (default: the run's own); another one is not compared. An adapter in
-    `lora_model_dir` that has changed is told in a warning: the trained adapter holds what it began with. Runs of before
-    2026-11 have no checksums, and what is gone is not compared.
+    It is no error: the trained adapter holds what it began with.
     """
-    record, file = RunFolder(out).record or {}, config_file(out)
-    if not (start := record.get("start")) or not file.is_file():
-        return
-    keys = yaml.safe_load(file.read_text(encoding="utf-8")) | option_values(record["args"])
-    base, first = record["base_model"], keys.get("lora_model_dir")
-    same = model is None or model == base or (ROOT / model).resolve() == (ROOT / base).resolve()
-    changed = changed_weights(start, keys["base_model"], base, ROOT) if same else []
-    if changed:
-        raise UserError(
-            f"{shown(str(out))}: its base model has changed since it was trained ({', '.join(changed[:3])}); restore "
-            "it, or train again with FORCE=1"
-        )
-    if first and (changed := changed_files({first: start.get(first, {})}, starting_files(keys, ROOT))):
+    same = check_base_weights(out, model)
+    record, keys = RunFolder(out).record or {}, _trained_keys(out)
+    first = keys.get("lora_model_dir")
+    before = {first: record.get("start", {}).get(first, {})}
+    if first and (changed := changed_files(before, starting_files(keys, ROOT))):
         print(f"warning: {shown(str(out))}: {', '.join(changed)} changed since training began with it", file=sys.stderr)
+    return same
+
+
+def check_base_weights(out: Path, model: str | None = None) -> bool:
+    """Whether the base's weights are those that the run in `out` recorded; UserError where they are others.
+
+    model: the base that is asked for (default: the run's own), whatever its name. False where there is nothing to
+    compare: an adapter from elsewhere, a run of before 2026-11, which has no checksums, or a base that is not here.
+    """
+    record, keys = RunFolder(out).record or {}, _trained_keys(out)
+    if not keys:
+        return False
+    base = record["base_model"]
+    changed = changed_weights(record["start"], keys["base_model"], model or base, ROOT)
+    if not changed:
+        return changed is not None
+    files = ", ".join(changed[:3])
+    if model and (ROOT / model).resolve() != (ROOT / base).resolve():
+        raise UserError(
+            f"MODEL={model}: holds other weights ({files}) than {base}, which the adapter was trained on; leave "
+            f"MODEL= out, or set MODEL={base}"
+        )
+    raise UserError(
+        f"{shown(str(out))}: its base model has changed since it was trained ({files}); restore it, or train again "
+        "with FORCE=1"
+    )
+
+
+def _trained_keys(out: Path) -> dict[str, Any]:
+    """The recipe's keys as the run in `out` had them; none where it recorded no checksums of what it started from."""
+    record, file = RunFolder(out).record or {}, config_file(out)
+    if not record.get("start") or not file.is_file():
+        return {}
+    return yaml.safe_load(file.read_text(encoding="utf-8")) | option_values(record["args"])
 
 
 def trained_contexts(record: dict[str, Any]) -> set[str] | None:
