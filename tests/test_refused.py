@@ -1,5 +1,6 @@
 """What `make train` refuses before anything is loaded: one line that names the recipe, the key and the remedy."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -235,6 +236,24 @@ BASES = {
         "lora_modules_to_save",
         ["ties", "remove"],
     ),
+    "tied embeddings by their whole name": (
+        {"tie_word_embeddings": True},
+        {"lora_modules_to_save": ["model.embed_tokens"]},
+        "lora_modules_to_save",
+        ["ties", "remove"],
+    ),
+    "tied embeddings by the end of their name": (
+        {"tie_word_embeddings": True},
+        {"lora_modules_to_save": ["tokens"]},
+        "lora_modules_to_save",
+        ["model.embed_tokens", "ties", "remove"],
+    ),
+    "a module to save that is not there": (
+        {},
+        {"lora_modules_to_save": ["lm_haed"]},
+        "lora_modules_to_save",
+        ["lm_haed", "take one that is, lm_head"],
+    ),
     "a quantized base": ({"quantization_config": {"quant_method": "gptq"}}, {}, "base_model", ["quantized", "16-bit"]),
     "a classifier": (
         {"architectures": ["LlamaForSequenceClassification"]},
@@ -261,7 +280,8 @@ def test_a_base_model_that_does_not_fit_is_named(case, checked):
 def test_a_base_model_that_fits(checked):
     checked({})
     checked({"max_position_embeddings": 2048})  # packed: each row has positions of its own
-    checked({}, lora_modules_to_save=["lm_head"], eot_tokens=["<|eot_id|>"])
+    checked({}, lora_modules_to_save=["lm_head", "model.embed_tokens"])
+    checked({"tie_word_embeddings": True}, lora_modules_to_save=["input_layernorm"], eot_tokens=["<|eot_id|>"])
     checked({}, added_tokens_overrides={291: "<|end|>"}, eot_tokens=["<|end|>"])  # a reserved token gets another name
 
 
@@ -276,19 +296,61 @@ def test_layers_that_an_architecture_does_not_have(checked):
         checked({"model_type": "perceptron"})
 
 
-@pytest.mark.parametrize("change", [{}, {"r": 4}, {"lora_dropout": 0}, {"target_modules": ["q_proj"]}, None])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"modules_to_save": None, "alpha_pattern": {}},
+        {"r": 4},
+        {"lora_dropout": 0},
+        {"target_modules": ["q_proj"]},
+        {"modules_to_save": ["lm_head"]},
+        {"alpha_pattern": {"q_proj": 4}},
+        None,
+    ],
+)
 def test_an_adapter_to_start_from_that_is_not_what_the_recipe_says(change, checked, tmp_path):
     folder = tmp_path / "first"
     folder.mkdir()
     if change is not None:
         (folder / "adapter_config.json").write_text(json.dumps(ADAPTER | change), encoding="utf-8")
         (folder / "adapter_model.safetensors").write_bytes(b"")
-    if change == {}:
+    if change is not None and not any(change.values()) and "lora_dropout" not in change:
         checked({}, lora_model_dir=str(folder))
         return
     words = ["name an adapter's folder"] if change is None else [*change, *map(str, change.values()), "make them equal"]
     with refuses(str(folder), *words, file="mine.yaml", key="lora_model_dir"):
         checked({}, lora_model_dir=str(folder))
+
+
+def test_an_adapter_to_start_from_of_another_base(checked, tmp_path, monkeypatch):
+    """Bases of equal shapes: PEFT loads the adapter on any of them."""
+    monkeypatch.setattr(base_model, "ROOT", tmp_path)
+    base, first, other = tmp_path / "base", tmp_path / "first", tmp_path / "other"
+    for folder in (base, first, other):
+        folder.mkdir()
+    (base / "model.safetensors").write_bytes(b"base")
+    (other / "model.safetensors").write_bytes(b"other")
+    (first / "adapter_model.safetensors").write_bytes(b"")
+
+    def trained_on(named: str, digest: str | None = None) -> None:
+        (first / "adapter_config.json").write_text(json.dumps(ADAPTER | {"base_model_name_or_path": named}))
+        start = {named: {"model.safetensors": digest}} if digest else {}
+        (first / "run.json").write_text(json.dumps({"start": start}))
+        checked({}, lora_model_dir=str(first))
+
+    same = hashlib.sha256(b"base").hexdigest()
+    trained_on("base")
+    trained_on(str(base), same)
+    trained_on("gone", same)  # the same weights by another name
+    for named, digest, words in (
+        ("other", None, ["model.safetensors differ"]),
+        ("gone", None, []),
+        ("org/model", None, []),
+        ("base", "0" * 64, ["model.safetensors differ"]),  # replaced since
+    ):
+        with refuses(f"trained on {named}", *words, "set base_model", file="mine.yaml", key="lora_model_dir"):
+            trained_on(named, digest)
 
 
 @pytest.mark.parametrize("name", ["./models/lama", "/models/lama", "models/a/b"])
