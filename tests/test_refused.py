@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,45 @@ def test_axolotls_options_are_no_way_round():
         run.check_args(Path("mine.yaml"), ["--rl", "dpo"])
 
 
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--base-model", "other/model"], ["base_model", "copy mine.yaml"]),
+        (["--base-model=other/model"], ["base_model", "copy mine.yaml"]),
+        (["--datasets", "rows.jsonl"], ["datasets", "copy mine.yaml"]),
+        (["--learning-rte", "0.1"], ["--learning-rte", "did you mean --learning-rate"]),
+        (["--fastdora-layers", "peft"], ["--fastdora-layers", "recipe"]),
+    ],
+)
+def test_options_that_axolotl_would_not_take_or_the_record_not_know(args, words):
+    with refuses(*words, file=f"ARGS={' '.join(args)}"):
+        run.check_args(Path("mine.yaml"), args)
+    run.check_args(Path("mine.yaml"), ["--learning-rate=0.1", "--no-sample-packing", "--max-steps", "3", "--debug"])
+
+
+@pytest.mark.parametrize(
+    "args, key, words",
+    [
+        (["--sequence-len", "99999"], "sequence_len", ["8192 positions"]),
+        (["--lora-dropout", "1"], "lora_dropout", ["below 1"]),
+        (["--lora-target-modules", "[q_proj]"], "lora_target_modules", ["list"]),  # axolotl takes it for text
+        (["--lora-modules-to-save", "[lm_head]"], "lora_modules_to_save", ["array"]),
+        (["--lora-model-dir", "outputs/nope"], "lora_model_dir", ["outputs/nope", "adapter's folder"]),
+        (["--special-tokens.pad-token", "<|pad|>"], "special_tokens.pad_token", ["<|pad|>", "take one"]),
+        (["--chat-template-jinja", "typo.jinja"], "chat_template_jinja", ["chat_template"]),
+        (["--seed", "x"], "seed", ["integer"]),
+    ],
+)
+def test_options_pass_the_checks_of_the_keys_that_they_set(args, key, words, checked):
+    def check(options: list[str], **changes) -> None:
+        checked({}, check=lambda recipe: run.check_options(recipe, options), **changes)
+
+    with refuses(*words, file=f"ARGS={shlex.join(args)}", key=key):
+        check(args, sample_packing=False, sequence_len=512)
+    check(["--learning-rate", "1e-3", "--sequence-len", "4096", "--debug", "--no-sample-packing"])
+    check(["--special-tokens.pad-token", "<|eot_id|>", "--no-sample-packing"])
+
+
 def test_paths_that_would_be_read_or_written_wrongly(tmp_path, monkeypatch):
     monkeypatch.setattr(rules, "ROOT", tmp_path)
     (tmp_path / "outputs").mkdir()
@@ -198,16 +238,16 @@ def checked(tmp_path):
     """check_base on a recipe with changes, whose base model has a configuration with changes and a small tokenizer."""
     from tokenizers import Tokenizer, models
 
-    def check(config: dict, **changes) -> None:
+    def check_with(config: dict, check=base_model.check_base, **changes) -> None:
         base = tmp_path / "base"
         base.mkdir(exist_ok=True)
         (base / "config.json").write_text(json.dumps(LLAMA | config), encoding="utf-8")
         tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(290)}, unk_token="w0"))
         tokenizer.add_special_tokens(TOKENS)
         tokenizer.save(str(base / "tokenizer.json"))
-        base_model.check_base(recipes.Recipe(Path("mine.yaml"), DORA | {"base_model": str(base)} | changes))
+        check(recipes.Recipe(Path("mine.yaml"), DORA | {"base_model": str(base)} | changes))
 
-    return check
+    return check_with
 
 
 BASES = {

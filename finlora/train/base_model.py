@@ -72,8 +72,8 @@ def check_saved(where: str, saved: list[str], modules: dict[str, Any], config: d
         tied = [module for module in embeddings if any(f"{module}.".startswith(f"{part}.") for part in found)]
         if tied and config.get("tie_word_embeddings"):
             raise UserError(
-                f"{where}: {name} is or has {tied[0]}, and the base model ties its embeddings to its head: a merged "
-                "model would lose one of them; remove it"
+                f"{where}: {name} is or contains {tied[0]}, and the base model ties its embeddings to its head: a "
+                "merged model would lose one of them; remove it"
             )
 
 

@@ -11,8 +11,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from fastdora.plugin.keys import RecipeError, check_keys, kept_schema
 from finlora.core.compatible import make_compatible
-from finlora.core.errors import UserError
+from finlora.core.errors import UserError, did_you_mean
 from finlora.core.files import write_json
 from finlora.core.paths import ROOT
 from finlora.core.provenance import device_name, git_state, versions
@@ -23,6 +24,7 @@ from finlora.recipes.bases import fetch_base
 from finlora.recipes.recipe import Recipe, on_tiny_base
 from finlora.train import distributed, tiny
 from finlora.train import tracking as track
+from finlora.train.base_model import check_base
 from finlora.train.distributed import Launch
 from finlora.train.launch import axolotl, log_file
 from finlora.train.preflight import preflight, prepare_data
@@ -40,6 +42,10 @@ from finlora.train.runs import (
 
 # Keys that a recipe's name decides: ARGS may not change them, or the folder and the adapter would not be the recipe's.
 NAMED = {key for part in ("bits", "r", "alpha", "method", "name") for key in recipe_names.DECIDED_BY[part]}
+# What is read from the recipe alone, before axolotl starts: the run would be prepared and recorded with that.
+READ_HERE = {"base_model", "datasets", "test_datasets", "plugins"}
+# Options of both axolotl's commands that are no keys of a recipe.
+DEBUGGING = {"--debug", "--no-debug", "--debug-text-only", "--no-debug-text-only", "--debug-num-examples", "--prompter"}
 ONE_PROCESS = Launch()
 
 
@@ -64,6 +70,7 @@ def train(
     rules.check_paths(recipe)
     written = on_tiny_base(recipe, tiny_base()) if small else recipe
     as_run, message = distributed.distribute(written, launch)
+    check_options(written, args)
     hint, zero = distributed.shorter_packs_hint(written, as_run), distributed.stage(as_run.keys)
     launcher, launcher_args = distributed.launcher(launch)
     out, rank = as_run.output_folder, launch.rank
@@ -161,12 +168,45 @@ def is_unfinished(path: Path) -> bool:
 
 
 def check_args(path: Path, args: list[str]) -> None:
-    """UserError where an option of axolotl changes what the recipe's name says."""
+    """UserError where an option is none of axolotl's, changes what the recipe's name says, or is refused."""
+    from axolotl.cli.config_options import AXOLOTL_CONFIG_CLI_OPTIONS  # a tenth of a second, without torch
+
+    source = f"ARGS={shlex.join(args)}"
+    options = {option.strip() for names, *_ in AXOLOTL_CONFIG_CLI_OPTIONS for option in names[0].split("/")}
+    for arg in args:
+        name = arg.partition("=")[0]
+        if name.startswith("--") and name not in options | DEBUGGING:
+            remedy = did_you_mean(name, options, cutoff=0.8) or f"put the key into a recipe, a copy of {path}"
+            raise UserError(f"{source}: {name} is no option of axolotl's; {remedy.strip()}")
     for key, value in option_values(args).items():
-        if key in NAMED:
-            raise UserError(f"ARGS={shlex.join(args)}: {key} belongs to the recipe's name; copy {path} and edit that")
+        if key in NAMED | READ_HERE:
+            raise UserError(f"{source}: {key} belongs to the recipe; copy {path} and edit that")
         if reason := rules.why_refused("recipe", key, value):
-            raise UserError(f"ARGS={shlex.join(args)}: {key}{reason}")
+            raise UserError(f"{source}: {key}{reason}")
+
+
+def check_options(recipe: Recipe, args: list[str]) -> None:
+    """UserError where axolotl's options, in their places in the recipe, break a rule for its keys."""
+    if not args:
+        return
+    source = f"ARGS={shlex.join(args)}"
+    keys = dict(recipe.keys)
+    for name, value in option_values(args).items():
+        key, dot, inner = name.partition(".")
+        if f"--{name.replace('_', '-')}" not in DEBUGGING:
+            keys[key] = (keys.get(key) or {}) | {inner: value} if dot else value
+    changed = Recipe(recipe.path, keys)
+    try:
+        check_keys(keys, source, kept_schema(keys["plugins"], recipes.CACHE))
+        rules.validate(source, changed)
+        rules.check_paths(changed)
+        check_base(changed)
+    except RecipeError as error:
+        raise UserError(str(error)) from error
+    except UserError as error:
+        raise UserError(
+            f"{source}: {str(error).removeprefix(f'{source}: ').removeprefix(f'{recipe.path}: ')}"
+        ) from error
 
 
 def tiny_base() -> str:

@@ -183,10 +183,14 @@ def option_values(args: list[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    try:
-        return float(text) if "e" in text else yaml.safe_load(text)  # PyYAML takes 1e-4 for text
-    except (ValueError, yaml.YAMLError):
-        return text
+    """The value of an option as axolotl (0.19.0) takes it: a number, true, false, null, else text, never a list."""
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            pass
+    words = {"true": True, "yes": True, "false": False, "no": False, "null": None, "none": None, "~": None}
+    return words.get(text.lower(), text)
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
