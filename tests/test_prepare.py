@@ -463,6 +463,33 @@ def test_own_rows_that_are_test_rows_are_told_with_their_lines(tmp_path):
     assert in_tests == {"fpb": {"same_words": 3, "near": 4, "first_lines": [32, 33, 34, 35]}}
 
 
+def test_own_rows_that_were_compared_with_no_test_rows_are_told(tmp_path, capsys):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    own = write_rows(tmp_path / "own.jsonl", distinct_rows(12, seed=9))
+    tests = [raw / test.file for test in load_tasks()["sentiment"].tests.values()]
+    for absent in range(len(tests), -1, -1):
+        for _ in range(2):  # the second time nothing is new
+            preparing.run(["sentiment"], raw, out, Options(file=str(own)))
+            told = capsys.readouterr().out
+            lines = [line for line in told.splitlines() if "not checked" in line]
+            assert len(lines) == bool(absent)
+            assert sum(str(path.relative_to(raw)) in line for path in tests for line in lines) == absent
+        assert "already there" in told
+        if absent:
+            write_rows(tests[absent - 1], distinct_rows(3, seed=absent))
+
+
+def test_only_what_is_prepared_is_called_prepared_again(tmp_path, capsys):
+    own, out = write_rows(tmp_path / "own.jsonl", distinct_rows(12)), tmp_path / "out"
+    preparing.run(["xbrl_term"], None, out, Options(file=str(own)))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    write_rows(own, [*distinct_rows(12), ("a", "nan")])
+    capsys.readouterr()
+    with refuses("missing", file=own, line=13):
+        preparing.run(["xbrl_term"], None, out, Options(file=str(own)))
+    assert capsys.readouterr().out == "" and {path: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_columns_that_are_not_used_are_named(tmp_path):
     own = tmp_path / "own.csv"
     own.write_text("id,context,target,url\n1,a,A,x\n2,b,B,y\n")

@@ -96,7 +96,8 @@ class InTest(_Record):
 
 
 class Prepared(_Record):
-    """prepared.json: what went in and came out. outputs: the files' SHA-256 by name."""
+    """prepared.json: what went in and came out. outputs: the files' SHA-256 by name. absent_tests: the files of test
+    sets that own rows were not compared with."""
 
     task: str
     format: int
@@ -108,6 +109,7 @@ class Prepared(_Record):
     near_duplicate_groups: int
     outputs: dict[str, str]
     in_tests: dict[str, InTest] = {}
+    absent_tests: list[str] = []
 
 
 def prepare(task: str, raw: Path | None = None, out: Path | None = None, options: Options | None = None) -> Prepared:
@@ -149,6 +151,7 @@ def prepare(task: str, raw: Path | None = None, out: Path | None = None, options
         near_duplicate_groups=len(set(groups)),
         outputs={name: _sha256(out / name) for name in ("train.jsonl", "validation.jsonl")[: 1 + bool(held_out)]},
         in_tests=in_tests,
+        absent_tests=_absent_tests(entry, raw) if options.file else [],
     )
     write_json(out / "prepared.json", record.model_dump())
     return record
@@ -325,6 +328,10 @@ def _in_tests(entry: Task | Mixture, raw: Path, spool: IO[bytes], lines: array) 
     return found
 
 
+def _absent_tests(entry: Task | Mixture, raw: Path) -> list[str]:
+    return [test.file for test in entry.tests.values() if not (raw / test.file).exists()]
+
+
 def _choose_groups(task: str, groups: list[int], share: float, seed: int) -> set[int]:
     """Choose whole near-duplicate groups, in a seeded order, that together hold at most this share of the rows."""
     sizes = Counter(groups)
@@ -447,11 +454,15 @@ def run(tasks: Sequence[str], raw: Path | None, out: Path | None, options: Optio
             )
         reason = why_stale(task, raw, out, options)
         if record and reason is None:
+            fetched = [path for path in record.absent_tests if ((raw or RAW) / path).exists()]
+            reason = f"{fetched[0]}: was not there to compare with" if fetched else None
+        if record and reason is None:
             print(f"{_summary(record, folder)} (already there)")
             continue
+        prepared = prepare(task, raw, out, options)
         if record:
             print(f"{reason}: prepared again")
-        print(_summary(prepare(task, raw, out, options), folder))
+        print(_summary(prepared, folder))
 
 
 def _summary(record: Prepared, out: Path) -> str:
@@ -470,6 +481,9 @@ def _summary(record: Prepared, out: Path) -> str:
             f"  ! {found.near} of these rows are in the test set {name} too, {found.same_words} in the same words "
             f"({_shown(found)}): remove them, or the score on {name} is memory"
         )
+    if record.absent_tests:
+        remedy = f"`finlora fetch {record.task}` brings them" if find_task(record.task).released else "not released"
+        lines.append(f"  ! not checked for test rows: {', '.join(record.absent_tests)}: not there ({remedy})")
     if rows["repeated"]:
         lines.append(f"  repeated to balance the tasks: {rows['repeated']} rows")
     if rows["not_sampled"]:
