@@ -17,6 +17,7 @@ from failures import refuses
 from fastdora.plugin import checkpoints
 from finlora.core import machine
 from finlora.core.errors import UserError
+from finlora.data.tasks import load_tasks
 from finlora.recipes import bases, memory
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
@@ -195,6 +196,16 @@ def test_bad_chat_rows_of_ones_own_are_named(case, tmp_path):
     with pytest.raises(UserError) as error:
         preflight.check_messages(Path("mine.yaml"), tmp_path / "rows.jsonl")
     assert re.search(f"rows.jsonl{expected}", str(error.value)) and "\n" not in str(error.value)
+
+
+def test_a_label_that_is_spelt_as_a_missing_value_may_be_trained_on(tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "NA"}]}\n')
+    with refuses("missing", "remove", file=file, line=1, key="answer"):
+        preflight.check_messages(Path("mine.yaml"), file)
+    task = load_tasks()["sentiment"].model_copy(update={"labels": ["yes", "NA"]})
+    monkeypatch.setattr(preflight, "load_tasks", lambda: {"sentiment": task})
+    preflight.check_messages(Path("mine.yaml"), file)
 
 
 def test_no_write_permission(command, house):
