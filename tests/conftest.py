@@ -28,8 +28,11 @@ hypothesis.settings.load_profile("test")  # --hypothesis-profile=NAME takes anot
 
 # The tests run on both cores already: torch's own threads only wait for each other there, up to minutes a run.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-for name in ("ARGS", "MAKEFLAGS", "MAKELEVEL"):  # of `make test ARGS=...`: the tests run make too
+for name in ("ARGS", "VENV", "MAKEFLAGS", "MAKELEVEL"):  # of `make test ARGS=...`: the tests run make too
     os.environ.pop(name, None)
+# The tests train on the CPU; bench/ has the checks of a GPU. Asked through NVML, torch does not start CUDA in this
+# process, after which a forked one could not use it.
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 

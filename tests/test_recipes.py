@@ -231,7 +231,7 @@ MUTATIONS = {
         ["add fastdora.FastDoraPlugin"],
     ),
     "not YAML": (added("lora_r: [8\n"), None, [2, "not valid YAML", "fix that line"]),
-    "a list": (lambda recipe: "- lora_r: 8\n", None, ["is not a mapping", "axolotl"]),
+    "a list": (lambda recipe: "- lora_r: 8\n", None, ["is not a mapping", "keys"]),
     "empty": (lambda recipe: "", None, ["is empty", "mapping"]),
     "a tag that runs code": (
         added("hub_model_id: !!python/object/apply:os.system [ls]\n"),
