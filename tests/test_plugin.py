@@ -220,7 +220,7 @@ def test_a_prompt_that_teaches_no_end_is_refused_before_the_rows_are_tokenized(a
     path = recipe(special_tokens={"eos_token": "<|end_of_text|>"})  # as the base model's tokenizer has it
     code, output = axolotl("train", path, "--launcher", "python")
     assert code == 1 and not (tmp_path / "tokenised").exists()
-    refused(output, "<|eot_id|>", "no answer would end", "set eot_tokens", file=path, key="datasets.0")
+    refused(output, "<|eot_id|>", "no answer would end", "set eot_tokens", file=path, key="eot_tokens")
 
 
 def test_a_changed_data_file_is_never_trained_from_the_cache(axolotl, recipe, tmp_path):

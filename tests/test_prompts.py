@@ -99,8 +99,9 @@ WRONG = {
         {"chat_template": "llama3", "eot_tokens": ["<|end_of_text|>"]},
         ["<|eot_id|>", "eot_tokens"],
     ),
-    "chatml on Llama": (INSTRUCT, {"chat_template": "chatml"}, ["no answer would end", "choose a template"]),
-    "qwen3": ((QWEN, "<|im_end|>"), {"chat_template": "qwen3"}, ["<think>", "choose a template"]),
+    "chatml on Llama": (INSTRUCT, {"chat_template": "chatml"}, ["no answer would end", "llama3"]),
+    "qwen3 on Llama": (INSTRUCT, {"chat_template": "qwen3"}, ["llama3"]),
+    "qwen3": ((QWEN, "<|im_end|>"), {"chat_template": "qwen3"}, ["<think>", "choose a template", "chatml"]),
     "qwen3 with an argument that serving does not have": (
         (QWEN, "<|im_end|>"),
         {"chat_template": "qwen3", "chat_template_kwargs": {"enable_thinking": False}},
@@ -124,14 +125,26 @@ WRONG = {
 }
 
 
+KEYS = {  # the key that the error names, where it is not chat_template
+    "llama3 on the base model": "eot_tokens",
+    "chatml on a base of Qwen's": "eot_tokens",
+    "the end of another turn": "eot_tokens",
+    "an end that is not trained": "datasets.0.train_on_eos",
+    "rows with another template than the saved one": "datasets.0.chat_template",
+    "only the questions train": "datasets.0.roles_to_train",
+}
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_what_would_never_end_or_is_served_otherwise_is_refused(case, rows):
     made, keys, words = WRONG[case]
     tokenizer = make_tokenizer(*made)
     file = rows()
     cfg = configured(tokenizer, file, **keys)
-    with refuses(*words, error=RecipeError, file="mine.yaml", key="datasets.0"):
+    key = KEYS.get(case, "chat_template")
+    with refuses(*words, error=RecipeError, file="mine.yaml", key=key) as error:
         prompts.check(cfg, tokenizer, "mine.yaml")
+    assert f"mine.yaml: key '{key}': {file}:1: " in str(error.value)
 
 
 def test_an_answer_whose_first_token_joins_the_prompt_is_named_with_its_line(rows):
@@ -140,7 +153,9 @@ def test_an_answer_whose_first_token_joins_the_prompt_is_named_with_its_line(row
     number = [ROW[0], {"role": "assistant", "content": "15.0"}]
     file = rows(ROW, number)
     cfg = configured(tokenizer, file, chat_template="mistral_v1")
-    with refuses(f"{file}:2", "[/INST] ", "choose a template", error=RecipeError, file="mine.yaml", key="datasets.0"):
+    with refuses(
+        f"{file}:2", "[/INST] ", "choose a template", error=RecipeError, file="mine.yaml", key="chat_template"
+    ):
         prompts.check(cfg, tokenizer, "mine.yaml")
 
 

@@ -10,6 +10,7 @@ import yaml
 from failures import failed, refuses
 
 from fastdora.plugin.keys import kept_schema
+from finlora.core.errors import UserError
 from finlora.recipes import bases, rules
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
@@ -52,6 +53,7 @@ KEYS = {
     ),
     "ranks of their own": ({"lora_rank_pattern": {"q_proj": 4}}, "lora_rank_pattern", ["lora_r", "remove"]),
     "LoftQ": ({"peft": {"loftq_config": {"loftq_bits": 4}}}, "peft", ["merging cannot undo", "remove"]),
+    "no initial weights": ({"peft_init_lora_weights": False}, "peft_init_lora_weights", ["ignores", "remove"]),
     "PiSSA": ({"peft_init_lora_weights": "pissa_niter_4"}, "peft_init_lora_weights", ["merging cannot undo", "remove"]),
     "ReLoRA": ({"relora": True}, "relora", ["merging cannot undo", "remove"]),
     "trained embeddings": (
@@ -183,6 +185,14 @@ def test_options_pass_the_checks_of_the_keys_that_they_set(args, key, words, che
         check(args, sample_packing=False, sequence_len=512)
     check(["--learning-rate", "1e-3", "--sequence-len", "4096", "--debug", "--no-sample-packing"])
     check(["--special-tokens.pad-token", "<|eot_id|>", "--no-sample-packing"])
+
+
+def test_errors_of_the_plugin_name_the_recipe_and_not_its_copy():
+    copy = Path("/house/outputs/mine/recipe.yaml")
+    with refuses("qwen3", file="own/mine.yaml", key="chat_template"), run.naming(Path("own/mine.yaml"), copy):
+        raise UserError(f"{copy}: key 'chat_template': qwen3")
+    with refuses(file=f"axolotl train {copy} failed"), run.naming(Path("own/mine.yaml"), copy):
+        raise UserError(f"axolotl train {copy} failed: killed")
 
 
 def test_paths_that_would_be_read_or_written_wrongly(tmp_path, monkeypatch):

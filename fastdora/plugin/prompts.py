@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -14,6 +14,22 @@ from fastdora.plugin.keys import RecipeError
 END_WITHIN = 4
 ROWS = 32  # of each file are rendered, spread over it evenly: seconds, however long the file is
 SHOWN = 12  # tokens of a prompt that an error shows
+# Axolotl's templates that pass `check` with a tokenizer that has the token, which begins their turns.
+FITTING = {"<|start_header_id|>": "llama3", "<|im_start|>": "chatml"}
+
+
+class _Place(NamedTuple):
+    """A row of a data file: what an error begins with."""
+
+    source: str
+    name: str  # datasets.0
+    entry: dict[str, Any]
+    line: int
+
+    def of(self, key: str) -> str:
+        """As `recipe: key 'chat_template': file:line`; the key is the entry's where that has it."""
+        inside = f"{self.name}." if key in self.entry or key == "roles_to_train" else ""
+        return f"{self.source}: key '{inside}{key}': {self.entry['path']}:{self.line}"
 
 
 def end_of_turn_tokens(tokenizer, eot_tokens: Sequence[str] = ()) -> list[int]:
@@ -62,13 +78,15 @@ def check(cfg, tokenizer, source: str) -> None:
             file = Path(entry["path"])
             if entry.get("type") != "chat_template" or not file.is_file():
                 continue  # others are refused, or read, by who loads them
-            where = f"{source}: key '{key}.{number}'"
+            name = f"{key}.{number}"
             try:
                 strategy = load(tokenizer, cfg, ds_cfg=dict(entry))
             except ValueError as error:  # its own checks of eot_tokens, train_on_eos and train_on_eot
-                raise RecipeError(f"{where}: {_first_line(error)}") from error
+                fault = _first_line(error)
+                where = "eot_tokens" if fault.startswith("EOT token") else name
+                raise RecipeError(f"{source}: key '{where}': {fault}") from error
             for line, row in _some_rows(file):
-                _check_row(strategy, tokenizer, row, f"{where}: {entry['path']}:{line}")
+                _check_row(strategy, tokenizer, row, _Place(source, name, entry, line))
 
 
 def _some_rows(file: Path):
@@ -83,13 +101,14 @@ def _some_rows(file: Path):
                 return
 
 
-def _check_row(strategy, tokenizer, row: dict[str, Any], where: str) -> None:
+def _check_row(strategy, tokenizer, row: dict[str, Any], place: _Place) -> None:
+    template = place.of("chat_template")
     prompter = strategy.prompter
     try:
         trained = strategy.tokenize_prompt(dict(row))
     except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise RecipeError(
-            f"{where}: key 'chat_template' cannot be rendered ({_first_line(error)}); set the token that it needs "
+            f"{template}: cannot be rendered ({_first_line(error)}); set the token that it needs "
             "under special_tokens, to one that the tokenizer has, or choose another template"
         ) from error
     ids, labels = trained["input_ids"], trained["labels"]
@@ -101,28 +120,36 @@ def _check_row(strategy, tokenizer, row: dict[str, Any], where: str) -> None:
     start = next((i for i in range(begins, len(ids)) if labels[i] != -100), None)
     if start is None:
         raise RecipeError(
-            f"{where}: no token of the last message trains; make it the assistant's, and roles_to_train too"
+            f"{place.of('roles_to_train')}: no token of the last message trains; make it the assistant's, and "
+            "roles_to_train too"
         )
     served = _tokens(tokenizer, turns[:-1], tools=tools, add_generation_prompt=True)
     if ids[:start] != served:
         same = max(0, _common(ids[:start], served) - 3)
         before, asked = (tokenizer.decode(tokens[same : same + SHOWN]) for tokens in (ids[:start], served))
         raise RecipeError(
-            f"{where}: key 'chat_template': trains an answer after ...{before!r}, and will be asked for one after "
-            f"...{asked!r}; choose a template that has the same in both, such as chatml, or write one (jinja)"
+            f"{template}: trains an answer after ...{before!r}, and will be asked for one after "
+            f"...{asked!r}; {_choose(tokenizer)}"
         )
     end = end_of_turn(tokenizer, prompter.chat_template, **prompter.chat_template_kwargs)
     if end is None:
         raise RecipeError(
-            f"{where}: key 'chat_template': after an answer it writes no token of this tokenizer's own, so that no "
-            "answer would end; choose a template of this base model's"
+            f"{template}: after an answer it writes no token of this tokenizer's own, so that no answer would end; "
+            f"{_choose(tokenizer)}"
         )
     if end not in labels[start:]:
         name = tokenizer.convert_ids_to_tokens(end)
+        key = next((key for key in ("train_on_eos", "train_on_eot") if key in place.entry), "eot_tokens")
         raise RecipeError(
-            f"{where}: {name} ends an answer and has no label, so that no answer would end; set "
+            f"{place.of(key)}: {name} ends an answer and has no label, so that no answer would end; set "
             f"eot_tokens: ['{name}'], and leave train_on_eos and train_on_eot out"
         )
+
+
+def _choose(tokenizer) -> str:
+    """What to do about a template that does not fit this tokenizer."""
+    name = next((name for token, name in FITTING.items() if token in tokenizer.get_vocab()), None)
+    return f"choose a template of this base model's{f', {name}' if name else ''}, or write one (jinja)"
 
 
 def _tokens(tokenizer, turns: list[dict[str, Any]], **arguments: Any) -> list[int]:

@@ -49,6 +49,7 @@ class Keys(BaseModel):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     lora_target_modules: Any
     lr_groups: Any = None
+    peft_init_lora_weights: Any = None
     chat_template: Any = None
     chat_template_jinja: Any = None
     datasets: list[Rows]
@@ -86,6 +87,13 @@ class Keys(BaseModel):
             if layers and target not in layers:
                 raise ValueError(f"{target} is none of {', '.join(layers)}")
         return targets
+
+    @field_validator("peft_init_lora_weights")
+    @classmethod
+    def initial_weights_that_are_set(cls, value: Any) -> Any:
+        if value is False:
+            raise ValueError("axolotl (0.19.0) ignores it, and B begins at zero as with true; remove it")
+        return value
 
     @field_validator("chat_template_jinja")
     @classmethod

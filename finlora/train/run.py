@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +93,12 @@ def train(
             identity = identify(recipe, as_run, args)  # with a hub's model that was fetched
             started = datetime.datetime.now(datetime.timezone.utc)
             print(f"log       {log_file(config).relative_to(ROOT)} (VERBOSE=1 shows it)", flush=True)
-            if not rank:
-                write_identity(out, identity)
-                preprocess(config, args, not needs_gpu, lock, hint)
             train_args = [*launcher, *args, *tracking, *resume_args, *launcher_args]
-            axolotl("train", config, train_args, not needs_gpu, lock)
+            with naming(path, config):
+                if not rank:
+                    write_identity(out, identity)
+                    preprocess(config, args, not needs_gpu, lock, hint)
+                axolotl("train", config, train_args, not needs_gpu, lock)
             if rank:
                 print(f"node {rank} of {launch.nodes} is done; the first node checks the adapter and reports")
                 return None
@@ -218,6 +221,16 @@ def base_model(keys: dict[str, Any]) -> str:
     """The hub id, or the folder behind the link that the recipe names: `.cache/tiny` may point elsewhere later."""
     folder = ROOT / keys["base_model"]
     return os.path.relpath(folder.resolve(), ROOT) if folder.is_dir() else keys["base_model"]
+
+
+@contextmanager
+def naming(path: Path, config: Path) -> Iterator[None]:
+    """In the plugin's errors, the recipe that was written instead of its copy in the run's folder."""
+    try:
+        yield
+    except UserError as error:
+        copy, colon, rest = str(error).partition(": ")
+        raise (UserError(f"{path}{colon}{rest}") if copy == str(config) else error) from error.__cause__
 
 
 def preprocess(config: Path, args: list[str], local: bool, lock, hint: str) -> None:
