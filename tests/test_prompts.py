@@ -99,7 +99,11 @@ WRONG = {
         {"chat_template": "llama3", "eot_tokens": ["<|end_of_text|>"]},
         ["<|eot_id|>", "eot_tokens"],
     ),
-    "chatml on Llama": (INSTRUCT, {"chat_template": "chatml"}, ["no answer would end", "llama3"]),
+    "chatml on Llama": (  # axolotl gives the entry this template
+        INSTRUCT,
+        {"chat_template": "chatml", "entry": {"chat_template": "tokenizer_default"}},
+        ["no answer would end", "llama3"],
+    ),
     "qwen3 on Llama": (INSTRUCT, {"chat_template": "qwen3"}, ["llama3"]),
     "qwen3": ((QWEN, "<|im_end|>"), {"chat_template": "qwen3"}, ["<think>", "choose a template", "chatml"]),
     "qwen3 with an argument that serving does not have": (

@@ -24,11 +24,14 @@ class _Place(NamedTuple):
     source: str
     name: str  # datasets.0
     entry: dict[str, Any]
+    template: Any  # the recipe's chat_template
     line: int
 
     def of(self, key: str) -> str:
         """As `recipe: key 'chat_template': file:line`; the key is the entry's where that has it."""
-        inside = f"{self.name}." if key in self.entry or key == "roles_to_train" else ""
+        # Axolotl (0.19.0) gives an entry without a template the tokenizer's, which is the recipe's by now.
+        same = key == "chat_template" and self.entry.get(key) in ("tokenizer_default", self.template)
+        inside = f"{self.name}." if key == "roles_to_train" or (self.entry.get(key) and not same) else ""
         return f"{self.source}: key '{inside}{key}': {self.entry['path']}:{self.line}"
 
 
@@ -86,7 +89,7 @@ def check(cfg, tokenizer, source: str) -> None:
                 where = "eot_tokens" if fault.startswith("EOT token") else name
                 raise RecipeError(f"{source}: key '{where}': {fault}") from error
             for line, row in _some_rows(file):
-                _check_row(strategy, tokenizer, row, _Place(source, name, entry, line))
+                _check_row(strategy, tokenizer, row, _Place(source, name, entry, cfg.get("chat_template"), line))
 
 
 def _some_rows(file: Path):
@@ -139,7 +142,7 @@ def _check_row(strategy, tokenizer, row: dict[str, Any], place: _Place) -> None:
         )
     if end not in labels[start:]:
         name = tokenizer.convert_ids_to_tokens(end)
-        key = next((key for key in ("train_on_eos", "train_on_eot") if key in place.entry), "eot_tokens")
+        key = next((key for key in ("train_on_eos", "train_on_eot") if place.entry.get(key)), "eot_tokens")
         raise RecipeError(
             f"{place.of(key)}: {name} ends an answer and has no label, so that no answer would end; set "
             f"eot_tokens: ['{name}'], and leave train_on_eos and train_on_eot out"

@@ -80,7 +80,7 @@ def train(
     tracking = track.options(tracker, out)
     with folder_lock(out, rank, make=False) as lock:
         trained = not force and RunFolder(out).record is not None
-        needs_gpu, origin = preflight(as_run, launch, small, trained)
+        needs_gpu, origin = preflight(with_options(as_run, args), launch, small, trained)
         if message:
             print(message, flush=True)
         identity, config = identify(recipe, as_run, args), config_file(out, rank)
@@ -192,15 +192,9 @@ def check_options(recipe: Recipe, args: list[str]) -> None:
     """UserError where axolotl's options, in their places in the recipe, break a rule for its keys."""
     if not args:
         return
-    source = f"ARGS={shlex.join(args)}"
-    keys = dict(recipe.keys)
-    for name, value in option_values(args).items():
-        key, dot, inner = name.partition(".")
-        if f"--{name.replace('_', '-')}" not in DEBUGGING:
-            keys[key] = (keys.get(key) or {}) | {inner: value} if dot else value
-    changed = Recipe(recipe.path, keys)
+    source, changed = f"ARGS={shlex.join(args)}", with_options(recipe, args)
     try:
-        check_keys(keys, source, kept_schema(keys["plugins"], recipes.CACHE))
+        check_keys(changed.keys, source, kept_schema(changed.keys["plugins"], recipes.CACHE))
         rules.validate(source, changed)
         rules.check_paths(changed)
         check_base(changed)
@@ -210,6 +204,16 @@ def check_options(recipe: Recipe, args: list[str]) -> None:
         raise UserError(
             f"{source}: {str(error).removeprefix(f'{source}: ').removeprefix(f'{recipe.path}: ')}"
         ) from error
+
+
+def with_options(recipe: Recipe, args: list[str]) -> Recipe:
+    """The recipe with axolotl's options in their places."""
+    keys = dict(recipe.keys)
+    for name, value in option_values(args).items():
+        key, dot, inner = name.partition(".")
+        if f"--{name.replace('_', '-')}" not in DEBUGGING:
+            keys[key] = (keys.get(key) or {}) | {inner: value} if dot else value
+    return Recipe(recipe.path, keys)
 
 
 def tiny_base() -> str:
