@@ -23,6 +23,7 @@ import torch
 import torch.utils.tensorboard  # noqa: F401 (every recipe logs to it)
 import torchao  # noqa: F401
 import wandb
+from accelerate.state import AcceleratorState
 from axolotl.cli import main as axolotl_cli
 from axolotl.integrations.base import PluginManager
 from axolotl.logging_config import configure_logging
@@ -84,6 +85,8 @@ def start(
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     os.environ |= {key: str(value) for key, value in (env or {}).items()}
     os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0"
+    # accelerate keeps for its lifetime how a process takes part in training: here how pytest's process did.
+    AcceleratorState._reset_state(reset_partial_state=True)
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
