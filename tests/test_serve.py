@@ -201,6 +201,17 @@ def test_chat_answers_lines_of_a_pipe_as_the_model_does(merged, monkeypatch, cap
     assert capsys.readouterr().out == f"{first}\n{second}\n{first}\n\n"
 
 
+def test_chat_ends_an_answer_where_the_recipe_says(merged, monkeypatch, capsys):
+    """A token that the model writes, an end by `eot_tokens`, is neither printed nor followed by another."""
+    model, tokenizer, _ = chat.load(merged, "saved", keep_quantised=False)
+    whole = answer(merged.merged, [{"role": "user", "content": "sales rose"}])[0]
+    written = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    end = next(place for place in range(1, len(written)) if written[place] not in written[:place])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("sales rose\n"))
+    chat.chat(model, tokenizer, MOST, [tokenizer.convert_ids_to_tokens(written[end])])
+    assert capsys.readouterr().out == f"{tokenizer.decode(written[:end])}\n\n"
+
+
 def test_ctrl_c_ends_an_answer_and_forgets_the_question(merged, monkeypatch, capsys):
     model, tokenizer, _ = chat.load(merged, "saved", keep_quantised=False)
     generate, asked = model.generate, []

@@ -43,6 +43,18 @@ def load(trained: TrainedModel, prompt: str, keep_quantised: bool):
     )
 
 
+class AnswerStreamer(TextStreamer):
+    """Prints an answer as it is written, without its end: transformers would print one that is no special token."""
+
+    def __init__(self, tokenizer, ends: Sequence[int]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.ends = set(ends)
+
+    def put(self, value) -> None:
+        if value.numel() != 1 or value.item() not in self.ends:  # the prompt comes whole, then one token at a time
+            super().put(value)
+
+
 def chat(model, tokenizer, max_new_tokens: int, eot_tokens: Sequence[str] = ()) -> None:
     """Answer lines from the terminal or a pipe, greedily and token by token, until Ctrl-D, Ctrl-C or the end.
 
@@ -85,7 +97,7 @@ def chat(model, tokenizer, max_new_tokens: int, eot_tokens: Sequence[str] = ()) 
                 top_p=None,
                 eos_token_id=ends,
                 pad_token_id=tokenizer.pad_token_id,
-                streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+                streamer=AnswerStreamer(tokenizer, ends),
             )
         except KeyboardInterrupt:
             print()
