@@ -341,7 +341,8 @@ def test_layers_that_an_architecture_does_not_have(checked):
     with refuses("q_proj is none of", "down_proj, gate_up_proj, o_proj, qkv_proj", file="mine.yaml") as error:
         checked(phi)
     assert "'lora_target_modules'" in str(error.value)
-    checked(phi, lora_target_modules=["qkv_proj", "o_proj"])
+    for check in base_model.check_base, lambda recipe: rules.validate("mine.yaml", recipe):
+        checked(phi, check, lora_target_modules=["qkv_proj", "o_proj"])
     with refuses("transformers knows", "take another", file="mine.yaml", key="base_model"):
         checked({"model_type": "perceptron"})
 
@@ -421,4 +422,4 @@ def test_make_train_refuses_before_it_makes_a_folder(command, house):
     path.write_text(text.replace("pad_token: <|finetune_right_pad_id|>", "pad_token: <|pad|>"), encoding="utf-8")
     done = command("finlora", "train", "ner_r8_dora", "--tiny")
     failed(done, "<|pad|>", "no token of", "take one", file=path, key="special_tokens.pad_token")
-    assert not any((house / "outputs" / "tiny").glob("ner*"))
+    assert [path.name for path in (house / "outputs" / "tiny").iterdir()] == [".ner_r8_dora.lock"]

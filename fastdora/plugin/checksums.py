@@ -62,7 +62,8 @@ def model_files(name: str, patterns: tuple[str, ...], root: Path = Path(), revis
 
 
 def _named_files(recipe: dict[str, Any], root: Path = Path()) -> Digests:
-    names = [entry.get("chat_template_jinja") for entry in (recipe, *(recipe.get("datasets") or []))]
+    entries = [recipe, *(recipe.get("datasets") or []), *(recipe.get("test_datasets") or [])]
+    names = [entry.get("chat_template_jinja") for entry in entries]
     names.append(recipe.get("deepspeed"))
     files = [name for name in names if isinstance(name, str) and os.path.isfile(root / name)]  # else: a template's text
     return {name: {"": cached_sha256(root / name, root)} for name in files}

@@ -1,5 +1,6 @@
 """Metrics of a run in one small file beside the adapter: rows, tokens, seconds and the loss at every logged step."""
 
+import contextlib
 import json
 import os
 import signal
@@ -60,7 +61,8 @@ class _Writer(TrainerCallback):
         if threading.current_thread() is threading.main_thread():  # Ray trains in another, where no handler can be set
             signal.signal(signal.SIGINT, self.interrupt)
         if state.is_world_process_zero:
-            self.stepping.touch()
+            with contextlib.suppress(OSError):  # a full disk costs the progress, not the run
+                self.stepping.touch()
 
     def interrupt(self, *_):
         self.interrupted = True
@@ -78,7 +80,8 @@ class _Writer(TrainerCallback):
         if state.is_world_process_zero and time.perf_counter() - self.written > SECONDS_BETWEEN_WRITES:
             self.written = time.perf_counter()
             steps = {"step": state.global_step, "max_steps": state.max_steps}
-            self.stepping.write_text(json.dumps(steps | self.logged), encoding="utf-8")
+            with contextlib.suppress(OSError):
+                self.stepping.write_text(json.dumps(steps | self.logged), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Logging waits for the GPU anyway; counts are this process's share."""

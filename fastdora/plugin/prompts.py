@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
+from fastdora.plugin.errors import first_line
 from fastdora.plugin.keys import RecipeError
 
 # Axolotl (0.19.0) looks for the end of a turn among the token after the answer and the three that follow it.
@@ -85,7 +86,7 @@ def check(cfg, tokenizer, source: str) -> None:
             try:
                 strategy = load(tokenizer, cfg, ds_cfg=dict(entry))
             except ValueError as error:  # its own checks of eot_tokens, train_on_eos and train_on_eot
-                fault = _first_line(error)
+                fault = first_line(error)
                 where = "eot_tokens" if fault.startswith("EOT token") else name
                 raise RecipeError(f"{source}: key '{where}': {fault}") from error
             for line, row in _some_rows(file):
@@ -101,7 +102,7 @@ def _some_rows(file: Path):
             try:
                 yield line, json.loads(text)
             except ValueError:  # an empty line, or another format; axolotl says so when it loads the file
-                return
+                continue
 
 
 def _check_row(strategy, tokenizer, row: dict[str, Any], place: _Place) -> None:
@@ -111,7 +112,7 @@ def _check_row(strategy, tokenizer, row: dict[str, Any], place: _Place) -> None:
         trained = strategy.tokenize_prompt(dict(row))
     except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise RecipeError(
-            f"{template}: cannot be rendered ({_first_line(error)}); set the token that it needs "
+            f"{template}: cannot be rendered ({first_line(error)}); set the token that it needs "
             "under special_tokens, to one that the tokenizer has, or choose another template"
         ) from error
     ids, labels = trained["input_ids"], trained["labels"]
@@ -163,7 +164,3 @@ def _common(some: list[int], others: list[int]) -> int:
     """How many tokens both begin with."""
     pairs = enumerate(zip(some, others, strict=False))
     return next((number for number, (one, other) in pairs if one != other), min(len(some), len(others)))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

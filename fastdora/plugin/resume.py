@@ -11,6 +11,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from fastdora.plugin import checkpoints, fsdp2
 from fastdora.plugin.checksums import sha256, starting_files
+from fastdora.plugin.errors import first_line
 from fastdora.plugin.keys import RecipeError
 
 LOG = get_logger("axolotl.fastdora")
@@ -75,7 +76,7 @@ def guard(cfg, trainer) -> None:
                 raise
             shutil.rmtree(folder, ignore_errors=True)
             last = checkpoints.last_whole(out)[0]
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             LOG.error(
                 f"{folder} could not be written ({reason}); training continues, the last whole checkpoint is {last}"
             )

@@ -6,15 +6,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 
+from fastdora.plugin.errors import first_line as first_line
+
 
 class UserError(Exception):
     """A mistake that the user can fix. Its text is one line: the file, the line or key, and what to do."""
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, without its full stop; its class where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:

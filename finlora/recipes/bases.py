@@ -7,15 +7,18 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from finlora.core.errors import UserError
+from finlora.core.errors import UserError, first_line
 from finlora.core.paths import ROOT
 from finlora.recipes.names import BASES
 
+# Whose blocks have the layers of `linear_layers`. Phi-3 has a Llama's sizes, and one layer for q, k and v.
+LLAMA_BLOCKS = ("llama", "mistral", "qwen2", "qwen3")
+
 
 def shape(base_model: str) -> dict[str, Any] | None:
-    """The sizes in a base model's config: a local folder's config.json, else recipes/bases.yaml, else None.
+    """The sizes of a base model: from a local folder's config.json, else from recipes/bases.yaml.
 
-    Raises UserError where the folder's does not have a Llama's.
+    None where they are not known or its blocks are not a Llama's. Raises UserError where the folder's lack a size.
     """
     config = ROOT / base_model / "config.json"
     if config.is_file():
@@ -24,8 +27,10 @@ def shape(base_model: str) -> dict[str, Any] | None:
         except (OSError, ValueError):
             sizes = None
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+        if isinstance(sizes, dict) and sizes.get("model_type", "llama") not in LLAMA_BLOCKS:
+            return None
         if not isinstance(sizes, dict) or not all(isinstance(sizes.get(key), int) for key in needed):
-            raise UserError(f"{config}: has not {', '.join(needed)}; take a model of Llama's kind")
+            raise UserError(f"{config}: lacks one of {', '.join(needed)}; take a model of Llama's kind")
         return sizes
     return yaml.safe_load(BASES.read_text(encoding="utf-8")).get(base_model)
 
@@ -99,7 +104,7 @@ def fetch_base(
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise UserError(f"{path}: {called}: {name} is no folder here and no model of the hub; fix the name") from error
     except OSError as error:  # the hub's other errors among them
-        reason = str(error).splitlines()[0].partition(". ")[0]
+        reason = first_line(error).partition(". ")[0]
         raise UserError(
             f"{path}: {called}: {name} is no folder here and cannot be fetched ({reason}); fix the name or the network"
         ) from error

@@ -106,7 +106,9 @@ class Keys(BaseModel):
     @classmethod
     def groups_of_trained_parameters(cls, groups: Any, info: ValidationInfo) -> Any:
         """Axolotl ignores a module of `lr_groups` that no trained parameter has in its name."""
-        targets, dora = info.data.get("lora_target_modules", []), info.data.get("peft_use_dora")
+        targets, dora = info.data.get("lora_target_modules"), info.data.get("peft_use_dora")
+        if not targets:
+            return groups  # that key's own error comes first
         parts = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(dora)]
         trained = [
             f"base_model.model.model.layers.{layer}.{block}.{target}.{part}.default.weight"

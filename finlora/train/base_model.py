@@ -154,12 +154,12 @@ def check_first_base(recipe: Recipe, where: str, named: str | None) -> None:
     named: the base in adapter_config.json. Its weights are known by the checksums in the adapter's run.json, or lie
     here; equal ones may have another name. Of a hub's model that is still to be fetched, the name alone counts.
     """
-    keys, name, base = recipe.keys, recipe.keys["lora_model_dir"], recipe.keys["base_model"]
+    name, base = recipe.keys["lora_model_dir"], recipe.keys["base_model"]
     if not named:
         return
     start = (read_json(ROOT / name / "run.json") or {}).get("start", {})
     theirs = start.get(named) or model_files(named, WEIGHTS, ROOT)
-    ours = model_files(base, WEIGHTS, ROOT, keys.get("revision_of_model"))
+    ours = model_files(base, WEIGHTS, ROOT)
     both = sorted(theirs.keys() & ours.keys())
     changed = [file for file in both if theirs[file] != ours[file]]
     same_name = named == base or (ROOT / named).resolve() == (ROOT / base).resolve()

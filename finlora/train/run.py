@@ -172,7 +172,9 @@ def is_unfinished(path: Path) -> bool:
 
 def check_args(path: Path, args: list[str]) -> None:
     """UserError where an option is none of axolotl's, changes what the recipe's name says, or is refused."""
-    from axolotl.cli.config_options import AXOLOTL_CONFIG_CLI_OPTIONS  # a tenth of a second, without torch
+    if not args:
+        return
+    from axolotl.cli.config_options import AXOLOTL_CONFIG_CLI_OPTIONS  # late: it sets up axolotl's logging, too
 
     source = f"ARGS={shlex.join(args)}"
     options = {option.strip() for names, *_ in AXOLOTL_CONFIG_CLI_OPTIONS for option in names[0].split("/")}
