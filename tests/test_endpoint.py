@@ -107,6 +107,7 @@ LASTING = {
     "another JSON": ({"body": '{"choice": []}'}, NO_COMPLETION),
     "a text that is none": ({"body": '{"choices": [{"message": {"content": 1}}]}'}, NO_COMPLETION),
     "a list": ({"body": "[1]"}, NO_COMPLETION),
+    "choices that are no list": ({"body": '{"choices": {"a": 1}}'}, NO_COMPLETION),
 }
 
 
@@ -147,6 +148,20 @@ def test_a_parameter_that_a_server_does_not_take_is_replaced(server, parameter, 
     assert all(("max_completion_tokens" in body) == (parameter == "max_tokens") for body in answered)
     (line,) = capsys.readouterr().err.splitlines()
     says(line, parameter, file="warning")
+
+
+def test_an_address_is_kept_where_the_other_one_answers_with_an_error(server, capsys):
+    """With no list of models here, a 401 there says nothing of this address."""
+    statuses = iter([404, 401])
+
+    class Lists(Handler):
+        def do_GET(self):
+            self.send_response(next(statuses))
+            self.end_headers()
+
+    server.RequestHandlerClass = Lists
+    lm, answers = ask(server, ["say yes"])
+    assert answers == ["yes"] and lm.url == f"{server.url}/chat/completions" and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("ending", ["", "/", "/v1", "/v1/chat/completions"])

@@ -277,6 +277,30 @@ def test_a_changed_test_file_is_asked_anew(evaluate, tests_folder, capsys):
     assert re.search(r"chang.*\bdora-raw\b", capsys.readouterr().out)
 
 
+def test_kept_answers_follow_new_corrections_without_being_asked_again(evaluate, capsys):
+    folder = evaluate("--limit", "3")[0]
+    about, rows = read(folder)
+    rows[1]["corrected"] = "as it was corrected before"
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "fpb" / "answers.jsonl").write_text(text)
+    capsys.readouterr()
+    again = read(evaluate("--limit", "3")[0])
+    assert again[0] == about and again[1][1]["corrected"] == rows[1]["target"]
+    printed = capsys.readouterr().out
+    assert "new corrections of 1 rows" in printed and "answered already" in printed
+
+
+def test_answers_of_before_which_a_blank_line_may_have_cut_are_asked_again(evaluate, capsys):
+    folder = evaluate("--limit", "3")[0]
+    path = folder / "fpb" / "set.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in about.items() if key not in ("lengths", "targets_cut")}))
+    capsys.readouterr()
+    assert read(evaluate("--limit", "3")[0])[0]["lengths"] == about["lengths"]
+    printed = capsys.readouterr().out
+    assert "blank lines" in printed and "answered already" not in printed
+
+
 def test_killed_at_any_moment_it_goes_on(evaluate, tests_folder, tmp_path):
     """Kill -9 at random moments until it ends by itself: the same answers as without, and none asked twice."""
     write_rows(tests_folder, "fpb", 12)

@@ -378,6 +378,12 @@ def test_calculations_by_their_value(answer, exact, near, unparsed):
         assert (items["right"], items["unparsed"]) == ([expected], [unparsed]), way
 
 
+def test_a_calculation_of_zero_is_a_calculation():
+    name = "xbrl_extract_formula_calculations"
+    for kind in "strict", "read":
+        assert scorings(name, TESTS[name])[kind](["(5 - 5) / 3", "5 - 4"], ["(7 - 7) / 3"] * 2)["right"] == [1, 0], kind
+
+
 def test_extracted_values_are_exact_and_dates_are_no_sums():
     spec = TESTS["xbrl_extract_value"]
     targets = ["0.0525", "25337", "2021-12-31", "2021-12-31", "10-K"]

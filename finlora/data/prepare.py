@@ -308,7 +308,7 @@ def _in_tests(entry: Task | Mixture, raw: Path, spool: IO[bytes], lines: array) 
     """Of each test set that is in `raw`, the rows of an own file that it holds too."""
     files = {name: raw / test.file for name, test in entry.tests.items() if (raw / test.file).exists()}
     tests = {
-        name: [row.context for row in read_rows(path, labels=entry.tests[name].labels or ())]
+        name: [row.context for row in read_rows(path, left_out=[], labels=entry.tests[name].labels or ())]
         for name, path in files.items()
     }
     if not tests:

@@ -12,7 +12,7 @@ from finlora.core.files import sha256
 from finlora.core.paths import RAW, ROOT
 from finlora.data.corrections import applies, corrected_target
 from finlora.data.fetch import is_right, read_manifest
-from finlora.data.rows import read_rows
+from finlora.data.rows import LeftOut, read_rows
 from finlora.data.tasks import Task, TestSet, load_tasks
 
 TASK_FILES = ROOT / "eval" / "tasks"
@@ -29,12 +29,16 @@ class LabelledRow(NamedTuple):
 
 @dataclass(frozen=True)
 class SetRows:
-    """A test set as read: its file as shown to people, and whether that is FinLoRA's by its checksum."""
+    """A test set as read: its file as shown to people, and whether that is FinLoRA's by its checksum.
+
+    left_out: rows of FinLoRA's file that have nothing to answer; in one's own they are errors.
+    """
 
     rows: list[LabelledRow]
     path: str
     sha256: str
     published_file: bool
+    left_out: list[LeftOut]
 
 
 @cache
@@ -88,8 +92,9 @@ def read_set(name: str, folder: Path = RAW) -> SetRows:
             "keep files of your own in another folder and name it with TESTS="
         )
     correcting = applies(spec.file, path)
+    left_out: list[LeftOut] = []
     rows = [
         LabelledRow(*row, corrected_target(spec.file, row) if correcting else row.target)
-        for row in read_rows(path, labels=spec.labels or ())
+        for row in read_rows(path, left_out=left_out if published else None, labels=spec.labels or ())
     ]
-    return SetRows(rows, str(shown), sha256(path), published)
+    return SetRows(rows, str(shown), sha256(path), published, left_out)

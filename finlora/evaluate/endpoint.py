@@ -88,8 +88,9 @@ class Endpoint(LM):
                 client.get("/models", cast_to=httpx.Response)
             except openai.NotFoundError:
                 continue
-            except openai.APIStatusError:
-                pass  # a server, with no list of models
+            except openai.APIStatusError:  # a server, with no list of models; of the other address it proves nothing
+                if address != base:
+                    continue
             except openai.APITimeoutError:
                 return  # somebody listens, and is busy
             except openai.APIConnectionError as error:
@@ -137,7 +138,7 @@ class Endpoint(LM):
         The client does not check what servers send: any attribute may be missing, or of another type.
         """
         choices = getattr(completion, "choices", None)
-        choice = choices[0] if choices else None
+        choice = choices[0] if isinstance(choices, list) and choices else None
         answer, why = getattr(getattr(choice, "message", None), "content", None), getattr(choice, "finish_reason", None)
         if not isinstance(choices, list) or not isinstance(answer, str | None):
             text = (

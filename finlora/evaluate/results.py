@@ -16,7 +16,6 @@ from finlora.core.errors import UserError
 from finlora.core.files import replacing, write_json
 from finlora.core.paths import ROOT, shown
 from finlora.data import tasks
-from finlora.data.groups import row_groups
 from finlora.data.test_sets import all_sets
 from finlora.evaluate import scorers
 
@@ -109,7 +108,7 @@ class Answers:
     """
 
     folder: Path
-    about: dict[str, Any]
+    about: SetResult
     spec: tasks.TestSet
     rows: dict[int | str, dict[str, Any]]
     _items: dict[tuple, dict[str, list]] = field(default_factory=dict)
@@ -176,6 +175,8 @@ class Answers:
             return {line: place for place, line in enumerate(self.rows)}
         # Earlier versions kept the prompt only.
         about = {row["row"]: row.get("context", row["prompt"]) for row in _json_lines(self.folder / "answers.jsonl")}
+        from finlora.data.groups import row_groups  # late: it imports scipy, which reading a record does not need
+
         return dict(zip(about, row_groups(list(about.values())), strict=True))
 
 

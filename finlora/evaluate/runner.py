@@ -24,7 +24,7 @@ from finlora.core.machine import gpus
 from finlora.core.paths import existing, shown
 from finlora.core.provenance import git_state, versions
 from finlora.data.neardup import normalise
-from finlora.data.test_sets import TASK_FILES, all_sets, read_set
+from finlora.data.test_sets import TASK_FILES, SetRows, all_sets, read_set
 from finlora.evaluate import forgetting
 from finlora.evaluate.evaluation import Evaluation, Request, resolve
 from finlora.evaluate.lengths import Length, answer_length
@@ -170,6 +170,10 @@ def is_answered(folder: Path, evaluation: Evaluation, length: Length | None) -> 
     if result.sha256 != test_set.sha256:
         print(f"{test_set.path}: has changed since {folder.parent.name} answered it; asking again")
         return False
+    if not result.lengths:  # until 2026-11 lm-eval cut answers at their first blank line
+        print(f"{folder.parent.name}: {folder.name} was answered with answers cut at blank lines; asking again")
+        return False
+    correct_kept(folder, result, test_set)
     if result.encoder and result.encoder != encoder_named(request)[2]:
         rows = kept_rows(folder)
         result = replace(result, encoder=add_bertscore(rows, request))
@@ -189,6 +193,17 @@ def is_answered(folder: Path, evaluation: Evaluation, length: Length | None) -> 
     if measured != result:
         write_record(folder / "set.json", measured)
     return True
+
+
+def correct_kept(folder: Path, result: SetResult, test_set: SetRows) -> None:
+    """Bring the corrected targets beside kept answers up to date with data/corrections.yaml."""
+    rows = kept_rows(folder)
+    targets = {row.row: row.corrected for row in test_set.rows}
+    if changed := [row for row in rows if row["corrected"] != targets[row["row"]]]:
+        for row in changed:
+            row["corrected"] = targets[row["row"]]
+        write_set(folder, result, rows)
+        print(f"{folder.parent.name}: {folder.name} has new corrections of {len(changed)} rows; its answers stay")
 
 
 def uncut(rows: list[Row], result: SetResult, length: Length) -> list[Row]:
@@ -277,6 +292,9 @@ def answers(
             }
         )
     spec, source = all_sets()[name], read_set(name, folder)
+    if source.left_out:
+        lines = ", ".join(str(line) for line, _ in source.left_out[:5])
+        print(f"warning: {source.path}: {len(source.left_out)} rows without an answer were left out (line {lines})")
     result = SetResult(
         set=name,
         task=spec.task,

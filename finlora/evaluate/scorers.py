@@ -89,7 +89,7 @@ def strict(spec: TestSet, answers: Sequence[str], targets: Sequence[str], share:
             predicted = target
         elif closed:
             predicted = spellings.get(given) or spellings.get(given.strip("()[]{}"), UNPARSED)
-        elif not tags and (goal := number(wanted) or calculation(target)):
+        elif not tags and (goal := number(wanted) or calculation(target)) is not None:
             found = number(given) if isinstance(goal, Number) else calculation(answer)
             if found is None:
                 predicted = UNPARSED
@@ -116,7 +116,7 @@ def read(spec: TestSet, answers: Sequence[str], targets: Sequence[str]) -> Items
         if items["right"][place]:
             continue
         verdict, instead, target = None, _plain(text), items["target"][place]
-        if not closed and not tags and (goal := number(_plain(target)) or calculation(target)):
+        if not closed and not tags and (goal := number(_plain(target)) or calculation(target)) is not None:
             reads = reading.read_number if isinstance(goal, Number) else reading.read_calculation
             verdict = reads(text, _equals(spec, goal))
         elif not closed and re.search(r"[a-z]", target) and reading.FORMULA.fullmatch(target.replace("us-gaap:", "")):
