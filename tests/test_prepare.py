@@ -310,8 +310,9 @@ def test_mixture_as_finloras_script_makes_it(task, counts, rows, tmp_path):
     if rows["not_sampled"]:
         assert len(set(train)) == len(train)  # a sample
     else:
-        first, *_ = train
-        assert train[:70] == train[:30] * 2 + train[:10] and train[0] == first  # whole copies, then the first rows
+        for task in counts:  # whole copies, then the first rows
+            rows = [row for row in train if row[0].startswith(f"{task} ")]
+            assert len(set(rows)) == counts[task] and rows == (rows[: counts[task]] * 3)[:70], task
     with refuses(GONE, "`make data TASK=finer`", file=raw / "train" / "finer_train_batched.jsonl"):
         prepare("reporting_multi", raw, tmp_path / "other", mixture="finlora")
 

@@ -292,10 +292,9 @@ def test_flips_that_tie_count_and_are_summed_over_all_chunks(monkeypatch):
     assert result["p"] == pytest.approx(0.25, abs=0.03)
 
 
-def test_figures_are_of_2000_resamples_from_seed_0():
+def test_a_difference_is_of_2000_resamples_from_seed_0():
     draw = random.Random(5)
     a, b = (bertscore_items([draw.random() for _ in range(37)]) for _ in "ab")
-    assert interval(a) == interval(a, "accuracy", 0.95)
     assert paired(a, b) == paired(a, b, 2000, 0, 0.95) != paired(a, b, seed=1)
 
 
