@@ -27,11 +27,9 @@ def shape(base_model: str) -> dict[str, Any] | None:
         except (OSError, ValueError):
             sizes = None
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        if isinstance(sizes, dict) and sizes.get("model_type", "llama") not in LLAMA_BLOCKS:
-            return None
         if not isinstance(sizes, dict) or not all(isinstance(sizes.get(key), int) for key in needed):
             raise UserError(f"{config}: lacks one of {', '.join(needed)}; take a model of Llama's kind")
-        return sizes
+        return sizes if sizes.get("model_type", "llama") in LLAMA_BLOCKS else None
     return yaml.safe_load(BASES.read_text(encoding="utf-8")).get(base_model)
 
 
