@@ -38,8 +38,8 @@ mutants: $(READY) ## how many small faults its own tests notice in MODULE=finlor
 train: $(READY) ## train RECIPE=<name>; GPUS=4 ZERO=2, TINY=1 on a CPU, FORCE=1 anew, TRACK=wandb, ARGS="--learning-rate 0.0002"
 	@$(FINLORA) train $(call quote,$(RECIPE)) $(call options,TINY FORCE GPUS ZERO OFFLOAD FSDP RAY NODES NODE_RANK MASTER TRACK) -- $(ARGS)
 
-sweep: $(READY) ## train RECIPE= at each point of SWEEP=rank; EVAL=1, GPUS=4 points at a time, LIST=1 shows them, TINY=1
-	@$(FINLORA) sweep $(call quote,$(RECIPE)) $(call quote,$(SWEEP)) $(call options,TINY FORCE GPUS POINT LIST EVAL TASKS LIMIT LABELS TRACK) -- $(ARGS)
+sweep: $(READY) ## train RECIPE= at each point of SWEEP=rank; EVAL=1, GPUS=4 POINTS_PER_GPU=1, LIST=1 shows them, TINY=1
+	@$(FINLORA) sweep $(call quote,$(RECIPE)) $(call quote,$(SWEEP)) $(call options,TINY FORCE GPUS POINTS_PER_GPU POINT LIST EVAL TASKS LIMIT LABELS TESTS TRACK) -- $(ARGS)
 
 eval: $(READY) ## evaluate RECIPE=, or MODEL= ADAPTER=; BASE=1 the base too, TASKS= LIMIT= LABELS=published LENGTHS=published BITS= PROMPT=
 	@$(FINLORA) eval $(call options,RECIPE MODEL ADAPTER BASE BITS TASKS LIMIT LABELS LENGTHS PROMPT TESTS NAME TINY FORCE KEEP_QUANTISED BATCH_TOKENS BACKEND ENDPOINT ENCODER LAYER) $(ARGS)

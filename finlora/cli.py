@@ -64,6 +64,9 @@ Force = Annotated[bool, typer.Option("--force", help="start over; earlier result
 Track = Annotated[str | None, typer.Option(help="log to wandb or mlflow besides TensorBoard, or to none")]
 TestSets = Annotated[str | None, typer.Option("--tasks", help="test sets, tasks or groups (default: the recipe's)")]
 Limit = Annotated[int | None, typer.Option(click_type=Number(), help="only the first rows of each set")]
+Tests = Annotated[
+    str | None, typer.Option(help="folder with test files of your own (test/<file> as in data/tasks.yaml)")
+]
 LabelsUsed = Annotated[Labels, typer.Option(help="which labels count as right")]
 Prompt = Annotated[str, typer.Option(help="chat template: saved (beside the adapter), finlora_inst or raw")]
 KeepQuantised = Annotated[
@@ -161,8 +164,9 @@ def sweep(
     sweep: Annotated[str, typer.Argument(help="a name from recipes/sweeps, or a YAML file")],
     tiny: Tiny = False,
     force: Force = False,
-    gpus: Annotated[
-        int, typer.Option(click_type=Number(largest=4096), help="points at a time, each on a GPU of its own")
+    gpus: Annotated[int, typer.Option(click_type=Number(largest=4096), help="GPUs that share the points")] = 1,
+    points_per_gpu: Annotated[
+        int, typer.Option(click_type=Number(largest=64), help="points at a time on each GPU, for small models")
     ] = 1,
     point: Annotated[
         int | None,
@@ -173,6 +177,7 @@ def sweep(
     tasks: TestSets = None,
     limit: Limit = None,
     labels: Annotated[Labels | None, typer.Option(help="with --eval: which labels count as right")] = None,
+    tests: Tests = None,
     track: Track = None,
 ) -> None:
     """Train a recipe at each point of a sweep file, then one table and one plot."""
@@ -184,8 +189,8 @@ def sweep(
     if list:
         sweeps.show_points(path, file)
         return
-    evaluate = sweeps.eval_options(path, tasks, limit, labels) if eval else None
-    sweeps.sweep(path, file, sweeps.Options(tiny, force, gpus, point, evaluate, track, context.obj))
+    evaluate = sweeps.eval_options(path, tasks, limit=limit, labels=labels, tests=tests) if eval else None
+    sweeps.sweep(path, file, sweeps.Options(tiny, force, gpus, points_per_gpu, point, evaluate, track, context.obj))
 
 
 @app.command("eval")
@@ -205,9 +210,7 @@ def evaluate(
         typer.Option(help="how long answers may be: as a set's longest target, or as in FinLoRA"),
     ] = "whole",
     prompt: Prompt = "saved",
-    tests: Annotated[
-        str | None, typer.Option(help="folder with test files of your own (test/<file> as in data/tasks.yaml)")
-    ] = None,
+    tests: Tests = None,
     tiny: Tiny = False,
     name: Annotated[
         str | None, typer.Option(help="name of the results (default: the recipe's or the adapter's)")

@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from failures import failed, refuses, says
@@ -36,6 +37,7 @@ from finlora.sweep import run as sweep
 from finlora.sweep.points import SweepPoint
 from finlora.sweep.report import Outcome
 from finlora.sweep.run import Job, Options
+from finlora.sweep.seeds import mean_score, paired_over_seeds
 from finlora.train import launch, runs
 from finlora.train import run as train
 
@@ -255,6 +257,8 @@ def test_gpus_are_shared_out_and_missed(tmp_path, monkeypatch):
     assert sweep.slots(Options(), point) == [None]
     assert sweep.slots(Options(gpus=2), point) == ["0", "1"]
     assert sweep.slots(Options(gpus=3, tiny=True), point) == ["0", "1", "2"]
+    assert sweep.slots(Options(points_per_gpu=3), point) == [None] * 3
+    assert sorted(sweep.slots(Options(gpus=2, points_per_gpu=2), point)) == ["0", "0", "1", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7f")
     assert sweep.slots(Options(gpus=2), point) == ["5", "GPU-7f"]
     with refuses("CUDA_VISIBLE_DEVICES=5,GPU-7f", "name 3", "GPUS=1", file="GPUS=3"):
@@ -377,6 +381,7 @@ STAND_IN = """
 import json, os, signal, sys, time
 name, ends, *more = sys.argv[1:]
 note = {"name": name, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "began": time.monotonic()}
+note["threads"] = os.environ.get("OMP_NUM_THREADS")
 time.sleep(0.15)
 with open(os.path.join(os.path.dirname(__file__), "notes.jsonl"), "a") as file:
     file.write(json.dumps(note | {"ended": time.monotonic()}) + "\\n")
@@ -433,6 +438,15 @@ def test_points_run_one_after_another_and_each_fails_alone(stand_in, tmp_path, c
     assert "[6/6] asked: " in output and output.count("the output of asked\n") == 2  # shown, and kept
     assert (tmp_path / "asked.log").read_text() == "the output of asked\n\n" * 2
     assert re.search(rf"\bmemory: .*{re.escape(oom)}", output)
+
+
+def test_points_that_share_a_gpu_share_the_cores(stand_in, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert sweep.work([stand_in(f"p{number}") for number in range(4)], [None] * 4, None) == {}
+    assert {note["threads"] for note in stand_in.notes()} == {"2"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert sweep.work([stand_in("own")], [None, None], None) == {} and stand_in.notes()[-1]["threads"] == "3"
 
 
 def test_each_gpu_has_one_point_at_a_time(stand_in, capfd):
@@ -523,6 +537,70 @@ def test_no_point_is_named_best_by_luck_or_by_a_loss(ranks, tmp_path):
         ["sentiment_r2_dora", "sentiment_r4_dora"],
         ["sentiment_r4_dora", "sentiment_r2_dora"],
     )
+
+
+def test_points_that_differ_in_their_seed_are_one_line_with_intervals_over_seeds(tmp_path):
+    planned = points(tmp_path, "lora_r: [2, 8]\nseed: [1, 2, 3]")
+    outcomes = [trained(point, final_eval_loss=0.2 + point.recipe["seed"] / 100) for point in planned]
+    shares = {"sentiment_r2_dora": 0.5, "sentiment_r8_dora": 0.9}
+    evaluate(tmp_path, {point.name: shares[point.name.partition(".")[0]] for point in planned})
+    outcomes[0] = Outcome(planned[0], None, "out of memory")
+    shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", outcomes, tmp_path)
+    assert (
+        shown.verdict.startswith("Best: sentiment_r8_dora, ") and "rows" in shown.verdict and "seeds" in shown.verdict
+    )
+    heads, low, high = shown.table.texts()
+    low, high = (dict(zip(heads, line, strict=True)) for line in (low, high))
+    assert (low["point"], low[""], low["seeds"]) == ("sentiment_r2_dora", "1 to 3", "2")
+    assert low["note"] == "seed 1 failed: out of memory" and high["seeds"] == "3" and high["validation loss"] == "0.22"
+    one = [outcomes[i] for i in (1, 2)]
+    (a, b) = sweep_report.evaluated(one, tmp_path / "results")[0]
+    means = [sweep_report.Setting((outcome,)).score.accuracy for outcome in (a, b)]
+    both = sweep_report.Setting((a, b)).score
+    assert both.accuracy == pytest.approx(sum(means) / 2) and low["score"].startswith(f"{100 * both.accuracy:.2f}")
+    assert both.low < min(means) and max(means) < both.high  # two seeds say little
+
+
+def test_settings_without_a_seed_in_common_are_not_compared(tmp_path):
+    planned = points(tmp_path, "_: [{lora_r: 2, seed: 1}, {lora_r: 2, seed: 2}, {lora_r: 8, seed: 3}]")
+    evaluate(tmp_path, {point.name: 0.5 for point in planned})
+    shown = sweep_report.report(RECIPE, tmp_path / "mine.yaml", [trained(point) for point in planned], tmp_path)
+    assert shown.verdict.startswith("No point is named best") and any("seed in common" in note for note in shown.notes)
+
+
+@pytest.mark.parametrize("seeds", [2, 5])
+def test_intervals_over_seeds_hold_for_other_seeds_and_rows(seeds):
+    """Runs of two equal settings, whose scores move with the seed, with the row, and with both together."""
+    drawn = np.random.default_rng(seeds)
+    groups = np.repeat(np.arange(150), 2)
+    trials, covered, different = 400, 0, 0
+    for _ in range(trials):
+        row = drawn.normal(0, 1, 150)[groups]
+        runs = []
+        for _setting in "ab":
+            chance = 1 / (
+                1 + np.exp(-(0.8 + row + drawn.normal(0, 0.2, (seeds, 1)) + drawn.normal(0, 0.5, (seeds, 300))))
+            )
+            right = drawn.random((seeds, 300)) < chance
+            runs.append(
+                [{"row": list(range(300)), "group": groups.tolist(), "right": list(map(float, one))} for one in right]
+            )
+        score = mean_score(runs[0])
+        covered += score.low <= TRUTH <= score.high
+        different += paired_over_seeds(*runs)["distinguishable"]
+    # 0.93 and 0.06 as for single runs (bench/intervals.py), give or take two standard errors of such a share.
+    assert covered / trials > 0.93 - 2 * (0.93 * 0.07 / trials) ** 0.5
+    assert different / trials < 0.06 + 2 * (0.06 * 0.94 / trials) ** 0.5
+
+
+def expected_share() -> float:
+    """The mean of 1 / (1 + exp(-x)) for x normal with the simulation's mean and variance."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(60)
+    spread = (1 + 0.2**2 + 0.5**2) ** 0.5
+    return float(weights @ (1 / (1 + np.exp(-(0.8 + spread * nodes)))) / weights.sum())
+
+
+TRUTH = expected_share()
 
 
 def test_what_failed_is_unfinished_or_went_on_stands_in_the_table(ranks, tmp_path):

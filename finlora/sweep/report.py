@@ -1,8 +1,10 @@
 """The results of a sweep (finlora/sweep/run.py): one table, one plot, and the best point where it can be told."""
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ from finlora.core.html import Cell, Table, number, percent, render
 from finlora.core.paths import shown
 from finlora.core.plot import Axis, Panel, Plot, Point, Series
 from finlora.evaluate.compare import join, refuse_unlike
-from finlora.evaluate.report import Score, difference_cell, score, score_cell
-from finlora.evaluate.results import Answers, ModelResults, pair, read
+from finlora.evaluate.report import difference_cell, score, score_cell
+from finlora.evaluate.results import Answers, ModelResults, read
+from finlora.evaluate.scorers import Items
 from finlora.evaluate.statistics import paired
 from finlora.recipes import bases
-from finlora.sweep.points import SweepPoint, as_text, column_of, value_of
+from finlora.sweep.points import OWN, SweepPoint, as_text, column_of, value_of
+from finlora.sweep.seeds import Mean, mean_score, paired_over_seeds
 
 LEVEL = 0.95
 SCORE = "score, %"  # the title of its panel
@@ -31,37 +35,69 @@ class Outcome:
     failed: str | None
     model: ModelResults | None = None
     answers: tuple[Answers, ...] = ()  # to the sets that all evaluated points answered
-    score: Score | None = None  # on them together
-
-    @property
-    def name(self) -> str:
-        return self.point.name
 
     @property
     def results_name(self) -> str:
         """What finlora.evaluate.runner calls the point."""
-        return self.name + (".tiny" if self.run and self.run["tiny"] else "")
+        return self.point.name + (".tiny" if self.run and self.run["tiny"] else "")
 
     def metric(self, key: str) -> Any:
         return self.run["metrics"].get(key) if self.run else None
 
     @property
-    def seconds(self) -> float | None:
-        """Of the training; where it was interrupted those since, scaled up to all steps."""
-        here = self.metric("steps_this_run")
-        return self.metric("seconds") * self.metric("steps") / here if here else None
+    def note(self) -> str:
+        note = f"failed: {self.failed}" if self.failed else "" if self.run else "not finished"
+        resumed = bool(seconds(self)) and self.metric("steps_this_run") < self.metric("steps")
+        scaled = "resumed after an interruption: its time is that of the steps since, scaled up"
+        return "; ".join(filter(None, [note, scaled * resumed]))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The points that differ in their seed alone: one, where the sweep does not vary the seed."""
+
+    outcomes: tuple[Outcome, ...]
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.outcomes[0].point.recipe
+
+    @property
+    def name(self) -> str:
+        name = self.outcomes[0].point.name
+        return re.sub(r"\.seed-\d+", "", name) if len(self.outcomes) > 1 else name
+
+    @property
+    def number(self) -> str:
+        numbers = [outcome.point.number for outcome in self.outcomes]
+        return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+    @property
+    def scored(self) -> dict[int, Outcome]:
+        """The evaluated runs by their seed."""
+        return {outcome.point.recipe["seed"]: outcome for outcome in self.outcomes if outcome.answers}
+
+    @cached_property
+    def score(self) -> Mean | None:
+        """On all sets together, over the seeds."""
+        return mean_score(common_items(list(self.scored.values()))) if self.scored else None
+
+    def mean(self, figure: Callable[[Outcome], float | None]) -> float | None:
+        """Of a figure of the runs that have it."""
+        values = [value for outcome in self.outcomes if (value := figure(outcome)) is not None]
+        return math.fsum(values) / len(values) if values else None
 
     @property
     def trainable(self) -> int | None:
-        shape = bases.shape(self.run["base_model"]) if self.run else None
-        return bases.trainable_parameters(self.point.recipe, shape) if shape else None
+        run = next((outcome.run for outcome in self.outcomes if outcome.run), None)
+        shape = bases.shape(run["base_model"]) if run else None
+        return bases.trainable_parameters(self.recipe, shape) if shape else None
 
     @property
     def note(self) -> str:
-        note = f"failed: {self.failed}" if self.failed else "" if self.run else "not finished"
-        resumed = bool(self.seconds) and self.metric("steps_this_run") < self.metric("steps")
-        scaled = "resumed after an interruption: its time is that of the steps since, scaled up"
-        return "; ".join(filter(None, [note, scaled * resumed]))
+        if len(self.outcomes) == 1:
+            return self.outcomes[0].note
+        return "; ".join(f"seed {one.point.recipe['seed']} {one.note}" for one in self.outcomes if one.note)
 
 
 @dataclass(frozen=True)
@@ -77,13 +113,14 @@ def report(recipe: Path, sweep: Path, outcomes: list[Outcome], folder: Path) -> 
     """Write table.md and index.html into the sweep's folder, print the table; return what they show."""
     columns = varied([outcome.point for outcome in outcomes])
     outcomes, sets, warnings = evaluated(outcomes, folder / "results")
-    verdict, differences, unlike = verdict_of(outcomes, sets)
+    settings = settings_of(outcomes)
+    verdict, differences, unlike = verdict_of(settings, sets)
     result = SweepReport(
         title=f"{sweep.stem} on {recipe.stem}",
         verdict=verdict,
-        notes=list(notes(outcomes, sets, warnings + unlike)),
-        table=table_of(outcomes, columns, sets, differences),
-        plot=plot_of([outcome for outcome in outcomes if outcome.run], columns),
+        notes=list(notes(settings, sets, warnings + unlike)),
+        table=table_of(settings, columns, sets, differences),
+        plot=plot_of([setting for setting in settings if any(one.run for one in setting.outcomes)], columns),
     )
     text = render("sweep/report.md.jinja", report=result)
     page = render("sweep/report.html.jinja", report=result, sweep=shown(sweep), recipe=shown(recipe))
@@ -93,9 +130,17 @@ def report(recipe: Path, sweep: Path, outcomes: list[Outcome], folder: Path) -> 
     return result
 
 
+def settings_of(outcomes: list[Outcome]) -> list[Setting]:
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        keys = {key: value for key, value in outcome.point.recipe.items() if key not in (*OWN, "seed")}
+        groups.setdefault(repr(sorted(keys.items())), []).append(outcome)
+    return [Setting(tuple(group)) for group in groups.values()]
+
+
 def varied(points: list[SweepPoint]) -> list[str]:
-    """What the points differ by, in the sweep file's order."""
-    names = dict.fromkeys(column_of(key) for point in points for key in point.changes)
+    """What the settings differ by, in the sweep file's order."""
+    names = dict.fromkeys(column_of(key) for point in points for key in point.changes if key != "seed")
     return [name for name in names if len({repr(value_of(name, point.recipe)) for point in points}) > 1]
 
 
@@ -114,9 +159,9 @@ def evaluated(outcomes: list[Outcome], folder: Path) -> tuple[list[Outcome], lis
         model = models.get(outcome.results_name)
         if outcome.run and model and model.sets:
             if model.run.adapter_sha256 == outcome.run["adapter"]["sha256"]:
-                usable[outcome.name] = model
+                usable[outcome.point.name] = model
             else:
-                warnings.append(f"{outcome.name}: was evaluated with another adapter; EVAL=1 asks again")
+                warnings.append(f"{outcome.point.name}: was evaluated with another adapter; EVAL=1 asks again")
     if not usable:
         return outcomes, [], warnings
     first = next(iter(usable.values())).sets
@@ -125,31 +170,29 @@ def evaluated(outcomes: list[Outcome], folder: Path) -> tuple[list[Outcome], lis
     sets = [name for name in counted if not first[name].bertscore] or counted or sets
     scored = []
     for outcome in outcomes:
-        if sets and (model := usable.get(outcome.name)):
+        if sets and (model := usable.get(outcome.point.name)):
             answers = tuple(model.sets[name] for name in sets)
-            (items,) = join([(one.items(one.labels()[0]),) for one in answers])
-            outcome = replace(outcome, model=model, answers=answers, score=score(items))
+            outcome = replace(outcome, model=model, answers=answers)
         scored.append(outcome)
     return scored, sets, warnings
 
 
-def verdict_of(outcomes: list[Outcome], sets: list[str]) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
-    """Which point is best, or that this cannot be told; the others' differences from it; what is not comparable.
+def verdict_of(settings: list[Setting], sets: list[str]) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
+    """Which setting is best, or that this cannot be told; the others' differences from it; what is not comparable.
 
-    The best score is compared with every other one, on the same rows; all those comparisons together are wrong in one
-    case of twenty (Bonferroni), so the luck of the highest of many scores is not taken for merit.
+    The best score is compared with every other one, on the same rows (and seeds); all those comparisons together are
+    wrong in one case of twenty (Bonferroni), so the luck of the highest of many scores is not taken for merit.
     """
-    scored = [outcome for outcome in outcomes if outcome.score]
+    scored = [setting for setting in settings if setting.score]
     if not scored:
-        losses = [outcome for outcome in outcomes if outcome.metric("final_eval_loss") is not None]
+        losses = [(loss, setting.name) for setting in settings if (loss := setting.mean(final_loss)) is not None]
         if not losses:
             return "No point has a score or a validation loss yet.", {}, []
-        low = min(losses, key=lambda outcome: outcome.metric("final_eval_loss"))
-        loss = f"{low.metric('final_eval_loss'):.4g} ({low.name})"
+        loss = "{:.4g} ({})".format(*min(losses))
         verdict = f"No point is named best: the lowest validation loss is {loss}, and one loss a run does not say how "
         return verdict + "sure it is. EVAL=1 evaluates the points.", {}, []
-    best = max(scored, key=lambda outcome: outcome.score.accuracy)
-    others = [outcome for outcome in scored if outcome is not best]
+    best = max(scored, key=lambda setting: setting.score.accuracy)
+    others = [setting for setting in scored if setting is not best]
     if not others:
         return f"No point is named best: only {best.name} is evaluated.", {}, []
     differences, unlike = {}, []
@@ -161,10 +204,11 @@ def verdict_of(outcomes: list[Outcome], sets: list[str]) -> tuple[str, dict[str,
     if unlike:
         return "No point is named best: not all of them can be compared, see below.", differences, unlike
     close = [name for name, difference in differences.items() if not difference["distinguishable"]]
-    count = sum(len(answers.rows) for answers in best.answers)
+    count = sum(len(answers.rows) for answers in next(iter(best.scored.values())).answers)
     together = f" for all {len(others)} comparisons together" if len(others) > 1 else ""
-    how = f"paired on the {count:,} rows of {', '.join(sets)}, at {LEVEL:.0%}{together}"
-    missing = [outcome.name for outcome in outcomes if not outcome.score]
+    seeds = " and seeds" if any(len(setting.outcomes) > 1 for setting in settings) else ""
+    how = f"paired on the {count:,} rows of {', '.join(sets)}{seeds}, at {LEVEL:.0%}{together}"
+    missing = [setting.name for setting in settings if not setting.score]
     without = f" Not in this comparison: {', '.join(missing)}." if missing else ""
     highest = f"{best.name}, {percent(best.score.accuracy)}"
     verdict = f"Best: {highest}, distinguishable from every other point ({how}).{without}"
@@ -174,17 +218,38 @@ def verdict_of(outcomes: list[Outcome], sets: list[str]) -> tuple[str, dict[str,
     return verdict, differences, []
 
 
-def compare(a: Outcome, b: Outcome, sets: list[str], level: float) -> dict[str, Any]:
-    """How far b is from a, over all sets. UserError where their answers cannot be paired."""
+def compare(a: Setting, b: Setting, sets: list[str], level: float) -> dict[str, Any]:
+    """How far b is from a, over all sets and the seeds that both have. UserError where answers cannot be paired."""
+    seeds = [seed for seed in a.scored if seed in b.scored]
+    if len(a.outcomes) == len(b.outcomes) == 1:
+        pairs = [(a.outcomes[0], b.outcomes[0])]
+    else:
+        pairs = [(a.scored[seed], b.scored[seed]) for seed in seeds]
+    if not pairs:
+        raise UserError(f"{a.name} and {b.name} were evaluated with no seed in common; evaluate the same seeds of both")
     for name in sets:
-        refuse_unlike(name, a.model, b.model)
-    pairs = [pair(one, other, one.labels()[0])[1:] for one, other in zip(a.answers, b.answers, strict=True)]
+        for one, other in pairs:
+            refuse_unlike(name, one.model, other.model)
+    items = common_items([one for one, _ in pairs] + [other for _, other in pairs])
+    of_a, of_b = items[: len(pairs)], items[len(pairs) :]
+    if len(pairs) > 1:
+        return paired_over_seeds(of_a, of_b, level)
     resamples = max(2000, math.ceil(100 / (1 - level)))  # as many as a p so small needs
-    return paired(*join(pairs), level=level, resamples=resamples)
+    return paired(*of_a, *of_b, level=level, resamples=resamples)
 
 
-def notes(outcomes: list[Outcome], sets: list[str], warnings: list[str]) -> Iterator[str]:
-    runs = [outcome.run for outcome in outcomes if outcome.run]
+def common_items(outcomes: list[Outcome]) -> list[Items]:
+    """Each run's answers to the rows that all of them answered, all sets as one."""
+    of_sets = []
+    for answers in zip(*(outcome.answers for outcome in outcomes), strict=True):
+        labels = answers[0].labels()[0]
+        lines = tuple(line for line in answers[0].rows if all(line in one.rows for one in answers))
+        of_sets.append(tuple(one.items(labels, None, lines) for one in answers))
+    return list(join(of_sets))
+
+
+def notes(settings: list[Setting], sets: list[str], warnings: list[str]) -> Iterator[str]:
+    runs = [outcome.run for setting in settings for outcome in setting.outcomes if outcome.run]
     if any(run["tiny"] for run in runs):
         yield "A tiny stand-in model and a few steps: these figures try the commands and say nothing about the recipe."
     if sets:
@@ -192,6 +257,8 @@ def notes(outcomes: list[Outcome], sets: list[str], warnings: list[str]) -> Iter
             "Score: percent of right answers under FinLoRA's rules, or BERTScore F1 x 100, over all rows of the sets, "
             "with its 95% interval. vs best: paired on the same rows; ≈ cannot be told from none."
         )
+    if any(len(setting.outcomes) > 1 for setting in settings):
+        yield "Points that differ only in their seed are one line: means, with intervals over seeds and rows."
     devices = sorted({run["device"] for run in runs})
     if devices:
         several = "are of different devices:" if len(devices) > 1 else "on"
@@ -200,21 +267,23 @@ def notes(outcomes: list[Outcome], sets: list[str], warnings: list[str]) -> Iter
 
 
 def table_of(
-    outcomes: list[Outcome], columns: list[str], sets: list[str], differences: dict[str, dict[str, Any]]
+    settings: list[Setting], columns: list[str], sets: list[str], differences: dict[str, dict[str, Any]]
 ) -> Table:
-    """A row for each point; columns in which every cell is empty are left out."""
+    """A row for each setting; columns in which every cell is empty are left out."""
     by_set = sets if len(sets) > 1 else []
-    heads = ["", "point", *columns, "score", "vs best", *by_set, "validation loss", "trainable parameters", "seconds"]
-    heads += ["samples/s", "peak GiB", "note"]
+    heads = ["", "point", *columns, "seeds", "score", "vs best", *by_set, "validation loss", "trainable parameters"]
+    heads += ["seconds", "samples/s", "peak GiB", "note"]
     body = []
-    for one in outcomes:
-        difference, loss = differences.get(one.name), one.metric("final_eval_loss")
-        line = [str(one.point.number), one.name, *(as_text(column, one.point.recipe) for column in columns)]
+    for one in settings:
+        difference, loss = differences.get(one.name), one.mean(final_loss)
+        line = [one.number, one.name, *(as_text(column, one.recipe) for column in columns)]
+        line += [str(sum(outcome.run is not None for outcome in one.outcomes)) if len(one.outcomes) > 1 else ""]
         line += [score_cell(one.score) if one.score else "", difference_cell(difference) if difference else ""]
-        each = [percent(score(answers.items(answers.labels()[0])).accuracy) for answers in one.answers if by_set]
-        line += each or [""] * len(by_set)
+        for place in range(len(by_set)):
+            right = [score(run.answers[place].items(run.answers[place].labels()[0])) for run in one.scored.values()]
+            line += [percent(math.fsum(each.accuracy for each in right) / len(right)) if right else ""]
         line += ["" if loss is None else f"{loss:.4g}"]
-        figures = one.trainable, one.seconds, one.metric("samples_per_second"), one.metric("peak_memory_gib")
+        figures = one.trainable, *(one.mean(figure) for figure in (seconds, samples_per_second, peak_memory))
         line += ["" if value is None else number(value) for value in figures]
         body.append([*line, Cell(one.note, kind="words")])
     kept = [column for column in range(len(heads)) if any(str(line[column]) for line in body)]
@@ -222,7 +291,25 @@ def table_of(
     return Table(heads, body, "All points", left=2)
 
 
-def plot_of(done: list[Outcome], columns: list[str]) -> Plot | None:
+def final_loss(outcome: Outcome) -> float | None:
+    return outcome.metric("final_eval_loss")
+
+
+def seconds(outcome: Outcome) -> float | None:
+    """Of the training; where it was interrupted those since, scaled up to all steps."""
+    here = outcome.metric("steps_this_run")
+    return outcome.metric("seconds") * outcome.metric("steps") / here if here else None
+
+
+def samples_per_second(outcome: Outcome) -> float | None:
+    return outcome.metric("samples_per_second")
+
+
+def peak_memory(outcome: Outcome) -> float | None:
+    return outcome.metric("peak_memory_gib")
+
+
+def plot_of(done: list[Setting], columns: list[str]) -> Plot | None:
     """Score (or validation loss), time and memory against what varies first. None where no point is finished.
 
     The axis is numeric where every value is a number (logarithmic from a span of four on), else one place a value. What
@@ -231,8 +318,8 @@ def plot_of(done: list[Outcome], columns: list[str]) -> Plot | None:
     if not done:
         return None
     column, *rest = columns or ["point"]
-    texts = [as_text(column, outcome.point.recipe) if columns else "" for outcome in done]
-    x = [on_axis(column, outcome.point.recipe) for outcome in done]
+    texts = [as_text(column, setting.recipe) if columns else "" for setting in done]
+    x = [on_axis(column, setting.recipe) for setting in done]
     numeric = bool(columns) and None not in x
     if numeric:
         texts = [f"{value:g}" for value in x]
@@ -242,37 +329,37 @@ def plot_of(done: list[Outcome], columns: list[str]) -> Plot | None:
     long = max(map(len, texts)) > 16
     log = numeric and min(x) > 0 and max(x) / min(x) >= 4
     labels = {
-        value: f"#{outcome.point.number}" if long else text
-        for value, outcome, text in reversed(list(zip(x, done, texts, strict=True)))
+        value: f"#{setting.number}" if long else text
+        for value, setting, text in reversed(list(zip(x, done, texts, strict=True)))
     }
-    free = [name for name in rest if not follows(texts, [as_text(name, outcome.point.recipe) for outcome in done])]
-    names = [", ".join(f"{name} {as_text(name, outcome.point.recipe)}" for name in free) for outcome in done]
+    free = [name for name in rest if not follows(texts, [as_text(name, setting.recipe) for setting in done])]
+    names = [", ".join(f"{name} {as_text(name, setting.recipe)}" for name in free) for setting in done]
     panels = []
     for title, value in FIGURES.items():
         series: dict[str, list[Point]] = {name: [] for name in names}
-        for outcome, place, name in zip(done, x, names, strict=True):
-            if (y := value(outcome)) is not None:
-                series[name].append(point(outcome, y, place, title))
+        for setting, place, name in zip(done, x, names, strict=True):
+            if (y := value(setting)) is not None:
+                series[name].append(point(setting, y, place, title))
         panels += [Panel(title, [Series(*one, line=numeric) for one in series.items()])] if any(series.values()) else []
-    if any(outcome.score for outcome in done):
+    if any(setting.score for setting in done):
         panels = [panel for panel in panels if panel.title != "validation loss"]
     title = column + " (numbers as in the table)" * long + ", log scale" * log
     return Plot(panels, Axis(min(x), max(x), sorted(labels.items()), log), title) if panels else None
 
 
 FIGURES = {
-    SCORE: lambda outcome: 100 * outcome.score.accuracy if outcome.score else None,
-    "validation loss": lambda outcome: outcome.metric("final_eval_loss"),
-    "training, s": lambda outcome: outcome.seconds,
-    "peak memory, GiB": lambda outcome: outcome.metric("peak_memory_gib"),
+    SCORE: lambda setting: 100 * setting.score.accuracy if setting.score else None,
+    "validation loss": lambda setting: setting.mean(final_loss),
+    "training, s": lambda setting: setting.mean(seconds),
+    "peak memory, GiB": lambda setting: setting.mean(peak_memory),
 }
 
 
-def point(outcome: Outcome, y: float, x: float, title: str) -> Point:
+def point(setting: Setting, y: float, x: float, title: str) -> Point:
     if title != SCORE:
-        return Point(y, x, title=f"{outcome.name}: {number(y)}")
-    low, high = 100 * outcome.score.low, 100 * outcome.score.high
-    return Point(y, x, low, high, f"{outcome.name}: {score_cell(outcome.score)}")
+        return Point(y, x, title=f"{setting.name}: {number(y)}")
+    low, high = 100 * setting.score.low, 100 * setting.score.high
+    return Point(y, x, low, high, f"{setting.name}: {score_cell(setting.score)}")
 
 
 def on_axis(column: str, recipe: dict[str, Any]) -> float | None:

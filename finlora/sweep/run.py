@@ -42,9 +42,10 @@ class Options:
 
     tiny: bool = False  # on the tiny base model
     force: bool = False  # train and evaluate anew
-    gpus: int = 1  # points at a time, each on a GPU of its own
+    gpus: int = 1  # that share the points
+    points_per_gpu: int = 1  # at a time on each GPU: small models leave room for several
     point: int | None = None  # only this one, counted from 1: an array job runs one a task
-    evaluate: dict[str, Any] | None = None  # evaluate too: tasks, limit and labels of `finlora eval`
+    evaluate: dict[str, Any] | None = None  # evaluate too: tasks, limit, labels and tests of `finlora eval`
     track: str | None = None  # as in finlora.train.run
     args: list[str] = field(default_factory=list)  # axolotl's own options
 
@@ -112,7 +113,7 @@ def check(file: Path, points: list[SweepPoint], options: Options) -> None:
         tasks = options.evaluate.get("tasks") or "sentiment"
         for name in forgetting.choose(re.split(r"[,\s]+", tasks), choose):
             if not options.tiny and name not in forgetting.TASKS:
-                read_set(name)
+                read_set(name, *([Path(tests)] if (tests := options.evaluate.get("tests")) else []))
     tracking.check(options.track)
 
 
@@ -160,7 +161,7 @@ def mark_folder(folder: Path, recipe: Path, file: Path) -> None:
 
 def slots(options: Options, point: SweepPoint) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES of each point at a time; None leaves it as it is. UserError where GPUs are missing."""
-    gpus, here = options.gpus, len(machine.gpus())
+    each, gpus, here = options.points_per_gpu, options.gpus, len(machine.gpus())
     shape = None if options.tiny else bases.shape(point.recipe["base_model"])
     if shape and not memory.on_cpu(shape) and here < gpus:
         raise UserError(
@@ -168,12 +169,12 @@ def slots(options: Options, point: SweepPoint) -> list[str | None]:
             "the sweep on a tiny model"
         )
     if gpus == 1:
-        return [None]
+        return [None] * each
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(number) for number in range(gpus)]
     if len(devices) < gpus:
         raise UserError(f"GPUS={gpus}: CUDA_VISIBLE_DEVICES={visible} shows fewer; name {gpus} there, or take GPUS=1")
-    return devices[:gpus]
+    return devices[:gpus] * each
 
 
 def work(jobs: list[Job], free: list[str | None], lock: IO | None) -> dict[str, str]:
@@ -184,6 +185,7 @@ def work(jobs: list[Job], free: list[str | None], lock: IO | None) -> dict[str, 
     """
     waiting, running, failed = list(jobs), [], {}
     alone = len(free) == 1
+    threads = None if alone else max(1, (os.cpu_count() or 1) // len(free))
     try:
         while waiting or running:
             while waiting and free:
@@ -194,14 +196,14 @@ def work(jobs: list[Job], free: list[str | None], lock: IO | None) -> dict[str, 
                 place = f" on GPU {job.gpu}" if job.gpu is not None else ""
                 print(f"[{len(jobs) - len(waiting)}/{len(jobs)}] {job.name}{place}: {shown(job.log)}", flush=True)
                 running.append(job)
-                job.process = start(job.commands.pop(0), job.gpu, job.log, lock)
+                job.process = start(job.commands.pop(0), job.gpu, job.log, lock, threads)
             time.sleep(0.1)
             for job in list(running):
                 code = job.process.poll()
                 if alone:
                     job.bytes_shown += echo(job.log, job.bytes_shown)
                 if code == 0 and job.commands:
-                    job.process = start(job.commands.pop(0), job.gpu, job.log, lock)
+                    job.process = start(job.commands.pop(0), job.gpu, job.log, lock, threads)
                 elif code is not None:
                     running.remove(job)
                     free.append(job.gpu)
@@ -219,9 +221,12 @@ def work(jobs: list[Job], free: list[str | None], lock: IO | None) -> dict[str, 
     return failed
 
 
-def start(argv: list[str], gpu: str | None, log: Path, lock: IO | None) -> subprocess.Popen:
-    """`finlora argv...` with its output in the log. Ctrl-C reaches it from `work` alone; the lock goes with it."""
-    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+def start(argv: list[str], gpu: str | None, log: Path, lock: IO | None, threads: int | None) -> subprocess.Popen:
+    """`finlora argv...` with its output in the log. Ctrl-C reaches it from `work` alone; the lock goes with it.
+
+    threads: of torch, its share of the cores, unless OMP_NUM_THREADS says otherwise; None leaves it to torch.
+    """
+    env = ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | os.environ | {"PYTHONUNBUFFERED": "1"}
     if gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpu
     with log.open("ab") as output:
@@ -280,8 +285,8 @@ def show_points(recipe: Path, file: Path) -> None:
         print(f"{point.number:>3}  {point.name:<44}  {changes_text(point.changes)}")
 
 
-def eval_options(recipe: Path, tasks: str | None, limit: int | None, labels: str | None) -> dict[str, Any]:
+def eval_options(recipe: Path, tasks: str | None, **options: Any) -> dict[str, Any]:
     """Options of `finlora eval` for each point; the test sets are the recipe's task's where none are named."""
     task = (recipe_names.parse_name(recipe.stem) or {}).get("task")
-    asked = {"tasks": tasks or (task if task in load_tasks() else None), "limit": limit, "labels": labels}
-    return {key: value for key, value in asked.items() if value}
+    options["tasks"] = tasks or (task if task in load_tasks() else None)
+    return {key: value for key, value in options.items() if value}
