@@ -4,6 +4,7 @@ import copy
 import csv
 import random
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -142,7 +143,22 @@ def test_a_key_that_drifts_in_one_recipe_is_named(name: str, rnd: random.Random)
 
 def _group(name: str, key: str):
     part = next((part for part, keys in recipe_names.DECIDED_BY.items() if key in keys), None)
-    return None if part in (None, "name") else recipe_names.parse_name(name)[part]
+    return None if part in (None, "name", "base") else recipe_names.parse_name(name)[part]
+
+
+@pytest.mark.parametrize("key", ["base_model", "chat_template", "special_tokens", "learning_rate"])
+def test_what_a_base_decides_is_held_to_the_table(key):
+    """Even where no other recipe has that base."""
+    name = "sentiment_qwen3_8b_r8_dora"
+    keys = ALL["sentiment_r8_dora"] | bases.load_bases()["qwen3_8b"].recipe.keys
+    keys |= recipe_names.decided(recipe_names.parse_name(name), Path("outputs") / name)
+    assert list(factorise.factorise(ALL | {name: keys})) == []
+    lines = list(factorise.factorise(ALL | {name: keys | {key: ALL["sentiment_r8_dora"][key]}}))
+    if ALL["sentiment_r8_dora"][key] == keys[key]:
+        assert key == "learning_rate" and not lines
+    else:
+        (line,) = lines
+        says(line, "qwen3_8b in recipes/bases.yaml", file=f"recipes/{name}.yaml", key=key)
 
 
 def test_a_key_added_to_one_recipe_is_named():
@@ -173,7 +189,11 @@ MUTATIONS = {
     ),
     "duplicate key": (added("lora_r: 8\n"), "lora_r", [1, "twice", "keep one"]),
     "wrong type": (swapped("lora_r: 8", "lora_r: eight"), "lora_r", ["'eight'", "integer"]),
-    "rank without the name": (swapped("lora_r: 8", "lora_r: 16"), "lora_r", ["is 16", "name says 8", "change"]),
+    "rank without the name": (
+        swapped("lora_r: 8", "lora_r: 16"),
+        "lora_r",
+        ["is 16", "name says 8", "change", "make new RECIPE=sentiment_r16_dora"],
+    ),
     "method without the name": (
         swapped("peft_use_dora: true", "peft_use_dora: false"),
         "peft_use_dora",
@@ -288,6 +308,15 @@ def test_find_by_path(tmp_path):
         ("", "`make recipes`"),
         ("bases", "`make recipes`"),
         ("../../etc/passwd", "`make recipes`"),
+        ("sentiment_qwen3_4b_r8_rslora", "make new RECIPE=sentiment_qwen3_4b_r8_rslora"),
+        ("sentiment_r16_qwen3_4b_dora", "sentiment_qwen3_4b_r16_dora"),
+        ("dora_r4_smollm2_xbrl_term_bf16", "xbrl_term_smollm2_bf16_r4_dora"),
+        ("sentiment_8bit_r4_a16_dora", "default: sentiment_r4_dora"),
+        ("sentiment_llama31_8b_r8_lora", "default: sentiment_r8_lora"),
+        ("headline_qwen3_7b_r8_dora", "did you mean qwen3_8b"),
+        ("headline_gpt2_r8_dora", "gpt2 is no base model"),
+        ("headlin_mistral_7b_r8_dora", "did you mean headline_mistral_7b_r8_dora"),
+        ("headline_qwen3_8b_dora", "a name is <task>"),
     ],
 )
 def test_a_mistyped_recipe_names_the_nearest(name, hint):

@@ -362,12 +362,14 @@ def test_a_point_is_evaluated_again_where_rows_are_missing_or_answers_were_cut(t
     alpha=st.integers(1, 512),
     method=st.sampled_from(["lora", "dora", "rslora"]),
     task=st.sampled_from(["sentiment", "xbrl_term", "general_multi"]),
+    base=st.sampled_from(list(bases.load_bases())),
 )
-def test_a_recipes_name_is_made_and_read_by_one_grammar(bits, rank, alpha, method, task):
+def test_a_recipes_name_is_made_and_read_by_one_grammar(bits, rank, alpha, method, task, base):
     recipe = {"load_in_8bit": bits == 8, "load_in_4bit": bits == 4, "lora_r": rank, "lora_alpha": alpha}
     recipe |= {"peft_use_dora": method == "dora", "peft_use_rslora": method == "rslora"}
-    parts = {"task": task, "bits": bits, "r": rank, "alpha": alpha, "method": method}
-    assert recipe_names.parse_name(recipe_names.compose_name(task, recipe)) == parts
+    parts = {"task": task, "base": base, "bits": bits, "r": rank, "alpha": alpha, "method": method}
+    name = recipe_names.compose_name({"task": task, "base": base} | recipe_names.parts_of(recipe))
+    assert recipe_names.parse_name(name) == parts and recipe_names.fault_of(name) is None
 
 
 def test_the_base_models_size_says_whether_a_cpu_will_do(tiny_base):

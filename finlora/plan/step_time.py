@@ -49,7 +49,7 @@ class Traffic(NamedTuple):
     def numbers(self, recipe: dict[str, Any], shape: dict[str, Any]) -> int:
         """Numbers of 16 bits that a token reads and writes in one layer outside the matmuls."""
         linears = bases.linear_layers(shape)
-        layer = self.hidden * shape["hidden_size"] + self.kv * linears["k_proj"][1]
+        layer = self.hidden * shape["hidden_size"] + self.kv * bases.attention_widths(shape)[1]
         layer += self.inner * shape["intermediate_size"]
         adapted = [linears[name] for name in recipe["lora_target_modules"]]
         return layer + sum(self.adapted_inputs * i + self.adapted_outputs * o for i, o in adapted)
@@ -121,7 +121,8 @@ def work(
     # Two operations for each weight and token; the head stays in 16 bits.
     matmul = 2 * weights * tokens * passes / (FP8_SPEEDUP if recipe.get("fastdora_fp8") else 1)
     matmul += 2 * labels * hidden * shape["vocab_size"] * (1 + backwards)
-    attention = 2 * tokens * fill * length * hidden * layers * (forwards + ATTENTION_BACKWARD * backwards)
+    query, _ = bases.attention_widths(shape)
+    attention = 2 * tokens * fill * length * query * layers * (forwards + ATTENTION_BACKWARD * backwards)
     backward = DORA_BACKWARD if recipe.get("peft_use_dora") else BACKWARD
     numbers = FORWARD.numbers(recipe, shape) * forwards + backward.numbers(recipe, shape) * backwards
     traffic = 2 * tokens * layers * numbers + DEQUANTIZE_BYTES[bits_of(recipe)] * weights * passes  # bytes

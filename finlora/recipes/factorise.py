@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from finlora.recipes.names import DECIDED_BY, parse_name
+from finlora.recipes.bases import load_bases
+from finlora.recipes.names import DECIDED_BY, GRAMMAR, parse_name
 
 # The demo recipe adapts a model of four million parameters, so its sizes and learning rate are its own.
 DEMO_OWN = ["base_model", "learning_rate", "logging_steps", "evals_per_epoch", "saves_per_epoch"]
@@ -16,7 +17,8 @@ def factorise(recipes: dict[str, dict[str, Any]], what: str = "key") -> Iterator
     """One line for each key of a recipe that is not decided by its own part of the name.
 
     recipes: contents by name, or comments by name with what="comment on key". The value that most recipes with the
-    same part of the name have counts as the right one.
+    same part of the name have counts as the right one; recipes/bases.yaml has those that a base decides, and the
+    comment on such a key is the same for all bases.
     """
     part_of = {key: part for part, keys in DECIDED_BY.items() for key in keys}
     every_key = {key for recipe in recipes.values() for key in recipe}
@@ -26,9 +28,16 @@ def factorise(recipes: dict[str, dict[str, Any]], what: str = "key") -> Iterator
         for name in recipes:
             parts = parse_name(name)
             if not parts:
-                yield f"recipes/{name}.yaml: the name is not <task>[_4bit|_bf16]_r<rank>[_a<alpha>]_<lora|dora|rslora>"
-            elif not (parts["task"] == "demo" and key in DEMO_OWN):
-                groups.setdefault(parts.get(part), []).append(name)
+                yield f"recipes/{name}.yaml: the name is not {GRAMMAR}"
+            elif parts["task"] == "demo" and key in DEMO_OWN:
+                continue
+            elif part == "base" and what == "key":
+                tag = parts["base"]
+                here, right = _text(recipes[name].get(key)), _text(load_bases()[tag].recipe.keys.get(key))
+                if here != right:
+                    yield f"recipes/{name}.yaml: key '{key}' is {here}, for {tag} in recipes/bases.yaml it is {right}"
+            elif part != "base" or key in recipes[name]:
+                groups.setdefault(None if part == "base" else parts.get(part), []).append(name)
         for value, members in groups.items():
             texts = {name: _text(recipes[name].get(key), name if part == "name" else "") for name in members}
             usual = Counter(texts.values()).most_common(1)[0][0]
@@ -57,6 +66,6 @@ def comments(text: str) -> dict[str, str]:
     return of_key
 
 
-def _text(value: Any, name: str) -> str:
+def _text(value: Any, name: str = "") -> str:
     text = json.dumps(value, sort_keys=True)
     return text.replace(name, "<name>") if name else text

@@ -14,6 +14,7 @@ NF4_BITS = 4.13  # 4 bits and an absmax for 64 weights, quantized itself to 8 bi
 TOKENS_PER_LABEL = 32
 # MLP widths that one layer's backward pass holds besides what was kept: gradients of gate, up and their product.
 BACKWARD_WIDTHS = 3
+QK_NORMS = ("qwen3",)  # architectures with norms of queries and keys
 SHORTEST_PACK = 512  # tokens: no shorter pack is proposed
 
 
@@ -26,16 +27,19 @@ def memory_parts(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, flo
     as one token in 32.
     """
     hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
-    linears = bases.linear_layers(shape)
+    linears, (query, kv) = bases.linear_layers(shape), bases.attention_widths(shape)
     bits = 8 if recipe.get("load_in_8bit") else NF4_BITS if recipe.get("load_in_4bit") else 16
     tables = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
     tokens = recipe["sequence_len"] * recipe["micro_batch_size"]
     targets = recipe["lora_target_modules"]
-    # Kept, in widths: 5 hidden (two norms' inputs, the first norm's output, q and the attention's output), k and v, and
-    # 2 inner (gate and up). By adapters the inputs that nothing else keeps, and under DoRA each matmul's output before
-    # the magnitude scales it.
-    one_layer = 5 * hidden + 2 * linears["k_proj"][1] + 2 * inner
-    one_layer += hidden * bool({"gate_proj", "up_proj"} & set(targets)) + inner * ("down_proj" in targets)
+    # Kept, in widths: 3 hidden (two norms' inputs and the first norm's output), q and the attention's output, k and v,
+    # Qwen3's q and k before their norms, and 2 inner (gate and up). By adapters the inputs that nothing else keeps, and
+    # under DoRA each matmul's output before the magnitude scales it.
+    one_layer = 3 * hidden + 2 * query + 2 * kv + 2 * inner
+    one_layer += (query + kv) * (shape.get("model_type") in QK_NORMS)
+    one_layer += hidden * bool({"gate_proj", "up_proj", "gate_up_proj"} & set(targets)) + inner * (
+        "down_proj" in targets
+    )
     if recipe.get("peft_use_dora"):
         one_layer += sum(linears[name][1] for name in targets)
     kept = one_layer + hidden * layers if recipe.get("gradient_checkpointing") else one_layer * layers

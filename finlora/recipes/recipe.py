@@ -9,7 +9,16 @@ from typing import Any
 from finlora.core.errors import UserError
 from finlora.core.files import read_json, sha256
 from finlora.core.paths import ROOT
-from finlora.recipes.bases import TEXT_FILES, fetch_base, linear_layers, shape, trainable_parameters
+from finlora.recipes.bases import (
+    TEXT_FILES,
+    fetch_base,
+    find_base,
+    linear_layers,
+    load_bases,
+    shape,
+    trainable_parameters,
+    untagged,
+)
 from finlora.recipes.memory import memory_estimate, on_cpu
 from finlora.recipes.names import parse_name
 
@@ -85,9 +94,18 @@ class Recipe:
 
 
 def on_tiny_base(recipe: Recipe, base: str) -> Recipe:
-    """The recipe with the tiny base model, lengths and steps for a CPU, and folders of its own (TINY=1)."""
+    """The recipe with the tiny base model, lengths and steps for a CPU, and folders of its own (TINY=1).
+
+    What the recipe's own base decides of the prompt is the untagged base's, whose tokens the tiny one has.
+    """
+    own = find_base(recipe.keys["base_model"])
+    theirs = own.recipe.keys if own else {}
+    like = load_bases()[untagged()].recipe.keys | {"learning_rate": recipe.keys["learning_rate"]}
+    keys = {
+        key: like.get(key) if key in theirs and value == theirs[key] else value for key, value in recipe.keys.items()
+    }
     out = str(output_folder(recipe.keys, tiny=True).relative_to(ROOT))
-    keys = recipe.keys | {
+    keys |= {
         "base_model": base,
         "sequence_len": min(TINY_LENGTH, recipe.keys["sequence_len"]),
         "excess_length_strategy": "drop",

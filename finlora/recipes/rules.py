@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from finlora.core.errors import UserError
 from finlora.core.files import read_json
 from finlora.core.paths import ROOT
+from finlora.recipes.names import IN_NAME, compose_name, decided, parts_of
 from finlora.recipes.recipe import Recipe
 
 REFUSED = yaml.safe_load(Path(__file__).with_name("refused.yaml").read_text(encoding="utf-8"))
@@ -204,21 +205,15 @@ def check_name(recipe: Recipe) -> None:
     if not parts:
         return
     folder, outputs = path.resolve().parent, (ROOT / "outputs").resolve()
-    out = "outputs" / (folder.relative_to(outputs) if folder.is_relative_to(outputs) else Path()) / path.stem
-    expected = {
-        "load_in_8bit": parts["bits"] == 8,
-        "load_in_4bit": parts["bits"] == 4,
-        "adapter": "qlora" if parts["bits"] == 4 else "lora",
-        "lora_r": parts["r"],
-        "lora_alpha": parts["alpha"],
-        "peft_use_dora": parts["method"] == "dora",
-        "peft_use_rslora": parts["method"] == "rslora",
-        "output_dir": str(out),
-        "dataset_prepared_path": str(out / "tokenised"),
-    }
-    for key, value in expected.items():
+    out = Path("outputs") / (folder.relative_to(outputs) if folder.is_relative_to(outputs) else Path()) / path.stem
+    for key, value in decided(parts, out).items():
         if keys.get(key) != value:
-            raise UserError(f"{path}: key '{key}' is {keys.get(key)}, but the name says {value}; change one of them")
+            other = ""
+            if key in IN_NAME and None not in (content := parts_of(keys)).values():
+                other = f"; `make new RECIPE={compose_name(parts | content)}` writes the recipe with it"
+            raise UserError(
+                f"{path}: key '{key}' is {keys.get(key)}, but the name says {value}; change one of them{other}"
+            )
 
 
 def check_paths(recipe: Recipe) -> None:

@@ -22,7 +22,6 @@ from finlora.recipes.recipe import Recipe
 
 SWEEPS = recipe_names.RECIPES / "sweeps"
 OWN = ("output_dir", "dataset_prepared_path", "plugins")  # what a sweep may not vary
-IN_NAME = {key for part in ("bits", "r", "alpha", "method") for key in recipe_names.DECIDED_BY[part]}
 # Keys that make one column of the table together; every other key is a column of its own.
 COLUMNS = {
     "lora_r": "rank",
@@ -153,8 +152,8 @@ def differing(base: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
 def name_of(stem: str, differs: dict[str, Any], recipe: dict[str, Any]) -> str:
     """What differs from the base recipe: in the grammar of recipes' names where that can say it, then as .key-value."""
     parts = recipe_names.parse_name(stem)
-    first = recipe_names.compose_name(parts["task"], recipe) if parts else stem
-    rest = [f"{key}-{in_name(value)}" for key, value in differs.items() if not (parts and key in IN_NAME)]
+    first = recipe_names.compose_name(parts | recipe_names.parts_of(recipe)) if parts else stem
+    rest = [f"{key}-{in_name(value)}" for key, value in differs.items() if not (parts and key in recipe_names.IN_NAME)]
     return ".".join([first, *rest])
 
 
