@@ -26,10 +26,10 @@ from transformers import (
 )
 
 import fastdora
-from fastdora import quantized
 from fastdora.packing import ANSWERS, label_positions
 from finlora.data.tasks import TestSet
 from finlora.evaluate.scorers import finlora, strict
+from finlora.models.load import quantisation
 
 LABELS = ("negative", "neutral", "positive")
 SPEC = TestSet.model_construct(metric="accuracy_f1", labels=list(LABELS))
@@ -136,7 +136,7 @@ def _teach(model: nn.Module, study: dict[str, Any], rate: float, kit: Kit, devic
 def _load(folder: Path, bits: int, wide: bool, device: torch.device) -> LlamaForCausalLM:
     """The base model in float32 where `wide`, else in bf16; its linear layers in 8 or 4 bits where bits are."""
     dtype = torch.float32 if wide else torch.bfloat16
-    quantised = quantized.quantisation(bits, dtype)
+    quantised = quantisation(bits, dtype)
     options = {"quantization_config": quantised, "device_map": {"": str(device)}} if quantised else {}
     model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa", **options)
     return model if options else model.to(device)

@@ -12,7 +12,6 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import BitsAndBytesConfig
 
 from fastdora import kernels
 
@@ -23,23 +22,6 @@ def int8_scales(layer: nn.Module) -> torch.Tensor:
     # layer may have run before `accelerate`.
     scales = layer.weight.SCB if getattr(layer.weight, "SCB", None) is not None else layer.state.SCB
     return scales.to(layer.weight.device)
-
-
-def quantisation(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How the recipes quantize a base: 8 bits by rows (LLM.int8()), 4 bits as NF4 with double quantization; 16: None.
-
-    dtype: the compute dtype of 4-bit layers.
-    """
-    if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    if bits == 4:
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    return None
 
 
 def has_fp8(device: torch.device | None = None) -> bool:

@@ -290,7 +290,7 @@ def merge(
     force: Force = False,
 ) -> None:
     """Merge a trained adapter into its base and verify it: 16-bit safetensors with tokenizer and chat template."""
-    from finlora.export.trained import load_trained
+    from finlora.models.trained import load_trained
 
     if limit < 0:
         raise UserError(f"LIMIT={limit}: give a number of rows, 0 for none")
@@ -317,7 +317,7 @@ def serve(
 ) -> None:
     """Serve a merged model behind an OpenAI-compatible endpoint."""
     from finlora.export.serve import serve
-    from finlora.export.trained import load_trained
+    from finlora.models.trained import load_trained
 
     serve(load_trained(recipe, adapter, model, bits, tiny), host, port, backend, context.obj)
 
@@ -334,7 +334,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(click_type=Number(), help="longest answer, in tokens")] = 256,
 ) -> None:
     """Talk to a trained adapter in the terminal, with the chat template that is saved beside it."""
-    from finlora.export.trained import load_trained
+    from finlora.models.trained import load_trained
 
     trained = load_trained(recipe, adapter, model, bits, tiny)
     from finlora.export import chat  # torch and PEFT: after the options have been checked
@@ -355,7 +355,7 @@ def publish(
 ) -> None:
     """Write a trained recipe's model card and list what would go to the Hub."""
     from finlora.export.publish import publish
-    from finlora.export.trained import load_trained
+    from finlora.models.trained import load_trained
 
     if not recipe:
         raise UserError("give RECIPE=<trained recipe> and REPO=<user or organisation>/<model>")

@@ -16,8 +16,8 @@ from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 from finlora.data import prepare, rows
 from finlora.export.merge import merge
-from finlora.export.trained import load_trained
 from finlora.models.load import load_base
+from finlora.models.trained import load_trained
 from finlora.recipes import names as recipe_names
 from finlora.train import tiny
 from finlora.train.run import is_unfinished, train
@@ -80,7 +80,7 @@ def evaluate(base: Path, adapter: Path, held_out: list[tuple[str, str]]) -> dict
 
 def right_answers(model, tokenizer, held_out: list[tuple[str, str]]) -> float:
     """The share of greedy answers that equal the target."""
-    from finlora.models.generate import generate  # late: it imports bitsandbytes, see export.trained.disable_hub
+    from finlora.models.generate import generate  # late: it imports bitsandbytes, see models.trained.disable_hub
 
     right = 0
     for start in range(0, len(held_out), BATCH):

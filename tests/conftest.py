@@ -190,7 +190,7 @@ def runs(finished_runs: Path, tmp_path: Path, monkeypatch) -> Path:
     """A copy of them in a place of its own, which merge, serve, chat and publish take for the repository."""
     from finlora.core import paths, provenance
     from finlora.export import merge, publish
-    from finlora.export import trained as trained_models
+    from finlora.models import trained as trained_models
     from finlora.recipes import bases, recipe
     from finlora.train import run as train
     from finlora.train import runs as train_runs

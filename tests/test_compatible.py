@@ -27,7 +27,7 @@ from transformers import (
 from finlora.core import compatible
 from finlora.core.paths import ROOT
 from finlora.export import merge
-from finlora.export import trained as trained_models
+from finlora.models import trained as trained_models
 
 pytestmark = pytest.mark.xdist_group("after")
 SIZES = {

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastdora.plugin import peft_int8
 from finlora.evaluate import harness
-from finlora.models import generate
 from finlora.models import load as models
+from finlora.models.trained import adapter_facts, resolve_adapter
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 IDS = torch.arange(3, 45).reshape(2, 21)
@@ -182,27 +182,27 @@ def test_bad_adapters(case, adapters, tmp_path):
     shutil.copytree(adapters["dora"], tmp_path / "a")
     damage(tmp_path / "a")
     with refuses(*words, file=tmp_path / "a" / name) as error:
-        models.adapter_facts(tmp_path / "a")
+        adapter_facts(tmp_path / "a")
     assert ("pickle" in str(error.value)) == (case == "pickled")
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ["q_proj", "down_proj"]])
 def test_an_adapter_for_another_base_is_named_before_weights_load(targets, tiny_base, tmp_path):
     adapter = make_adapter(tiny_base, tmp_path / "a", targets=targets)
-    models.check_fits(adapter, str(tiny_base))
+    models.check_fits(adapter, adapter_facts(adapter), str(tiny_base))
     config = json.loads((tiny_base / "config.json").read_text())
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text(json.dumps(config | {"hidden_size": 512, "head_dim": 128}))
     with refuses("lora_", "512", "trained on", str(tiny_base), "MODEL=", file=adapter):
-        models.check_fits(adapter, str(other))
+        models.check_fits(adapter, adapter_facts(adapter), str(other))
     (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with refuses("layers.2|layers.3", "no layer", str(tiny_base), "MODEL=", file=adapter):
-        models.check_fits(adapter, str(other))
+        models.check_fits(adapter, adapter_facts(adapter), str(other))
     of_no_base = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
     (adapter / "adapter_config.json").write_text(json.dumps(of_no_base))
     with refuses("layers.2|layers.3", "another base|other base", "MODEL=", file=adapter):
-        models.check_fits(adapter, str(other))
+        models.check_fits(adapter, adapter_facts(adapter), str(other))
 
 
 def test_an_adapter_with_other_target_modules(tiny_base, adapters, tmp_path):
@@ -213,7 +213,7 @@ def test_an_adapter_with_other_target_modules(tiny_base, adapters, tmp_path):
         {name.replace("q_proj", "w_q"): tensor for name, tensor in tensors.items()}, other / "adapter_model.safetensors"
     )
     with refuses("w_q.lora_A.weight", "no layer", "MODEL=", file=other):
-        models.check_fits(other, str(tiny_base))
+        models.check_fits(other, adapter_facts(other), str(tiny_base))
 
 
 def test_an_adapter_by_its_hub_id(adapters, tmp_path, monkeypatch):
@@ -222,13 +222,13 @@ def test_an_adapter_by_its_hub_id(adapters, tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with refuses("folder", "hub", file="ADAPTER=owner/adapter"):
-        models.resolve_adapter("owner/adapter")
+        resolve_adapter("owner/adapter")
     kept = tmp_path / "models--owner--adapter"
     shutil.copytree(adapters["dora"], kept / "snapshots" / ("1" * 40))
     (kept / "refs").mkdir()
     (kept / "refs" / "main").write_text("1" * 40)
-    folder = models.resolve_adapter("owner/adapter")
-    assert models.adapter_facts(folder) == models.adapter_facts(adapters["dora"])
+    folder = resolve_adapter("owner/adapter")
+    assert adapter_facts(folder) == adapter_facts(adapters["dora"])
 
 
 def test_a_base_that_is_not_there(tmp_path):
@@ -368,8 +368,8 @@ def test_what_ends_an_answer_is_asked_of_template_recipe_tokenizer_and_model(
     model = models.load_base(str(tiny_base), 16)
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("<|end_header_id|>")]
     expected = sorted(tokenizer.convert_tokens_to_ids([*ends, "<|end_header_id|>"]))
-    assert generate.end_tokens(model, tokenizer, eot_tokens) == expected
-    models.save(model, tokenizer, tmp_path, expected)
+    assert models.end_tokens(model, tokenizer, eot_tokens) == expected
+    models.save(model, tokenizer, tmp_path, eot_tokens)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert saved.generation_config.eos_token_id == expected and not saved.generation_config.do_sample
 

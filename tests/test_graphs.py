@@ -11,7 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastdora
-from fastdora import attention, dora, graphs, packing, quantized
+from fastdora import attention, dora, graphs, packing
+from finlora.models.load import quantisation
 
 
 def rerun(run, parameters):
@@ -44,7 +45,7 @@ def made(with_dora=True, dropout=0.1, bits=16, fp8=False):
     if bits != 16:
         with tempfile.TemporaryDirectory() as folder:
             base.save_pretrained(folder)
-            how = quantized.quantisation(bits, torch.float32)
+            how = quantisation(bits, torch.float32)
             base = LlamaForCausalLM.from_pretrained(folder, quantization_config=how, dtype=torch.float32)
     model = get_peft_model(
         base,

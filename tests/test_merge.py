@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from test_eval_run import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finlora.export import merge
-from finlora.export import trained as trained_models
+from finlora.export import merge, merged
 from finlora.models import load as models
+from finlora.models import trained as trained_models
 
 pytestmark = pytest.mark.xdist_group("after")
 TARGETS = ("q_proj", "k_proj", "v_proj")
@@ -63,18 +63,18 @@ def test_the_merged_model_is_what_was_trained(runs, bits, tiny_base, tmp_path, m
     assert about["into"] == into and about["adapter_sha256"] == about_run.facts.sha256
 
     assert len(about["weights"]) > 2 and (folder / "model.safetensors.index.json").is_file()
-    merged, base = weights(folder), models.load_base(str(tiny_base), bits)
+    tensors, base = weights(folder), models.load_base(str(tiny_base), bits)
     adapter = load_file(runs / RECIPES[bits] / "adapter_model.safetensors")
     config = json.loads((runs / RECIPES[bits] / "adapter_config.json").read_text())
-    assert set(merged) == set(base.state_dict())
+    assert set(tensors) == set(base.state_dict())
     for name, tensor in base.state_dict().items():
         expected, bound = tensor.double(), 0.0
         if name.split(".")[-2] in TARGETS:
             expected, bound = merged_in_float64(expected, f"base_model.model.{name}", adapter, config)
         # The nearest bfloat16 (8 digits) is at most half a unit of the last away: 2^e / 256 for 2^e <= |w| < 2^(e+1).
         half_unit = torch.ldexp(torch.ones_like(expected), torch.frexp(expected).exponent - 1) / 256
-        assert merged[name].dtype == torch.bfloat16
-        assert ((merged[name].double() - expected).abs() <= half_unit + bound).all(), name
+        assert tensors[name].dtype == torch.bfloat16
+        assert ((tensors[name].double() - expected).abs() <= half_unit + bound).all(), name
 
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "quantization_config" not in config
@@ -110,7 +110,7 @@ def test_what_it_merges_into_can_be_chosen_and_is_kept(runs, capsys):
     merge.merge(base, limit=0)
     second = json.loads((base.merged / "merge.json").read_text())
     assert second["into"] == "dequantised" and second["weights"] != first["weights"] and not left.exists()
-    assert trained_models.need_merged(base) == base.merged
+    assert merged.need_merged(base) == base.merged
 
 
 @pytest.mark.parametrize("tolerance", [0.01, 0])
@@ -143,19 +143,19 @@ def test_only_a_model_with_the_logits_of_base_and_adapter_is_called_done(runs, t
 def test_what_is_merged_is_held_against_adapter_base_and_weights(runs, tiny_base):
     trained = plan(RECIPES[16])
     folder = merge.merge(trained, limit=0)
-    assert trained_models.need_merged(trained) == folder and trained_models.check_weights(folder) is None
+    assert merged.need_merged(trained) == folder and merged.check_weights(folder) is None
     for key, other in {"base_model": "another/base", "bits": 8}.items():
         with refuses("this adapter", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-            trained_models.need_merged(replace(trained, **{key: other}))
+            merged.need_merged(replace(trained, **{key: other}))
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-8] + b"spoiled!")
-    for check in (lambda: trained_models.check_weights(folder), lambda: merge.merge(trained, limit=0)):
+    for check in (lambda: merged.check_weights(folder), lambda: merge.merge(trained, limit=0)):
         with refuses("verified", "FORCE=1", file=f"{MERGED}/model.safetensors"):
             check()
     path.unlink()
     with refuses("this adapter", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-        trained_models.need_merged(trained)
+        merged.need_merged(trained)
     merge.merge(trained, limit=0)
     assert path.read_bytes() == whole
 
@@ -260,10 +260,10 @@ def test_files_of_somebody_else_are_kept(runs):
         merge.merge(trained, limit=0)
     assert (trained.merged / "mine").exists()
     with refuses("not there|missing", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-        trained_models.need_merged(trained)
+        merged.need_merged(trained)
     (trained.merged / "merge.json").write_text('{"adapter_sha256": "0"}')
     with refuses("this adapter", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
-        trained_models.need_merged(trained)
+        merged.need_merged(trained)
 
 
 def test_an_adapter_of_the_same_name_elsewhere_replaces_no_merged_model(runs, tmp_path, capsys):

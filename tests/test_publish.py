@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from finlora.core.errors import UserError
 from finlora.evaluate import results
 from finlora.export import merge, publish
-from finlora.export import trained as trained_models
+from finlora.models import trained as trained_models
 
 pytestmark = pytest.mark.xdist_group("after")
 TOKEN = "hf_" + "aB3" * 11

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finlora.core.errors import run
 from finlora.evaluate import vllm
 from finlora.export import chat, merge, serve
-from finlora.export import trained as trained_models
+from finlora.models import trained as trained_models
 
 pytestmark = pytest.mark.xdist_group("after")
 MOST = 8

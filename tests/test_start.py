@@ -16,8 +16,9 @@ from finlora.evaluate import runner
 from finlora.evaluate.evaluation import Request, resolve
 from finlora.evaluate.runner import prepare_folder
 from finlora.export import chat
-from finlora.export import trained as trained_models
-from finlora.export.trained import load_trained, merged_folder
+from finlora.export.merged import merged_folder
+from finlora.models import trained as trained_models
+from finlora.models.trained import load_trained
 
 pytestmark = pytest.mark.xdist_group("after")
 NAME = RECIPES[8]
@@ -98,7 +99,10 @@ def test_a_model_is_compared_once_it_is_fetched(runs, tmp_path, monkeypatch):
 
     for module in runner, trained_models:
         monkeypatch.setattr(module, "fetch_base", fetch)
-    for use in lambda: runner.fetch_base_model(evaluation), lambda: trained_models.fetch_base_model(trained):
+    for use in (
+        lambda: runner.fetch_base_model(evaluation),
+        lambda: trained_models.fetch_base_model(trained, force=True),
+    ):
         with refuses("other weights", "leave MODEL= out", file="MODEL=me/other"):
             use()
         shutil.rmtree(tmp_path / "me")

@@ -11,7 +11,8 @@ from finlora.core.paths import RAW, ROOT, SAMPLE, shown, slug
 from finlora.data.test_sets import all_sets, choose
 from finlora.evaluate import forgetting
 from finlora.evaluate.results import RESULTS, Run
-from finlora.models.load import AdapterFacts, adapter_facts, check_named_base, prompts, resolve_adapter
+from finlora.models.load import prompts
+from finlora.models.trained import AdapterFacts, adapter_facts, check_named_base, resolve_adapter
 from finlora.train.runs import TrainedRecipe, check_start, of_recipe
 
 

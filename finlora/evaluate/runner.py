@@ -91,7 +91,7 @@ def fetch_base_model(evaluation: Evaluation) -> None:
 def load_tokenizer(evaluation: Evaluation):
     """The tokenizer with the prompt's chat template, after the adapter's shapes are held against the base's."""
     if evaluation.adapter:
-        check_fits(evaluation.adapter, evaluation.model)
+        check_fits(evaluation.adapter, evaluation.adapter_facts, evaluation.model)
     from finlora.models import load
 
     return load.load_tokenizer(evaluation.model, evaluation.adapter, evaluation.request.prompt)

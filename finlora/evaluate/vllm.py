@@ -28,8 +28,6 @@ START = 900  # seconds; loading 8B weights and capturing graphs takes about two 
 
 def merged(evaluation: Evaluation, run: Run, tokenizer) -> Path:
     """A folder with the run's weights in 16 bits and its tokenizer: made once, named by what is in it."""
-    from finlora.models.generate import end_tokens  # late, like Endpoint: `make serve` needs no lm_eval
-
     if not VLLM.is_file():
         raise UserError(f"{VLLM.relative_to(ROOT)}: is missing; `make vllm` sets vLLM up, in its own environment")
     folder = merged_place(run)
@@ -41,7 +39,7 @@ def merged(evaluation: Evaluation, run: Run, tokenizer) -> Path:
     folder.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merged-") as beside:
         whole = Path(beside) / "model"
-        models.save(model, tokenizer, whole, end_tokens(model, tokenizer, evaluation.eot_tokens))
+        models.save(model, tokenizer, whole, evaluation.eot_tokens)
         whole.rename(folder)
     return folder
 

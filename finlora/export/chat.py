@@ -15,9 +15,9 @@ from contextlib import suppress
 from transformers import TextStreamer
 
 from finlora.core.paths import shown
-from finlora.export.merge import as_trained
-from finlora.export.trained import TrainedModel, disable_hub, fetch_base_model, merged_folder
+from finlora.export.merged import merged_folder
 from finlora.models import load as models
+from finlora.models.trained import TrainedModel, disable_hub, fetch_base_model
 
 
 def load(trained: TrainedModel, prompt: str, keep_quantised: bool):
@@ -26,13 +26,11 @@ def load(trained: TrainedModel, prompt: str, keep_quantised: bool):
     if folder:
         disable_hub()
         return models.load_base(str(folder), 16), models.load_tokenizer(str(folder), None, prompt), shown(str(folder))
-    if not trained.same_weights:
-        models.check_named_base(trained.base_model, trained.facts)
     fetch_base_model(trained)
     tokenizer = models.load_tokenizer(trained.base_model, trained.adapter, prompt)
-    models.check_fits(trained.adapter, trained.base_model)
+    models.check_fits(trained.adapter, trained.facts, trained.base_model)
     if keep_quantised and trained.bits != 16:
-        model, state = as_trained(trained), "not merged"
+        model, state = models.as_trained(trained), "not merged"
     else:
         base = models.load_base(trained.base_model, trained.bits)
         model, state = models.attach(base, trained.adapter), "merged in memory"
@@ -60,9 +58,7 @@ def chat(model, tokenizer, max_new_tokens: int, eot_tokens: Sequence[str] = ()) 
 
     The prompt is the whole conversation, tokenized anew for each answer; /new starts another conversation.
     """
-    from finlora.models.generate import end_tokens  # late: it imports bitsandbytes, see disable_hub
-
-    ends = end_tokens(model, tokenizer, eot_tokens)
+    ends = models.end_tokens(model, tokenizer, eot_tokens)
     terminal = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")

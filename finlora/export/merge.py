@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,14 @@ from transformers import AutoTokenizer
 
 from fastdora.plugin.checksums import weights_sha256
 from finlora.core.errors import UserError
-from finlora.core.files import sha256
+from finlora.core.files import sha256, write_json
 from finlora.core.machine import GIB, gpus
 from finlora.core.paths import RAW, ROOT, SAMPLE, existing, shown
 from finlora.core.provenance import git_state, versions
 from finlora.data.test_sets import all_sets
-from finlora.export.trained import (
-    MergeRecord,
-    TrainedModel,
-    check_weights,
-    fetch_base_model,
-    merged_folder,
-    read_merge_record,
-)
+from finlora.export.merged import MergeRecord, check_weights, is_merged
 from finlora.models import load as models
+from finlora.models.trained import TrainedModel, fetch_base_model
 from finlora.train.runs import folder_lock
 
 SHARD = "5GB"
@@ -115,75 +109,72 @@ def merge(
     """
     if into == "dequantised" and trained.bits == 16:
         raise UserError(f"INTO=dequantised: {trained.name} was trained on 16 bits; there is nothing to dequantise")
-    if not (force or trained.same_weights):
-        models.check_named_base(trained.base_model, trained.facts, force=True)
-    out = trained.merged
-    before = read_merge_record(out)
-    if merged_folder(trained) and into in (before.asked_for, before.into) and not force:
-        with folder_lock(trained.folder):
-            check_weights(out)
-        print(f"{shown(str(out))} is already merged from this adapter; FORCE=1 merges again")
-        return out
-    check_replaced(trained, before, force)  # all checks come before the folder is made: a refused merge leaves none
-    fetch_base_model(trained)
-    models.check_fits(trained.adapter, trained.base_model)
-    check_room(trained)
-    tokenizer = models.load_tokenizer(trained.base_model, trained.adapter, prompt)
-    with folder_lock(trained.folder):
-        for leftover in trained.folder.glob(".merged-*"):  # of a run that was killed
-            shutil.rmtree(leftover)
-        with tempfile.TemporaryDirectory(dir=trained.folder, prefix=".merged-") as beside:
-            folder = Path(beside) / "merged"
-            try:
-                verified = write(trained, into, limit, tokenizer, folder)
-            except torch.OutOfMemoryError as error:
-                raise UserError(f"{trained.name}: the GPU is out of memory; free it, or {ON_CPU}") from error
-            folder.chmod(0o755)  # TemporaryDirectory's own is 0o700
-            if out.exists():
-                out.rename(Path(beside) / "before")
-            folder.rename(out)
-    shards = list(out.glob("*.safetensors"))
-    print(
-        f"verified  logits of the saved model: {verified} from base and adapter\n"
-        f"merged    {shown(str(out))} ({sum(path.stat().st_size for path in shards) / 1e9:.2f} GB in {len(shards)} "
-        f"file{'s' * (len(shards) > 1)})"
-    )
-    return out
-
-
-def check_replaced(trained: TrainedModel, before: MergeRecord | None, force: bool) -> None:
-    """UserError where merging would replace files that it did not write, or the model of an adapter from elsewhere.
-
-    before: of the folder as it is now.
-    """
-    out = shown(str(trained.merged))
-    if before is None and trained.merged.exists() and not force:
-        raise UserError(f"{out}: holds files that `make merge` did not write; FORCE=1 replaces them")
-    other = before and before.adapter_sha256 != trained.facts.sha256
-    if other and before.adapter != shown(str(trained.adapter)) and not force:
-        raise UserError(
-            f"{out}: holds the model merged from {before.adapter}; FORCE=1 replaces it, and an adapter folder of "
-            "another name keeps both"
+    done = not force and is_merged(trained, into)
+    if not done:  # all checks come before the folder is made: a refused merge leaves none
+        fetch_base_model(trained, force)
+        parameters = models.check_fits(trained.adapter, trained.facts, trained.base_model)
+        tokenizer = models.load_tokenizer(trained.base_model, trained.adapter, prompt)
+        record = MergeRecord(
+            adapter=shown(trained.adapter),
+            adapter_sha256=trained.facts.sha256,
+            base=shown(trained.base_model),
+            base_sha256=weights_sha256(trained.base_model, ROOT),
+            method=trained.facts.method,
+            r=trained.facts.r,
+            alpha=trained.facts.alpha,
+            trained_bits=trained.bits,
+            asked_for=into,
+            template_sha256=models.template_sha256(tokenizer),
+            versions=versions(),
+            git=git_state(),
         )
+        check_room(trained.folder, parameters)
+    with folder_lock(trained.folder):
+        if done:
+            check_weights(trained.merged)
+            print(f"{shown(trained.merged)} is already merged from this adapter; FORCE=1 merges again")
+        else:
+            replace_merged(trained, limit, tokenizer, record)
+    return trained.merged
 
 
-def check_room(trained: TrainedModel) -> None:
+def check_room(folder: Path, parameters: int) -> None:
     """UserError where the merged model does not fit on the disk, or the base in 16 bits (32 on a CPU) in memory.
 
     The factors leave room beside the weights: 5% for tokenizer and file headers, 15% for one layer's update and norm.
     """
-    size = 2 * sum(tensor.numel() for tensor in models.skeleton(trained.base_model).parameters()) / GIB
-    free = shutil.disk_usage(existing(trained.folder)).free / GIB
+    size = 2 * parameters / GIB
+    free = shutil.disk_usage(existing(folder)).free / GIB
     if free < size * 1.05:
-        raise UserError(f"{trained.folder}: the merged model takes {size:.1f} GiB and {free:.1f} are free; free some")
-    name, free = "", psutil.virtual_memory().available / GIB
+        raise UserError(f"{folder}: the merged model takes {size:.1f} GiB and {free:.1f} are free; free some")
+    memory, free, remedy = "memory", psutil.virtual_memory().available / GIB, "take a larger machine"
     if cards := gpus():
         name, _, free = cards[0]
+        memory, remedy = f"GPU memory ({name})", f"free it, or {ON_CPU}"
     needed = size * (1.15 if cards else 2.15)
     if free < needed:
-        remedy = f"free it, or {ON_CPU}" if cards else "take a larger machine"
-        memory = f"GPU memory ({name})" if cards else "memory"
         raise UserError(f"merging takes {needed:.0f} GiB of {memory} and {free:.0f} are free; {remedy}")
+
+
+def replace_merged(trained: TrainedModel, limit: int, tokenizer, record: MergeRecord) -> None:
+    """Write the merged model beside its place and, once it is verified, rename it."""
+    for leftover in trained.folder.glob(".merged-*"):  # of a run that was killed
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(dir=trained.folder, prefix=".merged-") as beside:
+        folder = Path(beside) / "merged"
+        try:
+            verified = write(trained, limit, tokenizer, record, folder)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{trained.name}: the GPU is out of memory; free it, or {ON_CPU}") from error
+        folder.chmod(0o755)  # TemporaryDirectory's own is 0o700
+        if trained.merged.exists():
+            trained.merged.rename(Path(beside) / "before")
+        folder.rename(trained.merged)
+    sizes = [path.stat().st_size for path in trained.merged.glob("*.safetensors")]
+    print(
+        f"verified  logits of the saved model: {verified} from base and adapter\n"
+        f"merged    {shown(trained.merged)} ({sum(sizes) / 1e9:.2f} GB in {len(sizes)} file{'s' * (len(sizes) > 1)})"
+    )
 
 
 @contextmanager
@@ -195,46 +186,25 @@ def disk_errors(out: Path) -> Iterator[None]:
         if not (isinstance(error, OSError) or (type(error).__name__ == "SafetensorError" and "os error" in str(error))):
             raise
         raise UserError(
-            f"{shown(str(out))}: cannot be written ({' '.join(str(error).split())[:120]}); free some space"
+            f"{shown(out)}: cannot be written ({' '.join(str(error).split())[:120]}); free some space"
         ) from error
 
 
-def write(trained: TrainedModel, into: str | None, limit: int, tokenizer, folder: Path) -> Distance:
+def write(trained: TrainedModel, limit: int, tokenizer, record: MergeRecord, folder: Path) -> Distance:
     """Merge into the closer weights, save the model to `folder`, verify what was saved, and write merge.json."""
     rows = dialogues(trained, tokenizer)
-    merged, expected, choice = merge_closest(trained, into, limit, tokenizer, rows)
+    merged, expected, choice = merge_closest(trained, record.asked_for, limit, tokenizer, rows)
     with disk_errors(trained.merged):
-        save(merged, tokenizer, trained, folder)
+        for tensor in merged.parameters():
+            tensor.data = tensor.data.to(torch.bfloat16)
+        models.save(merged, tokenizer, folder, trained.facts.eot_tokens, SHARD)
         del merged  # before the saved model is loaded
         collect()
         check_tokenizer(trained, tokenizer, folder, rows)
-        verified = verify(models.load_base(str(folder), 16), rows, expected)
-        # Not `>`: logits that are no numbers must not pass.
-        if verified.of_a_step is not None and not verified.mean <= verified.of_a_step:
-            raise UserError(
-                f"{trained.adapter}: merged, its logits are {verified} from those of base and adapter, more than the "
-                f"{verified.of_a_step:.2g} of a rounding of its weights; nothing was written, please report this"
-            )
-        facts = trained.facts
-        record = MergeRecord(
-            adapter=shown(str(trained.adapter)),
-            adapter_sha256=facts.sha256,
-            base=shown(trained.base_model),
-            base_sha256=weights_sha256(trained.base_model, ROOT),
-            method=facts.method,
-            r=facts.r,
-            alpha=facts.alpha,
-            trained_bits=trained.bits,
-            asked_for=into,
-            dialogues=len(rows),
-            **choice,
-            verified=verified.as_json(),
-            template_sha256=models.template_sha256(tokenizer),
-            weights={path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))},
-            versions=versions(),
-            git=git_state(),
-        )
-        (folder / "merge.json").write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+        verified = verify(models.load_base(str(folder), 16), rows, expected, trained.adapter)
+        weights = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+        record = replace(record, **choice, dialogues=len(rows), verified=verified.as_json(), weights=weights)
+        write_json(folder / "merge.json", asdict(record))
     return verified
 
 
@@ -248,7 +218,7 @@ def merge_closest(trained: TrainedModel, into: str | None, limit: int, tokenizer
     if trained.bits == 16:  # there is nothing to choose, and the model as trained is what `verify` compares with
         merged, expected = fold(trained, "full", rows)
         return merged, expected, {"into": "full", "from_trained": {}, "trained_score": {}}
-    reference = ask(as_trained(trained), tokenizer, rows, trained, limit)
+    reference = ask(models.as_trained(trained), tokenizer, rows, trained, limit)
     collect()
     choices = [into] if into else ["full", "dequantised"]
     merged, comparisons = None, {}
@@ -273,7 +243,7 @@ def merge_closest(trained: TrainedModel, into: str | None, limit: int, tokenizer
 
 def dialogues(trained: TrainedModel, tokenizer) -> list[list[int]]:
     """Tokens of the shortest of the recipe's own validation rows, or of the sample's where those are missing."""
-    own = [ROOT / entry["path"] for entry in trained.run_config.get("test_datasets") or []]
+    own = [ROOT / entry["path"] for entry in trained.run.keys.get("test_datasets") or []]
     path = next((path for path in own if path.is_file() and path.stat().st_size), SAMPLE_ROWS)
     turns = []
     with path.open(encoding="utf-8") as lines:
@@ -285,17 +255,6 @@ def dialogues(trained: TrainedModel, tokenizer) -> list[list[int]]:
             )
     tokens = [tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"] for messages in turns]
     return sorted(tokens, key=len)[:DIALOGUES]
-
-
-def as_trained(trained: TrainedModel):
-    """The quantised base with the adapter unmerged, its matmuls those of training: fastdora's, or PEFT's own."""
-    import fastdora  # late: it imports bitsandbytes, see disable_hub
-
-    base = models.load_base(trained.base_model, trained.bits, keep_quantised=True)
-    model = models.attach(base, trained.adapter)
-    if trained.run_config.get("fastdora_layers", "peft") == "fast":
-        fastdora.accelerate(model, fp8=bool(trained.run_config.get("fastdora_fp8")))
-    return model
 
 
 def fold(trained: TrainedModel, into: str, rows: list[list[int]]):
@@ -315,15 +274,6 @@ def fold(trained: TrainedModel, into: str, rows: list[list[int]]):
     return merged, expected
 
 
-def save(merged, tokenizer, trained: TrainedModel, folder: Path) -> None:
-    """Weights in bfloat16, in shards; answers end where they do in evaluation."""
-    from finlora.models.generate import end_tokens  # late: it imports bitsandbytes, see disable_hub
-
-    for tensor in merged.parameters():
-        tensor.data = tensor.data.to(torch.bfloat16)
-    models.save(merged, tokenizer, folder, end_tokens(merged, tokenizer, trained.facts.eot_tokens), SHARD)
-
-
 def check_tokenizer(trained: TrainedModel, tokenizer, folder: Path, rows: list[list[int]]) -> None:
     """UserError where the saved tokenizer makes other tokens of the rows' texts.
 
@@ -339,12 +289,12 @@ def check_tokenizer(trained: TrainedModel, tokenizer, folder: Path, rows: list[l
             )
 
 
-def verify(saved, rows: list[list[int]], expected: torch.Tensor) -> Distance:
+def verify(saved, rows: list[list[int]], expected: torch.Tensor, adapter: Path) -> Distance:
     """The distance of a saved model's logits from the expected ones; `saved` may be changed in place.
 
     Where it is over TOLERANCE, `of_a_step` is measured too: every weight goes one step of bfloat16 up or down at
     random, twice the most that rounding changes it by. A model that is no further off than that is sensitive to
-    rounding, not wrongly merged.
+    rounding; one that is further off is wrongly merged, a UserError.
     """
     actual = logits(saved, rows)
     verified = distance(actual, expected)
@@ -354,7 +304,13 @@ def verify(saved, rows: list[list[int]], expected: torch.Tensor) -> Distance:
         rounded = tensor.data.to(torch.bfloat16)
         towards = torch.where(torch.rand_like(tensor.data, dtype=torch.float32) < 0.5, math.inf, -math.inf)
         tensor.data = torch.nextafter(rounded, towards.to(torch.bfloat16)).to(tensor.dtype)
-    return Distance(**verified.as_json(), of_a_step=distance(logits(saved, rows), actual).mean)
+    verified = replace(verified, of_a_step=distance(logits(saved, rows), actual).mean)
+    if not verified.mean <= verified.of_a_step:  # not `>`: logits that are no numbers must not pass
+        raise UserError(
+            f"{adapter}: merged, its logits are {verified} from those of base and adapter, more than the "
+            f"{verified.of_a_step:.2g} of a rounding of its weights; nothing was written, please report this"
+        )
+    return verified
 
 
 def logits(model, rows: list[list[int]]) -> torch.Tensor:
@@ -370,9 +326,9 @@ def logits(model, rows: list[list[int]]) -> torch.Tensor:
 def ask(model, tokenizer, rows: list[list[int]], trained: TrainedModel, limit: int) -> Responses:
     """Logits, and the model's answers to the first `limit` rows of each test set that is present, with its score."""
     responses = Responses(logits(model, rows))
-    fetched = any((RAW / all_sets()[name].file).is_file() for name in trained.test_sets)
-    folder = SAMPLE if trained.tiny and not fetched else RAW
-    sets = [name for name in trained.test_sets if (folder / all_sets()[name].file).is_file()]
+    fetched = any((RAW / all_sets()[name].file).is_file() for name in trained.run.test_sets)
+    folder = SAMPLE if trained.run.tiny and not fetched else RAW
+    sets = [name for name in trained.run.test_sets if (folder / all_sets()[name].file).is_file()]
     if not limit or not sets:
         return responses
     from finlora.evaluate import harness, runner  # late: they import lm_eval, which takes seconds

@@ -30,7 +30,8 @@ from finlora.core.paths import MACHINE_PATH, ROOT, is_machine_path, public_name,
 from finlora.data.corrections import load_corrections
 from finlora.data.tasks import load_tasks
 from finlora.evaluate import report, results
-from finlora.export.trained import TrainedModel, check_weights, need_merged, read_merge_record
+from finlora.export.merged import check_weights, need_merged, read_merge_record
+from finlora.models.trained import TrainedModel
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 DEFECTS = ROOT / "data" / "README.md"
@@ -82,7 +83,7 @@ def publish(
     folder = need_merged(trained) if merged else trained.adapter
     if merged:
         check_weights(folder)
-    llama = trained.run_config["base_model"].startswith("meta-llama/Llama-3.1")
+    llama = trained.run.keys["base_model"].startswith("meta-llama/Llama-3.1")
     content = model_card(trained, repo, folder if merged else None, llama)
     card = trained.folder / "publish" / "README.md"
     with replacing(card) as file:
@@ -216,7 +217,7 @@ def reason(error: BaseException) -> str:
 
 def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: bool) -> str:
     """The card: how to load it, prompt, data with its defects, scores, recipe, versions, licences."""
-    record, recipe = trained.run_record, trained.run_config
+    record, recipe = trained.run.record, trained.run.keys
     task = next((part for part in Path(recipe["datasets"][0]["path"]).parts if part in load_tasks()), "sentiment")
     entry = load_tasks()[task]
     parts = entry.mixture_of or [task]

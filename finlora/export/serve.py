@@ -18,7 +18,8 @@ from finlora.core.errors import UserError
 from finlora.core.machine import gpus
 from finlora.core.paths import shown
 from finlora.evaluate import vllm
-from finlora.export.trained import TrainedModel, disable_hub, need_merged
+from finlora.export.merged import need_merged
+from finlora.models.trained import TrainedModel, disable_hub
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 

@@ -1,4 +1,4 @@
-"""Greedy answers to a batch of prompts, and the tokens that end an answer."""
+"""Greedy answers to a batch of prompts."""
 
 import os
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from transformers import DynamicCache
 
-from fastdora.plugin.prompts import end_of_turn_tokens
+from finlora.models.load import end_tokens
 
 
 class Answer(NamedTuple):
@@ -17,17 +17,6 @@ class Answer(NamedTuple):
     text: str
     tokens: int
     ended: bool
-
-
-def end_tokens(model, tokenizer, eot_tokens: Sequence[str] = ()) -> list[int]:
-    """The token ids that end an answer: those of template, tokenizer and recipe, and the model's configuration's.
-
-    Llama 3's generation_config.json lists more than one, and what is saved beside an adapter may end answers with a
-    token that its base's configuration does not list.
-    """
-    configured = model.generation_config.eos_token_id
-    configured = configured if isinstance(configured, list) else [configured]
-    return sorted({*end_of_turn_tokens(tokenizer, eot_tokens), *configured} - {None})
 
 
 def generate(

@@ -6,19 +6,18 @@ a layer at a time. Generation then runs at the speed of the plain model. `keep_q
 they are, for cards that 16 bits do not fit, and caches DoRA's norms instead.
 
 torch, transformers and PEFT are imported within functions: naming a mistake in the options does not need them, and
-bitsandbytes must not be imported before the hub is turned off (finlora.export.trained.disable_hub).
+bitsandbytes must not be imported before the hub is turned off (finlora.models.trained.disable_hub).
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import yaml
-
+from fastdora.plugin.prompts import end_of_turn_tokens
 from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError, first_line
-from finlora.core.files import read_json, sha256
 from finlora.core.startup import is_verbose
+from finlora.models.trained import AdapterFacts, TrainedModel
 from finlora.recipes import names as recipe_names
 
 PROMPTS = recipe_names.RECIPES / "prompts"
@@ -29,79 +28,17 @@ def prompts() -> list[str]:
     return ["saved", *sorted(path.stem for path in PROMPTS.glob("*.jinja"))]
 
 
-class AdapterFacts(NamedTuple):
-    """What an adapter's folder says of itself."""
-
-    base: str | None  # hub id or folder
-    method: str  # lora, dora or rslora
-    r: int
-    alpha: int | float
-    sha256: str  # of its weights
-    eot_tokens: tuple[str, ...]  # of the recipe beside it: they end an answer, too
-
-
-def adapter_facts(folder: Path) -> AdapterFacts:
-    """UserError where it is not the folder of a whole adapter."""
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such adapter folder; train one, or name a PEFT folder or hub id with ADAPTER=")
-    for path in (config, weights):
-        if not path.is_file():
-            bins = " (pickled weights are not loaded)" if (folder / "adapter_model.bin").is_file() else ""
-            raise UserError(f"{folder}: holds no {path.name}{bins}; name the folder of a finished PEFT adapter")
-    keys = read_json(config)
-    if not isinstance(keys, dict) or keys.get("peft_type") != "LORA":
-        raise UserError(f"{config}: is not the configuration of a LoRA or DoRA adapter; name a PEFT folder")
-    magnitudes = any(
-        name.endswith(("lora_magnitude_vector", "lora_magnitude_vector.weight")) for name in tensor_shapes(weights)
-    )
-    if bool(keys.get("use_dora")) != magnitudes:
-        fault = "says use_dora: true and the weights hold no magnitudes" if not magnitudes else "does not say use_dora"
-        raise UserError(f"{config}: {fault}; magnitudes would be lost in silence, so save the adapter again")
-    return AdapterFacts(
-        base=keys.get("base_model_name_or_path"),
-        method="dora" if magnitudes else "rslora" if keys.get("use_rslora") else "lora",
-        r=keys.get("r"),
-        alpha=keys.get("lora_alpha"),
-        sha256=sha256(weights),
-        eot_tokens=_eot_tokens(folder / "recipe.yaml"),
-    )
-
-
-def check_named_base(model: str, facts: AdapterFacts, force: bool = False) -> None:
-    """UserError where MODEL= is not the base that the adapter names: one of equal shapes would be taken in silence.
-
-    force: whether the command has FORCE=1, which takes it nevertheless.
+def check_fits(adapter: Path, facts: AdapterFacts, model: str) -> int:
+    """The number of the base's parameters; UserError that names the first tensor that does not fit, for another base's
+    adapter. Loads no weights.
     """
-    if facts.base and model != facts.base and Path(model).resolve() != Path(facts.base).resolve():
-        remedy = ", or add FORCE=1 where it is the same model in another place" if force else ""
-        raise UserError(f"MODEL={model}: the adapter was trained on {facts.base}; leave MODEL= out{remedy}")
+    import torch
+    from transformers import AutoModelForCausalLM
 
-
-def _eot_tokens(recipe: Path) -> tuple[str, ...]:
-    try:
-        keys = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):  # an adapter from elsewhere has no recipe of ours
-        return ()
-    return tuple(keys.get("eot_tokens") or ()) if isinstance(keys, dict) else ()
-
-
-def tensor_shapes(weights: Path) -> dict[str, list[int]]:
-    """The shape of each tensor of a safetensors file; UserError where it is cut short or is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(weights, "pt") as tensors:
-            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{weights}: cannot be read ({error}); fetch or train the adapter again") from error
-
-
-def check_fits(adapter: Path, model: str) -> None:
-    """UserError that names the first tensor that does not fit, for another base's adapter. Loads no weights."""
-    empty = skeleton(model)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(load_config(model))
     modules, parameters = dict(empty.named_modules()), dict(empty.named_parameters())
-    for name, shape in tensor_shapes(adapter / "adapter_model.safetensors").items():
+    for name, shape in facts.shapes.items():
         layer, _, part = name.removeprefix("base_model.model.").partition(".lora_")
         if not part:
             expected = list(parameters[layer].shape) if layer in parameters else None
@@ -114,21 +51,13 @@ def check_fits(adapter: Path, model: str) -> None:
             need = (
                 f"is {_times(shape)} where {model} takes {_times(expected)}" if expected else f"is no layer of {model}"
             )
-            base = adapter_facts(adapter).base or "another base"
+            base = facts.base or "another base"
             raise UserError(f"{adapter}: {name} {need}; it was trained on {base}: name both with ADAPTER= MODEL=")
+    return sum(parameter.numel() for parameter in parameters.values())
 
 
 def _times(shape: list[int]) -> str:
     return " x ".join(map(str, shape))
-
-
-def skeleton(model: str):
-    """The model without its weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(model))
 
 
 def load_config(model: str):
@@ -173,7 +102,6 @@ def load_base(model: str, bits: int, keep_quantised: bool = False):
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from fastdora import quantized
     from fastdora.plugin import peft_int8
 
     peft_int8.patch()
@@ -185,7 +113,7 @@ def load_base(model: str, bits: int, keep_quantised: bool = False):
         loaded = AutoModelForCausalLM.from_pretrained(
             model,
             dtype=dtype,
-            quantization_config=quantized.quantisation(bits, dtype),
+            quantization_config=quantisation(bits, dtype),
             device_map={"": "cuda:0" if gpu else "cpu"},
             attn_implementation="sdpa",
             trust_remote_code=False,
@@ -201,6 +129,35 @@ def load_base(model: str, bits: int, keep_quantised: bool = False):
     if bits != 16 and not keep_quantised:
         loaded = loaded.dequantize(dtype=dtype)
     return loaded.eval()
+
+
+def quantisation(bits: int, dtype):
+    """How the recipes quantize a base: 8 bits by rows (LLM.int8()), 4 bits as NF4 with double quantization; 16: None.
+
+    dtype: the compute dtype of 4-bit layers.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return None
+
+
+def as_trained(trained: TrainedModel):
+    """The quantised base with the adapter unmerged, its matmuls those of training: fastdora's, or PEFT's own."""
+    import fastdora
+
+    model = attach(load_base(trained.base_model, trained.bits, keep_quantised=True), trained.adapter)
+    if trained.run.keys.get("fastdora_layers", "peft") == "fast":
+        fastdora.accelerate(model, fp8=bool(trained.run.keys.get("fastdora_fp8")))
+    return model
 
 
 def attach(model, adapter: Path):
@@ -234,31 +191,29 @@ def attach(model, adapter: Path):
     return adapted.unload()
 
 
-def save(model, tokenizer, folder: Path, ends: list[int], shard_size: str = "5GB") -> None:
-    """Write weights, tokenizer and configuration, for other versions too; answers are greedy and stop at `ends`."""
+def end_tokens(model, tokenizer, eot_tokens: Sequence[str] = ()) -> list[int]:
+    """The token ids that end an answer: those of template, tokenizer and recipe, and the model's configuration's.
+
+    Llama 3's generation_config.json lists more than one, and what is saved beside an adapter may end answers with a
+    token that its base's configuration does not list.
+    """
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({*end_of_turn_tokens(tokenizer, eot_tokens), *configured} - {None})
+
+
+def save(model, tokenizer, folder: Path, eot_tokens: Sequence[str] = (), shard_size: str = "5GB") -> None:
+    """Write weights, tokenizer and configuration, for other versions too; answers are greedy, up to `end_tokens`."""
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end_tokens(model, tokenizer, eot_tokens),
+        pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(folder, max_shard_size=shard_size)
     tokenizer.save_pretrained(folder)
     make_compatible(folder)
-
-
-def resolve_adapter(adapter: str) -> Path:
-    """The folder of an adapter that is given as a folder or as a hub id (configuration, weights and tokenizer only)."""
-    if Path(adapter).exists() or adapter.count("/") != 1 or adapter.startswith((".", "/", "~")):
-        return Path(adapter)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(adapter, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(
-            f"ADAPTER={adapter}: is neither a folder nor to be had from the hub ({first_line(error)})"
-        ) from error
 
 
 def template_sha256(tokenizer) -> str:
