@@ -15,11 +15,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finlora import cli
+from finlora.core.files import git_blob_sha1
 from finlora.data import audit as data_audit
 from finlora.data import corrections
-from finlora.data.audit import audit, find_exchange, looks_garbled, render
+from finlora.data.audit import audit, find_exchange, is_garbled, render
 from finlora.data.corrections import load_corrections
-from finlora.data.fetch import git_blob_sha1
 from finlora.data.prepare import Options, prepare
 from finlora.data.tasks import load_tasks
 from finlora.data.tokens import chat
@@ -264,7 +264,7 @@ def test_a_broken_file_is_audited_up_to_its_flaw(tmp_path):
     ],
 )
 def test_garbled_text(text):
-    assert looks_garbled(text)
+    assert is_garbled(text)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_garbled_text(text):
     ],
 )
 def test_text_that_is_not_garbled(text):
-    assert not looks_garbled(text)
+    assert not is_garbled(text)
 
 
 # The sentiment train file's rule, on generated rows whose checksum the table is given

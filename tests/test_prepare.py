@@ -28,6 +28,7 @@ from finlora.data import fetch as fetching
 from finlora.data import prepare as preparing
 from finlora.data.neardup import near_duplicate_groups, normalise
 from finlora.data.prepare import Options, _choose_groups, refresh, why_stale
+from finlora.data.rows import read_rows
 from finlora.data.tasks import load_tasks
 
 SHARED = ROOT.parent / "shared" / "finlora" / "data"
@@ -646,9 +647,8 @@ def test_under_make_the_remedies_are_what_make_takes(tmp_path, monkeypatch):
 def test_mistakes_of_the_command(tmp_path):
     raw, blocked = published(tmp_path, distinct_rows(30)), tmp_path / "blocked"
     blocked.write_text("")
-    failed(
-        command("xbrl_term", "--raw", raw, "--out", blocked), "written", "File exists", "space", "--out", file=blocked
-    )
+    done = command("xbrl_term", "--raw", raw, "--out", blocked)
+    failed(done, "written", "File exists", "folder", file=blocked / "validation.jsonl")
     done = command("xbrl_term", "headline", "--out", tmp_path / "out")
     failed(done, "--file", "--out", "one task", "TASK=")
     assert done.stdout == "" and done.stderr.count("\n") == 1
@@ -665,7 +665,7 @@ def test_full_disk_leaves_the_old_files(tmp_path):
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
-    failed(done, "written", "File too large", "space", "--out", file=out)
+    failed(done, "written", "File too large", "space", file=out / "train.jsonl")
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -673,17 +673,15 @@ def test_source_that_changes_while_it_is_read(tmp_path, monkeypatch):
     raw, out = published(tmp_path, distinct_rows(30)), tmp_path / "out"
     source = raw / "train" / "xbrl_term_train.jsonl"
 
-    def touching(texts):
-        groups = []
-        for number, _ in enumerate(texts):
-            groups.append(number)
+    def touching(*arguments, **options):
+        for number, row in enumerate(read_rows(*arguments, **options)):
             os.utime(source, (number, number))
-        return groups
+            yield row
 
-    monkeypatch.setattr(preparing, "near_duplicate_groups", touching)
+    monkeypatch.setattr(preparing, "read_rows", touching)
     with refuses("changed", "again", file=source):
         prepare("xbrl_term", raw, out)
-    assert not list(out.iterdir())
+    assert not out.exists()
 
 
 # Killed at any moment

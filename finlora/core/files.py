@@ -1,5 +1,6 @@
 """Files that are never half-written, their checksums, and JSON that may not be there."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from fastdora.plugin.checksums import add_content as add_content
+from fastdora.plugin.checksums import add_content
 from fastdora.plugin.checksums import sha256 as sha256
 from finlora.core.errors import UserError
 
@@ -40,6 +41,12 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
     finally:
         if os.path.exists(beside):
             os.unlink(beside)
+
+
+def git_blob_sha1(path: Path) -> str:
+    """SHA-1 of "blob <bytes>\\0" and the content."""
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    return add_content(digest, path).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

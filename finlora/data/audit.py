@@ -11,7 +11,7 @@ Exit code: 0 when nothing needs attention; 1 when something does, when no file i
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import pandas as pd
 import yaml
 from ftfy.badness import is_bad
+from tabulate import tabulate
 from tqdm import tqdm
 
 from finlora.core.errors import UserError, typed
@@ -28,14 +29,15 @@ from finlora.data.corrections import Correction, applies, corrected_target, load
 from finlora.data.fetch import is_right, read_manifest
 from finlora.data.neardup import duplicate_groups
 from finlora.data.prepare import Options, read_prepared
-from finlora.data.rows import LeftOut, read_rows
+from finlora.data.rows import LeftOut, Row, read_rows
 from finlora.data.tasks import Mixture, Task, TestSet, load_tasks
 from finlora.data.tasks import task as find_task
-from finlora.data.tokens import BATCH, Count, chat, find_measure
+from finlora.data.tokens import Count, chat, find_measure
 
 OUT = ROOT / "data" / "audit"
 FEW = 12  # different answers that the table shows
 SHOWN = 5  # lines that a finding names
+BATCH = 256  # rows that are tokenized at once
 NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(\.\d+)?([eE][-+]?\d+)?%?")
 # What ftfy does not look for: UTF-8 shown as code page 850 ("J+ñtehuolto", "Lemmink+ñinen -¦ s"), UTF-8 shown as GBK
 # ("Boeing鈥檚"), and characters that are lost for good.
@@ -59,9 +61,9 @@ class Finding:
 class File:
     """One file and what its rows show.
 
-    rows: one a row, in file order. line; context (a hash of the text); target; corrected and standing, in files with
-    corrections; garbled; bytes; words; tokens, where they are counted; same and near: the group of the rows in the same
-    words, and of near-duplicates.
+    rows: in file order, each as it was read, with garbled, bytes, words; corrected and standing, in files with
+    corrections; tokens, where they are counted; same and near: the group of the rows in the same words, and of
+    near-duplicates.
     """
 
     name: str
@@ -138,13 +140,37 @@ def _measure(task: str, tokenizer: Path | None, sequence_len: int | None) -> tup
 
 
 def _read(files: list[File], count: Count | None) -> None:
-    """Read the files, gathering what each row shows, and group the rows of all of them."""
-    same, near = duplicate_groups(text for file in files for text in _contexts(file, count))
+    """Read the files, and group the rows of all of them."""
+    for file in files:
+        _read_rows(file, count)
+    same, near = duplicate_groups(context for file in files for context in file.rows.context)
     start = 0
     for file in files:
         end = start + len(file.rows)
         file.rows["same"], file.rows["near"] = same[start:end], near[start:end]
         start = end
+
+
+def _read_rows(file: File, count: Count | None) -> None:
+    """Gather what each row shows; a broken file ends at its flaw."""
+    rows: list[Row] = []
+    reader = read_rows(file.path, *file.columns, left_out=file.left_out, unused=file.unused, labels=file.labels or ())
+    try:
+        rows.extend(tqdm(reader, desc=file.path.name, unit=" rows", disable=None, leave=False))
+    except UserError as error:
+        file.status = "broken"
+        file.find(f"cannot be read to its end: {error}", "fix the file: nothing can be trained on it", attention=True)
+    file.rows = table = pd.DataFrame(rows, columns=Row._fields)
+    table["garbled"] = [is_garbled(row.context) or is_garbled(row.target) for row in rows]
+    table["bytes"] = [len(row.context.encode()) + len(row.target.encode()) for row in rows]
+    table["words"] = [len(row.context.split()) + len(row.target.split()) for row in rows]
+    if not file.own and applies(file.name, file.path):
+        table["corrected"] = [corrected_target(file.name, row) for row in rows]
+        table["standing"] = [standing(file.name, row) for row in rows]
+    if count:
+        batches = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
+        chats = ([chat(row.context, row.target) for row in batch] for batch in batches)
+        table["tokens"] = [tokens for batch in chats for tokens in count(batch)]
 
 
 def _examine(file: File, entry: Task | Mixture, measure: dict[str, Any]) -> dict[str, Any]:
@@ -164,60 +190,26 @@ def _examine(file: File, entry: Task | Mixture, measure: dict[str, Any]) -> dict
     return summary
 
 
-def find_exchange(found: dict[str, int], documented: dict[str, int]) -> dict[str, str] | None:
-    """The renaming of labels that turns the counts found into the documented ones; {} when they are so already.
+def find_exchange(counts: dict[str, int], documented: dict[str, int]) -> dict[str, str] | None:
+    """The renaming of labels that turns the counts into the documented ones; {} when they are so already.
 
     Labels whose counts agree keep their names. None when no renaming fits, or when equal counts allow several.
     """
-    moved = [label for label in documented if found.get(label, 0) != documented[label]]
+    moved = [label for label in documented if counts.get(label, 0) != documented[label]]
     by_count = {documented[label]: label for label in moved}
-    if set(found) - set(documented) or len(by_count) < len(moved):
+    if set(counts) - set(documented) or len(by_count) < len(moved):
         return None
-    if {found.get(label, 0) for label in moved} != by_count.keys():
+    if {counts.get(label, 0) for label in moved} != by_count.keys():
         return None
-    return {label: by_count[found[label]] for label in moved}
+    return {label: by_count[counts[label]] for label in moved}
 
 
-def looks_garbled(text: str) -> bool:
+def is_garbled(text: str) -> bool:
     """Whether a text holds characters that were decoded with the wrong code page, or that are lost (U+FFFD)."""
     if text.isascii():
         return False
     # Only what stands around characters other than ASCII matters; looking at no more keeps long filings quick.
     return bool(GARBLED.search(text)) or is_bad("\n".join(["", *AROUND.findall(text)]))
-
-
-def _contexts(file: File, count: Count | None) -> Iterator[str]:
-    """Yield the file's contexts while everything else about its rows is gathered; a broken file ends at its flaw."""
-    ruled = not file.own and applies(file.name, file.path)
-    columns: dict[str, list[Any]] = {name: [] for name in ("line", "context", "target", "garbled", "bytes", "words")}
-    columns |= {"corrected": [], "standing": []} if ruled else {}
-    tokens, batch, room = [], [], BATCH
-    rows = read_rows(file.path, *file.columns, left_out=file.left_out, unused=file.unused, labels=file.labels or ())
-    try:
-        for row in tqdm(rows, desc=file.path.name, unit=" rows", disable=None, leave=False):
-            columns["line"].append(row.line)
-            # Python's own hashes differ from run to run, which is all the same for telling rows of one run apart.
-            columns["context"].append(hash(row.context))
-            columns["target"].append(row.target)
-            columns["garbled"].append(looks_garbled(row.context) or looks_garbled(row.target))
-            columns["bytes"].append(len(row.context.encode()) + len(row.target.encode()))
-            columns["words"].append(len(row.context.split()) + len(row.target.split()))
-            if ruled:
-                columns["corrected"].append(corrected_target(file.name, row))
-                columns["standing"].append(standing(file.name, row))
-            if count:
-                batch.append(chat(row.context, row.target))
-                room -= len(batch[-1])
-                if room < 0:
-                    tokens += count(batch)
-                    batch, room = [], BATCH
-            yield row.context
-    except UserError as error:
-        file.status = "broken"
-        file.find(f"cannot be read to its end: {error}", "fix the file: nothing can be trained on it", attention=True)
-    if count:
-        columns["tokens"] = tokens + count(batch)
-    file.rows = pd.DataFrame(columns)
 
 
 def _summary(file: File, conflicts: int, sequence_len: int | None) -> dict[str, Any]:
@@ -414,42 +406,34 @@ def render(report: dict[str, Any]) -> str:
         more = ", more than by Llama's" if measure["stand_in"] else ""
         tokens = f"tokens by {measure['tokenizer']}{more}{length}"
     head = ["file", "rows", "answers", "= text", "= words", "near", "conflict", "in train", "garbled", "longest"]
-    lines = [head]
-    notes = []
+    lines, notes = [], []
     for file in report["files"]:
         name = Path(file["file"]).name
         if file["status"] == "absent":
-            lines.append([name, "absent: " + _how_to_get(report)])
+            notes.append(f"{name}  absent: {_how_to_get(report)}")
             continue
-        longest = f"{file['longest']['words']:,} words"
+        overlap, longest = file.get("in_train"), f"{file['longest']['words']:,} words"
         if file.get("tokens"):
             longest = f"{file['tokens']['longest']:,} tokens"
-        overlap = file.get("in_train")
+        counts = [file["rows"], file["different_answers"], *file["repeats"].values(), file["conflicts"]]
         lines.append(
             [
                 name,
-                f"{file['rows']:,}",
-                f"{file['different_answers']:,}",
-                *(f"{file['repeats'][kind]:,}" for kind in ("exact", "same_words", "near")),
-                f"{file['conflicts']:,}",
+                *(f"{count:,}" for count in counts),
                 f"{overlap['same_words']:,}/{overlap['near']:,}" if overlap else "-",
                 f"{file['garbled']:,}",
                 f"{longest}, {file['longest']['bytes']:,} bytes",
             ]
         )
         if file["labels"]:
-            notes.append(f"  {name}: {_listed(file['labels'])}")
+            notes.append(f"{name}: {_listed(file['labels'])}")
         if file["labels_corrected"] and file["labels_corrected"] != file["labels"]:
-            notes.append(f"  {name}, corrected: {_listed(file['labels_corrected'])}")
-    widths = [max(len(line[column]) for line in lines if len(line) == len(head)) for column in range(1, len(head))]
-    first = max(len(line[0]) for line in lines)
+            notes.append(f"{name}, corrected: {_listed(file['labels_corrected'])}")
     text = [f"{report['task']} ({tokens})"]
-    for line in lines:
-        cells = line[1:]
-        if len(line) == len(head):
-            cells = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-        text.append("  " + "  ".join([line[0].ljust(first), *cells]))
-    text += notes
+    if lines:
+        table = tabulate(lines, head, "plain", disable_numparse=True, colalign=["left", *["right"] * (len(head) - 1)])
+        text += [f"  {line}" for line in table.splitlines()]
+    text += [f"  {note}" for note in notes]
     for finding in report["findings"]:
         shown = f" [line {', '.join(map(str, finding['first_lines']))}]" if finding["first_lines"] else ""
         mark = "!" if finding["attention"] else "-"

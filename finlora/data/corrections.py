@@ -11,9 +11,9 @@ from typing import Annotated, Any, Protocol
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
+from finlora.core.files import git_blob_sha1
 from finlora.core.paths import ROOT
 from finlora.core.tables import Record, expecting, read_entry, read_table
-from finlora.data.fetch import git_blob_sha1
 
 TABLE = ROOT / "data" / "corrections.yaml"
 

@@ -7,11 +7,10 @@ neither does is resume a body that was cut. pooch does not either, and huggingfa
 """
 
 import fcntl
-import hashlib
 import os
 import re
+import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from urllib3.exceptions import ConnectTimeoutError, HTTPError, ProtocolError, Re
 from urllib3.util import Retry
 
 from finlora.core.errors import UserError
-from finlora.core.files import add_content, sha256
+from finlora.core.files import git_blob_sha1, sha256
 from finlora.core.paths import RAW, ROOT
 from finlora.core.tables import Record, expecting, read_entry, read_table
 from finlora.data.tasks import load_tasks, task
@@ -129,8 +128,8 @@ def fetch(
     ):
         for file in files:
             try:
-                outcome = _fetch_one(file, raw / file.local, sources(file, pinned, where), session, patience, bar)
-                tqdm.write(f"{raw / file.local}: {outcome}")
+                target, candidates = raw / file.local, sources(file, pinned, where)
+                tqdm.write(f"{target}: {_fetch_one(file, target, candidates, session, patience.timeout, bar)}")
                 done += 1
             except UserError as error:
                 errors[file.path] = error
@@ -149,12 +148,6 @@ def read_manifest(path: Path = MANIFEST) -> Manifest:
 def checksum(path: Path, file: PinnedFile) -> str:
     """The file's SHA-256 where it is in Git LFS, else its git blob SHA-1."""
     return sha256(path) if file.lfs_sha256 else git_blob_sha1(path)
-
-
-def git_blob_sha1(path: Path) -> str:
-    """SHA-1 of "blob <bytes>\\0" and the content."""
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    return add_content(digest, path).hexdigest()
 
 
 def is_right(path: Path, file: PinnedFile) -> bool:
@@ -243,7 +236,7 @@ class _Part(NamedTuple):
 
 
 def _fetch_one(
-    file: PinnedFile, target: Path, places: list[str | Path], session: requests.Session, patience: Patience, bar: tqdm
+    file: PinnedFile, target: Path, candidates: list[str | Path], session: requests.Session, timeout: float, bar: tqdm
 ) -> str:
     """Bring one file into place; what happened, in words. Its .part file is kept where more may come later."""
     path = target.with_name(target.name + ".part")
@@ -260,14 +253,14 @@ def _fetch_one(
             if not kept or not is_right(path, file):
                 if kept >= (file.bytes or kept + 1):
                     part.empty()
-                resumed = _fill(part, places, session, patience)
+                resumed = _fill(part, candidates, session, timeout)
                 # Bytes from before a cut or from an earlier run may be of another file: all are fetched again, once.
                 if resumed and not is_right(path, file):
                     part.empty()
-                    _fill(part, places, session, patience)
+                    _fill(part, candidates, session, timeout)
                 if fault := _fault(path, file):
                     part.empty()
-                    raise UserError(f"{_shown(places[0])}: {fault}; nothing of it was kept")
+                    raise UserError(f"{_shown(candidates[0])}: {fault}; nothing of it was kept")
             os.fsync(handle.fileno())
             os.replace(path, target)
         return f"{outcome}, {target.stat().st_size:,} bytes"
@@ -275,41 +268,42 @@ def _fetch_one(
         raise _StopsAll(f"{error.filename or path}: {_text(error)}; fix that and run again to resume") from error
 
 
-def _fill(part: _Part, places: list[str | Path], session: requests.Session, patience: Patience) -> bool:
-    """Append what is missing, from the first place that has the file; whether it is of more than one answer."""
+def _fill(part: _Part, candidates: list[str | Path], session: requests.Session, timeout: float) -> bool:
+    """Append what is missing, from the first candidate that exists; whether it is of more than one answer."""
     resumed = part.handle.tell() > 0
-    for place in places:
+    for candidate in candidates:
         try:
-            if isinstance(place, Path):
-                _copy(place, part)
+            if isinstance(candidate, Path):
+                _copy(candidate, part)
             else:
-                resumed |= _download(place, part, session, patience)
+                resumed |= _download(candidate, part, session, timeout)
             break
         except _NotThere:
-            if place == places[-1]:
+            if candidate == candidates[-1]:
                 raise
     part.handle.flush()
     return resumed
 
 
-def _download(url: str, part: _Part, session: requests.Session, patience: Patience) -> bool:
+def _download(url: str, part: _Part, session: requests.Session, timeout: float) -> bool:
     """Append what is missing, resuming where a body was cut; whether it was."""
-    failures, furthest, cut = 0, part.handle.tell(), False
+    allowed = retry = session.get_adapter(url).max_retries
+    furthest, cut = part.handle.tell(), False
     while True:
         try:
-            _request(url, part, session, patience.timeout)
+            _request(url, part, session, timeout)
             return cut
-        except HTTPError as error:  # in the body, which Retry does not see
+        except HTTPError as error:  # in the body, which the adapter's own Retry does not see
             cut = True
             if part.handle.tell() >= furthest + BLOCK:
-                failures, furthest = 0, part.handle.tell()
-            failures += 1
-            if failures > patience.retries:
-                raise _network_error(error, url, patience.timeout) from error
-            # As Retry does: the first retry at once, then 2, 4, 8 ... times backoff, a minute at most.
-            time.sleep(min(60, patience.backoff * 2 ** (failures - 1)) if failures > 1 else 0)
+                retry, furthest = allowed, part.handle.tell()
+            try:
+                retry = retry.increment("GET", url, error=error)
+            except HTTPError:  # no attempt is left
+                raise _network_error(error, url, timeout) from error
+            retry.sleep()
         except requests.RequestException as error:
-            raise _network_error(error, url, patience.timeout) from error
+            raise _network_error(error, url, timeout) from error
 
 
 def _request(url: str, part: _Part, session: requests.Session, timeout: float) -> None:
@@ -345,8 +339,8 @@ def _copy(path: Path, part: _Part) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({_text(error)}); fix the mirror") from error
     with content:
-        while block := content.read(BLOCK):
-            part.append(block)
+        shutil.copyfileobj(content, part.handle, BLOCK)
+    part.bar.update(part.handle.tell())
 
 
 @contextmanager

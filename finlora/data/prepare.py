@@ -12,14 +12,13 @@ written last: without it, or where a checksum differs, nothing counts as prepare
 import json
 import os
 import random
-import tempfile
 import time
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -31,7 +30,7 @@ from finlora.core.paths import PREPARED, RAW
 from finlora.data.corrections import TABLE as CORRECTIONS
 from finlora.data.corrections import applies, corrected_target, standing
 from finlora.data.neardup import duplicate_groups, near_duplicate_groups
-from finlora.data.rows import LeftOut, check_regular_file, read_rows
+from finlora.data.rows import LeftOut, Row, check_regular_file, read_rows
 from finlora.data.tasks import Mixture, Task, load_tasks
 from finlora.data.tasks import task as find_task
 
@@ -125,20 +124,13 @@ def prepare(task: str, raw: Path | None = None, out: Path | None = None, options
         raise UserError(f"validation {options.validation}: give a share of the rows from 0 to 0.5")
     origin, paths = _sources(task, entry, raw, options)
     corrections = _sha256(CORRECTIONS) if options.labels == "corrected" and not options.file else None
-    sources: list[Source] = []
-    lines = array("q")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(out)
-        with tempfile.TemporaryFile(dir=out) as spool:
-            groups = near_duplicate_groups(_spool(entry, raw, paths, options, spool, sources, lines))
-            in_tests = _in_tests(entry, raw, spool, lines) if options.file else {}
-            held_out = _choose_groups(task, groups, options.validation, options.seed)
-            smallest = options.mixture == "finlora" and entry.published_rows == "smallest"
-            rows = _write(out, spool, sources, groups, held_out, options, smallest)
-    except OSError as error:
-        remedy = f"free some space or choose {typed('--out ...')}"
-        raise UserError(f"{out}: cannot be written ({error.strerror}); {remedy}") from error
+    sources, rows = zip(*(_read(raw, path, entry, options) for path in paths), strict=True)
+    groups = near_duplicate_groups(row.context for part in rows for row in part)
+    held_out = _choose_groups(task, groups, options.validation, options.seed)
+    in_tests = _in_tests(entry, raw, rows[0]) if options.file else {}
+    smallest = options.mixture == "finlora" and entry.published_rows == "smallest"
+    _remove_leftovers(out)
+    counts = _write(out, sources, rows, [group in held_out for group in groups], options, smallest)
     read = sum(source.rows for source in sources)
     record = Prepared(
         task=task,
@@ -146,8 +138,8 @@ def prepare(task: str, raw: Path | None = None, out: Path | None = None, options
         origin=origin,
         settings=options,
         corrections_sha256=corrections,
-        sources=sources,
-        rows={"read": read, "left_out": read - len(groups)} | rows,
+        sources=list(sources),
+        rows={"read": read, "left_out": read - len(groups)} | counts,
         near_duplicate_groups=len(set(groups)),
         outputs={name: _sha256(out / name) for name in ("train.jsonl", "validation.jsonl")[: 1 + bool(held_out)]},
         in_tests=in_tests,
@@ -225,75 +217,54 @@ def _sources(task: str, entry: Task | Mixture, raw: Path, options: Options) -> t
     return origin, list(files.values())
 
 
-def _spool(
-    entry: Task | Mixture,
-    raw: Path,
-    names: list[str],
-    options: Options,
-    spool: IO[bytes],
-    sources: list[Source],
-    lines: array,
-) -> Iterator[str]:
-    """Read every source, write its rows as chat messages to `spool` and yield their contexts, in the same order.
-
-    `sources` gains each file's record, and `lines` the line of each row that is kept.
-    """
-    own = options.file is not None
+def _read(raw: Path, name: str, entry: Task | Mixture, options: Options) -> tuple[Source, list[Row]]:
+    """The rows of a source that are kept, with corrected labels where those apply, and the source's record."""
+    path, own = raw / name, options.file is not None
     allowed = entry.labels if own and not options.any_label else None
     columns = (options.context_column, options.target_column) if own else ("context", "target")
-    for name in names:
-        path = raw / name
-        digest, before = _sha256(path), _stamp(path)
-        correcting = options.labels == "corrected" and not own and applies(name, path)
-        left_out: list[LeftOut] = []
-        unknown: list[tuple[int, str]] = []
-        unused: dict[str, int] = {}
-        first, corrected, unsure = len(lines), 0, 0
-        rows = read_rows(path, *columns, left_out=None if own else left_out, unused=unused, labels=entry.labels or ())
-        for row in tqdm(rows, desc=path.name, unit=" rows", disable=None, leave=False):
-            target = row.target
-            if allowed and target not in allowed:
-                unknown.append((row.line, target[:40]))
-            if correcting:
-                target = corrected_target(name, row)
-                corrected += target != row.target
-                unsure += standing(name, row) == "unsure"
-            lines.append(row.line)
-            spool.write(_message_line(row.context, target))
-            yield row.context
-        if unknown:
-            raise UserError(_unknown_labels(path, unknown, allowed))
-        if _stamp(path) != before:
-            raise UserError(f"{path}: changed while it was read; run this again when it is whole")
-        sources.append(
-            Source(
-                path=name,
-                sha256=digest,
-                rows=len(lines) - first + len(left_out),
-                left_out=_reasons(left_out),
-                kept=len(lines) - first,
-                corrected=corrected,
-                unsure=unsure,
-                unused=list(unused),
-            )
-        )
+    digest = _sha256(path)
+    before = os.stat(path)
+    left_out: list[LeftOut] = []
+    unused: dict[str, int] = {}
+    reader = read_rows(path, *columns, left_out=None if own else left_out, unused=unused, labels=entry.labels or ())
+    rows = list(tqdm(reader, desc=path.name, unit=" rows", disable=None, leave=False))
+    if unknown := [row for row in rows if allowed and row.target not in allowed]:
+        raise UserError(_unknown_labels(path, unknown, allowed))
+    if not path.exists() or (path.stat().st_ino, path.stat().st_mtime_ns) != (before.st_ino, before.st_mtime_ns):
+        raise UserError(f"{path}: changed while it was read; run this again when it is whole")
+    corrected = unsure = 0
+    if options.labels == "corrected" and not own and applies(name, path):
+        unsure = sum(standing(name, row) == "unsure" for row in rows)
+        published, rows = rows, [row._replace(target=corrected_target(name, row)) for row in rows]
+        corrected = sum(one != other for one, other in zip(published, rows, strict=True))
+    source = Source(
+        path=name,
+        sha256=digest,
+        rows=len(rows) + len(left_out),
+        left_out=_reasons(left_out),
+        kept=len(rows),
+        corrected=corrected,
+        unsure=unsure,
+        unused=list(unused),
+    )
+    return source, rows
 
 
-def _unknown_labels(path: Path, answers: list[tuple[int, str]], allowed: list[str]) -> str:
-    """What to say of an own file's answers, by line, that are no labels: how many there are, and the first of them."""
-    first = ", ".join(f"{answer!r} in line {line}" for line, answer in answers[:5])
-    more = f" and {len(answers) - 5} more" if len(answers) > 5 else ""
-    count = f"the answers of {len(answers)} rows are" if len(answers) > 1 else "the answer of a row is"
+def _unknown_labels(path: Path, rows: list[Row], allowed: list[str]) -> str:
+    """What to say of own rows whose answers are no labels: how many there are, and the first of them."""
+    first = ", ".join(f"{row.target[:40]!r} in line {row.line}" for row in rows[:5])
+    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+    count = f"the answers of {len(rows)} rows are" if len(rows) > 1 else "the answer of a row is"
     return (
-        f"{path}:{answers[0][0]}: {count} none of {', '.join(allowed)} ({first}{more}); correct them, or accept any "
+        f"{path}:{rows[0].line}: {count} none of {', '.join(allowed)} ({first}{more}); correct them, or accept any "
         f"answer with {typed('--any-label')}"
     )
 
 
-def _message_line(context: str, target: str) -> bytes:
+def _message_line(row: Row) -> bytes:
     return (
-        f'{{"messages": [{{"role": "user", "content": {_encode(context)}}}, '
-        f'{{"role": "assistant", "content": {_encode(target)}}}]}}\n'
+        f'{{"messages": [{{"role": "user", "content": {_encode(row.context)}}}, '
+        f'{{"role": "assistant", "content": {_encode(row.target)}}}]}}\n'
     ).encode()
 
 
@@ -304,28 +275,24 @@ def _reasons(left_out: list[LeftOut]) -> dict[str, LeftOutRows]:
     return {reason: LeftOutRows(rows=len(each), first_lines=each[:LINES_SHOWN]) for reason, each in lines.items()}
 
 
-def _in_tests(entry: Task | Mixture, raw: Path, spool: IO[bytes], lines: array) -> dict[str, InTest]:
-    """Of each test set that is in `raw`, the rows of an own file that it holds too."""
-    files = {name: raw / test.file for name, test in entry.tests.items() if (raw / test.file).exists()}
+def _in_tests(entry: Task | Mixture, raw: Path, rows: list[Row]) -> dict[str, InTest]:
+    """Of each test set that is in `raw`, the own rows that it holds too."""
     tests = {
-        name: [row.context for row in read_rows(path, left_out=[], labels=entry.tests[name].labels or ())]
-        for name, path in files.items()
+        name: [row.context for row in read_rows(raw / test.file, left_out=[], labels=test.labels or ())]
+        for name, test in entry.tests.items()
+        if (raw / test.file).exists()
     }
-    if not tests:
-        return {}
-    spool.seek(0)
-    own = (json.loads(line)["messages"][0]["content"] for line in spool)
-    same, near = duplicate_groups(chain(own, *tests.values()))
-    found, start = {}, len(lines)
+    same, near = duplicate_groups(chain((row.context for row in rows), *tests.values()))
+    overlaps, start = {}, len(rows)
     for name, contexts in tests.items():
-        end = start + len(contexts)
-        rows = np.flatnonzero(np.isin(near[: len(lines)], near[start:end])).tolist()
-        if rows:
-            equal = int(np.isin(same[: len(lines)], same[start:end]).sum())
-            first = [lines[row] for row in rows[:LINES_SHOWN]]
-            found[name] = InTest(same_words=equal, near=len(rows), first_lines=first)
-        start = end
-    return found
+        test = slice(start, start + len(contexts))
+        alike = np.flatnonzero(np.isin(near[: len(rows)], near[test])).tolist()
+        if alike:
+            equal = int(np.isin(same[: len(rows)], same[test]).sum())
+            first = [rows[number].line for number in alike[:LINES_SHOWN]]
+            overlaps[name] = InTest(same_words=equal, near=len(alike), first_lines=first)
+        start = test.stop
+    return overlaps
 
 
 def _absent_tests(entry: Task | Mixture, raw: Path) -> list[str]:
@@ -359,56 +326,45 @@ def _choose_groups(task: str, groups: list[int], share: float, seed: int) -> set
 
 def _write(
     out: Path,
-    spool: IO[bytes],
-    sources: list[Source],
-    groups: list[int],
-    held_out: set[int],
+    sources: Sequence[Source],
+    rows: Sequence[list[Row]],
+    held_out: list[bool],
     options: Options,
     smallest: bool,
 ) -> dict[str, int]:
-    """Write both files from the spooled rows and return the counts.
+    """Write both files from the rows of each source and return the counts. held_out: of all rows, one after the other.
 
     Of several sources (a mixture) each gives as many train rows as the largest: smaller ones are repeated whole, and a
     seeded sample of their rows fills what is left over (with options.mixture "finlora" their first rows, as FinLoRA's
     script does). smallest: each gives as many as the smallest instead, a seeded sample. Validation rows are never
     repeated.
     """
-    counts, first = [], 0
-    for source in sources:
-        counts.append(sum(group not in held_out for group in groups[first : first + source.kept]))
-        first += source.kept
+    flags = iter(held_out)
+    marked = [[(row, next(flags)) for row in part] for part in rows]
+    train = [[row for row, held in part if not held] for part in marked]
+    validation = [row for part in marked for row, held in part if held]
+    counts = [len(part) for part in train]
     if not all(counts):
         raise UserError(f"{sources[counts.index(0)].path}: leaves no rows to train on; add rows")
     each = min(counts) if smallest else max(counts)
-    spool.seek(0)
-    with replacing(out / "train.jsonl", "wb") as train:
-        if held_out:
-            with replacing(out / "validation.jsonl", "wb") as validation:
-                validation.writelines(line for line, group in zip(spool, groups, strict=True) if group in held_out)
-        spool.seek(0)
-        first = 0
-        for source, count in zip(sources, counts, strict=True):
-            copies, rest = divmod(each, count)
-            head = options.mixture == "finlora" and copies
-            extra = set(range(rest) if head else random.Random(options.seed).sample(range(count), rest))
-            start = spool.tell()
-            for copy in range(copies + bool(rest)):
-                spool.seek(start)
-                number = 0
-                for group in groups[first : first + source.kept]:
-                    line = spool.readline()
-                    if group not in held_out:
-                        if copy < copies or number in extra:
-                            train.write(line)
-                        number += 1
-            first += source.kept
-    if not held_out:
+    with ExitStack() as files:  # neither is renamed into place before both are written
+        if validation:
+            file = files.enter_context(replacing(out / "validation.jsonl", "wb"))
+            file.writelines(map(_message_line, validation))
+            file.flush()
+        file = files.enter_context(replacing(out / "train.jsonl", "wb"))
+        for part in train:
+            copies, rest = divmod(each, len(part))
+            first = options.mixture == "finlora" and copies
+            extra = range(rest) if first else sorted(random.Random(options.seed).sample(range(len(part)), rest))
+            file.writelines(map(_message_line, chain(*[part] * copies, (part[number] for number in extra))))
+    if not validation:
         (out / "validation.jsonl").unlink(missing_ok=True)
     return {
         "repeated": sum(max(0, each - count) for count in counts),
         "not_sampled": sum(max(0, count - each) for count in counts),
         "train": each * len(sources),
-        "validation": len(groups) - sum(counts),
+        "validation": len(validation),
     }
 
 
@@ -428,14 +384,6 @@ def _sha256(path: Path) -> str:
         return sha256(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the file") from error
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def run(tasks: Sequence[str], raw: Path | None, out: Path | None, options: Options) -> None:

@@ -17,7 +17,6 @@ from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 
 TINY = ROOT / ".cache" / "tiny"
-BATCH = 2**20  # characters that are tokenised at once
 CHAT = (
     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>"
@@ -49,15 +48,15 @@ def chat(context: str, target: str) -> str:
     return CHAT.format(context.strip(), target.strip())
 
 
-def find_measure(base: str | None, given: Path | None = None) -> Measure | None:
-    """The tokenizer that was given, else the base model's, else the tiny one; None where there is none.
+def find_measure(base: str | None, tokenizer: Path | None = None) -> Measure | None:
+    """The tokenizer that is named, else the base model's, else the tiny one; None where there is none.
 
-    given: a folder with tokenizer.json, or a tokenizer.json or tokenizer.model. Raises UserError where it is none.
+    tokenizer: a folder with tokenizer.json, or a tokenizer.json or tokenizer.model. Raises UserError where it is none.
     """
-    if given:
-        path = given / "tokenizer.json" if given.is_dir() else given
+    if tokenizer:
+        path = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
         if not path.is_file():
-            raise UserError(f"{given}: holds no tokenizer.json; name a model's folder or its tokenizer.json")
+            raise UserError(f"{tokenizer}: holds no tokenizer.json; name a model's folder or its tokenizer.json")
         return Measure("the tokenizer given", False, counter(path))
     own = tokenizer_of(base)
     if own:
