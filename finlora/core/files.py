@@ -58,6 +58,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """What changes with a file's content, without reading it; None where there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -1,14 +1,14 @@
 """FinLoRA's test sets: their names and groups, and their rows with published and corrected labels."""
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
 from finlora.core.errors import UserError, did_you_mean
-from finlora.core.files import sha256
+from finlora.core.files import sha256, stamp
 from finlora.core.paths import RAW, ROOT
 from finlora.data.corrections import applies, corrected_target
 from finlora.data.fetch import is_right, read_manifest
@@ -19,7 +19,7 @@ TASK_FILES = ROOT / "eval" / "tasks"
 
 
 class LabelledRow(NamedTuple):
-    """A row of a test set: its line, its texts as published, and its corrected label."""
+    """A row of a test or train file: its line, its texts as published, and its corrected label."""
 
     row: int
     context: str
@@ -29,7 +29,7 @@ class LabelledRow(NamedTuple):
 
 @dataclass(frozen=True)
 class SetRows:
-    """A test set as read: its file as shown to people, and whether that is FinLoRA's by its checksum.
+    """A test or train file as read: its name as shown to people, and whether it is FinLoRA's by its checksum.
 
     left_out: rows of FinLoRA's file that have nothing to answer; in one's own they are errors.
     """
@@ -79,22 +79,38 @@ def read_set(name: str, folder: Path = RAW) -> SetRows:
     and for one in data/raw that is not the published one.
     """
     spec = all_sets()[name]
-    path = Path(folder) / spec.file
+    return _read(Path(folder), spec.file, spec.task, tuple(spec.labels or ()), f"leave {name} out with TASKS=")
+
+
+def read_train(task: str, folder: Path = RAW) -> SetRows:
+    """The rows of a task's train file, from which SHOTS= draws examples: under `folder`, else in data/raw."""
+    entry = load_tasks()[task]
+    folder = Path(folder) if (Path(folder) / entry.train).is_file() else RAW
+    return _read(folder, entry.train, task, tuple(entry.labels or ()), "leave SHOTS= out")
+
+
+def _read(folder: Path, *about: Any) -> SetRows:
+    return _parse(stamp(folder / about[0]), folder, *about)
+
+
+@lru_cache(maxsize=32)  # an evaluation reads a file several times; one that changes has another stamp
+def _parse(_: Any, folder: Path, file: str, task: str, labels: tuple[str, ...], otherwise: str) -> SetRows:
+    path = folder / file
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    pinned = next((file for file in read_manifest().files if file.local == spec.file), None)
+    pinned = next((one for one in read_manifest().files if one.local == file), None)
     if not path.is_file():
-        where = f"make data TASK={spec.task}" if pinned else f"bring your own as {shown}"
-        raise UserError(f"{shown}: is missing; {where}, or leave {name} out with TASKS=")
+        where = f"make data TASK={task}" if pinned else f"bring your own as {shown}"
+        raise UserError(f"{shown}: is missing; {where}, or {otherwise}")
     published = pinned is not None and is_right(path, pinned)
-    if pinned and not published and Path(folder) == RAW:
+    if pinned and not published and folder == RAW:
         raise UserError(
-            f"{shown}: is not FinLoRA's published file (its checksum differs); run `make data TASK={spec.task}`, or "
+            f"{shown}: is not FinLoRA's published file (its checksum differs); run `make data TASK={task}`, or "
             "keep files of your own in another folder and name it with TESTS="
         )
-    correcting = applies(spec.file, path)
+    correcting = applies(file, path)
     left_out: list[LeftOut] = []
     rows = [
-        LabelledRow(*row, corrected_target(spec.file, row) if correcting else row.target)
-        for row in read_rows(path, left_out=left_out if published else None, labels=spec.labels or ())
+        LabelledRow(*row, corrected_target(file, row) if correcting else row.target)
+        for row in read_rows(path, left_out=left_out if published else None, labels=labels)
     ]
     return SetRows(rows, str(shown), sha256(path), published, left_out)

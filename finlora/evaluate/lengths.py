@@ -20,10 +20,9 @@ def answer_length(name: str, folder: Path, lengths: str, tokenizer) -> Length:
     Without a tokenizer, behind an endpoint, a target's UTF-8 bytes stand for its tokens: it has no more of them.
     """
     rows = read_set(name, folder).rows
-    sizes = {
-        text: len(tokenizer(text, add_special_tokens=False)["input_ids"] if tokenizer else text.encode())
-        for text in {text for row in rows for text in (row.target, row.corrected)}
-    }
+    texts = sorted({text for row in rows for text in (row.target, row.corrected)})
+    tokens = tokenizer(texts, add_special_tokens=False)["input_ids"] if tokenizer else map(str.encode, texts)
+    sizes = dict(zip(texts, map(len, tokens), strict=True))
     limit = all_sets()[name].max_new_tokens
     if lengths == "whole":
         limit = max(limit, *(size + 1 for size in sizes.values()))
