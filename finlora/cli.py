@@ -210,6 +210,9 @@ def evaluate(
         typer.Option(help="how long answers may be: as a set's longest target, or as in FinLoRA"),
     ] = "whole",
     prompt: Prompt = "saved",
+    shots: Annotated[
+        int, typer.Option(click_type=Number(or_zero=True), help="examples from the train file before each question")
+    ] = 0,
     tests: Tests = None,
     tiny: Tiny = False,
     name: Annotated[

@@ -252,12 +252,22 @@ def test_answers_end_at_the_turns_end_of_template_and_recipe(evaluate, adapters,
     folder = tmp_path / "told"
     shutil.copytree(adapters["dora"], folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"eot_tokens": [end]}))
-    ended = read(evaluate("--limit", "4", adapter=folder)[0])[1]
+    ended = read(evaluate("--limit", "4", "--name", "told", adapter=folder)[0])[1]
     for before, row, written in zip(whole, ended, ids, strict=True):
         expected = written[: written.index(ids[0][2])] if ids[0][2] in written else written
         assert tokenizer(row["answer"], add_special_tokens=False)["input_ids"] == expected
         assert row["stopped"] or row == before
     assert ended[0]["stopped"] and ended[0]["answer_tokens"] <= 3 < whole[0]["answer_tokens"]
+    # Another end makes other answers: they are another result. Records of before had none.
+    other = tmp_path / "other"
+    shutil.copytree(adapters["dora"], other)
+    path = tmp_path / "results" / "told-raw" / "run.json"
+    record = json.loads(path.read_text())
+    assert end in record["ends"]
+    with refuses("another model", "ends:", "FORCE=1", file="results/told-raw"):
+        evaluate("--name", "told", "--limit", "4", adapter=other)
+    path.write_text(json.dumps({key: value for key, value in record.items() if key != "ends"}))
+    assert read(evaluate("--name", "told", "--limit", "4", adapter=other)[0])[1] == ended
 
 
 def test_another_adapter_under_the_same_name(evaluate, tmp_path, capsys):

@@ -83,12 +83,13 @@ def test_the_server_gets_the_merged_model_and_its_prompt(evaluate, program, tmp_
     assert len(merged) == 1, "merged once"
 
 
-@pytest.mark.parametrize("key", ["base_sha256", "adapter_sha256", "template_sha256", "bits"])
+@pytest.mark.parametrize("key", ["base_sha256", "adapter_sha256", "template_sha256", "bits", "ends"])
 def test_other_weights_or_another_prompt_are_merged_anew(key):
     """A base's weights may be replaced at the same path."""
+    other = {"bits": 4, "ends": ["<|eot_id|>"]}.get(key, "d" * 64)
     run = Run(model="some/base", base_sha256="a" * 64, adapter_sha256="b" * 64, template_sha256="c" * 64, bits=8)
     assert vllm.merged_place(run) == vllm.merged_place(replace(run, subject="another"))
-    assert vllm.merged_place(run) != vllm.merged_place(replace(run, **{key: 4 if key == "bits" else "d" * 64}))
+    assert vllm.merged_place(run) != vllm.merged_place(replace(run, **{key: other}))
 
 
 def alive(pid):

@@ -6,25 +6,32 @@ from typing import Any
 from datasets import Dataset
 
 from finlora.core.paths import RAW
+from finlora.data.few_shot import questions
 from finlora.data.test_sets import all_sets, read_set
 from finlora.evaluate.scorers import scorings, summary
 
 
-def rows(test_set: str, folder: str = str(RAW), labels: str = "corrected", **_: Any) -> dict[str, Dataset]:
+def rows(
+    test_set: str, folder: str = str(RAW), labels: str = "corrected", shots: int = 0, **_: Any
+) -> dict[str, Dataset]:
     """One test set as lm-eval's `test` split.
 
-    Columns: row, set, context, published and corrected label, and target, which is the one that `labels` names.
+    Columns: row, set, context, question (the context, behind `shots` examples), published and corrected label, and
+    target, which is the one that `labels` names.
     """
     documents = [
         {
             "row": row.row,
             "context": row.context,
+            "question": question,
             "published": row.target,
             "corrected": row.corrected,
             "target": row.corrected if labels == "corrected" else row.target,
             "set": test_set,
         }
-        for row in read_set(test_set, Path(folder)).rows
+        for row, question in zip(
+            read_set(test_set, Path(folder)).rows, questions(test_set, Path(folder), shots, labels), strict=True
+        )
     ]
     return {"test": Dataset.from_list(documents)}
 

@@ -92,6 +92,8 @@ def differing(one: ModelResults, other: ModelResults, sets: list[str]) -> Iterat
         yield f"the prompts differ: {prompts[0]} (A), {prompts[1]} (B)"
     elif one.run.template_sha256 != other.run.template_sha256:
         yield "the chat templates differ"
+    if one.run.shots != other.run.shots:
+        yield f"the examples before a question differ: {one.run.shots or 'none'} (A), {other.run.shots or 'none'} (B)"
     for name in sets:
         a, b = one.sets[name], other.sets[name]
         both = len(pair(a, b, a.labels()[0])[0])

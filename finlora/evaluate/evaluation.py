@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from fastdora.plugin.checksums import weights_sha256
+from fastdora.plugin.prompts import end_of_turn_tokens
 from finlora.core.errors import UserError
 from finlora.core.paths import RAW, ROOT, SAMPLE, shown, slug
 from finlora.data.test_sets import all_sets, choose
 from finlora.evaluate import forgetting
 from finlora.evaluate.results import RESULTS, Run
-from finlora.models.load import prompts
+from finlora.models.load import prompts, template_sha256
 from finlora.models.trained import AdapterFacts, adapter_facts, check_named_base, resolve_adapter
 from finlora.train.runs import TrainedRecipe, check_start, of_recipe
 
@@ -30,6 +31,7 @@ class Request:
     labels: str = "corrected"  # or published
     lengths: str = "whole"  # how long answers may be: as the longest target, or published, as in FinLoRA
     prompt: str = "saved"  # beside the adapter; or finlora_inst, raw
+    shots: int = 0  # examples from the train file before each question
     tests: str | None = None  # folder with test files of one's own
     tiny: bool = False  # the adapter of a TINY=1 run
     name: str | None = None  # of the results
@@ -68,11 +70,12 @@ class Evaluation:
         """Of the adapter's recipe. Its base is asked with the same tokenizer, template and ends."""
         return self.adapter_facts.eot_tokens if self.adapter_facts else ()
 
-    def runs(self, template_sha256: str | None) -> list[Run]:
-        """The models to evaluate, the base first, as their run.json will describe them."""
+    def runs(self, tokenizer) -> list[Run]:
+        """The models to evaluate, the base first, as their run.json will describe them; endpoints have no tokenizer."""
         request = self.request
+        shots = request.shots or None
         if request.endpoint:
-            prompt = {"prompt": "endpoint", "way": "endpoint", "backend": request.endpoint}
+            prompt = {"prompt": "endpoint", "shots": shots, "way": "endpoint", "backend": request.endpoint}
             return [Run(subject=self.name, model=self.model, method="base", tiny=False, **prompt)]
         quantised = self.bits != 16 and request.keep_quantised
         common: dict[str, Any] = {
@@ -80,13 +83,16 @@ class Evaluation:
             "base_sha256": weights_sha256(self.model, ROOT),
             "bits": self.bits,
             "prompt": request.prompt,
-            "template_sha256": template_sha256,
+            "shots": shots,
             "backend": request.backend,
             "tiny": self.tiny,
         }
+        if tokenizer:
+            ends = tokenizer.convert_ids_to_tokens(end_of_turn_tokens(tokenizer, self.eot_tokens))
+            common |= {"template_sha256": template_sha256(tokenizer), "ends": ends}
         runs = []
         if request.base or not self.adapter:
-            name = with_prompt(f"base-{slug(self.model)}-{self.bits}bit", request.prompt)
+            name = with_prompt(f"base-{slug(self.model)}-{self.bits}bit", request)
             name = name if self.adapter else request.name or name
             runs.append(Run(subject=name, method="base", way="quantised" if quantised else "plain", **common))
         if self.adapter:
@@ -101,8 +107,9 @@ class Evaluation:
         return runs
 
 
-def with_prompt(name: str, prompt: str) -> str:
-    return name if prompt == "saved" else f"{name}-{prompt}"
+def with_prompt(name: str, request: Request) -> str:
+    name = name if request.prompt == "saved" else f"{name}-{request.prompt}"
+    return f"{name}-{request.shots}shot" if request.shots else name
 
 
 def resolve(request: Request) -> Evaluation:
@@ -133,7 +140,7 @@ def resolve(request: Request) -> Evaluation:
     sets, folder = sets_and_folder(request, trained.test_sets, trained.tiny)
     return Evaluation(
         request=request,
-        name=with_prompt(name, request.prompt),
+        name=with_prompt(name, request),
         model=model,
         adapter=adapter,
         adapter_facts=facts,
@@ -156,6 +163,8 @@ def sets_and_folder(request: Request, default: list[str], tiny: bool) -> tuple[l
             "no test set is named; give TASKS=, for example TASKS=general, TASKS=sentiment or TASKS=fpb,tfns"
         )
     files = {name: all_sets()[name].file for name in sets if name in all_sets()}
+    if request.shots and len(files) < len(sets):
+        raise UserError(f"SHOTS={request.shots}: MMLU and GSM8K have examples of their own; leave them out with TASKS=")
     if request.tests or not tiny or not files or any((RAW / file).is_file() for file in files.values()):
         return sets, Path(request.tests) if request.tests else RAW
     sets = [name for name, file in files.items() if (SAMPLE / file).is_file()]

@@ -56,8 +56,8 @@ class BatchedHFLM(HFLM):
                 longest = len(ids[left[0]]) + options["max_gen_toks"]
                 if longest > self.max_length:
                     raise UserError(
-                        f"a prompt and its answer take {longest:,} tokens and the model {self.max_length:,}; leave "
-                        "the set out with TASKS="
+                        f"a prompt and its answer take {longest:,} tokens and the model {self.max_length:,}; give "
+                        "fewer SHOTS=, or leave the set out with TASKS="
                     )
                 batch = [index for index in left[: batch_size(budget, longest)] if asked[index][1] == asked[left[0]][1]]
                 answered = self.answers([ids[index] for index in batch], options)

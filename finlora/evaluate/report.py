@@ -149,6 +149,7 @@ def facts(run: Run) -> str:
     parts += [f"{run.bits}-bit"] if run.bits else []
     method = METHODS.get(run.method, run.method or ("adapter" if run.adapter else "base model"))
     parts += [method + (f" r {run.r}, alpha {run.alpha}" if run.r else "")]
+    parts += [f"{run.shots}-shot"] if run.shots else []
     return " · ".join(parts + [part for part in (run.way, run.backend) if part])
 
 

@@ -38,7 +38,9 @@ class Run:
     r: int | None = None
     alpha: int | float | None = None
     prompt: str | None = None  # saved, the name of a template in recipes/prompts, or endpoint
+    shots: int | None = None  # examples before each question; None for none
     template_sha256: str | None = None
+    ends: list | None = None  # the tokens that end an answer, of template, tokenizer and recipe
     way: str | None = None  # plain, quantised, merged, cached norms or endpoint
     backend: str | None = None  # transformers, vllm, or an endpoint's URL
     tiny: bool | None = None
@@ -70,6 +72,7 @@ class SetResult:
     encoder: str | None = None  # that measured BERTScore, and its layer
     labels_used: str | None = None  # corrected or published
     shots: int | None = None
+    questions_sha256: str | None = None  # of what is asked with shots, in all rows of the file
     seconds: int | float | None = None
     limit: int | None = None
 
@@ -255,14 +258,16 @@ def write_record(path: Path, record: Run | SetResult) -> None:
 
 
 def base_of(model: ModelResults, models: dict[str, ModelResults]) -> ModelResults | None:
-    """An adapter's base: the one with equal model, bits, backend and tiny; with the same prompt if there is one."""
+    """An adapter's base: the one with equal model, bits, backend, tiny and shots; of several the same prompt's."""
     if not model.run.adapter:
         return None
     same = [
         other
         for other in models.values()
         if not other.run.adapter
-        and all(getattr(other.run, key) == getattr(model.run, key) for key in ("model", "bits", "backend", "tiny"))
+        and all(
+            getattr(other.run, key) == getattr(model.run, key) for key in ("model", "bits", "backend", "tiny", "shots")
+        )
     ]
     return min(same, key=lambda other: (other.run.prompt != model.run.prompt, other.name), default=None)
 

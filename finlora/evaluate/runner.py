@@ -9,6 +9,7 @@ interruption the same command resumes: answers are written as they come, and fin
 """
 
 import datetime
+import hashlib
 import shutil
 import sys
 import time
@@ -23,6 +24,7 @@ from finlora.core.files import read_json
 from finlora.core.machine import gpus
 from finlora.core.paths import existing, shown
 from finlora.core.provenance import git_state, versions
+from finlora.data.few_shot import questions
 from finlora.data.neardup import normalise
 from finlora.data.test_sets import TASK_FILES, SetRows, all_sets, read_set
 from finlora.evaluate import forgetting
@@ -30,12 +32,12 @@ from finlora.evaluate.evaluation import Evaluation, Request, resolve
 from finlora.evaluate.lengths import Length, answer_length
 from finlora.evaluate.results import Row, Run, SetResult, kept_result, kept_rows, write_record, write_set
 from finlora.evaluate.scorers import after_answer, bertscore_items, scorings, summary
-from finlora.models.load import check_fits, template_sha256
+from finlora.models.load import check_fits
 from finlora.recipes.bases import fetch_base
 from finlora.train.runs import check_base_weights, folder_lock
 
 # Answers in a folder whose run.json differs in one of these are another model's.
-IDENTITY = ("model", "base_sha256", "adapter_sha256", "bits", "prompt", "template_sha256", "way", "backend")
+IDENTITY = "model base_sha256 adapter_sha256 bits prompt shots template_sha256 ends way backend".split()
 DISK_NEEDED = 64 * 2**20
 
 
@@ -45,7 +47,7 @@ def evaluate(request: Request) -> list[Path]:
     check(evaluation)
     tokenizer = None if request.endpoint else load_tokenizer(evaluation)
     lengths = answer_lengths(evaluation, tokenizer)
-    runs = evaluation.runs(template_sha256(tokenizer) if tokenizer else None)
+    runs = evaluation.runs(tokenizer)
     with ExitStack() as stack:
         for run in runs:  # two at a time would share one file of answers
             stack.enter_context(folder_lock(request.results / run.subject, make=False))
@@ -69,7 +71,7 @@ def check(evaluation: Evaluation) -> None:
         if name in forgetting.TASKS:
             forgetting.check(name, evaluation.folder)
         else:
-            read_set(name, evaluation.folder)
+            questions_sha256(name, evaluation.folder, evaluation.request)
     if not evaluation.request.endpoint:
         fetch_base_model(evaluation)
     if any(name in all_sets() and all_sets()[name].metric == "bertscore_f1" for name in evaluation.sets):
@@ -131,6 +133,8 @@ def prepare_folder(run: Run, evaluation: Evaluation, lengths: dict[str, Length])
     folder = request.results / run.subject
     before = read_json(folder / "run.json")
     changed = [key for key in IDENTITY if before and before.get(key) != getattr(run, key)]
+    if "ends" in changed and before.get("ends") is None:
+        changed.remove("ends")  # earlier versions did not write them
     if "base_sha256" in changed and not (run.base_sha256 and before.get("base_sha256")):
         changed.remove("base_sha256")  # a hub's model before it was fetched, or answers of before 2026-11
     if folder.is_dir() and (request.force or changed):
@@ -169,6 +173,9 @@ def is_answered(folder: Path, evaluation: Evaluation, length: Length | None) -> 
     test_set = read_set(folder.name, evaluation.folder)
     if result.sha256 != test_set.sha256:
         print(f"{test_set.path}: has changed since {folder.parent.name} answered it; asking again")
+        return False
+    if result.questions_sha256 != questions_sha256(folder.name, evaluation.folder, request):
+        print(f"{folder.parent.name}: {folder.name} was answered with other examples; asking again")
         return False
     if not result.lengths:  # until 2026-11 lm-eval cut answers at their first blank line
         print(f"{folder.parent.name}: {folder.name} was answered with answers cut at blank lines; asking again")
@@ -234,7 +241,7 @@ def ask(lm, run: Run, sets: list[str], evaluation: Evaluation, lengths: dict[str
                 if before and limit and before.sha256 == read_set(name, evaluation.folder).sha256:
                     limit = before.limit and max(limit, before.limit)  # no answer is taken away
                 trained_on = evaluation.trained_on if run.adapter else None
-                result, rows = answers(lm, name, evaluation.folder, request.labels, limit, lengths[name], trained_on)
+                result, rows = answers(lm, name, evaluation.folder, request, limit, lengths[name], trained_on)
                 warn_of_empty(name, rows, lm.reasons)
             result = replace(result, seconds=round(time.perf_counter() - started, 3), limit=limit)
             if result.metric == "bertscore_f1":
@@ -258,8 +265,14 @@ def generation_options(length: Length) -> dict[str, Any]:
     return {"max_gen_toks": length.max_new_tokens, "do_sample": False, "until": []}
 
 
+def questions_sha256(name: str, folder: Path, request: Request) -> str | None:
+    """Of all questions of a set with their examples; None without any. UserError where a file is not there."""
+    asked = questions(name, folder, request.shots, request.labels)
+    return hashlib.sha256("\0".join(asked).encode()).hexdigest() if request.shots else None
+
+
 def answers(
-    lm, name: str, folder: Path, labels: str, limit: int | None, length: Length, trained_on: set[str] | None = None
+    lm, name: str, folder: Path, request: Request, limit: int | None, length: Length, trained_on: set[str] | None = None
 ) -> tuple[SetResult, list[Row]]:
     """One of FinLoRA's test sets through lm-eval, and a row for each answer.
 
@@ -268,7 +281,7 @@ def answers(
     from lm_eval import evaluate
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    options = {"folder": str(folder), "labels": labels}
+    options = {"folder": str(folder), "labels": request.labels, "shots": request.shots}
     tasks = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=options)
     task = get_task_dict([name], tasks)
     task[name].set_config("generation_kwargs", generation_options(length))
@@ -308,7 +321,9 @@ def answers(
         **length._asdict(),
         prompt_tokens=sum(row["prompt_tokens"] for row in rows),
         answer_tokens=sum(row["answer_tokens"] for row in rows),
-        labels_used=labels,
+        labels_used=request.labels,
+        shots=request.shots or None,
+        questions_sha256=questions_sha256(name, folder, request),
     )
     return result, rows
 

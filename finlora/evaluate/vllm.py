@@ -3,6 +3,8 @@
 `make vllm` sets .venv-vllm up. The server is started on this machine for one evaluation and ended with it.
 """
 
+import hashlib
+import json
 import os
 import signal
 import socket
@@ -45,8 +47,9 @@ def merged(evaluation: Evaluation, run: Run, tokenizer) -> Path:
 
 
 def merged_place(run: Run) -> Path:
-    """Named by what is in it: base and adapter by their checksums, the prompt, and the bits."""
+    """Named by what is in it: base and adapter by their checksums, the prompt, the bits, and what ends an answer."""
     parts = (run.base_sha256 or "hub", run.adapter_sha256 or "base", run.template_sha256, f"{run.bits}bit")
+    parts += (hashlib.sha256(json.dumps(run.ends).encode()).hexdigest(),)
     return ROOT / ".cache" / f"merged-{Path(run.model).name}-{'-'.join(part[:12] for part in parts)}"
 
 
@@ -98,5 +101,6 @@ def wait_until_ready(server: subprocess.Popen, url: str, log: Path) -> None:
             if requests.get(f"{url}/health", timeout=5).ok:
                 return
         except requests.RequestException:
-            time.sleep(0.5)
+            pass
+        time.sleep(0.5)
     raise UserError(f"vLLM did not answer within {START} s; see {log.relative_to(ROOT)}")

@@ -338,7 +338,7 @@ def ask(model, tokenizer, rows: list[list[int]], trained: TrainedModel, limit: i
     lm = harness.BatchedHFLM(model, tokenizer, eot_tokens=trained.facts.eot_tokens)
     for name in sets:
         length = answer_length(name, folder, "whole", tokenizer)
-        _, answered = runner.answers(lm, name, folder, "corrected", limit, length)
+        _, answered = runner.answers(lm, name, folder, runner.Request(), limit, length)
         answers = responses.answers[name] = [row["answer"] for row in answered]
         if scorers := scorings(name, all_sets()[name]):
             primary = next(iter(scorers.values()))
