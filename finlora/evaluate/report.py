@@ -26,7 +26,7 @@ from finlora.evaluate import results
 from finlora.evaluate.published import BESIDE, published, published_average
 from finlora.evaluate.results import RESULTS, Answers, ModelResults, Run, base_of, keep, pair, set_order, unlike
 from finlora.evaluate.scorers import summary
-from finlora.evaluate.statistics import Interval, interval, paired
+from finlora.evaluate.statistics import Interval, average, interval, paired
 
 PROMPTS = {
     "saved": "the chat template saved with the model",
@@ -267,8 +267,7 @@ def score(items: dict[str, list]) -> Score:
 def averages(rows: Iterable[ScoreRow], comparable: bool) -> Iterator[Average]:
     """Means over FinLoRA's sets: of accuracy, of BERTScore, and of both as FinLoRA takes its overall average.
 
-    They are once with each version of the labels; sets that have one version count in both. The sets' intervals are
-    independent: theirs are combined by squares of the distances to the ends (MOVER, Zou and Donner 2008).
+    They are once with each version of the labels; sets that have one version count in both.
     """
     rows = [row for row in rows if row.comparable == comparable and not row.only and row.set in published()]
     for labels in VERSIONS:
@@ -280,15 +279,13 @@ def averages(rows: Iterable[ScoreRow], comparable: bool) -> Iterator[Average]:
             as_published = labels == "corrected" and all(row.versions == 1 for row in averaged)
             if len(of_labels) < 2 or not averaged or as_published:
                 continue
-            sets, scores = [row.set for row in averaged], [row.score for row in averaged]
-            mean = math.fsum(one.accuracy for one in scores) / len(scores)
-            below = math.hypot(*(one.accuracy - one.low for one in scores)) / len(scores)
-            above = math.hypot(*(one.high - one.accuracy for one in scores)) / len(scores)
+            sets = [row.set for row in averaged]
+            mean, low, high = average([(row.score.accuracy, row.score.low, row.score.high) for row in averaged])
             theirs = {}
             if comparable and labels == "published":
                 theirs = {name: published_average(model, sets) for name, model in BESIDE.items()}
             of = "FinLoRA's overall average" if len(sets) == len(all_sets()) else of
-            yield Average(of, labels, sets, mean, mean - below, mean + above, theirs)
+            yield Average(of, labels, sets, mean, low, high, theirs)
 
 
 def overview(models: list[Model]) -> Iterator[tuple[str, Table]]:

@@ -7,6 +7,7 @@ Methodology 24, 1998) do for surveys. bench/intervals.py measures how often all 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,18 @@ def interval(items: Items, statistic: str = "accuracy", level: float = 0.95) -> 
     """
     value, deviations = _deviations(items, statistic)
     return _around(value, deviations, _groups(items), level)
+
+
+def average(scores: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """The plain mean of scores (each with the ends of its interval) and its interval.
+
+    The intervals are of sets of rows and independent: theirs are combined by squares of the distances to the ends
+    (MOVER, Zou and Donner 2008).
+    """
+    values, lows, highs = np.array(scores, float).T
+    mean = float(values.mean())
+    below, above = np.linalg.norm(values - lows), np.linalg.norm(highs - values)
+    return mean, mean - float(below) / len(values), mean + float(above) / len(values)
 
 
 def paired(items_a: Items, items_b: Items, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> dict[str, Any]:
