@@ -175,7 +175,8 @@ def find(recipe: str) -> Path:
     near = did_you_mean(recipe, names() + list(finlora), 3, 0.5)
     hint = near or "`make recipes` lists them"
     if parse_name(recipe) or (GIVEN_PARTS.search(recipe) and "_llama_3_1_8b_" not in recipe):
-        hint = fault_of(recipe) or f"{near}`make new RECIPE={recipe}` writes it"
+        fault = fault_of(recipe) or f"`make new RECIPE={recipe}` writes it"
+        hint = fault if "did you mean" in fault else near + fault
     raise UserError(f"RECIPE={recipe}: no such recipe; {hint.strip()}")
 
 
