@@ -63,6 +63,6 @@ def test_real_lengths_by_llama_3s_tokenizer(file, mean, longest, no_cache):
     """The lengths behind tokens_about in data/tasks.yaml, recounted."""
     path = tokens.tokenizer_of(LLAMA)
     if path is None or not (REAL / file).exists():
-        pytest.skip("needs FinLoRA's files in ../shared, and pip install --no-deps llama-models==0.3.0")
+        pytest.skip("needs FinLoRA's files in ../shared, and llama-models, which the dev extra has")
     counts = tokens.counter(path)([tokens.chat(row.context, row.target) for row in read_rows(REAL / file, left_out=[])])
     assert (round(sum(counts) / len(counts)), max(counts)) == (mean, longest)

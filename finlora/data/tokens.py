@@ -1,8 +1,6 @@
 """Counting tokens as the model's own tokenizer does, without a model and without a network.
 
-Llama-3's tokenizer is gated on the Hub. PyPI's llama-models carries the same one (Llama's licence):
-
-    pip install --no-deps llama-models==0.3.0
+Llama-3's tokenizer is gated on the Hub. PyPI's llama-models, of the dev extra, carries the same one (Llama's licence).
 """
 
 import base64
