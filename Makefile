@@ -13,7 +13,7 @@ FLAGS := TINY FORCE OFFLOAD RAY LIST EVAL BASE KEEP_QUANTISED MERGED PRIVATE PUS
 option = --$(shell echo $1 | tr A-Z_ a-z-)$(if $(filter $1,$(FLAGS)),, $(call quote,$($1)))
 options = $(foreach name,$1,$(if $($(name)),$(call option,$(name))))
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all fuzz mutants train sweep eval report compare plan merge serve chat publish recipes check data audit pictures vllm lint constraints
+.PHONY: help setup demo test test-all fuzz mutants train sweep eval report compare plan merge serve chat publish recipes new check data audit pictures vllm lint constraints
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
@@ -67,6 +67,9 @@ publish: $(READY) ## write RECIPE='s model card and list what goes to REPO=; PUS
 
 recipes: $(READY) ## list the recipes; TASK= filters
 	@$(FINLORA) recipes $(call options,TASK)
+
+new: $(READY) ## write RECIPE=headline_qwen3_8b_r16_dora, or any name, from the nearest recipe
+	@$(FINLORA) new $(call quote,$(RECIPE))
 
 check: $(READY) ## check every recipe: keys, types, names, factorisation
 	@$(FINLORA) check

@@ -375,6 +375,14 @@ def recipes(
     load.show(task)
 
 
+@app.command("new")
+def write_new(recipe: Annotated[str, typer.Argument(help="the name of the recipe to write")] = "") -> None:
+    """Write a recipe by its name, from the nearest one."""
+    from finlora.recipes.new import new
+
+    new(recipe)
+
+
 @app.command()
 def check() -> None:
     """Check every recipe: keys, types, names, factorisation."""

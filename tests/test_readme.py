@@ -176,5 +176,5 @@ def test_links_and_folders_exist(file):
     text = (ROOT / file).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
         assert (ROOT / file).parent.joinpath(target).exists(), (file, target)
-    for recipe in re.findall(r"RECIPE=(\w+)", text):
-        assert recipe_names.find(recipe).is_file()
+    for new, recipe in re.findall(r"(make new )?RECIPE=(\w+)", text):
+        assert recipe_names.fault_of(recipe) is None if new else recipe_names.find(recipe).is_file(), recipe

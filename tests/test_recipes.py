@@ -18,7 +18,7 @@ from finlora.data.tasks import load_tasks
 from finlora.recipes import bases, factorise
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
-from finlora.recipes.memory import memory_estimate
+from finlora.recipes.memory import memory_line
 
 ALL = {path.stem: recipes.load(path).keys for path in map(recipe_names.find, recipe_names.names())}
 TASKS = ["sentiment", "headline", "ner", "finer", "xbrl_term", "xbrl_extract", "formula", "financebench", "cfa"]
@@ -46,6 +46,9 @@ def test_the_project_keeps_finlora_facts(shared):
 def test_recipes_beyond_finlora():
     expected = {f"{task}_{kind}_lora" for task in ("sentiment", "headline", "ner") for kind in ("r8", "4bit_r4")}
     expected |= {f"{task}_bf16_r8_{method}" for task in TASKS + MIXTURES for method in ("lora", "dora")}
+    kinds = ("r8_lora", "r8_dora", "r8_rslora", "bf16_r8_dora", "4bit_r8_lora")
+    small = ("sentiment", "headline", "ner", "xbrl_term", "formula")
+    expected |= {f"{task}_smollm2_{kind}" for task in small for kind in kinds}
     assert expected | {"demo_r8_dora"} | {run["recipe"] for run in recipe_names.finlora_runs()} == set(ALL)
 
 
@@ -75,16 +78,9 @@ def test_every_recipe_states_its_global_batch():
 
 def test_every_recipe_states_the_memory_it_takes():
     """As the estimate has it, which is held against measured runs; on the smallest usual card with 7% to spare."""
-    shape = bases.shape("meta-llama/Llama-3.1-8B-Instruct")
     for name in set(ALL) - {"demo_r8_dora"}:
         second = (recipe_names.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1]
-        needs = [memory_estimate(ALL[name] | changes, shape) for changes in ({}, {"gradient_checkpointing": True})]
-        (most, large), (least, small) = (
-            (round(need), next(card for card in (16, 24, 40, 48, 80) if need <= card * 0.93)) for need in needs
-        )
-        assert second == (
-            f"# Memory: about {most} GiB (a GPU of {large} GB), {least} with gradient_checkpointing: true ({small} GB)."
-        ), name
+        assert second == memory_line(ALL[name], bases.shape(ALL[name]["base_model"])), name
 
 
 def test_dora_recipes_keep_axolotls_stale_norm_kernels_off():
@@ -336,8 +332,10 @@ def test_list_and_filter(command):
     shown = command("finlora", "recipes").stdout.splitlines()
     assert len(shown) == len(ALL) + 1
     filtered = command("finlora", "recipes", "--task", "sentiment").stdout.splitlines()
-    assert len(filtered) == 8 and all("sentiment" in line for line in filtered[1:])
-    assert any(line.split() == "sentiment_r8_dora sentiment 8 8 16 dora 4,915,200".split() for line in filtered)
+    assert len(filtered) == 13 and all("sentiment" in line for line in filtered[1:])
+    assert any(
+        line.split() == "sentiment_r8_dora sentiment llama31_8b 8 8 16 dora 4,915,200".split() for line in filtered
+    )
     typo = command("finlora", "recipes", "--task", "sentimnt")
     failed(typo, "no such task", "did you mean sentiment", file="TASK=sentimnt")
 

@@ -28,7 +28,6 @@ from finlora.recipes import names as recipe_names
 from finlora.train import distributed
 
 SAMPLE = 2000  # rows whose tokens are counted
-SPARE = 0.93  # of a card's memory: the driver, the libraries and fragments take the rest
 UNPACKED_FILL = 2 / 3  # of a padded batch, where packing is off: a guess
 
 
@@ -86,7 +85,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.gpu.memory * SPARE
+        return self.peak <= self.gpu.memory * memory.SPARE
 
     @property
     def hours(self) -> float:
@@ -222,7 +221,7 @@ def make_plan(
         shared=how_shared,
         parameters=bases.adapter_parameters(recipe, shape),
         memory=memory.memory_parts(shared, shape),
-        change=memory.what_fits(shared, shape, gpu.memory * SPARE, recipe, rows.longest),
+        change=memory.what_fits(shared, shape, gpu.memory * memory.SPARE, recipe, rows.longest),
         rows=rows,
         length=shared["sequence_len"],
         schedule=schedule(shared, shape, gpu, gpus, rows, fit.factors),

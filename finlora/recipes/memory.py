@@ -15,6 +15,8 @@ TOKENS_PER_LABEL = 32
 # MLP widths that one layer's backward pass holds besides what was kept: gradients of gate, up and their product.
 BACKWARD_WIDTHS = 3
 QK_NORMS = ("qwen3",)  # architectures with norms of queries and keys
+CARDS = (16, 24, 40, 48, 80, 141, 180)  # GB that GPUs have
+SPARE = 0.93  # of a card's memory: the driver, the libraries and fragments take the rest
 SHORTEST_PACK = 512  # tokens: no shorter pack is proposed
 
 
@@ -56,6 +58,15 @@ def memory_parts(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, flo
 def memory_estimate(recipe: dict[str, Any], shape: dict[str, Any]) -> float:
     """GiB that training takes on one GPU at its peak; within 5% of finlora/plan/train_throughput.json."""
     return sum(memory_parts(recipe, shape).values())
+
+
+def memory_line(recipe: dict[str, Any], shape: dict[str, Any]) -> str:
+    """The comment at the top of a recipe that says what memory it takes, on the smallest card with SPARE to spare."""
+    needs = [memory_estimate(recipe | changes, shape) for changes in ({}, {"gradient_checkpointing": True})]
+    sizes = [next((f"{card} GB" for card in CARDS if need <= card * SPARE), "several GPUs") for need in needs]
+    (most, least), (large, small) = (max(1, round(need)) for need in needs), sizes
+    on = large if large == "several GPUs" else f"a GPU of {large}"
+    return f"# Memory: about {most} GiB ({on}), {least} with gradient_checkpointing: true ({small})."
 
 
 def what_fits(
