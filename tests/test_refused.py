@@ -338,7 +338,7 @@ def test_a_base_model_that_fits(checked):
 def test_layers_that_an_architecture_does_not_have(checked):
     """Phi-3 has a Llama's sizes, and joins q, k and v in one layer."""
     phi = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "pad_token_id": 0}
-    with refuses("q_proj is none of", "down_proj, gate_up_proj, o_proj, qkv_proj", file="mine.yaml") as error:
+    with refuses("q_proj is none of", "qkv_proj, o_proj, gate_up_proj, down_proj", file="mine.yaml") as error:
         checked(phi)
     assert "'lora_target_modules'" in str(error.value)
     for check in base_model.check_base, lambda recipe: rules.validate("mine.yaml", recipe):

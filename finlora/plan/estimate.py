@@ -10,12 +10,17 @@ import bisect
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from finlora.core import machine
 from finlora.core.errors import UserError
+from finlora.core.files import read_json
 from finlora.core.html import render
 from finlora.core.paths import ROOT
 from finlora.data import tokens as data_tokens
@@ -107,10 +112,11 @@ def rows_of(path: Path, recipe: dict[str, Any]) -> Rows:
     )
     if not train:
         raise UserError(f"{path}: key 'datasets': its files have no rows")
-    texts = [chat(path, line) for file in files for line in lines_of(file, -(-train // SAMPLE))]
     tokenizer = data_tokens.tokenizer_of(recipe["base_model"])
+    as_text = template(recipe, tokenizer)
+    texts = [chat(path, line, as_text) for file in files for line in lines_of(file, -(-train // SAMPLE))]
     if tokenizer:
-        tokens = [count + 1 for count in data_tokens.counter(tokenizer)(texts)]  # one for the beginning of the text
+        tokens = data_tokens.counter(tokenizer)(texts)
         how = f"{len(tokens):,} rows counted by the base model's tokenizer"
     else:
         tokens = [math.ceil(len(text) / 4) for text in texts]
@@ -124,15 +130,36 @@ def lines_of(file: Path, step: int) -> list[tuple[int, bytes]]:
         return [(number, line) for number, line in enumerate(lines, 1) if (number - 1) % step == 0]
 
 
-def chat(path: Path, numbered: tuple[int, bytes]) -> str:
-    """A prepared row as Llama-3's chat template writes it."""
+def template(recipe: dict[str, Any], tokenizer: Path | None) -> Callable[[list[dict[str, str]]], str]:
+    """What writes a conversation as the recipe's chat template does. tokenizer: the base model's, where it is here."""
+    # Both without axolotl and torch, whose imports take many seconds.
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    name, folder = recipe.get("chat_template"), tokenizer.parent if tokenizer else None
+    own = folder / "chat_template.jinja" if folder else None
+    if name == "jinja":
+        given = recipe["chat_template_jinja"]
+        source = given if "{" in given else (ROOT / given).read_text(encoding="utf-8")
+    elif name == "tokenizer_default" and own and own.is_file():
+        source = own.read_text(encoding="utf-8")
+    else:
+        axolotl = Path(find_spec("axolotl").submodule_search_locations[0]) / "utils/chat_templates/templates"
+        file = axolotl / f"{name}.jinja"
+        source = (file if file.is_file() else axolotl / "chatml.jinja").read_text(encoding="utf-8")
+    config = (read_json(folder / "tokenizer_config.json") if folder else None) or {}
+    named = {key: config.get(key) or "" for key in ("bos_token", "eos_token")}
+    marks = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+    return lambda turns: render_jinja_template([turns], chat_template=source, **marks)[0][0]
+
+
+def chat(path: Path, numbered: tuple[int, bytes], as_text: Callable[[list[dict[str, str]]], str]) -> str:
+    """A prepared row as the chat template writes it."""
     number, line = numbered
     try:
-        turns = [(turn["role"], turn["content"].strip()) for turn in json.loads(line)["messages"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return as_text([{"role": turn["role"], "content": turn["content"]} for turn in json.loads(line)["messages"]])
+    except (ValueError, KeyError, TypeError, AttributeError, TemplateError) as error:
         text = f"{path}: key 'datasets': row {number} is not one of messages; `make train` says which"
         raise UserError(text) from error
-    return "".join(f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>" for role, text in turns)
 
 
 def rows_of_task(path: Path, missing: Path) -> Rows:

@@ -110,6 +110,16 @@ def linear_parameters(shape: dict[str, Any]) -> int:
     return sum(inputs * outputs for inputs, outputs in linear_layers(shape).values()) * shape["num_hidden_layers"]
 
 
+def embedding_parameters(shape: dict[str, Any]) -> int:
+    """The weights of embeddings and head, which may be the same ones."""
+    return shape["vocab_size"] * shape["hidden_size"] * (1 if shape.get("tie_word_embeddings") else 2)
+
+
+def parameters(shape: dict[str, Any]) -> int:
+    """All weights but those of the norms, a few thousandths of a percent."""
+    return linear_parameters(shape) + embedding_parameters(shape)
+
+
 class Adapted(NamedTuple):
     """Trainable parameters of one target module over all layers: in A and B, and in DoRA's magnitudes."""
 

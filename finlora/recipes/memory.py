@@ -31,7 +31,6 @@ def memory_parts(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, flo
     hidden, inner, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
     linears, (query, kv) = bases.linear_layers(shape), bases.attention_widths(shape)
     bits = 8 if recipe.get("load_in_8bit") else NF4_BITS if recipe.get("load_in_4bit") else 16
-    tables = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
     tokens = recipe["sequence_len"] * recipe["micro_batch_size"]
     targets = recipe["lora_target_modules"]
     # Kept, in widths: 3 hidden (two norms' inputs and the first norm's output), q and the attention's output, k and v,
@@ -47,7 +46,7 @@ def memory_parts(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, flo
     kept = one_layer + hidden * layers if recipe.get("gradient_checkpointing") else one_layer * layers
     positions = tokens / TOKENS_PER_LABEL if recipe.get("fastdora_answers_only") else tokens
     parts = {
-        "weights": bases.linear_parameters(shape) * bits / 8 + tables * HALF,
+        "weights": bases.linear_parameters(shape) * bits / 8 + bases.embedding_parameters(shape) * HALF,
         "adapter": bases.trainable_parameters(recipe, shape) * TRAINED,
         "activations": tokens * (kept + BACKWARD_WIDTHS * inner) * HALF,
         "logits": positions * shape["vocab_size"] * LOGITS,

@@ -53,8 +53,7 @@ def check_config(recipe: Recipe) -> None:
             f"{path}: key 'sequence_len' is {keys['sequence_len']}, and {keys['base_model']} has {longest} positions; "
             f"set it to {longest} or less"
         )
-    layers = recipe.layers if config.get("model_type") == "llama" else []
-    layers = layers or layers_of(base, config)
+    layers = recipe.layers or layers_of(base, config)
     for target in keys["lora_target_modules"]:
         if target not in layers:
             raise UserError(f"{path}: key 'lora_target_modules': {target} is none of {', '.join(layers)}")
@@ -79,7 +78,7 @@ def check_saved(where: str, saved: list[str], modules: dict[str, Any], config: d
 
 def layers_of(base: str, config: dict[str, Any]) -> list[str]:
     """The linear layers of an architecture's blocks: Phi-3, say, has one for q, k and v. base: begins an error."""
-    import torch  # takes seconds, which a Llama does not need
+    import torch  # takes seconds, which the architectures that are known do not need
 
     # One layer is enough; a list of all layers' types would contradict it.
     small = {key: value for key, value in config.items() if key != "layer_types"} | {"num_hidden_layers": 1}

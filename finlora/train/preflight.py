@@ -10,13 +10,14 @@ from finlora.core.machine import GIB
 from finlora.core.paths import PREPARED, ROOT, SAMPLE
 from finlora.data import prepare, rows
 from finlora.data.tasks import load_tasks
+from finlora.recipes.bases import parameters
 from finlora.recipes.memory import what_fits
 from finlora.recipes.names import option
 from finlora.recipes.recipe import Recipe
 from finlora.train.base_model import check_base
 from finlora.train.distributed import Launch
 
-BASE_SIZE = 17 * GIB  # Llama-3.1-8B's files in 16 bits, with a little to spare
+BASE_SIZE = 17  # GiB, Llama-3.1-8B's files in 16 bits with a little to spare: for a base model of unknown sizes
 
 
 def preflight(recipe: Recipe, launch: Launch, small: bool, trained: bool) -> tuple[bool, str]:
@@ -82,9 +83,10 @@ def check_disk(recipe: Recipe, fetches_base: bool) -> None:
         from huggingface_hub import constants  # a second of start-up that most runs spare
 
         cache = Path(constants.HF_HUB_CACHE)
-        if (free := free_space(cache)) < BASE_SIZE:
+        size = 2.2 * parameters(recipe.shape) / GIB if recipe.shape else BASE_SIZE  # 16 bits and a tenth to spare
+        if (free := free_space(cache) / GIB) < size:
             base = recipe.keys["base_model"]
-            raise UserError(f"{cache}: {base} takes 17 GiB and {free / GIB:.1f} are free; set HF_HOME")
+            raise UserError(f"{cache}: {base} takes {size:.0f} GiB and {free:.1f} are free; set HF_HOME")
 
 
 def free_space(folder: Path) -> int:

@@ -272,7 +272,7 @@ def of_recipe(name: str, tiny: bool) -> TrainedRecipe:
         model=str(ROOT / base) if (ROOT / base).is_dir() else base,
         adapter=out,
         bits=8 if keys.get("load_in_8bit") else 4 if keys.get("load_in_4bit") else 16,
-        tiny=tiny or keys["base_model"].startswith(".cache/"),
+        tiny=tiny or keys["base_model"].startswith(".cache/tiny"),
         training={key: record[key] for key in ("metrics", "args", "seconds", "data_from") if key in record}
         | {"log": (folder.metrics or {}).get("log", [])},
         trained_on=trained_contexts(record),
