@@ -22,7 +22,7 @@ from finlora.recipes import names as recipe_names
 
 pytestmark = pytest.mark.xdist_group("axolotl")
 TABLE = bases.load_bases()
-WORDS = ["up", "down", "flat"]
+ANSWER = "positive"
 
 
 def on_meta(config):
@@ -139,12 +139,12 @@ def test_each_architecture_is_trained_merged_and_served(kind, house, command):
     base, out = house / ".cache" / kind, house / "outputs" / f"mine_{kind}"
     shape = tiny(base, kind)
     file = house / "data" / "rows.jsonl"
-    turns = [(f"Shares of company {n} rose {n}.5 percent.", WORDS[n % 3]) for n in range(24)]
-    rows = [[{"role": "user", "content": ask}, {"role": "assistant", "content": answer}] for ask, answer in turns]
+    asks = [f"Shares of company {n} rose {n}.5 percent." for n in range(120)]
+    rows = [[{"role": "user", "content": ask}, {"role": "assistant", "content": ANSWER}] for ask in asks]
     file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
     *_, keys = KINDS[kind]
     recipe = KEYS | {"lora_target_modules": ATTENTION} | keys
-    recipe |= {"base_model": f".cache/{kind}", "sequence_len": 256, "num_epochs": 30, "learning_rate": 0.02}
+    recipe |= {"base_model": f".cache/{kind}", "sequence_len": 256, "num_epochs": 1, "learning_rate": 0.02}
     recipe |= {"output_dir": f"outputs/{out.name}", "dataset_prepared_path": f"outputs/{out.name}/tokenised"}
     recipe |= {"datasets": [KEYS["datasets"][0] | {"path": "data/rows.jsonl"}], "evals_per_epoch": None}
     recipe |= {"test_datasets": None, "saves_per_epoch": 1, "fastdora_graphs": False, "eval_sample_packing": False}
@@ -158,10 +158,10 @@ def test_each_architecture_is_trained_merged_and_served(kind, house, command):
     assert sum(name.endswith("lora_magnitude_vector") for name in tensors) == 2 * len(recipe["lora_target_modules"])
     done = command("finlora", "merge", "--recipe", str(path), "--limit", "0")
     assert done.returncode == 0 and "verified" in done.stdout, done.stderr[-3000:]
-    answers_end(out / "merged", base, turns)
+    answers_end(out / "merged", base, asks[:6])
 
 
-def answers_end(merged: Path, base: Path, turns) -> None:
+def answers_end(merged: Path, base: Path, asks: list[str]) -> None:
     """The merged model ends its answers at the token that its template writes, where the base's go on."""
     from finlora.models.generate import generate
     from finlora.models.load import load_base
@@ -169,11 +169,11 @@ def answers_end(merged: Path, base: Path, turns) -> None:
     tokenizer = AutoTokenizer.from_pretrained(merged)
     asked = [
         tokenizer.apply_chat_template([{"role": "user", "content": ask}], add_generation_prompt=True, return_dict=False)
-        for ask, _ in turns[:6]
+        for ask in asks
     ]
     assert prompts.end_of_turn(tokenizer) == tokenizer.eos_token_id
     answers = generate(load_base(str(merged), 16), tokenizer, asked, 12)
-    assert all(answer.ended and answer.text.strip() in WORDS for answer in answers), answers
+    assert all(answer.ended and answer.text == ANSWER for answer in answers), answers
     assert not all(answer.ended for answer in generate(load_base(str(base), 16), tokenizer, asked, 12))
 
 

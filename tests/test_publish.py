@@ -179,6 +179,27 @@ def evaluated(request, runs, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
 
 
+@pytest.mark.parametrize(
+    ("base", "licence", "words"),
+    [
+        (
+            "meta-llama/Llama-3.3-70B-Instruct",
+            "llama3.3",
+            "Llama 3.3 Community License](https://www.llama.com/llama3_3/",
+        ),
+        ("Qwen/Qwen3-8B", "apache-2.0", "licence of their base model, Qwen/Qwen3-8B"),
+        ("someone/model", "other", "licence of their base model, someone/model"),
+    ],
+)
+def test_the_licence_is_the_base_models(base, licence, words, runs):
+    run = runs / RECIPES[8] / "recipe.yaml"
+    run.write_text(yaml.safe_dump(yaml.safe_load(run.read_text()) | {"base_model": base}))
+    names = publish.publish(plan(), "someone/finance")
+    card = (runs / RECIPES[8] / "publish" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["license"] == licence and words in card
+    assert ("NOTICE.txt" in names) == ("Built with Llama" in card) == licence.startswith("llama")
+
+
 def test_the_card_says_what_is_known(runs, evaluated, monkeypatch):
     """As for a run on Llama-3.1 itself; of three evaluations it shows the one of this very adapter."""
     run = runs / RECIPES[8] / "recipe.yaml"

@@ -32,6 +32,7 @@ from finlora.data.tasks import load_tasks
 from finlora.evaluate import report, results
 from finlora.export.merged import check_weights, need_merged, read_merge_record
 from finlora.models.trained import TrainedModel
+from finlora.recipes.bases import find_base
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 DEFECTS = ROOT / "data" / "README.md"
@@ -48,12 +49,6 @@ FILES = {
 }
 CONFIGS = ("adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json")
 BASES = ("base_model_name_or_path", "_name_or_path", "name_or_path")  # keys that may name a folder
-LLAMA = {
-    "name": "Llama 3.1 Community License",
-    "url": "https://www.llama.com/llama3_1/license/",
-    "notice": "Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. "
-    "All Rights Reserved.",
-}
 # The names of the test sets in data/README.md's table of defects.
 DEFECT_NAMES = {
     "fpb": "FPB",
@@ -83,8 +78,10 @@ def publish(
     folder = need_merged(trained) if merged else trained.adapter
     if merged:
         check_weights(folder)
-    llama = trained.run.keys["base_model"].startswith("meta-llama/Llama-3.1")
-    content = model_card(trained, repo, folder if merged else None, llama)
+    known = find_base(trained.run.keys["base_model"])
+    licence = known.licence if known else None
+    llama = llama_licence(licence) if licence and licence.startswith("llama") else None
+    content = model_card(trained, repo, folder if merged else None, licence, llama)
     card = trained.folder / "publish" / "README.md"
     with replacing(card) as file:
         file.write(content)
@@ -104,11 +101,11 @@ def publish(
     return names
 
 
-def stage(folder: Path, patterns: list[str], card: str, llama: bool, staged: Path) -> list[str]:
+def stage(folder: Path, patterns: list[str], card: str, llama: dict[str, str] | None, staged: Path) -> list[str]:
     """Put what is published into `staged`, weights as links; return the names, after `check_text` of each."""
     (staged / "README.md").write_text(card, encoding="utf-8")
     if llama:
-        (staged / "NOTICE.txt").write_text(f"{LLAMA['notice']}\n", encoding="utf-8")
+        (staged / "NOTICE.txt").write_text(f"{llama['notice']}\n", encoding="utf-8")
     names = sorted(path.name for path in staged.iterdir())
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         if path.name in CONFIGS:
@@ -137,7 +134,7 @@ def without_paths(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and is_machine_path(value) else value
 
 
-def notes(trained: TrainedModel, repo: str, card: str, llama: bool) -> list[str]:
+def notes(trained: TrainedModel, repo: str, card: str, llama: dict[str, str] | None) -> list[str]:
     """What is left to do by hand before the model is pushed."""
     left = []
     if llama and not repo.split("/")[1].startswith("Llama"):
@@ -215,8 +212,25 @@ def reason(error: BaseException) -> str:
     return f"the Hub refuses ({answer})"
 
 
-def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: bool) -> str:
-    """The card: how to load it, prompt, data with its defects, scores, recipe, versions, licences."""
+def llama_licence(licence: str) -> dict[str, str]:
+    """What Meta asks for beside a model made of one of its own. licence: the Hub's identifier, as llama3.1."""
+    version = licence.removeprefix("llama")
+    name = f"Llama {version} Community License"
+    return {
+        "name": name,
+        "url": f"https://www.llama.com/llama{version.replace('.', '_')}/license/",
+        "notice": f"Llama {version} is licensed under the {name}, Copyright © Meta Platforms, Inc. "
+        "All Rights Reserved.",
+    }
+
+
+def model_card(
+    trained: TrainedModel, repo: str, merged: Path | None, licence: str | None, llama: dict[str, str] | None
+) -> str:
+    """The card: how to load it, prompt, data with its defects, scores, recipe, versions, licences.
+
+    licence: the base model's, by the Hub's identifier, where it is known. llama: `llama_licence` where it is Meta's.
+    """
     record, recipe = trained.run.record, trained.run.keys
     task = next((part for part in Path(recipe["datasets"][0]["path"]).parts if part in load_tasks()), "sentiment")
     entry = load_tasks()[task]
@@ -229,8 +243,8 @@ def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: boo
     names = sorted({source.removeprefix(hub) for source in sources if source.startswith(hub)}) or None
     data = ModelCardData(
         language="en",
-        license="llama3.1" if llama else "other",
-        license_name=None if llama else "that-of-the-base-model",
+        license=licence or "other",
+        license_name=None if licence else "that-of-the-base-model",
         library_name="transformers" if merged else "peft",
         pipeline_tag="text-generation",
         base_model=base if base == recipe["base_model"] else None,
@@ -245,7 +259,7 @@ def model_card(trained: TrainedModel, repo: str, merged: Path | None, llama: boo
         trained=trained,
         base=base,
         merged=read_merge_record(merged) if merged else None,
-        llama=LLAMA if llama else None,
+        llama=llama,
         recipe_text=(trained.adapter / "recipe.yaml").read_text(encoding="utf-8").strip(),
         method=report.METHODS[trained.facts.method],
         record=record,
