@@ -384,6 +384,7 @@ import json, os, signal, sys, time
 name, ends, *more = sys.argv[1:]
 note = {"name": name, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "began": time.monotonic()}
 note["threads"] = os.environ.get("OMP_NUM_THREADS")
+note["tokenizing"] = os.environ.get("AXOLOTL_DATASET_NUM_PROC")
 time.sleep(0.15)
 with open(os.path.join(os.path.dirname(__file__), "notes.jsonl"), "a") as file:
     file.write(json.dumps(note | {"ended": time.monotonic()}) + "\\n")
@@ -446,7 +447,7 @@ def test_points_that_share_a_gpu_share_the_cores(stand_in, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert sweep.work([stand_in(f"p{number}") for number in range(4)], [None] * 4, None) == {}
-    assert {note["threads"] for note in stand_in.notes()} == {"2"}
+    assert {(note["threads"], note["tokenizing"]) for note in stand_in.notes()} == {("2", "2")}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert sweep.work([stand_in("own")], [None, None], None) == {} and stand_in.notes()[-1]["threads"] == "3"
 
