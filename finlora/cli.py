@@ -61,7 +61,9 @@ Bits = Annotated[
 ]
 Tiny = Annotated[bool, typer.Option("--tiny", help="the run of a tiny model, on any machine")]
 Force = Annotated[bool, typer.Option("--force", help="start over; earlier results are set aside")]
-Track = Annotated[str | None, typer.Option(help="log to wandb or mlflow besides TensorBoard, or to none")]
+Track = Annotated[
+    Literal["wandb", "mlflow", "none"] | None, typer.Option(help="log to it besides TensorBoard, or to none at all")
+]
 TestSets = Annotated[str | None, typer.Option("--tasks", help="test sets, tasks or groups (default: the recipe's)")]
 Limit = Annotated[int | None, typer.Option(click_type=Number(), help="only the first rows of each set")]
 Tests = Annotated[
@@ -140,11 +142,15 @@ def train(
     ] = 1,
     node_rank: Annotated[int, typer.Option(help="index of this machine, from 0")] = 0,
     master: Annotated[str | None, typer.Option(help="HOST or HOST:PORT of machine 0")] = None,
-    zero: Annotated[int | None, typer.Option(help="DeepSpeed's ZeRO stage: 1, 2 or 3")] = None,
+    zero: Annotated[
+        int | None, typer.Option(click_type=click.Choice([1, 2, 3]), help="DeepSpeed's ZeRO stage: 1, 2 or 3")
+    ] = None,
     offload: Annotated[
         bool, typer.Option("--offload", help="with --zero 2, 3 or --fsdp 2: use the CPU's memory too")
     ] = False,
-    fsdp: Annotated[int | None, typer.Option(help="2: shard the model with torch's FSDP2")] = None,
+    fsdp: Annotated[
+        int | None, typer.Option(click_type=click.Choice([2]), help="2: shard the model with torch's FSDP2")
+    ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="on a Ray cluster: --gpus times --nodes workers")] = False,
     track: Track = None,
 ) -> None:

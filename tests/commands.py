@@ -182,7 +182,7 @@ def command(module: str, argv: list[str], cwd: str, env: dict[str, str], trainin
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
         del sys.modules[name]
     if training:
-        importlib.import_module("finlora.train.run").axolotl = axolotl
+        importlib.import_module("finlora.train.launch").axolotl = axolotl
     if module == "-c":
         exec(compile(argv[0], "<string>", "exec"), {"__name__": "__main__"})
         return

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from failures import failed, refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finlora import cli
 from finlora.core import machine
 from finlora.core.errors import UserError
 from finlora.recipes import load as recipes
@@ -88,18 +90,18 @@ def test_a_batch_that_cannot_be_kept_is_refused(case):
 
 def test_a_row_too_long_for_shorter_packs_names_the_way_out():
     written = recipes.Recipe(PATH, RECIPE | {"gradient_accumulation_steps": 1, "sequence_len": 5120})
-    shared = distributed.distribute(written, Launch(gpus=4))[0]
-    hint = distributed.shorter_packs_hint(written, shared)
-    assert hint.startswith("; ") and re.search(r"\b1,280 tokens\b.* fewer GPUs", hint)
-    assert distributed.shorter_packs_hint(written, distributed.distribute(written, Launch())[0]) == ""
+    shared = distributed.distribute(written, Launch(gpus=4))
+    assert re.search(r"\b1,280 tokens\b.*; a row that is longer needs fewer GPUs", shared.batch_kept)
+    whole = recipes.Recipe(PATH, RECIPE | {"gradient_accumulation_steps": 4})
+    assert "longer" not in distributed.distribute(whole, Launch(gpus=4)).batch_kept
 
 
 def test_a_launch_makes_of_a_recipe_what_its_options_say():
     recipe = recipes.Recipe(PATH, RECIPE | {"gradient_accumulation_steps": 8})
-    assert distributed.distribute(recipe, Launch())[0].keys == recipe.keys
-    shared, message = distributed.distribute(recipe, Launch(gpus=2, nodes=2, zero=2, offload=True, ray=True))
-    assert shared.keys["gradient_accumulation_steps"] == 2 and message
-    assert distributed.stage(shared.keys) == 2 and "save_steps" in shared.keys and shared.path == PATH
+    assert distributed.distribute(recipe, Launch()).recipe.keys == recipe.keys
+    shared = distributed.distribute(recipe, Launch(2, 2, master="node0", zero=2, offload=True))
+    assert shared.recipe.keys["gradient_accumulation_steps"] == 2 and shared.batch_kept
+    assert shared.zero == 2 and shared.recipe.path == PATH and "--nnodes=2" in shared.torchrun
     assert (Launch(gpus=2, nodes=2).gpus_needed, Launch(zero=1).gpus_needed, Launch(fsdp=2).gpus_needed) == (2, 1, 0)
 
 
@@ -118,8 +120,6 @@ def test_ray_is_asked_for_a_worker_a_gpu_and_a_recipe_that_its_workers_take(monk
 
 
 SHARD_REFUSED = [
-    ({}, 4, False, {"file": "ZERO=4"}, ["1, 2 and 3|1, 2 or 3"]),
-    ({}, 0, False, {"file": "ZERO=0"}, ["1, 2 and 3|1, 2 or 3"]),
     ({}, None, True, {}, ["OFFLOAD=1", "ZERO=2", "ZERO=3", "FSDP=2"]),
     ({}, 1, True, {}, ["OFFLOAD=1", "ZERO=2", "ZERO=3", "ZERO=1"]),
     ({"deepspeed": "own.json"}, 2, False, {"file": PATH, "key": "deepspeed"}, ["remove", "ZERO=2"]),
@@ -143,7 +143,6 @@ def test_sharding_that_cannot_work_is_refused(changes, zero, offload, place, wor
     "changes, zero, fsdp, processes, place, words",
     [
         ({}, 2, 2, 2, {"file": "ZERO=2 FSDP=2"}, ["one"]),
-        ({}, None, 1, 2, {"file": "FSDP=1"}, ["FSDP=2"]),
         ({}, None, 2, 1, {}, ["FSDP=2", "GPUS=2"]),
         ({"deepspeed": "own.json"}, None, 2, 2, {"file": PATH, "key": "deepspeed"}, ["remove", "FSDP=2"]),
     ],
@@ -151,6 +150,13 @@ def test_sharding_that_cannot_work_is_refused(changes, zero, offload, place, wor
 def test_fsdp_that_cannot_work_is_refused(changes, zero, fsdp, processes, place, words):
     with refuses(*words, **place):
         distributed.shard(PATH, RECIPE | changes, zero, False, fsdp, processes)
+
+
+@pytest.mark.parametrize("options", [("--zero", "4"), ("--zero", "0"), ("--fsdp", "1")])
+def test_a_stage_that_there_is_not_is_refused(options):
+    with pytest.raises(click.BadParameter, match=f"'{options[1]}' is not") as error:
+        cli.call(["train", "sentiment_r8_dora", *options])
+    assert error.value.param.opts == [options[0]]
 
 
 @pytest.mark.parametrize("name", ["sentiment_bf16_r8_dora", "sentiment_r8_dora", "sentiment_4bit_r4_lora"])
@@ -176,7 +182,7 @@ def test_every_stage_has_its_file(zero, offload):
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     recipe = distributed.shard(PATH, RECIPE | {"gradient_checkpointing": True}, zero, offload)
-    assert distributed.stage(recipe) == zero
+    assert distributed.stage(PATH, recipe) == zero
     assert recipe["gradient_checkpointing_kwargs"]["use_reentrant"] == (zero == 3)
     config = json.loads((ROOT / recipe["deepspeed"]).read_text(encoding="utf-8"))
     section = config["zero_optimization"]

@@ -14,7 +14,9 @@ from finlora.core.errors import UserError
 from finlora.recipes import bases, rules
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
-from finlora.train import base_model, run
+from finlora.train import distributed, launch, preflight
+from finlora.train.distributed import Launch
+from finlora.train.runs import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 DORA = yaml.safe_load((recipe_names.RECIPES / "sentiment_r8_dora.yaml").read_text(encoding="utf-8"))
@@ -143,9 +145,9 @@ def test_what_is_refused_is_what_axolotl_would_obey():
     assert [key for kind, entry in REFUSED for key in entry["keys"] if key not in known[kind]] == []
 
 
-def test_axolotls_options_are_no_way_round():
+def test_axolotls_options_are_no_way_round(tmp_path):
     with refuses("supervised", "remove", file="ARGS=--rl dpo", key="rl"):
-        run.check_args(Path("mine.yaml"), ["--rl", "dpo"])
+        recipes.load(written(tmp_path), ["--rl", "dpo"])
 
 
 @pytest.mark.parametrize(
@@ -160,8 +162,9 @@ def test_axolotls_options_are_no_way_round():
 )
 def test_options_that_axolotl_would_not_take_or_the_record_not_know(args, words):
     with refuses(*words, file=f"ARGS={' '.join(args)}"):
-        run.check_args(Path("mine.yaml"), args)
-    run.check_args(Path("mine.yaml"), ["--learning-rate=0.1", "--no-sample-packing", "--max-steps", "3", "--debug"])
+        recipes.check_options(Path("mine.yaml"), args)
+    taken = ["--learning-rate=0.1", "--no-sample-packing", "--max-steps", "3", "--debug"]
+    recipes.check_options(Path("mine.yaml"), taken)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +180,12 @@ def test_options_that_axolotl_would_not_take_or_the_record_not_know(args, words)
         (["--seed", "x"], "seed", ["integer"]),
     ],
 )
-def test_options_pass_the_checks_of_the_keys_that_they_set(args, key, words, checked):
+def test_options_pass_the_checks_of_the_keys_that_they_set(args, key, words, checked, tmp_path):
     def check(options: list[str], **changes) -> None:
-        checked({}, check=lambda recipe: run.check_options(recipe, options), **changes)
+        def load_and_check(recipe: recipes.Recipe) -> None:
+            preflight.check_base(recipes.load(written(tmp_path, **recipe.keys), options))
+
+        checked({}, load_and_check, **changes)
 
     with refuses(*words, file=f"ARGS={shlex.join(args)}", key=key):
         check(args, sample_packing=False, sequence_len=512)
@@ -187,12 +193,20 @@ def test_options_pass_the_checks_of_the_keys_that_they_set(args, key, words, che
     check(["--special-tokens.pad-token", "<|eot_id|>", "--no-sample-packing"])
 
 
-def test_errors_of_the_plugin_name_the_recipe_and_not_its_copy():
-    copy = Path("/house/outputs/mine/recipe.yaml")
-    with refuses("qwen3", file="own/mine.yaml", key="chat_template"), run.naming(Path("own/mine.yaml"), copy):
-        raise UserError(f"{copy}: key 'chat_template': qwen3")
-    with refuses(file=f"axolotl train {copy} failed"), run.naming(Path("own/mine.yaml"), copy):
-        raise UserError(f"axolotl train {copy} failed: killed")
+@pytest.mark.parametrize(
+    "copy, file", [("{}: key 'chat_template': qwen3", "own/mine.yaml"), ("axolotl {}: killed", "")]
+)
+def test_errors_of_the_plugin_name_the_recipe_and_not_its_copy(copy, file, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "outputs" / "mine")
+    message = copy.format(folder.recipe_file)
+
+    def fail(*args) -> None:
+        raise UserError(message)
+
+    monkeypatch.setattr(launch, "ROOT", tmp_path)
+    monkeypatch.setattr(launch, "axolotl", fail)
+    with refuses(file=file or message.partition(":")[0], **{"key": "chat_template"} if file else {}):
+        launch.preprocess_and_train(recipes.Recipe(Path("own/mine.yaml"), DORA), folder, [], True, None)
 
 
 def test_paths_that_would_be_read_or_written_wrongly(tmp_path, monkeypatch):
@@ -207,7 +221,6 @@ def test_paths_that_would_be_read_or_written_wrongly(tmp_path, monkeypatch):
         ({"output_dir": "outputs"}, "output_dir", ["name a folder"]),
         ({"output_dir": "outputs/x/.."}, "output_dir", ["name a folder"]),
         ({"deepspeed": "zero9.json"}, "deepspeed", ["zero9.json", "no file", "fix"]),
-        ({"deepspeed": "broken.json"}, "deepspeed", ["broken.json", "no JSON object", "fix"]),
         ({"datasets": [ROWS | {"path": "org/rows"}]}, "datasets", ["org/rows", "no file", "make data FILE="]),
         ({"chat_template_jinja": "prompts/typo.jinja"}, "chat_template_jinja", ["typo.jinja", "no file", "fix"]),
         (
@@ -219,6 +232,9 @@ def test_paths_that_would_be_read_or_written_wrongly(tmp_path, monkeypatch):
         with refuses(*words, file="mine.yaml", key=key):
             rules.check_paths(recipes.Recipe(Path("mine.yaml"), DORA | changes))
     rules.check_paths(recipes.Recipe(Path("mine.yaml"), DORA | {"chat_template_jinja": "{{ messages }}"}))
+    monkeypatch.setattr(distributed, "ROOT", tmp_path)
+    with refuses("broken.json", "no JSON object", "fix", file="mine.yaml", key="deepspeed"):
+        distributed.distribute(recipes.Recipe(Path("mine.yaml"), DORA | {"deepspeed": "broken.json"}), Launch())
 
 
 TOKENS = ["<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"]
@@ -248,7 +264,7 @@ def checked(tmp_path):
     """check_base on a recipe with changes, whose base model has a configuration with changes and a small tokenizer."""
     from tokenizers import Tokenizer, models
 
-    def check_with(config: dict, check=base_model.check_base, **changes) -> None:
+    def check_with(config: dict, check=preflight.check_base, **changes) -> None:
         base = tmp_path / "base"
         base.mkdir(exist_ok=True)
         (base / "config.json").write_text(json.dumps(LLAMA | config), encoding="utf-8")
@@ -341,7 +357,7 @@ def test_layers_that_an_architecture_does_not_have(checked):
     with refuses("q_proj is none of", "qkv_proj, o_proj, gate_up_proj, down_proj", file="mine.yaml") as error:
         checked(phi)
     assert "'lora_target_modules'" in str(error.value)
-    for check in base_model.check_base, lambda recipe: rules.validate("mine.yaml", recipe):
+    for check in preflight.check_base, rules.check_values:
         checked(phi, check, lora_target_modules=["qkv_proj", "o_proj"])
     with refuses("transformers knows", "take another", file="mine.yaml", key="base_model"):
         checked({"model_type": "perceptron"})
@@ -376,7 +392,7 @@ def test_an_adapter_to_start_from_that_is_not_what_the_recipe_says(change, check
 
 def test_an_adapter_to_start_from_of_another_base(checked, tmp_path, monkeypatch):
     """Bases of equal shapes: PEFT loads the adapter on any of them."""
-    monkeypatch.setattr(base_model, "ROOT", tmp_path)
+    monkeypatch.setattr(preflight, "ROOT", tmp_path)
     base, first, other = tmp_path / "base", tmp_path / "first", tmp_path / "other"
     for folder in (base, first, other):
         folder.mkdir()
@@ -413,7 +429,7 @@ def test_a_mistyped_path_of_the_base_is_called_one(name):
 def test_a_base_without_configuration(tmp_path):
     (tmp_path / "base").mkdir()
     with refuses("config.json", "name a model's folder", file="mine.yaml", key="base_model"):
-        base_model.check_base(recipes.Recipe(Path("mine.yaml"), DORA | {"base_model": str(tmp_path / "base")}))
+        preflight.check_base(recipes.Recipe(Path("mine.yaml"), DORA | {"base_model": str(tmp_path / "base")}))
 
 
 def test_make_train_refuses_before_it_makes_a_folder(command, house):

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from finlora.core import provenance
 from finlora.recipes import bases
 from finlora.train import run as train_module
 from finlora.train import runs as train_runs
+from finlora.train.runs import Identity, RunFolder
 
 pytestmark = pytest.mark.xdist_group("axolotl")
 
@@ -144,7 +146,7 @@ def test_a_full_disk_costs_that_checkpoint_only(runs):
 
 
 RECIPE = "learning_rate: 0.1\nauto_resume_from_checkpoints: true\n"
-IDENTITY = {"recipe": RECIPE, "args": [], "data": {"train.jsonl": "1"}, "start": {}}
+IDENTITY = Identity(RECIPE, [], {"train.jsonl": "1"}, {})
 
 
 def test_make_train_claims_a_folder_again_however_early_it_was_killed(tmp_path, monkeypatch):
@@ -155,10 +157,10 @@ def test_make_train_claims_a_folder_again_however_early_it_was_killed(tmp_path, 
         out = tmp_path / str(number)
         out.mkdir()
         for name in files:
-            (out / name).write_text(json.dumps(IDENTITY) if name == "started.json" else "{", encoding="utf-8")
-        assert train_runs.claim_folder(Path("a.yaml"), out, IDENTITY, force=False) is None
-        assert json.loads((out / "started.json").read_text(encoding="utf-8")) == IDENTITY
-        assert (out / "recipe.yaml").read_text(encoding="utf-8") == IDENTITY["recipe"]
+            (out / name).write_text(json.dumps(asdict(IDENTITY)) if name == "started.json" else "{", encoding="utf-8")
+        assert RunFolder(out).claim(Path("a.yaml"), IDENTITY, force=False) == (None, [])
+        assert json.loads((out / "started.json").read_text(encoding="utf-8")) == asdict(IDENTITY)
+        assert (out / "recipe.yaml").read_text(encoding="utf-8") == RECIPE
 
 
 def test_make_train_resumes_from_the_last_whole_checkpoint(tmp_path, monkeypatch, capsys):
@@ -169,15 +171,15 @@ def test_make_train_resumes_from_the_last_whole_checkpoint(tmp_path, monkeypatch
         (out / f"checkpoint-{step}").mkdir(parents=True)
         (out / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"state")
         checkpoints.seal(out / f"checkpoint-{step}", {})
-    (out / "started.json").write_text(json.dumps(IDENTITY), encoding="utf-8")
+    (out / "started.json").write_text(json.dumps(asdict(IDENTITY)), encoding="utf-8")
     (out / "checkpoint-4" / "optimizer.pt").write_bytes(b"sta")
-    assert train_runs.claim_folder(Path("a.yaml"), out, IDENTITY, force=False) is None
+    assert RunFolder(out).claim(Path("a.yaml"), IDENTITY, force=False)[0] is None
     printed = capsys.readouterr()
     says(printed.out, "resuming from checkpoint-2", file="out")
     says(printed.err, "checkpoint-4 is broken", "optimizer.pt has 3 of 5", "set aside as broken-checkpoint-4")
-    changed = IDENTITY | {"data": {"train.jsonl": "2"}}
+    changed = replace(IDENTITY, data={"train.jsonl": "2"})
     with refuses("unfinished", "other data", "train.jsonl changed", "FORCE=1"):
-        train_runs.claim_folder(Path("a.yaml"), out, changed, force=False)
+        RunFolder(out).claim(Path("a.yaml"), changed, force=False)
     (out / "checkpoint-2" / checkpoints.SEAL).unlink()
-    assert train_runs.claim_folder(Path("a.yaml"), out, IDENTITY, force=False) is None
+    assert RunFolder(out).claim(Path("a.yaml"), IDENTITY, force=False)[0] is None
     says(capsys.readouterr().out, "no complete checkpoint", "first step", file="out")

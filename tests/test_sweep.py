@@ -246,8 +246,6 @@ def test_options_that_the_points_differ_by_and_points_that_are_not_there(tmp_pat
         sweep.sweep(RECIPE, tmp_path / "mine.yaml", Options(point=3))
     with refuses("'fbp'", "fpb", file="TASKS=fbp"):
         sweep.sweep(RECIPE, tmp_path / "mine.yaml", Options(evaluate={"tasks": "fbp"}))
-    with refuses("wandb, mlflow, none", "TensorBoard", file="TRACK=foo"):
-        sweep.sweep(RECIPE, tmp_path / "mine.yaml", Options(track="foo"))
 
 
 def test_gpus_are_shared_out_and_missed(tmp_path, monkeypatch):
@@ -290,7 +288,9 @@ def test_without_a_gpu_the_table_of_what_is_trained_is_written_all_the_same(rank
 
 def test_sweeps_of_equal_names_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "gpus", list)
-    monkeypatch.setattr(runs, "output_folder", lambda recipe, small: tmp_path / "out" / Path(recipe["output_dir"]).name)
+    monkeypatch.setattr(
+        sweep, "output_folder", lambda recipe, small: tmp_path / "out" / Path(recipe["output_dir"]).name
+    )
     monkeypatch.setattr(train, "finished_run", lambda path, *options: None)
     monkeypatch.setattr(SweepPoint, "write", lambda *point: None)
     first, second = (tmp_path / name / "mine.yaml" for name in "ab")
@@ -688,7 +688,7 @@ class Forked:
                 for stream in (1, 2):
                     os.dup2(file.fileno(), stream)
             print("CUDA_VISIBLE_DEVICES", gpu, flush=True)
-            importlib.import_module("finlora.train.run").axolotl = axolotl  # the house's
+            importlib.import_module("finlora.train.launch").axolotl = axolotl  # the house's
             cli = importlib.import_module("finlora.cli")
             cli.main(list(argv))
 

@@ -9,12 +9,15 @@ import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
 from failures import refuses
 from kills import digest, recipe
 
 from fastdora.plugin.checkpoints import MAY_CHANGE
+from finlora import cli
 from finlora.core.errors import UserError
+from finlora.recipes.recipe import Recipe
 from finlora.train import tracking
 
 pytestmark = pytest.mark.xdist_group("axolotl")
@@ -43,6 +46,10 @@ def logged(tmp_path_factory, tiny_base):
 
     train("whole")
     return folder, train
+
+
+def options(tracker: str | None, out: Path, **keys) -> list[str]:
+    return tracking.options(tracker, Recipe(Path("own.yaml"), keys | {"output_dir": str(out)}))
 
 
 def curve(out, tag: str) -> dict[int, float]:
@@ -75,7 +82,7 @@ def test_wandb_through_axolotls_keys_on_a_run_that_resumes(logged, nothing_set):
     shutil.copytree(folder / "whole" / "checkpoint-4", out / "checkpoint-4")
     nothing_set.setenv("WANDB_MODE", "offline")
     nothing_set.setenv("WANDB_SILENT", "true")
-    train("wandb", *tracking.options("wandb", out), "--no-use-tensorboard")
+    train("wandb", *options("wandb", out), "--no-use-tensorboard")
     assert json.loads((out / "metrics.json").read_text(encoding="utf-8"))["steps_this_run"] == 8
     assert digest(out) == digest(folder / "whole") and not (out / "runs").exists()
     (run,) = out.glob("wandb/offline-run-*/run-*.wandb")
@@ -86,7 +93,7 @@ def test_mlflow_through_axolotls_keys(logged, nothing_set):
     pytest.importorskip("mlflow", reason="no mlflow, which is not pinned: TRACK=mlflow was not tested")
     folder, train = logged
     out = folder / "mlflow"
-    train("mlflow", *tracking.options("mlflow", out))
+    train("mlflow", *options("mlflow", out))
     assert digest(out) == digest(folder / "whole")
     (losses,) = (folder / "mlruns").glob("*/*/metrics/loss")
     assert len(losses.read_text(encoding="utf-8").splitlines()) == 12
@@ -135,7 +142,6 @@ def test_what_a_run_logs_is_no_reason_not_to_go_on():
 @pytest.mark.parametrize(
     "tracker, missing, expected",
     [
-        ("wand", None, "TRACK=wand: .*wandb, mlflow, none"),
         ("wandb", None, "TRACK=wandb .*WANDB_API_KEY.* WANDB_MODE=offline"),
         ("wandb", "wandb", r"TRACK=wandb .*pip install wandb$"),
         ("mlflow", "mlflow", r"TRACK=mlflow .*pip install mlflow-skinny$"),
@@ -145,7 +151,13 @@ def test_bad_track(tracker, missing, expected, nothing_set, tmp_path):
     find = importlib.util.find_spec
     nothing_set.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     with pytest.raises(UserError, match=f"^{expected}"):
-        tracking.options(tracker, tmp_path)
+        options(tracker, tmp_path)
+
+
+@pytest.mark.parametrize("command", [["train", "ner_r8_dora"], ["sweep", "ner_r8_dora", "rank"]])
+def test_a_tracker_that_there_is_not(command):
+    with pytest.raises(click.BadParameter, match="'wand' is not one of 'wandb', 'mlflow', 'none'"):
+        cli.call([*command, "--track", "wand"])
 
 
 @pytest.mark.parametrize(
@@ -163,29 +175,29 @@ def test_a_recipe_that_logs_to_a_service_that_is_not_at_hand(keys, missing, word
     find = importlib.util.find_spec
     nothing_set.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     with refuses(*words, file="own.yaml", key=next(iter(keys))):
-        tracking.check_recipe(Path("own.yaml"), keys)
+        options(None, Path("outputs/own"), **keys)
 
 
 def test_a_recipe_that_logs_to_nothing_or_offline(nothing_set):
-    tracking.check_recipe(Path("own.yaml"), {"use_wandb": False, "wandb_project": "", "use_tensorboard": True})
-    tracking.check_recipe(Path("own.yaml"), {"wandb_project": "mine", "wandb_mode": "offline"})
+    options(None, Path("outputs/own"), **{"use_wandb": False, "wandb_project": "", "use_tensorboard": True})
+    options(None, Path("outputs/own"), **{"wandb_project": "mine", "wandb_mode": "offline"})
     nothing_set.setenv("WANDB_MODE", "offline")
-    tracking.check_recipe(Path("own.yaml"), {"wandb_project": "mine"})
+    options(None, Path("outputs/own"), **{"wandb_project": "mine"})
 
 
 def test_keys_and_places_come_from_the_environment(nothing_set, tmp_path):
     out = tmp_path / "outputs" / "ner_r8_dora"
-    assert tracking.options(None, out) == [] and tracking.options("none", out) == ["--no-use-tensorboard"]
+    assert options(None, out) == [] and options("none", out) == ["--no-use-tensorboard"]
     nothing_set.setenv("WANDB_API_KEY", "1" * 40)
-    assert tracking.options("wandb", out) == ["--wandb-project", "finlora", "--wandb-name", "ner_r8_dora"]
+    assert options("wandb", out) == ["--wandb-project", "finlora", "--wandb-name", "ner_r8_dora"]
     assert os.environ["WANDB_DIR"] == str(out)
     nothing_set.delenv("WANDB_API_KEY")
     (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password x\n", encoding="utf-8")
     nothing_set.setenv("WANDB_PROJECT", "mine")
-    assert tracking.options("wandb", out)[:2] == ["--wandb-project", "mine"]
+    assert options("wandb", out)[:2] == ["--wandb-project", "mine"]
     nothing_set.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace())
     nothing_set.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert tracking.options("mlflow", out) == [
+    assert options("mlflow", out) == [
         "--mlflow-experiment-name",
         "finlora",
         "--mlflow-run-name",
@@ -193,7 +205,7 @@ def test_keys_and_places_come_from_the_environment(nothing_set, tmp_path):
     ]
     assert os.environ["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:5000"
     nothing_set.delenv("MLFLOW_TRACKING_URI")
-    tracking.options("mlflow", out)
+    options("mlflow", out)
     assert os.environ["MLFLOW_TRACKING_URI"] == (tmp_path / "outputs" / "mlruns").as_uri()
 
 

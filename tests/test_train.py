@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,13 @@ from failures import refuses
 from fastdora.plugin import checkpoints
 from finlora.core import machine
 from finlora.core.errors import UserError
+from finlora.core.files import sha256
 from finlora.data.tasks import load_tasks
 from finlora.recipes import bases, memory
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 from finlora.train import preflight, run, runs
+from finlora.train.runs import Identity, RunFolder
 
 ROW = '{"context": "Instruction: Say it.\\nInput: sales rose\\nAnswer: ", "target": "positive"}\n'
 
@@ -141,6 +144,11 @@ def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: full)  # a disk cannot be filled here
     with pytest.raises(UserError, match=r"0\.\d GiB .*\b0\.0\b.* free"):
         preflight.check_disk(recipes.Recipe(recipe.path, recipe.keys | own), fetches_base=False)
+    some = shutil._ntuple_diskusage(10**12, 10**12, 15 * 2**30)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: some)
+    recipe = recipes.load(recipe_names.RECIPES / "sentiment_r8_dora.yaml")
+    with pytest.raises(UserError, match=r"Llama-3.1-8B-Instruct takes 16 GiB and 15\.0 are free; set HF_HOME"):
+        preflight.check_disk(recipes.Recipe(recipe.path, recipe.keys | own), fetches_base=True)
 
 
 BAD_DATA = {
@@ -162,7 +170,7 @@ def test_bad_data_is_named_before_anything_loads(case, command, house):
         "from finlora.train import preflight; from finlora.recipes import load as recipes\n"
         "from finlora.core.errors import run\n"
         "from finlora.recipes.names import find; path = find('sentiment_r8_dora')\n"
-        "run(lambda: print(preflight.prepare_data(recipes.load(path), small=False)))"
+        "run(lambda: print(preflight.prepare_data(recipes.load(path))))"
     )
     assert re.search(expected, failure(command("-c", code)))
 
@@ -301,8 +309,9 @@ def test_a_folder_with_other_files_is_left_alone(command, house):
     assert (out / "thesis.tex").read_text(encoding="utf-8") == "precious"
 
 
-def identity(text: str, **others) -> dict:
-    return {"recipe": text, "args": [], "data": {"data/own.jsonl": "0" * 64}, "start": {"base": {"a": "0"}}} | others
+def identity(text: str, **others) -> Identity:
+    parts = {"args": [], "data": {"data/own.jsonl": "0" * 64}, "start": {"base": {"a": "0"}}} | others
+    return Identity(text, **parts)
 
 
 def test_a_run_is_told_by_keys_and_values_not_by_comments(tmp_path, monkeypatch):
@@ -314,30 +323,30 @@ def test_a_run_is_told_by_keys_and_values_not_by_comments(tmp_path, monkeypatch)
     out, path = tmp_path / "outputs" / "own", tmp_path / "own.yaml"
     out.mkdir(parents=True)
     old, new = identity("lora_r: 8\nseed: 42\n"), identity("# Model\nseed: 42\nlora_r: 8  # the rank\n")
-    assert runs.claim_folder(path, out, old, force=False) is None
-    assert runs.claim_folder(path, out, new, force=False) is None and not list(out.parent.glob("own.*"))
+    assert RunFolder(out).claim(path, old, force=False)[0] is None
+    assert RunFolder(out).claim(path, new, force=False)[0] is None and not list(out.parent.glob("own.*"))
     (out / "run.json").write_text('{"recipe": "own"}', encoding="utf-8")
-    before_2026_11 = {key: value for key, value in new.items() if key != "start"}
+    before_2026_11 = replace(new, start={})
     for equal in (
         new,
         before_2026_11,
-        identity(new["recipe"] + "logging_steps: 5\nsave_total_limit: 1\noutput_dir: elsewhere\n"),
+        identity(new.recipe + "logging_steps: 5\nsave_total_limit: 1\noutput_dir: elsewhere\n"),
         identity("seed: 7\nlora_r: 8\n", args=["--seed", "42", "--logging-steps=5", "--no-use-tensorboard"]),
-        identity(new["recipe"], start={"base": {"a": "0"}, "fetched/since": {"b": "1"}}),
+        identity(new.recipe, start={"base": {"a": "0"}, "fetched/since": {"b": "1"}}),
     ):
-        assert runs.claim_folder(path, out, equal, force=False) == {"recipe": "own"}
+        assert RunFolder(out).claim(path, equal, force=False)[0] == {"recipe": "own"}
     for changed, words in (
         (identity("lora_r: 8\nseed: 43\n"), ["seed: 42 -> 43"]),
-        (identity(new["recipe"], args=["--max-steps", "3"]), ["max_steps: None -> 3"]),
-        (identity(new["recipe"], args=["--learning-rate=1e-4"]), ["learning_rate: None -> 0.0001"]),
-        (identity(new["recipe"], args=["--no-sample-packing"]), ["sample_packing: None -> False"]),
-        (identity(new["recipe"], data={"data/own.jsonl": "1" * 64}), ["other data", "data/own.jsonl"]),
-        (identity(new["recipe"], data={}), ["other data", "data/own.jsonl"]),
-        (identity(new["recipe"], start={"base": {"a": "1"}}), ["start", "base/a"]),
-        (identity(new["recipe"], start={"base": {"a": "0", "b": "0"}}), ["start", "base/b"]),
+        (identity(new.recipe, args=["--max-steps", "3"]), ["max_steps: None -> 3"]),
+        (identity(new.recipe, args=["--learning-rate=1e-4"]), ["learning_rate: None -> 0.0001"]),
+        (identity(new.recipe, args=["--no-sample-packing"]), ["sample_packing: None -> False"]),
+        (identity(new.recipe, data={"data/own.jsonl": "1" * 64}), ["other data", "data/own.jsonl"]),
+        (identity(new.recipe, data={}), ["other data", "data/own.jsonl"]),
+        (identity(new.recipe, start={"base": {"a": "1"}}), ["start", "base/a"]),
+        (identity(new.recipe, start={"base": {"a": "0", "b": "0"}}), ["start", "base/b"]),
     ):
         with refuses("finished run", *words, "FORCE=1", file="outputs/own"):
-            runs.claim_folder(path, out, changed, force=False)
+            RunFolder(out).claim(path, changed, force=False)
 
 
 def checkpoint(folder: Path, run: dict) -> Path:
@@ -354,20 +363,20 @@ def test_a_run_that_goes_on_is_recorded_as_it_now_is(tmp_path, monkeypatch):
     """Its recipe.yaml and started.json follow a changed comment and logging_steps: axolotl reads the former."""
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     out, new = tmp_path / "outputs" / "own", identity(AUTO + "lora_r: 8  # the rank\nlogging_steps: 1\n")
-    assert runs.claim_folder(tmp_path / "own.yaml", out, identity(AUTO + "lora_r: 8\n"), force=False) is None
+    assert RunFolder(out).claim(tmp_path / "own.yaml", identity(AUTO + "lora_r: 8\n"), force=False)[0] is None
     checkpoint(out / "checkpoint-2", {})
-    assert runs.claim_folder(tmp_path / "own.yaml", out, new, force=False) is None
-    assert (out / "recipe.yaml").read_text(encoding="utf-8") == new["recipe"]
-    assert runs.RunFolder(out).identity == new and (out / "checkpoint-2").is_dir()
+    assert RunFolder(out).claim(tmp_path / "own.yaml", new, force=False)[0] is None
+    assert (out / "recipe.yaml").read_text(encoding="utf-8") == new.recipe
+    assert RunFolder(out).identity == new and (out / "checkpoint-2").is_dir()
 
 
 def test_a_run_that_does_not_resume_is_set_aside(tmp_path, monkeypatch, capsys):
     """Rotation would delete its new checkpoints, which have smaller numbers than those of the run before."""
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     out, own = tmp_path / "outputs" / "own", identity("lora_r: 8\nauto_resume_from_checkpoints: false\n")
-    assert runs.claim_folder(tmp_path / "own.yaml", out, own, force=False) is None
+    assert RunFolder(out).claim(tmp_path / "own.yaml", own, force=False)[0] is None
     checkpoint(out / "checkpoint-2", {})
-    assert runs.claim_folder(tmp_path / "own.yaml", out, own, force=False) is None
+    assert RunFolder(out).claim(tmp_path / "own.yaml", own, force=False)[0] is None
     assert not (out / "checkpoint-2").exists() and list(out.parent.glob("own.*/checkpoint-2"))
     assert "resuming" not in capsys.readouterr().out
 
@@ -376,12 +385,12 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(tmp_pa
     """`resume_from_checkpoint` in a recipe or among axolotl's options; the plugin compares all keys once more."""
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     recipe, out = "lora_r: 8\nseed: 42\n", tmp_path / "outputs" / "own"
-    data, start = identity("")["data"], identity("")["start"]
+    data, start = identity("").data, identity("").start
     equal = checkpoint(tmp_path / "equal" / "checkpoint-2", {"data": data, "start": start})
     data_changed = checkpoint(tmp_path / "data" / "checkpoint-2", {"data": {"data/own.jsonl": "1" * 64}})
     base_changed = checkpoint(tmp_path / "base" / "checkpoint-2", {"data": data, "start": {"base": {"a": "1"}}})
     seed_changed = checkpoint(tmp_path / "seed" / "checkpoint-2", {"data": data})
-    runs.write_identity(seed_changed.parent, identity("lora_r: 8\nseed: 43\n"))
+    RunFolder(seed_changed.parent).begin(identity("lora_r: 8\nseed: 43\n"))
     damaged = checkpoint(tmp_path / "damaged" / "checkpoint-2", {"data": data})
     (damaged / "optimizer.pt").write_bytes(b"stale")
     unsealed = checkpoint(tmp_path / "unsealed" / "checkpoint-2", {"data": data})
@@ -389,7 +398,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(tmp_pa
 
     def options(folder: Path, force: bool = False) -> list[str]:
         own = identity(recipe, args=["--resume-from-checkpoint", str(folder.relative_to(tmp_path))])
-        return runs.resume_options(Path("own.yaml"), out, own, force)
+        return RunFolder(out).resume_options(Path("own.yaml"), own, force)
 
     assert options(equal) == []
     for folder, *words in (
@@ -405,7 +414,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(tmp_pa
     own = checkpoint(out / "checkpoint-4", {})
     assert options(equal) == ["--resume-from-checkpoint", str(own)]  # interrupted, the run resumes from its own
     assert options(own) == [] and options(equal, force=True) == []
-    assert runs.resume_options(Path("own.yaml"), out, identity(recipe), False) == []
+    assert RunFolder(out).resume_options(Path("own.yaml"), identity(recipe), False) == []
 
 
 ADAPTER_FAULTS = {
@@ -429,13 +438,21 @@ def test_an_adapter_that_is_not_what_the_recipe_says(case, tmp_path):
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change), encoding="utf-8")
     with pytest.raises(UserError, match=expected):
-        run.check_adapter(recipe, runs.RunFolder(tmp_path), {"base_layers": {"Linear8bitLt": 96}})
+        run.check_adapter(recipe, RunFolder(tmp_path), {"Linear8bitLt": 96})
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError, match="{'Linear': 96}.* Linear8bitLt"):
-        run.check_adapter(recipe, runs.RunFolder(tmp_path), {"base_layers": {"Linear": 96}})
+        run.check_adapter(recipe, RunFolder(tmp_path), {"Linear": 96})
     (tmp_path / "adapter_model.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match="adapter_model.safetensors: .*read"):
-        run.check_adapter(recipe, runs.RunFolder(tmp_path), {"base_layers": {"Linear8bitLt": 96}})
+        run.check_adapter(recipe, RunFolder(tmp_path), {"Linear8bitLt": 96})
+
+
+def test_an_adapter_is_held_against_what_the_options_set(tmp_path):
+    recipe = recipes.Recipe(Path("own.yaml"), {"lora_r": 8, "lora_dropout": 0.05}, ("--lora-dropout", "0.1"))
+    for dropout, words in (0.05, "'lora_dropout' is 0.05.* 0.1"), (0.1, "trained on"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_dropout": dropout}), encoding="utf-8")
+        with pytest.raises(UserError, match=words):
+            run.check_adapter(recipe, RunFolder(tmp_path), {"Linear8bitLt": 96})
 
 
 def test_what_is_recorded_is_what_is_trained(command, house, tiny_base):
@@ -448,13 +465,43 @@ def test_what_is_recorded_is_what_is_trained(command, house, tiny_base):
     recipe |= {"base_model": str(tiny_base), "datasets": [data], "test_datasets": [data], "output_dir": "outputs/own"}
     (house / "own.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     edit = (
-        "from pathlib import Path; from finlora.train import run as train; own "
-        "= Path('own.yaml'); text = own.read_text()\n"
+        "from pathlib import Path; from finlora.recipes import recipe; from finlora.train import launch, run as train\n"
+        "own = Path('own.yaml'); text = own.read_text()\n"
     )
-    edit += "fetch = train.fetch_base\n"
-    edit += "train.fetch_base = lambda *args: (own.write_text(text + 'seed: 77\\n'), fetch(*args))\n"
-    edit += "train.axolotl = lambda command, config, *rest: print(command, config, 'seed: 77' in config.read_text())\n"
+    edit += "fetch = recipe.fetch_base\n"
+    edit += (
+        "recipe.fetch_base = lambda *args, **kwargs: own.write_text(text + 'seed: 77\\n') and fetch(*args, **kwargs)\n"
+    )
+    edit += "launch.axolotl = lambda command, config, *rest: print(command, config, 'seed: 77' in config.read_text())\n"
     edit += "train.train(own)"
     done = command("-c", edit)
     flags = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith(("preprocess ", "train "))]
     assert flags == ["False", "False"], done.stdout + done.stderr
+
+
+def test_a_finished_run_needs_its_base_model_no_more(command, house):
+    """Its folder is gone, and what the run's options would be checked against with it."""
+    rows, own = house / "rows.jsonl", house / "own.yaml"
+    turns = [{"role": "user", "content": "Shares rose."}, {"role": "assistant", "content": "up"}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    recipe = yaml.safe_load((house / "recipes" / "sentiment_bf16_r8_dora.yaml").read_text(encoding="utf-8"))
+    data = recipe["datasets"][0] | {"path": "rows.jsonl"}
+    recipe |= {"base_model": "models/gone", "datasets": [data], "test_datasets": [data], "output_dir": "outputs/own"}
+    own.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    args = ["--learning-rate", "0.0002"]
+    out = house / "outputs" / "own"
+    out.mkdir(parents=True)
+    start = {"models/gone": {"model.safetensors": "0"}}
+    before = identity(own.read_text(encoding="utf-8"), args=args, data={"rows.jsonl": sha256(rows)}, start=start)
+    (out / "started.json").write_text(json.dumps(asdict(before)), encoding="utf-8")
+    metrics = dict.fromkeys(("steps", "seconds", "samples_per_second", "tokens_per_second"), 1)
+    metrics |= {"final_loss": 1.0, "final_eval_loss": None}
+    record = {
+        "adapter": {"file": "outputs/own/adapter_model.safetensors", "bytes": 1},
+        "metrics": metrics,
+        "seconds": 1,
+    }
+    (out / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    done = command("finlora", "train", "own.yaml", "--", *args)
+    assert done.returncode == 0 and "already trained" in done.stdout, done.stderr
+    assert "models/gone" in failure(command("finlora", "train", "own.yaml", "--force", "--", *args))

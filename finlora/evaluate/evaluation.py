@@ -136,7 +136,7 @@ def resolve(request: Request) -> Evaluation:
         raise UserError(f"PROMPT={request.prompt}: there are {', '.join(prompts())}")
     if request.endpoint and (request.adapter or request.base or not request.model):
         raise UserError("ENDPOINT= takes MODEL=<the name it serves> and neither ADAPTER= nor BASE=1")
-    name = request.name or trained.subject or slug(request.adapter or request.model)
+    name = request.name or trained.results_name or slug(request.adapter or request.model)
     sets, folder = sets_and_folder(request, trained.test_sets, trained.tiny)
     return Evaluation(
         request=request,

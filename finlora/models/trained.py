@@ -8,7 +8,7 @@ from typing import NamedTuple
 import yaml
 
 from finlora.core.errors import UserError, first_line
-from finlora.core.files import read_json, sha256
+from finlora.core.files import read_json, sha256, tensor_shapes
 from finlora.core.paths import slug
 from finlora.recipes.bases import fetch_base
 from finlora.train.runs import OUTPUTS, TrainedRecipe, check_base_weights, check_start, of_recipe
@@ -110,17 +110,6 @@ def _eot_tokens(recipe: Path) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):  # an adapter from elsewhere has no recipe of ours
         return ()
     return tuple(keys.get("eot_tokens") or ()) if isinstance(keys, dict) else ()
-
-
-def tensor_shapes(weights: Path) -> dict[str, list[int]]:
-    """The shape of each tensor of a safetensors file; UserError where it is cut short or is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(weights, "pt") as tensors:
-            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{weights}: cannot be read ({error}); fetch or train the adapter again") from error
 
 
 def resolve_adapter(adapter: str) -> Path:

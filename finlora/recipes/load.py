@@ -1,29 +1,56 @@
 """Load a recipe that can be trusted, list the recipes, check them all (`make recipes`, `make check`)."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastdora.plugin.keys import RecipeError, read_checked
+from fastdora.plugin.keys import RecipeError, check_keys, kept_schema, read_checked
 from finlora.core.errors import UserError, did_you_mean
 from finlora.core.paths import ROOT
 from finlora.recipes import rules
 from finlora.recipes.bases import load_bases
 from finlora.recipes.factorise import comments, factorise
-from finlora.recipes.names import RECIPES, names, parse_name
-from finlora.recipes.recipe import Recipe
+from finlora.recipes.names import DECIDED_BY, RECIPES, names, parse_name
+from finlora.recipes.recipe import DEBUGGING, Recipe, option_values
 
 CACHE = ROOT / ".cache"
+# Keys that a recipe's name decides: ARGS may not change them, or the folder and the adapter would not be the recipe's.
+NAMED = {key for part in ("bits", "r", "alpha", "method", "name") for key in DECIDED_BY[part]}
+# What is read from the recipe alone, before axolotl starts: the run would be prepared and recorded with that.
+READ_HERE = {"base_model", "datasets", "test_datasets", "plugins"}
 
 
-def load(path: Path) -> Recipe:
-    """A recipe that can be trusted: strict YAML, only keys and types that axolotl knows, content as the name says."""
+def load(path: Path, args: Sequence[str] = ()) -> Recipe:
+    """A recipe that can be trusted: strict YAML, only keys and types that axolotl knows, content as the name says.
+
+    args: axolotl's own options; they pass the checks of the keys that they set.
+    """
+    if args:
+        check_options(path, args)
     try:
         keys = read_checked(path, CACHE)
+        recipe = Recipe(path, keys, tuple(args), path.read_text(encoding="utf-8"), keys)
+        if args:
+            check_keys(recipe.settings, f"ARGS={shlex.join(args)}", kept_schema(recipe.keys["plugins"], CACHE))
     except RecipeError as error:
         raise UserError(str(error)) from error
-    recipe = Recipe(path, keys)
-    rules.check(recipe)
+    rules.check_name(recipe)
+    rules.check_values(recipe)
     return recipe
+
+
+def check_options(path: Path, args: Sequence[str]) -> None:
+    """UserError where an option is none of axolotl's, or sets a key that belongs to the recipe."""
+    from axolotl.cli.config_options import AXOLOTL_CONFIG_CLI_OPTIONS  # late: it sets up axolotl's logging, too
+
+    source = f"ARGS={shlex.join(args)}"
+    options = {option.strip() for names, *_ in AXOLOTL_CONFIG_CLI_OPTIONS for option in names[0].split("/")} | DEBUGGING
+    for name in (arg.partition("=")[0] for arg in args if arg.startswith("--")):
+        if name not in options:
+            remedy = did_you_mean(name, options, cutoff=0.8) or f"put the key into a recipe, a copy of {path}"
+            raise UserError(f"{source}: {name} is no option of axolotl's; {remedy.strip()}")
+    if key := next((key for key in option_values(args) if key in NAMED | READ_HERE), None):
+        raise UserError(f"{source}: {key} belongs to the recipe; copy {path} and edit that")
 
 
 def check() -> None:

@@ -1,5 +1,6 @@
 """What a recipe must say beyond axolotl's own schema: its values, its name, its paths, and which keys are refused."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import ErrorDetails
 
 from finlora.core.errors import UserError
-from finlora.core.files import read_json
 from finlora.core.paths import ROOT
 from finlora.recipes.names import IN_NAME, compose_name, decided, parts_of
 from finlora.recipes.recipe import Recipe
@@ -21,7 +21,9 @@ REMEDIES = {  # by pydantic's names of errors
     "greater_than_equal": "give it a value of at least {ge:g}",
     "less_than": "give it a value below {lt:g}",
     "float_parsing": "give it a number",
+    "value_error": "{error}",
 }
+ROWS = ("datasets", "test_datasets")
 MOST_LAYERS = 200  # of any Llama; a base model of unknown sizes may have so many
 
 
@@ -111,13 +113,8 @@ class Keys(BaseModel):
         if not targets:
             return groups  # that key's own error comes first
         parts = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(dora)]
-        trained = [
-            f"base_model.model.model.layers.{layer}.{block}.{target}.{part}.default.weight"
-            for layer in range(MOST_LAYERS)
-            for block in ("self_attn", "mlp")
-            for target in targets
-            for part in parts
-        ]
+        names = itertools.product(range(MOST_LAYERS), ("self_attn", "mlp"), targets, parts)
+        trained = ["base_model.model.model.layers.{}.{}.{}.{}.default.weight".format(*name) for name in names]
         for module in (module for group in groups or [] for module in group["modules"]):
             if not any(module in name for name in trained):
                 if "magnitude" in module and not dora:
@@ -147,31 +144,22 @@ class DoraKeys(Keys):
         return on
 
 
-def check(recipe: Recipe) -> None:
-    """Raise UserError where a recipe is not what its name says, or breaks a rule."""
-    check_name(recipe)
-    validate(str(recipe.path), recipe)
-
-
-def validate(source: str, recipe: Recipe) -> None:
-    """Raise UserError for the first key that is refused, missing, or has a value that would not train as it says.
-
-    source: what the error begins with, a recipe's path or a sweep's file and point.
-    """
-    keys = recipe.keys
-    holders = [("recipe", "", keys)]
-    for kind in ("datasets", "test_datasets"):
-        holders += [("rows", f"{kind}.{number}.", rows) for number, rows in enumerate(keys.get(kind) or [])]
-    for kind, prefix, holder in holders:
-        for key, value in holder.items():
-            same = value == keys["base_model"]  # as base_model_config may be: it changes nothing
-            if not same and (reason := why_refused(kind, key, value)):
-                raise UserError(f"{source}: key '{prefix}{key}'{reason}")
+def check_values(recipe: Recipe) -> None:
+    """Raise UserError for the first key that is refused, missing, or has a value that would not train as it says."""
+    keys = recipe.settings
+    values = [("recipe", key, key, value) for key, value in keys.items() if value != keys["base_model"]]
+    for kind in ROWS:
+        for number, entry in enumerate(keys.get(kind) or []):
+            values += [("rows", f"{kind}.{number}.{key}", key, value) for key, value in entry.items()]
+    for kind, name, key, value in values:
+        if reason := why_refused(kind, key, value):
+            raise UserError(f"{recipe.where(name)}{reason}")
     try:
         model = DoraKeys if keys.get("peft_use_dora") else Keys
         model.model_validate(keys, context={"layers": recipe.layers})
     except ValidationError as error:
-        raise UserError(f"{source}: {_sentence(error.errors(include_url=False)[0])}") from None
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"{recipe.where('.'.join(map(str, first['loc'])))}{_fault(first)}") from None
 
 
 def why_refused(kind: str, key: str, value: Any) -> str | None:
@@ -185,15 +173,13 @@ def why_refused(kind: str, key: str, value: Any) -> str | None:
     return None
 
 
-def _sentence(error: ErrorDetails) -> str:
-    key, value = ".".join(map(str, error["loc"])), json.dumps(error["input"], default=str)
+def _fault(error: ErrorDetails) -> str:
+    """How pydantic's error on a key goes on after the key."""
     if error["type"] == "missing":
-        return f"key '{key}' is missing; give it a value"
-    if error["type"] == "value_error":
-        remedy = str(error["ctx"]["error"])
-    else:
-        remedy = REMEDIES.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
-    return f"key '{key}' is {value}; {remedy}" if len(value) < 60 else f"key '{key}': {remedy}"
+        return " is missing; give it a value"
+    value, context = json.dumps(error["input"], default=str), error.get("ctx", {})
+    remedy = REMEDIES.get(error["type"], error["msg"]).format(**context)
+    return f" is {value}; {remedy}" if len(value) < 60 else f": {remedy}"
 
 
 def check_name(recipe: Recipe) -> None:
@@ -212,7 +198,7 @@ def check_name(recipe: Recipe) -> None:
             if key in IN_NAME and None not in (content := parts_of(keys)).values():
                 other = f"; `make new RECIPE={compose_name(parts | content)}` writes the recipe with it"
             raise UserError(
-                f"{path}: key '{key}' is {keys.get(key)}, but the name says {value}; change one of them{other}"
+                f"{recipe.where(key)} is {keys.get(key)}, but the name says {value}; change one of them{other}"
             )
 
 
@@ -221,34 +207,31 @@ def check_paths(recipe: Recipe) -> None:
 
     What is written lies in outputs/. A base model may lie anywhere: it is only read, and only as safetensors.
     """
-    path, keys, outputs = recipe.path, recipe.keys, ROOT / "outputs"
+    keys, outputs = recipe.settings, ROOT / "outputs"
     for key in ("output_dir", "dataset_prepared_path"):
-        where, place = f"{path}: key '{key}': {keys[key]}", Path(os.path.normpath(ROOT / keys[key]))
-        if place == outputs or not place.is_relative_to(outputs):
+        where, folder = f"{recipe.where(key)}: {keys[key]}", Path(os.path.normpath(ROOT / keys[key]))
+        if folder == outputs or not folder.is_relative_to(outputs):
             raise UserError(f"{where} is not in outputs/; name a folder there")
-        inside = (outputs / part for part in (place.relative_to(outputs), *place.relative_to(outputs).parents))
+        inside = (outputs / part for part in (folder.relative_to(outputs), *folder.relative_to(outputs).parents))
         if link := next((part for part in inside if part != outputs and part.is_symlink()), None):
             raise UserError(
                 f"{where}: {link.relative_to(ROOT)} is a link; remove it and name a folder in outputs/, which may "
                 "itself be a link to another disk"
             )
+    # Each of these may be a link or a mount of its own.
+    roots = [folder.resolve() for folder in (ROOT, ROOT / "data", ROOT / "data" / "raw", ROOT / "data" / "prepared")]
     for key, name in _files(keys):
-        # Each of these may be a link or a mount of its own.
-        roots = (ROOT, ROOT / "data", ROOT / "data" / "raw", ROOT / "data" / "prepared")
-        if not any((ROOT / name).resolve().is_relative_to(root.resolve()) for root in roots):
-            raise UserError(f"{path}: key '{key}': {name} leads out of the repository; copy it to data/")
-        if not (ROOT / name).is_file() and Path(name).parts[:2] != ("data", "prepared"):  # `make train` prepares those
-            rows = (
-                "; rows of the hub are downloaded first, and `make data FILE=` takes them" if "datasets" in key else ""
-            )
-            raise UserError(f"{path}: key '{key}': {name} is no file here; fix the path{rows}")
-        if key == "deepspeed" and not isinstance(read_json(ROOT / name), dict):
-            raise UserError(f"{path}: key 'deepspeed': {name} is no JSON object; fix it")
+        where, file = f"{recipe.where(key)}: {name}", ROOT / name
+        if not any(file.resolve().is_relative_to(root) for root in roots):
+            raise UserError(f"{where} leads out of the repository; copy it to data/")
+        if not file.is_file() and Path(name).parts[:2] != ("data", "prepared"):  # `make train` prepares those
+            hub = "; rows of the hub are downloaded first, and `make data FILE=` takes them" if key in ROWS else ""
+            raise UserError(f"{where} is no file here; fix the path{hub}")
 
 
 def _files(keys: dict[str, Any]) -> list[tuple[str, str]]:
     """(key, path) of each file that the recipe names: rows, templates, DeepSpeed's configuration."""
-    entries = [(kind, entry) for kind in ("datasets", "test_datasets") for entry in keys.get(kind) or []]
+    entries = [(kind, entry) for kind in ROWS for entry in keys.get(kind) or []]
     files = [(kind, entry["path"]) for kind, entry in entries]
     for key, holder in [("", keys), *((f"{kind}.", entry) for kind, entry in entries)]:
         template = holder.get("chat_template_jinja")

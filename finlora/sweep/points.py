@@ -78,7 +78,7 @@ def plan(recipe: Path, file: Path) -> list[SweepPoint]:
             check_keys(merged, shown(file), schema)
         except RecipeError as error:
             raise UserError(str(error)) from error
-        rules.validate(f"{shown(file)}: point {number}", Recipe(recipe, merged))
+        rules.check_values(Recipe(recipe, merged, source=f"{shown(file)}: point {number}"))
         differs = {key: merged.get(key) for key in differing(base, merged)}
         name = name_of(recipe.stem, differs, merged)
         out = (folder / name).relative_to(ROOT)

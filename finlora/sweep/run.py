@@ -28,6 +28,8 @@ from finlora.data.test_sets import choose, read_set
 from finlora.evaluate import forgetting, runner
 from finlora.recipes import bases, memory
 from finlora.recipes import names as recipe_names
+from finlora.recipes.load import NAMED
+from finlora.recipes.recipe import option_values, output_folder
 from finlora.sweep.points import SweepPoint, changes_text, plan
 from finlora.sweep.report import Outcome, SweepReport, report
 from finlora.train import run as train
@@ -72,7 +74,7 @@ def sweep(recipe: Path, file: Path, options: Options) -> SweepReport | None:
     """
     points = plan(recipe, file)
     check(file, points, options)
-    folder = runs.output_folder(points[0].recipe, options.tiny).parent
+    folder = output_folder(points[0].recipe, options.tiny).parent
     # Taken before a file is written, and with TINY=1 too: the recipes that another sweep still has to train lie there.
     # The tasks of an array (POINT=) share the folder.
     with runs.folder_lock(points[0].path.parent) if options.point is None else nullcontext() as lock:
@@ -104,8 +106,8 @@ def sweep(recipe: Path, file: Path, options: Options) -> SweepReport | None:
 
 def check(file: Path, points: list[SweepPoint], options: Options) -> None:
     """UserError for options that the points contradict, before anything is trained."""
-    for key in runs.option_values(options.args):
-        if key in train.NAMED or any(key in point.changes for point in points):
+    for key in option_values(options.args):
+        if key in NAMED or any(key in point.changes for point in points):
             raise UserError(
                 f"ARGS={shlex.join(options.args)}: {key} is what the points differ by; change {shown(file)}"
             )
@@ -266,7 +268,7 @@ def echo(log: Path, start: int) -> int:
 
 
 def log_of(point: SweepPoint, options: Options) -> Path:
-    return runs.output_folder(point.recipe, options.tiny).with_name(f"{point.name}.log")
+    return output_folder(point.recipe, options.tiny).with_name(f"{point.name}.log")
 
 
 def why(log: Path, code: int) -> str:

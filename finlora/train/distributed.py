@@ -5,7 +5,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 from finlora.recipes.recipe import Recipe
 
-DEEPSPEED = ROOT / "recipes" / "deepspeed"
-STAGES = (1, 2, 3)
 MIN_PACK = 128  # tokens: shorter packs would hold no row of any task, and leave a GPU idle
 
 
@@ -46,11 +44,23 @@ class Launch:
         return self.gpus if self.processes > 1 or self.zero else 0
 
 
-def distribute(recipe: Recipe, launch: Launch) -> tuple[Recipe, str | None]:
-    """The recipe as these processes run it, and a line that says how its batch is kept (None for one process)."""
-    keys, message = share_batch(recipe.path, recipe.keys, launch.gpus, launch.nodes)
+@dataclass(frozen=True)
+class Distributed:
+    """A recipe as some processes run it."""
+
+    recipe: Recipe
+    batch_kept: str | None  # how the recipe's batch is kept; None for one process
+    zero: int | None  # DeepSpeed's stage
+    launcher: list[str]  # axolotl's options that choose it
+    torchrun: list[str]  # what follows `--`
+
+
+def distribute(recipe: Recipe, launch: Launch) -> Distributed:
+    """UserError where the recipe cannot be trained so, or options contradict each other."""
+    keys, batch_kept = share_batch(recipe.path, recipe.keys, launch.gpus, launch.nodes)
     keys = shard(recipe.path, keys, launch.zero, launch.offload, launch.fsdp, launch.processes)
-    return Recipe(recipe.path, epochs_to_steps(keys) if launch.ray else keys), message
+    keys = epochs_to_steps(keys) if launch.ray else keys
+    return Distributed(replace(recipe, keys=keys), batch_kept, stage(recipe.path, keys), *launcher(launch))
 
 
 def share_batch(path: Path, recipe: dict[str, Any], gpus: int, nodes: int) -> tuple[dict[str, Any], str | None]:
@@ -63,39 +73,31 @@ def share_batch(path: Path, recipe: dict[str, Any], gpus: int, nodes: int) -> tu
     processes = gpus * nodes
     if processes == 1:
         return recipe, None
-    micro, length = recipe["micro_batch_size"], recipe["sequence_len"]
+    micro, length, packed = recipe["micro_batch_size"], recipe["sequence_len"], recipe.get("sample_packing")
     batch = micro * recipe["gradient_accumulation_steps"]
+    trains = f"GPUS={gpus}{f' NODES={nodes}' if nodes > 1 else ''}: {path.stem} trains"
+    on_one, longer = f"{batch}", ""
     if batch % processes == 0:
         each = batch // processes
         micro = math.gcd(micro, each)
-    elif recipe.get("sample_packing"):
-        micro, each = 1, -(-batch // processes)
-        step_tokens = batch * length
-        length = step_tokens // (each * processes)
+    elif packed:
+        on_one, longer = f"{batch} of {length:,}", "; a row that is longer needs fewer GPUs"
+        micro, each, tokens = 1, -(-batch // processes), batch * length
+        length = tokens // (each * processes)
         if length < MIN_PACK:
-            raise UserError(
-                f"GPUS={gpus}{f' NODES={nodes}' if nodes > 1 else ''}: {path.stem} trains {step_tokens:,} tokens a "
-                f"step, too few for {processes} processes; use fewer"
-            )
+            raise UserError(f"{trains} {tokens:,} tokens a step, too few for {processes} processes; use fewer")
     else:
-        fitting = [number for number in range(1, batch + 1) if batch % number == 0]
+        fitting = ", ".join(str(number) for number in range(1, batch + 1) if batch % number == 0)
         raise UserError(
-            f"GPUS={gpus}{f' NODES={nodes}' if nodes > 1 else ''}: {path.stem} trains {batch} rows a step, which "
-            f"{processes} processes cannot share; use {', '.join(map(str, fitting))}, or set sample_packing: true"
+            f"{trains} {batch} rows a step, which {processes} processes cannot share; use {fitting}, or set "
+            "sample_packing: true"
         )
     changed = {"micro_batch_size": micro, "gradient_accumulation_steps": each // micro, "sequence_len": length}
-    unit = f"packs of {length:,} tokens" if recipe.get("sample_packing") else "rows"
-    before = f"{batch} of {recipe['sequence_len']:,}" if length != recipe["sequence_len"] else f"{batch}"
-    message = f"global batch kept: {processes} processes x {each} {unit} a step, as the recipe's {before} on one"
+    unit = f"packs of {length:,} tokens" if packed else "rows"
+    message = (
+        f"global batch kept: {processes} processes x {each} {unit} a step, as the recipe's {on_one} on one{longer}"
+    )
     return recipe | changed, message
-
-
-def shorter_packs_hint(written: Recipe, shared: Recipe) -> str:
-    """What to add to axolotl's refusal of a row: packs may have been made shorter to share the batch."""
-    length = shared.keys["sequence_len"]
-    if length == written.keys["sequence_len"]:
-        return ""
-    return f"; if a row is longer than the {length:,} tokens of these packs, use fewer GPUs"
 
 
 def shard(
@@ -106,31 +108,25 @@ def shard(
     Stage 3 releases frozen weights after each forward, which checkpointing that is not re-entrant cannot recompute
     (fastdora/plugin/zero3.py), so it becomes re-entrant: the same gradients, another order of freeing.
     """
-    if zero is None and fsdp is None:
+    if not (zero or fsdp):
         if offload:
             raise UserError("OFFLOAD=1 needs ZERO=2, ZERO=3 or FSDP=2: nothing else moves to the CPU's memory")
         return recipe
-    if zero is not None and fsdp is not None:
+    if zero and fsdp:
         raise UserError(f"ZERO={zero} FSDP={fsdp}: a run is sharded by one of them; leave one out")
-    if zero is not None and zero not in STAGES:
-        raise UserError(f"ZERO={zero}: DeepSpeed's stages are 1, 2 and 3; use one of them")
-    if fsdp is not None and fsdp != 2:
-        raise UserError(f"FSDP={fsdp}: only FSDP2 is offered; use FSDP=2")
-    asked = f"ZERO={zero}" if zero is not None else f"FSDP={fsdp}"
     if key := next((key for key in ("deepspeed", "fsdp_config", "fsdp") if recipe.get(key)), None):
+        asked = f"ZERO={zero}" if zero else f"FSDP={fsdp}"
         raise UserError(f"{path}: key '{key}' already chooses how to shard; remove it or leave {asked} out")
-    if fsdp is not None:
+    if fsdp:
         if processes == 1:
             raise UserError("FSDP=2 shares a model among several GPUs; set GPUS=2 or more, or leave FSDP out")
         return recipe | {"fsdp_version": fsdp, "fsdp_config": fsdp2_keys(recipe, offload)}
     if offload and zero == 1:
         raise UserError("OFFLOAD=1 needs ZERO=2 or ZERO=3: ZERO=1 has no configuration with offload here")
-    name = f"zero{zero}{'_offload' if offload else ''}.json"
-    changed: dict[str, Any] = {"deepspeed": str((DEEPSPEED / name).relative_to(ROOT))}
+    changed: dict[str, Any] = {"deepspeed": f"recipes/deepspeed/zero{zero}{'_offload' if offload else ''}.json"}
     if zero == 3 and recipe.get("gradient_checkpointing"):
-        changed["gradient_checkpointing_kwargs"] = (recipe.get("gradient_checkpointing_kwargs") or {}) | {
-            "use_reentrant": True
-        }
+        kwargs = recipe.get("gradient_checkpointing_kwargs") or {}
+        changed["gradient_checkpointing_kwargs"] = kwargs | {"use_reentrant": True}
     return recipe | changed
 
 
@@ -163,44 +159,37 @@ def launcher(launch: Launch) -> tuple[list[str], list[str]]:
 
     Ray: axolotl's trainer on the cluster of RAY_ADDRESS, or on this machine without one.
     """
-    gpus, nodes, rank, master = launch.gpus, launch.nodes, launch.rank, launch.master
     if launch.ray:
-        if rank or master:
+        if launch.rank or launch.master:
             raise UserError("RAY=1 finds its nodes itself; leave NODE_RANK and MASTER out")
         if not importlib.util.find_spec("ray"):
             raise UserError(f"RAY=1 needs Ray, which is not pinned here: {sys.executable} -m pip install 'ray[train]'")
         return ["--use-ray", "--ray-num-workers", str(launch.processes)], []
     if launch.processes == 1:
         return ["--launcher", "python"], []
-    options = [f"--nproc_per_node={gpus}"]
-    if nodes == 1:
-        return ["--launcher", "torchrun"], ["--", "--standalone", *options]
-    if not 0 <= rank < nodes:
-        raise UserError(f"NODE_RANK={rank}: with NODES={nodes} it is 0 to {nodes - 1}, another on each node")
-    host, port = split_master(master, nodes)
-    return ["--launcher", "torchrun"], [
-        "--",
-        f"--nnodes={nodes}",
-        f"--node_rank={rank}",
-        f"--master_addr={host}",
-        f"--master_port={port}",
-        "--rdzv_conf=timeout=3600",  # seconds; the first node tokenizes before it starts
-        *options,
-    ]
+    if launch.nodes == 1:
+        place = ["--standalone"]
+    else:
+        if not 0 <= launch.rank < launch.nodes:
+            ranks = f"0 to {launch.nodes - 1}, another on each node"
+            raise UserError(f"NODE_RANK={launch.rank}: with NODES={launch.nodes} it is {ranks}")
+        address = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::(\d+))?", launch.master or "")
+        port = int(address and address[2] or 29500)
+        if not address or not 0 < port < 65536:
+            needs = f"NODES={launch.nodes} needs the first node's HOST:PORT, as in node0:29500"
+            raise UserError(f"MASTER={launch.master or ''}: {needs}")
+        # An hour's timeout: the first node tokenizes before it starts.
+        place = [f"--nnodes={launch.nodes}", f"--node_rank={launch.rank}", f"--master_addr={address[1]}"]
+        place += [f"--master_port={port}", "--rdzv_conf=timeout=3600"]
+    return ["--launcher", "torchrun"], ["--", *place, f"--nproc_per_node={launch.gpus}"]
 
 
-def split_master(master: str | None, nodes: int) -> tuple[str, int]:
-    match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[\w.-]+)(?::(\d+))?", master or "")
-    if not match or not 0 < int(match[2] or 29500) < 65536:
-        raise UserError(f"MASTER={master or ''}: NODES={nodes} needs the first node's HOST:PORT, as in node0:29500")
-    return match[1], int(match[2] or 29500)
-
-
-def stage(recipe: dict[str, Any]) -> int | None:
+def stage(path: Path, recipe: dict[str, Any]) -> int | None:
     """The ZeRO stage of a recipe's `deepspeed:`, or None without one."""
     config = recipe.get("deepspeed")
-    if not config:
-        return None
-    if not isinstance(config, dict):
-        config = json.loads((ROOT / config).read_text(encoding="utf-8"))
-    return config.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(config, str):
+        try:
+            config = dict(json.loads((ROOT / config).read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: key 'deepspeed': {recipe['deepspeed']} is no JSON object; fix it") from error
+    return config.get("zero_optimization", {}).get("stage", 0) if config else None

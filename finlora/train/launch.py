@@ -15,6 +15,8 @@ from finlora.core.files import read_json
 from finlora.core.paths import ROOT
 from finlora.core.progress import progress
 from finlora.core.startup import is_verbose
+from finlora.recipes.recipe import Recipe
+from finlora.train.runs import RunFolder
 
 # Lines of the log that a person must know: fastdora's warnings, and which rows train. `train` reads the rows again.
 WARNING = r"\[(?:WARNING|ERROR)\] \[axolotl\.fastdora[\w.]*\] (?P<warning>.*)"
@@ -22,6 +24,24 @@ ROWS = r"\[INFO\] \[axolotl\.fastdora\.rows\] (?P<rows>.*)"
 TELLING = {"train": re.compile(WARNING), "preprocess": re.compile(f"{WARNING}|{ROWS}")}
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception): .+)")
 POLL = 0.2  # seconds
+
+
+def preprocess_and_train(recipe: Recipe, folder: RunFolder, options: list[str], local: bool, lock: IO) -> None:
+    """Tokenize the rows, which the first node does for all, and train. options: axolotl's, of training.
+
+    The plugin's errors name the recipe that was written, not its copy in the run's folder.
+    """
+    config = folder.recipe_file
+    print(f"log       {log_file(config).relative_to(ROOT)} (VERBOSE=1 shows it)", flush=True)
+    try:
+        if not folder.rank:
+            for name in ("metrics.json", "stepping"):  # an earlier attempt's
+                (folder.path / name).unlink(missing_ok=True)
+            axolotl("preprocess", config, list(recipe.args), local, lock)
+        axolotl("train", config, options, local, lock)
+    except UserError as error:
+        copy, colon, rest = str(error).partition(": ")
+        raise (UserError(f"{recipe.path}{colon}{rest}") if copy == str(config) else error) from error.__cause__
 
 
 def axolotl(command: str, config: Path, args: list[str], local: bool, lock: IO) -> None:

@@ -3,16 +3,15 @@
 import importlib.util
 import os
 import sys
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from requests.utils import get_netrc_auth
 
 from finlora.core.errors import UserError
+from finlora.recipes.recipe import Recipe
 
 PROJECT = "finlora"
-CHOICES = ("wandb", "mlflow", "none")
 
 
 class Service(NamedTuple):
@@ -31,24 +30,10 @@ SERVICES = {
 }
 
 
-def check(track: str | None) -> None:
-    """UserError where TRACK= is none of its values, or its package or key is missing, before anything loads."""
-    if not track or track == "none":
-        return
-    if track not in CHOICES:
-        raise UserError(f"TRACK={track}: choose {', '.join(CHOICES)}; TensorBoard is on without it")
-    check_service(track, f"TRACK={track}", os.environ.get("WANDB_MODE"))
-
-
-def check_recipe(path: Path, keys: dict[str, Any]) -> None:
-    """UserError where a recipe's own keys turn on a service whose package or key is missing.
-
-    keys: the recipe's, with axolotl's options in their places.
-    """
-    for name, service in SERVICES.items():
-        if key := next((key for key in service.keys if keys.get(key)), None):
-            mode = keys.get("wandb_mode") or os.environ.get("WANDB_MODE")
-            check_service(name, f"{path}: key '{key}'", mode)
+def check(tracker: str | None) -> None:
+    """UserError where the package or the key of TRACK='s service is missing, before anything loads."""
+    if tracker in SERVICES:
+        check_service(tracker, f"TRACK={tracker}", os.environ.get("WANDB_MODE"))
 
 
 def check_service(name: str, asked: str, wandb_mode: str | None) -> None:
@@ -64,25 +49,30 @@ def check_service(name: str, asked: str, wandb_mode: str | None) -> None:
         raise UserError(f"{asked} needs WANDB_API_KEY in the environment, or WANDB_MODE=offline to log locally")
 
 
-def options(track: str | None, out: Path) -> list[str]:
+def options(tracker: str | None, recipe: Recipe) -> list[str]:
     """Axolotl's options for TRACK=wandb, mlflow or none (not even TensorBoard); local folders go to the environment.
 
-    out: the run's output folder, whose name the run has there. Keys and logins come from the environment or ~/.netrc
-    alone. UserError as in `check`.
+    The run is named as the recipe's output folder. Keys and logins come from the environment or ~/.netrc alone.
+    UserError where a service that TRACK= or the recipe turns on lacks its package or key.
     """
-    check(track)
-    if not track:
-        return []
-    if track == "none":
+    check(tracker)
+    for name, service in SERVICES.items():
+        if key := next((key for key in service.keys if recipe.settings.get(key)), None):
+            mode = recipe.settings.get("wandb_mode") or os.environ.get("WANDB_MODE")
+            check_service(name, recipe.where(key), mode)
+    out = recipe.output_folder
+    if tracker == "none":
         return ["--no-use-tensorboard"]
-    if track == "wandb":
+    if tracker == "wandb":
         os.environ.setdefault("WANDB_DIR", str(out))
         return ["--wandb-project", os.environ.get("WANDB_PROJECT", PROJECT), "--wandb-name", out.name]
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        os.environ["MLFLOW_TRACKING_URI"] = (out.parent / "mlruns").as_uri()
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # else refused since MLflow 3
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-    return ["--mlflow-experiment-name", name, "--mlflow-run-name", out.name]
+    if tracker == "mlflow":
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            os.environ["MLFLOW_TRACKING_URI"] = (out.parent / "mlruns").as_uri()
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # else refused since MLflow 3
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        return ["--mlflow-experiment-name", name, "--mlflow-run-name", out.name]
+    return []
 
 
 def _wandb_login() -> bool:
