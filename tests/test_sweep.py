@@ -346,7 +346,9 @@ def test_a_point_is_evaluated_again_where_rows_are_missing_or_answers_were_cut(t
     request = runner.Request(model="some/model", tasks="fpb", tests=str(SAMPLE), results=tmp_path)
     evaluation = runner.Evaluation(request, "a", "some/model", None, None, 16, ["fpb"], SAMPLE)
     monkeypatch.setattr(runner, "resolve", lambda request: evaluation)
-    monkeypatch.setattr(runner, "load_tokenizer", lambda evaluation: lambda text, **_: {"input_ids": text.split()})
+    monkeypatch.setattr(
+        runner, "load_tokenizer", lambda evaluation: lambda texts, **_: {"input_ids": [text.split() for text in texts]}
+    )
     sample = read_set("fpb", SAMPLE)
     rows = [{"target": row.target, "answer": row.target} for row in sample.rows]
     folder = answered(subject(tmp_path, "a"), "fpb", rows, sha256=sample.sha256, lengths="whole")
@@ -750,9 +752,9 @@ def real_sweep(house: Path, ranks: str) -> Path:
     # In a process of its own: near-duplicates are looked for by threads, which a fork of this process may lack.
     prepared = (
         "from pathlib import Path; from finlora.recipes import load as recipes; from finlora.train "
-        "import preflight; import sys; path = Path(sys.argv[1]); "
+        "import preflight; import sys; from dataclasses import replace; path = Path(sys.argv[1]); "
     )
-    prepared += "preflight.prepare_data(recipes.load(path), True)"
+    prepared += "preflight.prepare_data(replace(recipes.load(path), tiny=True))"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(house), str(ROOT / "tests")])}
     subprocess.run([sys.executable, "-c", prepared, OWN[0]], cwd=house, env=env, check=True)
     return house / "outputs" / "tiny" / "sweeps" / "sentiment_bf16_r8_dora.ranks"
