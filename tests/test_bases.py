@@ -23,6 +23,7 @@ from finlora.recipes import names as recipe_names
 pytestmark = pytest.mark.xdist_group("axolotl")
 TABLE = bases.load_bases()
 ANSWER = "positive"
+KEYS = yaml.safe_load((recipe_names.RECIPES / "formula_bf16_r8_dora.yaml").read_text(encoding="utf-8"))
 
 
 def on_meta(config):
@@ -41,9 +42,18 @@ def test_the_tables_sizes_are_those_of_transformers_model(tag):
     norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     assert sum(p.numel() for p in model.parameters()) == bases.parameters(config) + norms
     assert model.config.max_position_embeddings == config["max_position_embeddings"]
+    recipe = KEYS | {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    assert bases.trainable_parameters(recipe, config) == trained_by_peft(model, recipe)
 
 
-KEYS = yaml.safe_load((recipe_names.RECIPES / "formula_bf16_r8_dora.yaml").read_text(encoding="utf-8"))
+def trained_by_peft(model, recipe) -> int:
+    from peft import LoraConfig, get_peft_model
+
+    targets, rank = recipe["lora_target_modules"], recipe["lora_r"]
+    adapter = LoraConfig(r=rank, target_modules=targets, use_dora=recipe["peft_use_dora"], task_type="CAUSAL_LM")
+    return sum(p.numel() for p in get_peft_model(model, adapter).parameters() if p.requires_grad)
+
+
 ATTENTION, FUSED = ["q_proj", "k_proj", "v_proj", "o_proj"], ["qkv_proj", "o_proj", "gate_up_proj"]
 # By architecture: the special tokens, the end of an answer, the beginning of the text, the recipe's own keys.
 KINDS = {
@@ -90,16 +100,11 @@ def tiny(folder: Path, kind: str) -> dict:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_of_each_architecture_is_counted(kind, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
     tiny(tmp_path, kind)
     shape = bases.shape(str(tmp_path))
-    targets = list(bases.linear_layers(shape))
+    recipe = {"lora_r": 3, "lora_target_modules": list(bases.linear_layers(shape)), "peft_use_dora": True}
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    adapted = get_peft_model(model, LoraConfig(r=3, target_modules=targets, use_dora=True, task_type="CAUSAL_LM"))
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    recipe = {"lora_r": 3, "lora_target_modules": targets, "peft_use_dora": True}
-    assert bases.trainable_parameters(recipe, shape) == trained
+    assert bases.trainable_parameters(recipe, shape) == trained_by_peft(model, recipe)
     assert memory.memory_estimate(KEYS | recipe, shape) > 0
 
 
