@@ -9,7 +9,7 @@ WHOLE_BIN := $(if $(filter /%,$(firstword $(BIN))),,$(CURDIR)/)$(BIN)
 PY := PATH=$(call quote,$(WHOLE_BIN)):"$$PATH" PYTHONUTF8=1 AXOLOTL_DO_NOT_TRACK=$${AXOLOTL_DO_NOT_TRACK:-1} $(call quote,$(BIN)/python)
 FINLORA := $(PY) -m finlora
 # $(call options,RECIPE TINY) is --recipe 'value of RECIPE' --tiny, each where the variable is set.
-FLAGS := TINY FORCE OFFLOAD RAY LIST EVAL BASE KEEP_QUANTISED MERGED PRIVATE PUSH
+FLAGS := TINY FORCE CPU OFFLOAD RAY LIST EVAL BASE KEEP_QUANTISED MERGED PRIVATE PUSH
 option = --$(shell echo $1 | tr A-Z_ a-z-)$(if $(filter $1,$(FLAGS)),, $(call quote,$($1)))
 options = $(foreach name,$1,$(if $($(name)),$(call option,$(name))))
 .DEFAULT_GOAL := help
@@ -20,7 +20,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 help: ## what `make` can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY) ## the whole path on a CPU in three minutes; DATA=rows.jsonl for your own rows; VERBOSE=1 (any target) shows all
+demo: $(READY) ## the whole path on a CPU in five minutes; DATA=rows.jsonl for your own rows; VERBOSE=1 (any target) shows all
 	@$(FINLORA) demo $(call options,DATA)
 
 test: $(READY) ## lint and the tests, about 6 minutes on two cores; ARGS= for pytest
@@ -36,7 +36,7 @@ mutants: $(READY) ## how many small faults its own tests notice in MODULE=finlor
 	@$(PY) tests/mutants.py $(MODULE)
 
 train: $(READY) ## train RECIPE=<name>; GPUS=4 ZERO=2, TINY=1 on a CPU, FORCE=1 anew, TRACK=wandb, ARGS="--learning-rate 0.0002"
-	@$(FINLORA) train $(call quote,$(RECIPE)) $(call options,TINY FORCE GPUS ZERO OFFLOAD FSDP RAY NODES NODE_RANK MASTER TRACK) -- $(ARGS)
+	@$(FINLORA) train $(call quote,$(RECIPE)) $(call options,TINY FORCE CPU GPUS ZERO OFFLOAD FSDP RAY NODES NODE_RANK MASTER TRACK) -- $(ARGS)
 
 sweep: $(READY) ## train RECIPE= at each point of SWEEP=rank; EVAL=1, GPUS=4 POINTS_PER_GPU=1, LIST=1 shows them, TINY=1
 	@$(FINLORA) sweep $(call quote,$(RECIPE)) $(call quote,$(SWEEP)) $(call options,TINY FORCE GPUS POINTS_PER_GPU POINT LIST EVAL TASKS LIMIT LABELS TESTS TRACK) -- $(ARGS)

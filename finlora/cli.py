@@ -152,6 +152,7 @@ def train(
         int | None, typer.Option(click_type=click.Choice([2]), help="2: shard the model with torch's FSDP2")
     ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="on a Ray cluster: --gpus times --nodes workers")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="without a GPU, however long it takes")] = False,
     track: Track = None,
 ) -> None:
     """Train a recipe: all checks first, then `axolotl preprocess` and `axolotl train`."""
@@ -159,7 +160,7 @@ def train(
     from finlora.train.distributed import Launch
     from finlora.train.run import train
 
-    launch = Launch(gpus, nodes, node_rank, master, zero, offload, fsdp, ray)
+    launch = Launch(gpus, nodes, node_rank, master, zero, offload, fsdp, ray, cpu)
     train(names.find(recipe), launch, small=tiny, force=force, args=context.obj, tracker=track)
 
 

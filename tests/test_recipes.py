@@ -21,6 +21,7 @@ from finlora.recipes import names as recipe_names
 from finlora.recipes.memory import memory_line
 
 ALL = {path.stem: recipes.load(path).keys for path in map(recipe_names.find, recipe_names.names())}
+DEMOS = {"demo_r8_dora", "demo_smollm2_bf16_r8_dora"}
 TASKS = ["sentiment", "headline", "ner", "finer", "xbrl_term", "xbrl_extract", "formula", "financebench", "cfa"]
 MIXTURES = ["general_multi", "reporting_multi", "analysis_multi"]
 
@@ -49,7 +50,7 @@ def test_recipes_beyond_finlora():
     kinds = ("r8_lora", "r8_dora", "r8_rslora", "bf16_r8_dora", "4bit_r8_lora")
     small = ("sentiment", "headline", "ner", "xbrl_term", "formula")
     expected |= {f"{task}_smollm2_{kind}" for task in small for kind in kinds}
-    assert expected | {"demo_r8_dora"} | {run["recipe"] for run in recipe_names.finlora_runs()} == set(ALL)
+    assert expected | DEMOS | {run["recipe"] for run in recipe_names.finlora_runs()} == set(ALL)
 
 
 def test_every_recipe_trains_on_a_known_task():
@@ -63,7 +64,7 @@ def test_every_recipe_states_its_global_batch():
     """About as many samples as FinLoRA's, by the tokens a row in data/tasks.yaml; a mixture has its tasks' mean."""
     for name, recipe in ALL.items():
         first = (recipe_names.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
-        if name == "demo_r8_dora":
+        if name in DEMOS:
             assert first.startswith("# Global batch: about ") and " on 1 CPU." in first
             continue
         task = load_tasks()[recipe_names.parse_name(name)["task"]]
@@ -78,7 +79,7 @@ def test_every_recipe_states_its_global_batch():
 
 def test_every_recipe_states_the_memory_it_takes():
     """As the estimate has it, which is held against measured runs; on the smallest usual card with 7% to spare."""
-    for name in set(ALL) - {"demo_r8_dora"}:
+    for name in set(ALL) - DEMOS:
         second = (recipe_names.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[1]
         assert second == memory_line(ALL[name], bases.shape(ALL[name]["base_model"])), name
 
@@ -117,7 +118,7 @@ def test_a_comment_that_drifts_in_one_recipe_is_named(name, key):
     assert any(line.startswith(f"recipes/{name}.yaml: comment on key '{key}' is \"another comment\"") for line in lines)
 
 
-@given(st.sampled_from(sorted(set(ALL) - {"demo_r8_dora"})), st.randoms(use_true_random=False))
+@given(st.sampled_from(sorted(set(ALL) - DEMOS)), st.randoms(use_true_random=False))
 def test_a_key_that_drifts_in_one_recipe_is_named(name: str, rnd: random.Random):
     key = rnd.choice(sorted(ALL[name]))
     drifted = copy.deepcopy(ALL)

@@ -24,9 +24,10 @@ def record(cfg, trainer) -> None:
     Fields: samples, tokens (padding not counted), steps, seconds, samples_per_second, tokens_per_second, adapter_step
     (whose weights the adapter has: with early stopping those of the best validation), final_loss and final_eval_loss
     (the last ones up to that step), peak_memory_gib (null on a CPU), interrupted, stopped_early, base_layers (class ->
-    adapted layers), log (step, loss, eval_loss, learning_rate). Counting adds no synchronisation with the GPU. Ctrl-C
-    ends the run after the current step, with a checkpoint from which the same command resumes; axolotl alone would save
-    a half-trained adapter and report success. Distributed processes all end after the same step.
+    adapted layers), dtype (of the computation), log (step, loss, eval_loss, learning_rate). Counting adds no
+    synchronisation with the GPU. Ctrl-C ends the run after the current step, with a checkpoint from which the same
+    command resumes; axolotl alone would save a half-trained adapter and report success. Distributed processes all end
+    after the same step.
     """
     counts = torch.zeros(2, dtype=torch.long, device=trainer.args.device)
     pad = trainer.processing_class.pad_token_id
@@ -44,12 +45,13 @@ def record(cfg, trainer) -> None:
 
     trainer.training_step = counted
     base_layers = Counter(type(m.base_layer).__name__ for m in trainer.model.modules() if isinstance(m, LoraLayer))
-    trainer.add_callback(_Writer(Path(cfg.output_dir) / "metrics.json", counts, dict(base_layers)))
+    trainer.add_callback(_Writer(Path(cfg.output_dir) / "metrics.json", counts, dict(base_layers), trainer.model.dtype))
 
 
 class _Writer(TrainerCallback):
-    def __init__(self, path: Path, counts: torch.Tensor, base_layers: dict[str, int]):
+    def __init__(self, path: Path, counts: torch.Tensor, base_layers: dict[str, int], dtype: torch.dtype):
         self.path, self.counts, self.base_layers, self.interrupted = path, counts, base_layers, False
+        self.dtype = str(dtype).removeprefix("torch.")
         self.peak = 0
         # Exists while an interrupt would still write a checkpoint; what is in it is shown as progress.
         self.stepping, self.logged, self.written = path.with_name("stepping"), {}, 0.0
@@ -121,6 +123,7 @@ class _Writer(TrainerCallback):
             "interrupted": self.interrupted,
             "stopped_early": not self.interrupted and state.global_step < state.max_steps,
             "base_layers": self.base_layers,
+            "dtype": self.dtype,
             "log": log,
         }
         beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")

@@ -7,7 +7,10 @@ import os
 import sys
 from contextlib import contextmanager
 
+import axolotl.cli.config
+import axolotl.utils.trainer
 import torch
+import transformers.training_args
 from axolotl.cli.config import gpu_capabilities
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders.tokenizer import load_tokenizer
@@ -15,11 +18,12 @@ from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from pydantic import ValidationError
-from transformers import set_seed
+from transformers import AutoConfig, set_seed
 
 from fastdora import attention, dora, graphs, packing, quantized
 from fastdora.plugin import (
     adapted,
+    cpu,
     curves,
     epochs,
     fsdp2,
@@ -57,7 +61,7 @@ class FastDoraPlugin(BasePlugin):
         if not torch.cuda.is_available():
             if cfg.get("bf16") == "auto":
                 # axolotl's `auto` means float16 on a CPU: slow there, and without loss scaling.
-                cfg["bf16"] = cfg["fp16"] = False
+                cfg["bf16"], cfg["fp16"] = _bf16_on_cpu(cfg["base_model"]), False
             if enabled := [key for key in LIGER if cfg.get(key)]:
                 cfg.update(dict.fromkeys(enabled, False))
                 LOG.info(f"fastdora: off without a GPU: {', '.join(enabled)}")
@@ -77,7 +81,7 @@ class FastDoraPlugin(BasePlugin):
         # axolotl's `seed` comes after LoRA's A was drawn; without this two runs differ.
         set_seed(cfg.seed if cfg.seed is not None else 42)
         if not torch.cuda.is_available():
-            cfg.torch_dtype = torch.float32
+            cfg.torch_dtype = torch.bfloat16 if cfg.bf16 else torch.float32
         peft_int8.patch()
         epochs.patch()
         with one_line_errors():
@@ -143,6 +147,26 @@ def _check_layers(cfg, model) -> None:
             dora.check_layers(model)
         except dora.Unsupported as error:
             raise RecipeError(f"{cfg.axolotl_config_path}: {error}; or set fastdora_layers: peft") from error
+
+
+def _bf16_on_cpu(base_model: str) -> bool:
+    """Whether this CPU trains the model in bfloat16; axolotl and transformers are then told that it can."""
+    try:
+        width = getattr(AutoConfig.from_pretrained(base_model), "hidden_size", 0)
+    except (OSError, ValueError):  # axolotl says what is wrong with it
+        return False
+    if cpu.best_dtype(width) != torch.bfloat16:
+        return False
+    allow_bf16_on_cpu()
+    return True
+
+
+def allow_bf16_on_cpu() -> None:
+    """axolotl 0.19.0 and transformers 5.16.1 look for bfloat16 on GPUs alone."""
+    capabilities, environment = gpu_capabilities()
+    axolotl.cli.config.gpu_capabilities = lambda: (capabilities | {"bf16": True}, environment)
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    axolotl.utils.trainer.is_torch_bf16_gpu_available = lambda: True
 
 
 def _validate(cfg, source: str) -> None:

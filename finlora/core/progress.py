@@ -42,3 +42,9 @@ def progress(what: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
     finally:
         if bar:
             bar.close()
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

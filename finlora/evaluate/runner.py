@@ -121,7 +121,7 @@ def open_models(evaluation: Evaluation, runs: list[Run], tokenizer) -> Iterator[
 
             if model is None:
                 print(f"loading {run.model} ({run.bits}-bit)", flush=True)
-                model = load.load_base(evaluation.model, evaluation.bits, request.keep_quantised)
+                model = load.load_base(evaluation.model, evaluation.bits, request.keep_quantised, fast=True)
             if run.adapter:
                 model = load.attach(model, evaluation.adapter)
             yield run, harness.BatchedHFLM(model, tokenizer, request.batch_tokens, evaluation.eot_tokens)

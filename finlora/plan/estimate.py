@@ -23,6 +23,7 @@ from finlora.core.errors import UserError
 from finlora.core.files import read_json
 from finlora.core.html import render
 from finlora.core.paths import ROOT
+from finlora.core.progress import duration
 from finlora.data import tokens as data_tokens
 from finlora.data.tasks import load_tasks
 from finlora.plan.gpus import Gpu, find_gpu
@@ -31,6 +32,7 @@ from finlora.recipes import bases, memory
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 from finlora.train import distributed
+from finlora.train.cpu import cpu_seconds
 
 SAMPLE = 2000  # rows whose tokens are counted
 UNPACKED_FILL = 2 / 3  # of a padded batch, where packing is off: a guess
@@ -269,13 +271,11 @@ def show(plan: Plan) -> str:
     return render("plan/plan.md.jinja", plan=plan, own=own, magnitude=magnitude, duration=duration).strip("\n")
 
 
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def run(recipe: str, gpu: str | None, gpus: int, price: float | None) -> None:
     """Print the plan of a recipe."""
     path = recipe_names.find(recipe)
-    print(show(make_plan(path, recipes.load(path).keys, gpu, gpus, price)))
+    loaded = recipes.load(path)
+    print(show(make_plan(path, loaded.keys, gpu, gpus, price)))
+    if not gpu and not machine.gpus():
+        seconds, rate = cpu_seconds(loaded)
+        print(f"\nOn this machine's CPU about {duration(seconds)}; its matmuls do {rate / 1e9:.0f} GFLOP/s.")

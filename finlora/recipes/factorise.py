@@ -9,8 +9,18 @@ from typing import Any
 from finlora.recipes.bases import load_bases
 from finlora.recipes.names import DECIDED_BY, GRAMMAR, parse_name
 
-# The demo recipe adapts a model of four million parameters, so its sizes and learning rate are its own.
-DEMO_OWN = ["base_model", "learning_rate", "logging_steps", "evals_per_epoch", "saves_per_epoch"]
+# The demo's recipes adapt small models within minutes, so their sizes and learning rates are their own.
+DEMO_OWN = [
+    "base_model",
+    "sequence_len",
+    "num_epochs",
+    "max_steps",
+    "learning_rate",
+    "warmup_steps",
+    "logging_steps",
+    "evals_per_epoch",
+    "saves_per_epoch",
+]
 
 
 def factorise(recipes: dict[str, dict[str, Any]], what: str = "key") -> Iterator[str]:

@@ -22,7 +22,7 @@ class Launch:
 
     gpus: processes on this node. nodes, rank, master: how many nodes there are, which of them this is, and HOST:PORT
     of the first. zero: DeepSpeed's ZeRO stage. fsdp: 2 for torch's FSDP2. offload: optimizer (and in stage 3 and FSDP2
-    weights) in the CPU's memory. ray: gpus x nodes workers of a Ray cluster.
+    weights) in the CPU's memory. ray: gpus x nodes workers of a Ray cluster. cpu: without a GPU, however long it takes.
     """
 
     gpus: int = 1
@@ -33,6 +33,7 @@ class Launch:
     offload: bool = False
     fsdp: int | None = None
     ray: bool = False
+    cpu: bool = False
 
     @property
     def processes(self) -> int:

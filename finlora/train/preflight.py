@@ -22,9 +22,9 @@ from finlora.data import prepare, rows
 from finlora.data.tasks import load_tasks
 from finlora.recipes.bases import parameters
 from finlora.recipes.memory import what_fits
-from finlora.recipes.names import option
 from finlora.recipes.recipe import Recipe
 from finlora.recipes.rules import ROWS
+from finlora.train.cpu import check_cpu
 from finlora.train.distributed import Launch
 from finlora.train.runs import RunFolder
 
@@ -54,7 +54,7 @@ def preflight(recipe: Recipe, launch: Launch, trained: bool) -> tuple[Recipe, bo
     origin: of the rows, as `prepare_data` says.
     """
     # Ray's GPUs may be on other machines; it waits until it has them.
-    needs_gpu = launch.ray or check_device(recipe, launch.gpus_needed)
+    needs_gpu = launch.ray or check_device(recipe, launch.gpus_needed, launch.cpu)
     if not trained:
         check_base(recipe)
     recipe, origin = prepare_data(recipe)
@@ -63,11 +63,11 @@ def preflight(recipe: Recipe, launch: Launch, trained: bool) -> tuple[Recipe, bo
     return recipe, needs_gpu, origin
 
 
-def check_device(recipe: Recipe, gpus_needed: int = 0) -> bool:
-    """Whether the recipe needs a GPU; UserError when it does and there is none, or none with enough memory.
+def check_device(recipe: Recipe, gpus_needed: int = 0, cpu: bool = False) -> bool:
+    """Whether the recipe takes a GPU; UserError where there is none with enough memory, or a CPU would take too long.
 
     gpus_needed: how many there must be whatever the model's size. On a CPU accelerate would start every process of a
-    distributed run for itself, without a message.
+    distributed run for itself, without a message. cpu: it may take as long as it takes.
     """
     gpus = machine.gpus()
     if gpus_needed > len(gpus):
@@ -80,11 +80,8 @@ def check_device(recipe: Recipe, gpus_needed: int = 0) -> bool:
         return False
     need = recipe.memory
     if not gpus:
-        name = option(recipe.path)
-        raise UserError(
-            f"{name} needs a GPU with about {need:.0f} GiB and none is here; try `make demo`, or this recipe on a "
-            f"tiny model: make train RECIPE={name} TINY=1"
-        )
+        check_cpu(recipe, cpu)
+        return False
     name, total, free = min(gpus[: gpus_needed or 1], key=lambda gpu: gpu[2])
     if free < need:
         raise UserError(
