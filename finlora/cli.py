@@ -242,9 +242,9 @@ def evaluate(
 ) -> None:
     """Evaluate a trained adapter, a base model, or anything behind an endpoint, on FinLoRA's test sets."""
     options = locals()  # each is a field of Request
-    from finlora.evaluate import runner
+    from finlora.evaluate import evaluation, runner
 
-    runner.run(runner.Request(**options))
+    runner.run(evaluation.resolve(evaluation.Request(**options)))
 
 
 @app.command()

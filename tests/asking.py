@@ -6,7 +6,7 @@ import typer
 from click.core import ParameterSource
 
 from finlora import cli
-from finlora.evaluate.runner import Request
+from finlora.evaluate.evaluation import Request
 
 
 def request(argv: list[str]) -> Request:

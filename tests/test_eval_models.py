@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastdora.plugin import peft_int8
 from finlora.evaluate import harness
 from finlora.models import load as models
-from finlora.models.trained import adapter_facts, resolve_adapter
+from finlora.models.trained import adapter_facts, prompts, resolve_adapter
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 IDS = torch.arange(3, 45).reshape(2, 21)
@@ -273,7 +273,7 @@ def test_prompts(tiny_base, adapters, tmp_path):
     bare.chat_template = "{{ messages[0]['content'] }}!"
     bare.save_pretrained(beside)
     assert prompt(models.load_tokenizer(str(tiny_base), beside, "saved")) == "Up or down?!"
-    assert models.prompts() == ["saved", "finlora_inst", "raw"]
+    assert prompts() == ["saved", "finlora_inst", "raw"]
 
 
 @pytest.fixture(scope="module")

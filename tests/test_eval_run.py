@@ -66,7 +66,7 @@ def evaluate(tmp_path, monkeypatch, tiny_base, adapters, tests_folder):  # noqa:
     def call(*argv, model=tiny_base, adapter="dora", tests=tests_folder, tasks="fpb", prompt="raw"):
         given = ["--model", str(model), "--tests", str(tests), "--tasks", tasks, "--prompt", prompt, *argv]
         given += ["--adapter", str(adapters.get(adapter, adapter))] if adapter else []
-        return runner.evaluate(request(given))
+        return runner.evaluate(evaluation.resolve(request(given)))
 
     return call
 
@@ -494,7 +494,7 @@ def test_mistakes_are_found_before_anything_is_loaded(tiny_base, adapters, tmp_p
 
     def mistaken(*argv, say=(), **place):
         with refuses(*say, **place):
-            runner.evaluate(request([*argv, "--results", str(tmp_path / "results")]))
+            runner.evaluate(evaluation.resolve(request([*argv, "--results", str(tmp_path / "results")])))
 
     model = ("--model", str(tiny_base))
     fpb = (*model, "--tasks", "fpb")

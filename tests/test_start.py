@@ -12,7 +12,6 @@ from runs import RECIPES
 
 from fastdora.plugin.checksums import starting_files, weights_sha256
 from finlora.core.paths import SAMPLE, shown
-from finlora.evaluate import runner
 from finlora.evaluate.evaluation import Request, resolve
 from finlora.evaluate.runner import prepare_folder
 from finlora.export import chat
@@ -38,8 +37,8 @@ def record(out: Path, changed: str = "") -> None:
 USES = {
     "merge, chat, serve, publish": lambda out: load_trained(NAME),
     "merge, chat, serve by the adapter's folder": lambda out: load_trained(adapter=str(out)),
-    "eval": lambda out: resolve(Request(recipe=NAME, tasks="fpb")),
-    "eval by the adapter's folder": lambda out: resolve(Request(adapter=str(out), tasks="fpb")),
+    "eval": lambda out: resolve(Request(recipe=NAME, tasks="fpb", tests=str(SAMPLE))),
+    "eval by the adapter's folder": lambda out: resolve(Request(adapter=str(out), tasks="fpb", tests=str(SAMPLE))),
 }
 
 
@@ -55,8 +54,10 @@ def test_a_base_whose_weights_were_replaced_is_refused(use, runs):
 
 WITH_MODEL = {
     "merge, chat, serve": lambda out, model: load_trained(adapter=str(out), model=str(model)),
-    "eval": lambda out, model: resolve(Request(adapter=str(out), model=str(model), tasks="fpb")),
-    "eval FORCE=1": lambda out, model: resolve(Request(adapter=str(out), model=str(model), tasks="fpb", force=True)),
+    "eval": lambda out, model: resolve(Request(adapter=str(out), model=str(model), tasks="fpb", tests=str(SAMPLE))),
+    "eval FORCE=1": lambda out, model: resolve(
+        Request(adapter=str(out), model=str(model), tasks="fpb", tests=str(SAMPLE), force=True)
+    ),
 }
 
 
@@ -91,18 +92,14 @@ def test_a_model_is_compared_once_it_is_fetched(runs, tmp_path, monkeypatch):
     out = runs / NAME
     record(out)
     trained = load_trained(adapter=str(out), model="me/other")
-    evaluation = resolve(Request(adapter=str(out), model="me/other", tasks="fpb", force=True))
+    request = Request(adapter=str(out), model="me/other", tasks="fpb", tests=str(SAMPLE), force=True)
 
     def fetch(*_):
         (tmp_path / "me" / "other").mkdir(parents=True, exist_ok=True)
         (tmp_path / "me" / "other" / "model.safetensors").write_bytes(b"other")
 
-    for module in runner, trained_models:
-        monkeypatch.setattr(module, "fetch_base", fetch)
-    for use in (
-        lambda: runner.fetch_base_model(evaluation),
-        lambda: trained_models.fetch_base_model(trained, force=True),
-    ):
+    monkeypatch.setattr(trained_models, "fetch_base", fetch)
+    for use in lambda: resolve(request), lambda: trained_models.fetch_base_model(trained, force=True):
         with refuses("other weights", "leave MODEL= out", file="MODEL=me/other"):
             use()
         shutil.rmtree(tmp_path / "me")
@@ -111,7 +108,7 @@ def test_a_model_is_compared_once_it_is_fetched(runs, tmp_path, monkeypatch):
 def test_a_model_that_is_nowhere_is_refused_before_anything_is_loaded(runs):
     request = Request(model="bases/nope", tasks="fpb", tests=str(SAMPLE))
     with refuses("MODEL=", "bases/nope is no folder here", "fix the name", file="nope"):
-        runner.check(resolve(request))
+        resolve(request)
 
 
 def test_an_adapter_that_was_trained_anew_since_is_told(runs, capsys):
@@ -143,15 +140,19 @@ def test_a_merge_into_weights_that_were_replaced_since_is_none(runs):
 
 
 def test_kept_answers_of_a_base_whose_weights_were_replaced_are_another_models(runs, tmp_path):
-    evaluation = resolve(Request(recipe=NAME, tasks="fpb", base=True, results=tmp_path / "results"))
-    base, adapter = evaluation.runs(None)
-    assert base.base_sha256 == adapter.base_sha256 == weights_sha256(evaluation.model)
-    prepare_folder(base, evaluation, {})
-    assert prepare_folder(base, evaluation, {}) == ["fpb"]
+    evaluation = resolve(Request(recipe=NAME, tasks="fpb", tests=str(SAMPLE), base=True, results=tmp_path / "results"))
+    base, adapter = evaluation.runs
+    assert base.base_sha256 == adapter.base_sha256 == weights_sha256(evaluation.trained.base_model)
+
+    def left(run):
+        return [part.questions.name for part in prepare_folder(run, evaluation)]
+
+    left(base)
+    assert left(base) == ["fpb"]
     with refuses("another model", "base_sha256", "FORCE=1"):
-        prepare_folder(replace(base, base_sha256="0" * 64), evaluation, {})
+        left(replace(base, base_sha256="0" * 64))
     record = tmp_path / "results" / base.subject / "run.json"
     kept = json.loads(record.read_text(encoding="utf-8"))
     del kept["base_sha256"]  # of before 2026-11
     record.write_text(json.dumps(kept), encoding="utf-8")
-    assert prepare_folder(base, evaluation, {}) == ["fpb"]
+    assert left(base) == ["fpb"]

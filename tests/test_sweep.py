@@ -26,7 +26,7 @@ from finlora.core import machine
 from finlora.core.errors import UserError
 from finlora.core.paths import SAMPLE
 from finlora.data.test_sets import read_set
-from finlora.evaluate import runner
+from finlora.evaluate.evaluation import Request
 from finlora.recipes import bases, recipe, rules
 from finlora.recipes import load as recipes
 from finlora.recipes import memory as recipes_memory
@@ -342,16 +342,11 @@ def test_only_what_is_new_is_run(ranks, tmp_path, monkeypatch):
     assert commands() == ["train P -- --max-steps 9", ask]
 
 
-def test_a_point_is_evaluated_again_where_rows_are_missing_or_answers_were_cut(tmp_path, monkeypatch):
-    request = runner.Request(model="some/model", tasks="fpb", tests=str(SAMPLE), results=tmp_path)
-    evaluation = runner.Evaluation(request, "a", "some/model", None, None, 16, ["fpb"], SAMPLE)
-    monkeypatch.setattr(runner, "resolve", lambda request: evaluation)
-    monkeypatch.setattr(
-        runner, "load_tokenizer", lambda evaluation: lambda texts, **_: {"input_ids": [text.split() for text in texts]}
-    )
+def test_a_point_is_evaluated_again_where_rows_are_missing_or_answers_were_cut(tmp_path):
+    request = Request(model="some/model", tasks="fpb", tests=str(SAMPLE), results=tmp_path, endpoint="http://a")
     sample = read_set("fpb", SAMPLE)
     rows = [{"target": row.target, "answer": row.target} for row in sample.rows]
-    folder = answered(subject(tmp_path, "a"), "fpb", rows, sha256=sample.sha256, lengths="whole")
+    folder = answered(subject(tmp_path, "model"), "fpb", rows, sha256=sample.sha256, lengths="whole")
     assert sweep.answered(request)
     about = json.loads((folder / "set.json").read_text())
     (folder / "set.json").write_text(json.dumps(about | {"evaluated": len(rows) - 1}))

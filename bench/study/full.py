@@ -17,7 +17,7 @@ import yaml
 from bench.study.rows import OUT, RECIPE, SETS
 from finlora.core.errors import UserError, run
 from finlora.core.paths import ROOT
-from finlora.evaluate.results import kept_result
+from finlora.evaluate.results import read_kept
 
 RATES, SEEDS = (0.00003, 0.0001, 0.0003), (1, 2, 3, 4, 5)
 FOLDER = ROOT / "outputs" / "sweeps" / f"{RECIPE}.methods"
@@ -29,7 +29,7 @@ def name(rate: float, seed: int) -> str:
 
 def train_and_evaluate(rate: float, seed: int) -> None:
     out = FOLDER / name(rate, seed)
-    if all(kept_result(FOLDER / "results" / out.name / one) for one in SETS):
+    if all(read_kept(FOLDER / "results" / out.name / one)[0] for one in SETS):
         return
     keys = yaml.safe_load((OUT / f"{RECIPE}.yaml").read_text(encoding="utf-8"))
     keys = {key: value for key, value in keys.items() if not key.startswith(("lora_", "peft_", "fastdora_"))}

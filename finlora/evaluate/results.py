@@ -232,17 +232,17 @@ def read(folder: Path = RESULTS, only: Collection[str] = ()) -> tuple[dict[str, 
     return models, warnings
 
 
-def kept_result(folder: Path) -> SetResult | None:
-    """set.json of results/<model>/<set>; None where the set is unfinished or the file is broken."""
+def read_kept(folder: Path) -> tuple[SetResult | None, list[dict[str, Any]]]:
+    """set.json and the rows of results/<model>/<set>, prompts included; None where it is unfinished or broken."""
     try:
-        return _record(SetResult, folder / "set.json")
+        return _record(SetResult, folder / "set.json"), kept_rows(folder)
     except _Broken:
-        return None
+        return None, []
 
 
 def kept_rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of answers.jsonl, prompts and contexts included."""
-    return [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    return list(_json_lines(folder / "answers.jsonl"))
 
 
 def write_set(folder: Path, result: SetResult, rows: list[dict[str, Any]]) -> None:

@@ -20,28 +20,29 @@ import requests
 
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
-from finlora.evaluate.evaluation import Evaluation
 from finlora.evaluate.results import Run
-from finlora.models import load as models
+from finlora.models.trained import TrainedModel
 
 VLLM = ROOT / ".venv-vllm" / "bin" / "vllm"
 START = 900  # seconds; loading 8B weights and capturing graphs takes about two minutes on an H200
 
 
-def merged(evaluation: Evaluation, run: Run, tokenizer) -> Path:
+def merged(trained: TrainedModel, run: Run, tokenizer) -> Path:
     """A folder with the run's weights in 16 bits and its tokenizer: made once, named by what is in it."""
+    from finlora.models import load as models  # late: `make serve` needs neither torch nor transformers
+
     if not VLLM.is_file():
         raise UserError(f"{VLLM.relative_to(ROOT)}: is missing; `make vllm` sets vLLM up, in its own environment")
     folder = merged_place(run)
     if folder.is_dir():
         return folder
-    model = models.load_base(evaluation.model, evaluation.bits)
+    model = models.load_base(trained.base_model, trained.bits)
     if run.adapter:
-        model = models.attach(model, evaluation.adapter)
+        model = models.attach(model, trained.adapter)
     folder.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".merged-") as beside:
         whole = Path(beside) / "model"
-        models.save(model, tokenizer, whole, evaluation.eot_tokens)
+        models.save(model, tokenizer, whole, trained.eot_tokens)
         whole.rename(folder)
     return folder
 

@@ -23,10 +23,11 @@ from finlora.models.trained import TrainedModel, disable_hub, fetch_base_model
 def load(trained: TrainedModel, prompt: str, keep_quantised: bool):
     """(model, tokenizer, what they are, in words)."""
     folder = None if keep_quantised or prompt != "saved" else merged_folder(trained)
+    if not folder:
+        fetch_base_model(trained)
+    disable_hub()
     if folder:
-        disable_hub()
         return models.load_base(str(folder), 16), models.load_tokenizer(str(folder), None, prompt), shown(str(folder))
-    fetch_base_model(trained)
     tokenizer = models.load_tokenizer(trained.base_model, trained.adapter, prompt)
     models.check_fits(trained.adapter, trained.facts, trained.base_model)
     if keep_quantised and trained.bits != 16:
@@ -107,4 +108,4 @@ def run(trained: TrainedModel, prompt: str, keep_quantised: bool, max_new_tokens
     """Load the model, print what it is, and chat."""
     model, tokenizer, description = load(trained, prompt, keep_quantised)
     print(f"chatting with {trained.name}: {description}", file=sys.stderr, flush=True)
-    chat(model, tokenizer, max_new_tokens, trained.facts.eot_tokens)
+    chat(model, tokenizer, max_new_tokens, trained.eot_tokens)

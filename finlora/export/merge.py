@@ -34,9 +34,11 @@ from finlora.core.machine import GIB, gpus
 from finlora.core.paths import RAW, ROOT, SAMPLE, existing, shown
 from finlora.core.provenance import git_state, versions
 from finlora.data.test_sets import all_sets
+from finlora.evaluate.questions import answers, read_questions, with_length
+from finlora.evaluate.scorers import scorings, summary
 from finlora.export.merged import MergeRecord, check_weights, is_merged
 from finlora.models import load as models
-from finlora.models.trained import TrainedModel, fetch_base_model
+from finlora.models.trained import TrainedModel, disable_hub, fetch_base_model
 from finlora.train.runs import folder_lock
 
 SHARD = "5GB"
@@ -112,6 +114,7 @@ def merge(
     done = not force and is_merged(trained, into)
     if not done:  # all checks come before the folder is made: a refused merge leaves none
         fetch_base_model(trained, force)
+        disable_hub()
         parameters = models.check_fits(trained.adapter, trained.facts, trained.base_model)
         tokenizer = models.load_tokenizer(trained.base_model, trained.adapter, prompt)
         record = MergeRecord(
@@ -197,7 +200,7 @@ def write(trained: TrainedModel, limit: int, tokenizer, record: MergeRecord, fol
     with disk_errors(trained.merged):
         for tensor in merged.parameters():
             tensor.data = tensor.data.to(torch.bfloat16)
-        models.save(merged, tokenizer, folder, trained.facts.eot_tokens, SHARD)
+        models.save(merged, tokenizer, folder, trained.eot_tokens, SHARD)
         del merged  # before the saved model is loaded
         collect()
         check_tokenizer(trained, tokenizer, folder, rows)
@@ -331,18 +334,16 @@ def ask(model, tokenizer, rows: list[list[int]], trained: TrainedModel, limit: i
     sets = [name for name in trained.run.test_sets if (folder / all_sets()[name].file).is_file()]
     if not limit or not sets:
         return responses
-    from finlora.evaluate import harness, runner  # late: they import lm_eval, which takes seconds
-    from finlora.evaluate.lengths import answer_length
-    from finlora.evaluate.scorers import scorings, summary
+    from finlora.evaluate import harness  # late: it imports lm_eval, which takes seconds, and bitsandbytes
 
-    lm = harness.BatchedHFLM(model, tokenizer, eot_tokens=trained.facts.eot_tokens)
+    lm = harness.BatchedHFLM(model, tokenizer, eot_tokens=trained.eot_tokens)
     for name in sets:
-        length = answer_length(name, folder, "whole", tokenizer)
-        _, answered = runner.answers(lm, name, folder, runner.Request(), limit, length)
-        answers = responses.answers[name] = [row["answer"] for row in answered]
+        questions = with_length(read_questions(name, folder), "whole", tokenizer)
+        _, answered = answers(lm, questions, limit)
+        texts = responses.answers[name] = [row["answer"] for row in answered]
         if scorers := scorings(name, all_sets()[name]):
             primary = next(iter(scorers.values()))
-            responses.score[name] = summary(primary(answers, [row["corrected"] for row in answered]))["accuracy"]
+            responses.score[name] = summary(primary(texts, [row["corrected"] for row in answered]))["accuracy"]
     return responses
 
 

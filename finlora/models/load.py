@@ -5,36 +5,32 @@ dequantized to 16 bits, and DoRA's W' = m (W0 + s B A) / ||W0 + s B A|| (arXiv 2
 a layer at a time. Generation then runs at the speed of the plain model. `keep_quantised` leaves 8- and 4-bit weights as
 they are, for cards that 16 bits do not fit, and caches DoRA's norms instead.
 
-torch, transformers and PEFT are imported within functions: naming a mistake in the options does not need them, and
-bitsandbytes must not be imported before the hub is turned off (finlora.models.trained.disable_hub).
+PEFT and fastdora are imported within functions: they import bitsandbytes, which must wait until the hub is turned off
+(finlora.models.trained.disable_hub).
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers.utils import logging
 
 from fastdora.plugin.prompts import end_of_turn_tokens
 from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError, first_line
 from finlora.core.startup import is_verbose
-from finlora.models.trained import AdapterFacts, TrainedModel
-from finlora.recipes import names as recipe_names
-
-PROMPTS = recipe_names.RECIPES / "prompts"
-
-
-def prompts() -> list[str]:
-    """What PROMPT= may name: the template that is saved beside the adapter, and those of recipes/prompts."""
-    return ["saved", *sorted(path.stem for path in PROMPTS.glob("*.jinja"))]
+from finlora.models.trained import PROMPTS, AdapterFacts, TrainedModel, prompts
 
 
 def check_fits(adapter: Path, facts: AdapterFacts, model: str) -> int:
     """The number of the base's parameters; UserError that names the first tensor that does not fit, for another base's
     adapter. Loads no weights.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(load_config(model))
     modules, parameters = dict(empty.named_modules()), dict(empty.named_parameters())
@@ -61,8 +57,6 @@ def _times(shape: list[int]) -> str:
 
 
 def load_config(model: str):
-    from transformers import AutoConfig
-
     try:
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
@@ -73,8 +67,6 @@ def load_config(model: str):
 
 def load_tokenizer(model: str, adapter: Path | None, prompt: str):
     """The tokenizer saved beside the adapter, else the base's, with the chat template that `prompt` names."""
-    from transformers import AutoTokenizer
-
     beside = adapter is not None and (adapter / "tokenizer_config.json").is_file()
     source = str(adapter) if beside else model
     try:
@@ -98,11 +90,6 @@ def load_base(model: str, bits: int, keep_quantised: bool = False, fast: bool = 
     bits: 8 and 4 quantise the linear layers as the recipes do (LLM.int8 rows; NF4 with double quantisation). fast: on
     a CPU in bfloat16 too, where that is faster: for answers, not for merging, whose tolerance is float32's.
     """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
     from fastdora.plugin import cpu, peft_int8
 
     peft_int8.patch()
@@ -134,13 +121,11 @@ def load_base(model: str, bits: int, keep_quantised: bool = False, fast: bool = 
     return loaded.eval()
 
 
-def quantisation(bits: int, dtype):
+def quantisation(bits: int, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """How the recipes quantize a base: 8 bits by rows (LLM.int8()), 4 bits as NF4 with double quantization; 16: None.
 
     dtype: the compute dtype of 4-bit layers.
     """
-    from transformers import BitsAndBytesConfig
-
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     if bits == 4:
@@ -169,12 +154,10 @@ def attach(model, adapter: Path):
     Raises UserError unless every tensor of the file, magnitudes included, is found in the model afterwards: adapters
     that are loaded another way lose them without a word.
     """
-    import torch
     from peft import PeftModel
     from peft.helpers import DoraCaching
     from peft.tuners.lora import LoraLayer
     from peft.utils import get_peft_model_state_dict
-    from safetensors.torch import load_file
 
     adapted = PeftModel.from_pretrained(model, adapter).eval()
     loaded = get_peft_model_state_dict(adapted)
@@ -207,8 +190,6 @@ def end_tokens(model, tokenizer, eot_tokens: Sequence[str] = ()) -> list[int]:
 
 def save(model, tokenizer, folder: Path, eot_tokens: Sequence[str] = (), shard_size: str = "5GB") -> None:
     """Write weights, tokenizer and configuration, for other versions too; answers are greedy, up to `end_tokens`."""
-    from transformers import GenerationConfig
-
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=end_tokens(model, tokenizer, eot_tokens),
@@ -220,6 +201,5 @@ def save(model, tokenizer, folder: Path, eot_tokens: Sequence[str] = (), shard_s
 
 
 def template_sha256(tokenizer) -> str:
-    import hashlib
 
     return hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()

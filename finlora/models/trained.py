@@ -11,7 +11,15 @@ from finlora.core.errors import UserError, first_line
 from finlora.core.files import read_json, sha256, tensor_shapes
 from finlora.core.paths import slug
 from finlora.recipes.bases import fetch_base
+from finlora.recipes.names import RECIPES
 from finlora.train.runs import OUTPUTS, TrainedRecipe, check_base_weights, check_start, of_recipe
+
+PROMPTS = RECIPES / "prompts"
+
+
+def prompts() -> list[str]:
+    """What PROMPT= may name: the template that is saved beside the adapter, and those of recipes/prompts."""
+    return ["saved", *sorted(path.stem for path in PROMPTS.glob("*.jinja"))]
 
 
 class AdapterFacts(NamedTuple):
@@ -34,11 +42,17 @@ class TrainedModel:
     options: str  # RECIPE=... or ADAPTER=...: how it was named, for `make` commands in hints
     base_model: str  # folder or hub id
     bits: int  # of the base's weights in training: 16, 8 or 4
-    adapter: Path
-    facts: AdapterFacts
-    folder: Path  # what merge and publish write to
+    # None for a base alone, which only an evaluation takes.
+    adapter: Path | None = None
+    facts: AdapterFacts | None = None
+    folder: Path | None = None  # what merge and publish write to
     run: TrainedRecipe = TrainedRecipe()  # what only a trained recipe has, not an adapter from elsewhere
     same_weights: bool = False  # the base's weights are those that the adapter's run recorded
+
+    @property
+    def eot_tokens(self) -> tuple[str, ...]:
+        """Of the adapter's recipe. Its base is asked with the same tokenizer, template and ends."""
+        return self.facts.eot_tokens if self.facts else ()
 
     @property
     def merged(self) -> Path:
@@ -116,7 +130,7 @@ def resolve_adapter(adapter: str) -> Path:
     """The folder of an adapter that is given as a folder or as a hub id (configuration, weights and tokenizer only)."""
     if Path(adapter).exists() or adapter.count("/") != 1 or adapter.startswith((".", "/", "~")):
         return Path(adapter)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # late: it takes a third of a second
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
@@ -138,17 +152,17 @@ def check_named_base(model: str, facts: AdapterFacts, force: bool = False) -> No
 
 
 def fetch_base_model(trained: TrainedModel, force: bool | None = None) -> None:
-    """Bring the base into the cache, as safetensors and text, and turn the hub off from there on.
+    """Bring the base into the cache, as safetensors and text.
 
     UserError where it is not the base that the adapter names, or not what the adapter's run recorded. force: FORCE=1,
     which takes a base of another name; None for a command without it.
     """
-    if not (force or trained.same_weights):
+    if trained.facts and not (trained.run.recipe or force or trained.same_weights):
         check_named_base(trained.base_model, trained.facts, force is not None)
     option = "key 'base_model'" if trained.run.recipe else "the base, which MODEL= names"
     fetch_base(Path(trained.name), {"base_model": trained.base_model}, option)
-    check_base_weights(trained.adapter, trained.base_model)
-    disable_hub()
+    if trained.adapter:
+        check_base_weights(trained.adapter, trained.base_model)
 
 
 def disable_hub() -> None:

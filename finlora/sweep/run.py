@@ -25,7 +25,9 @@ from finlora.core.files import write_json
 from finlora.core.paths import ROOT, shown
 from finlora.data.tasks import load_tasks
 from finlora.data.test_sets import choose, read_set
-from finlora.evaluate import forgetting, runner
+from finlora.evaluate import forgetting
+from finlora.evaluate.evaluation import Request, resolve
+from finlora.evaluate.runner import unanswered
 from finlora.recipes import bases, memory
 from finlora.recipes import names as recipe_names
 from finlora.recipes.load import NAMED
@@ -130,9 +132,7 @@ def commands_of(point: SweepPoint, folder: Path, options: Options) -> list[list[
     if not record:
         commands.append(["train", str(point.path), *tiny, *force, *track, "--", *options.args])
     if options.evaluate is not None:
-        request = runner.Request(
-            recipe=str(point.path), results=folder / "results", tiny=options.tiny, **options.evaluate
-        )
+        request = Request(recipe=str(point.path), results=folder / "results", tiny=options.tiny, **options.evaluate)
         before = files.read_json(request.results / (point.name + ".tiny" * options.tiny) / "run.json")
         stale = before and (not record or before.get("adapter_sha256") != record["adapter"]["sha256"])
         if not record or stale or not answered(request):
@@ -142,13 +142,11 @@ def commands_of(point: SweepPoint, folder: Path, options: Options) -> list[list[
     return commands
 
 
-def answered(request: runner.Request) -> bool:
-    evaluation = runner.resolve(request)
-    folder, lengths = (
-        request.results / evaluation.name,
-        runner.answer_lengths(evaluation, runner.load_tokenizer(evaluation)),
-    )
-    return all(runner.is_answered(folder / name, evaluation, lengths.get(name)) for name in evaluation.sets)
+def answered(request: Request) -> bool:
+    """Whether all that an evaluation would ask is answered; what measures the answers is brought up to date."""
+    evaluation = resolve(request)
+    folder = request.results / evaluation.runs[-1].subject
+    return not any(unanswered(folder / one.name, one, request) for one in evaluation.questions)
 
 
 def mark_folder(folder: Path, recipe: Path, file: Path) -> None:
