@@ -305,9 +305,9 @@ def merge(
     if limit < 0:
         raise UserError(f"LIMIT={limit}: give a number of rows, 0 for none")
     trained = load_trained(recipe, adapter, model, bits, tiny)
-    from finlora.export.merge import merge  # torch and PEFT: after the options have been checked
+    from finlora.export import merge  # torch and PEFT: after the options have been checked
 
-    merge(trained, into, limit, prompt, force)
+    merge.run(trained, into, limit, prompt, force)
     print(f"next      make serve {trained.options}, or make chat {trained.options}")
 
 

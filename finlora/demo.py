@@ -18,7 +18,7 @@ from finlora.core.paths import ROOT, shown
 from finlora.data import prepare, rows
 from finlora.data.tasks import load_tasks
 from finlora.evaluate import scorers
-from finlora.export.merge import merge
+from finlora.export import merge
 from finlora.models.load import load_base
 from finlora.models.trained import load_trained
 from finlora.recipes import names as recipe_names
@@ -62,7 +62,7 @@ def demo(data: Path | None = None) -> dict[str, Score]:
     else:
         base = tiny_base(data)
     record = train(recipe, force=not is_unfinished(recipe))
-    merged = merge(load_trained(recipe.stem), limit=0)
+    merged = merge.run(load_trained(recipe.stem), limit=0)
     labels = load_tasks()["sentiment"].labels if data is None else None
     tokenizer = AutoTokenizer.from_pretrained(OUTPUTS / recipe.stem)
     scores = {

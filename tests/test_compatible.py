@@ -148,7 +148,7 @@ for folder in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_version_4_reads_the_same(version_4, runs, tiny_base, tmp_path):
-    merged = merge.merge(trained_models.load_trained(RECIPES[16]), limit=0)
+    merged = merge.run(trained_models.load_trained(RECIPES[16]), limit=0)
     folders = {kind: tmp_path / kind for kind in CONFIGS} | {"merged": merged}
     expected = {kind: saved(tmp_path / kind, tiny_base, kind) for kind in CONFIGS}
     expected["merged"] = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)(IDS).logits.detach()

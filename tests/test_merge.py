@@ -56,7 +56,7 @@ def test_the_merged_model_is_what_was_trained(runs, bits, tiny_base, tmp_path, m
     monkeypatch.setattr(merge, "RAW", tmp_path / "tests")
     write_rows(tmp_path / "tests", "fpb", 5)
     about_run = plan(RECIPES[bits])
-    folder = merge.merge(about_run, limit=3)
+    folder = merge.run(about_run, limit=3)
     assert folder == runs / RECIPES[bits] / "merged" and not list(folder.parent.glob(".merged-*"))
     about = json.loads((folder / "merge.json").read_text())
     into = "full" if bits == 16 else "dequantised"
@@ -100,14 +100,14 @@ def test_the_merged_model_is_what_was_trained(runs, bits, tiny_base, tmp_path, m
 
 def test_what_it_merges_into_can_be_chosen_and_is_kept(runs, capsys):
     base = plan(RECIPES[8])
-    merge.merge(base, into="full", limit=0)
+    merge.run(base, into="full", limit=0)
     first = json.loads((base.merged / "merge.json").read_text())
     assert first["into"] == "full" and list(first["from_trained"]) == ["full"]
-    merge.merge(base, into="full", limit=0)
+    merge.run(base, into="full", limit=0)
     assert re.search("merged.*FORCE=1", capsys.readouterr().out)
     left = base.folder / ".merged-killed"
     left.mkdir()
-    merge.merge(base, limit=0)
+    merge.run(base, limit=0)
     second = json.loads((base.merged / "merge.json").read_text())
     assert second["into"] == "dequantised" and second["weights"] != first["weights"] and not left.exists()
     assert merged.need_merged(base) == base.merged
@@ -133,16 +133,16 @@ def test_only_a_model_with_the_logits_of_base_and_adapter_is_called_done(runs, t
     shutil.rmtree(trained.merged, ignore_errors=True)
     if wrong:
         with refuses("logits", "base and adapter", "nothing was written", "report"):
-            merge.merge(trained, limit=0)
+            merge.run(trained, limit=0)
         assert not trained.merged.exists() and not list(trained.folder.glob(".merged-*"))
     else:
-        verified = json.loads((merge.merge(trained, limit=0) / "merge.json").read_text())["verified"]
+        verified = json.loads((merge.run(trained, limit=0) / "merge.json").read_text())["verified"]
         assert "of_a_step" not in verified if tolerance else verified["mean"] < verified["of_a_step"]
 
 
 def test_what_is_merged_is_held_against_adapter_base_and_weights(runs, tiny_base):
     trained = plan(RECIPES[16])
-    folder = merge.merge(trained, limit=0)
+    folder = merge.run(trained, limit=0)
     assert merged.need_merged(trained) == folder and merged.check_weights(folder) is None
     for key, other in {"base_model": "another/base", "bits": 8}.items():
         with refuses("this adapter", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
@@ -150,13 +150,13 @@ def test_what_is_merged_is_held_against_adapter_base_and_weights(runs, tiny_base
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-8] + b"spoiled!")
-    for check in (lambda: merged.check_weights(folder), lambda: merge.merge(trained, limit=0)):
+    for check in (lambda: merged.check_weights(folder), lambda: merge.run(trained, limit=0)):
         with refuses("verified", "FORCE=1", file=f"{MERGED}/model.safetensors"):
             check()
     path.unlink()
     with refuses("this adapter", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
         merged.need_merged(trained)
-    merge.merge(trained, limit=0)
+    merge.run(trained, limit=0)
     assert path.read_bytes() == whole
 
 
@@ -209,7 +209,7 @@ def test_an_adapter_that_is_not_whole_is_one_line(case, runs):
 def test_mistakes_are_one_line_and_leave_nothing(runs, tiny_base, tmp_path, monkeypatch):
     def fails(what, *words, file=None, **options):
         with refuses(*words, file=file):
-            merge.merge(what, limit=0, **options)
+            merge.run(what, limit=0, **options)
         assert not list(what.folder.glob("*merged*"))
 
     for options in ({}, {"recipe": RECIPES[8], "adapter": "x"}, {"recipe": RECIPES[8], "model": "x"}):
@@ -257,7 +257,7 @@ def test_files_of_somebody_else_are_kept(runs):
     trained.merged.mkdir()
     (trained.merged / "mine").touch()
     with refuses("files", "make merge", "FORCE=1", file=MERGED):
-        merge.merge(trained, limit=0)
+        merge.run(trained, limit=0)
     assert (trained.merged / "mine").exists()
     with refuses("not there|missing", f"make merge RECIPE={RECIPES[16]}", file=MERGED):
         merged.need_merged(trained)
@@ -270,18 +270,18 @@ def test_an_adapter_of_the_same_name_elsewhere_replaces_no_merged_model(runs, tm
     first, second = tmp_path / "a" / "lora", tmp_path / "b" / "lora"
     for folder in (first, second):
         shutil.copytree(runs / RECIPES[16], folder)
-    folder = merge.merge(plan(adapter=first), limit=0)
-    assert merge.merge(plan(adapter=second), limit=0) == folder  # a copy of the adapter has the same merged model
+    folder = merge.run(plan(adapter=first), limit=0)
+    assert merge.run(plan(adapter=second), limit=0) == folder  # a copy of the adapter has the same merged model
     assert re.search("merged.*FORCE=1", capsys.readouterr().out)
     before = (folder / "merge.json").read_bytes()
     change(second)
     other = plan(adapter=second)
     with refuses("a/lora", "FORCE=1", "another name", file="outputs/adapters/lora/merged"):
-        merge.merge(other, limit=0)
+        merge.run(other, limit=0)
     assert (folder / "merge.json").read_bytes() == before
-    merge.merge(other, limit=0, force=True)
+    merge.run(other, limit=0, force=True)
     assert json.loads((folder / "merge.json").read_text())["adapter_sha256"] == other.facts.sha256
     change(second)  # trained again, in its place
     again = plan(adapter=second)
-    merge.merge(again, limit=0)
+    merge.run(again, limit=0)
     assert json.loads((folder / "merge.json").read_text())["adapter_sha256"] == again.facts.sha256

@@ -158,7 +158,7 @@ def test_the_merged_model_is_pushed_in_its_place(runs, hub, monkeypatch):
     with refuses("not there|missing", f"make merge RECIPE={RECIPES[16]}", file=f"outputs/{RECIPES[16]}/merged"):
         publish.publish(plan(16), "someone/Llama-finance", merged=True, push=True)
     assert not hub.asked
-    folder = merge.merge(plan(16), limit=0)
+    folder = merge.run(plan(16), limit=0)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # merging leaves the hub alone, in a process of its own
     publish.publish(plan(16), "someone/Llama-finance", merged=True, push=True)
     files = pushed(hub)

@@ -40,7 +40,7 @@ def merged(runs, tmp_path_factory):
     if kept:
         shutil.copytree(kept[0], trained.merged)
     else:
-        merge.merge(trained, limit=0)
+        merge.run(trained, limit=0)
         kept.append(shutil.copytree(trained.merged, tmp_path_factory.mktemp("merged") / "merged"))
     return trained
 

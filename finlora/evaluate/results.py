@@ -232,6 +232,14 @@ def read(folder: Path = RESULTS, only: Collection[str] = ()) -> tuple[dict[str, 
     return models, warnings
 
 
+def read_run(folder: Path) -> Run | None:
+    """run.json of results/<model>; None where it is missing or broken."""
+    try:
+        return _record(Run, folder / "run.json")
+    except _Broken:
+        return None
+
+
 def read_kept(folder: Path) -> tuple[SetResult | None, list[dict[str, Any]]]:
     """set.json and the rows of results/<model>/<set>, prompts included; None where it is unfinished or broken."""
     try:
@@ -255,6 +263,23 @@ def write_set(folder: Path, result: SetResult, rows: list[dict[str, Any]]) -> No
 
 def write_record(path: Path, record: Run | SetResult) -> None:
     write_json(path, asdict(record))
+
+
+def summary_line(result: SetResult, rows: list[dict[str, Any]]) -> str:
+    """The scores of a set that was just answered, for the terminal."""
+    if result.metric == "lm_eval":
+        scores = {"score": sum(row["right"] for row in rows) / len(rows)}
+    elif result.metric == "bertscore_f1":
+        scores = {
+            "BERTScore F1": scorers.summary(scorers.bertscore_items([row["bertscore"] for row in rows]))["accuracy"]
+        }
+    else:
+        targets = [row["corrected" if result.labels_used == "corrected" else "target"] for row in rows]
+        texts = [row["answer"] for row in rows]
+        scorings = scorers.scorings(result.set, all_sets()[result.set])
+        scores = {name: scorers.summary(score(texts, targets))["accuracy"] for name, score in scorings.items()}
+    text = ", ".join(f"{name} {value:.1%}" for name, value in scores.items())
+    return f"{result.set}: {text} of {len(rows)} rows in {result.seconds:.0f} s"
 
 
 def base_of(model: ModelResults, models: dict[str, ModelResults]) -> ModelResults | None:

@@ -19,15 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from finlora.core.errors import UserError
-from finlora.core.files import read_json
 from finlora.core.machine import gpus
 from finlora.core.paths import existing, shown
 from finlora.core.provenance import git_state, versions
-from finlora.data.test_sets import all_sets
 from finlora.evaluate.evaluation import Evaluation, Request
 from finlora.evaluate.questions import Questions, answers
-from finlora.evaluate.results import Row, Run, SetResult, read_kept, write_record, write_set
-from finlora.evaluate.scorers import bertscore_items, scorings, summary
+from finlora.evaluate.results import Row, Run, SetResult, read_kept, read_run, summary_line, write_record, write_set
 from finlora.train.runs import folder_lock
 
 # Answers in a folder whose run.json differs in one of these are another model's.
@@ -73,15 +70,15 @@ def prepare_folder(run: Run, evaluation: Evaluation) -> list[Unanswered]:
     """Make results/<subject> this run's, with run.json, and return what is still to be asked."""
     request = evaluation.request
     folder = request.results / run.subject
-    before = read_json(folder / "run.json")
-    changed = [key for key in IDENTITY if before and before.get(key) != getattr(run, key)]
-    if "ends" in changed and before.get("ends") is None:
+    before = read_run(folder)
+    changed = [key for key in IDENTITY if before and getattr(before, key) != getattr(run, key)]
+    if "ends" in changed and before.ends is None:
         changed.remove("ends")  # earlier versions did not write them
-    if "base_sha256" in changed and not (run.base_sha256 and before.get("base_sha256")):
+    if "base_sha256" in changed and None in (run.base_sha256, before.base_sha256):
         changed.remove("base_sha256")  # a hub's model before it was fetched, or answers of before 2026-11
     if folder.is_dir() and (request.force or changed):
         if changed and not request.force:
-            values = [(key, str(before.get(key))[:40], str(getattr(run, key))[:40]) for key in changed[:2]]
+            values = [(key, *(str(getattr(one, key))[:40] for one in (before, run))) for key in changed[:2]]
             what = ", ".join(f"{key}: {old} -> {new}" for key, old, new in values)
             raise UserError(
                 f"{shown(folder)}: holds the answers of another model ({what}); FORCE=1 sets them aside, "
@@ -228,20 +225,6 @@ def warn_of_empty(name: str, rows: list[Row], reasons: dict[str, str]) -> None:
         why = ", ".join(sorted({reasons[row["prompt"]] for row in empty if row["prompt"] in reasons}))
         count = f"{len(empty)} empty answer{'s' * (len(empty) > 1)}"
         print(f"warning: {name}: {count} (rows {lines}{f'; {why}' if why else ''})", file=sys.stderr)
-
-
-def summary_line(result: SetResult, rows: list[dict[str, Any]]) -> str:
-    if result.metric == "lm_eval":
-        scores = {"score": sum(row["right"] for row in rows) / len(rows)}
-    elif result.metric == "bertscore_f1":
-        scores = {"BERTScore F1": summary(bertscore_items([row["bertscore"] for row in rows]))["accuracy"]}
-    else:
-        targets = [row["corrected" if result.labels_used == "corrected" else "target"] for row in rows]
-        texts = [row["answer"] for row in rows]
-        scorers = scorings(result.set, all_sets()[result.set])
-        scores = {name: summary(score(texts, targets))["accuracy"] for name, score in scorers.items()}
-    text = ", ".join(f"{name} {value:.1%}" for name, value in scores.items())
-    return f"{result.set}: {text} of {len(rows)} rows in {result.seconds:.0f} s"
 
 
 @contextmanager

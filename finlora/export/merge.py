@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,15 @@ from finlora.core.machine import GIB, gpus
 from finlora.core.paths import RAW, ROOT, SAMPLE, existing, shown
 from finlora.core.provenance import git_state, versions
 from finlora.data.test_sets import all_sets
-from finlora.evaluate.questions import answers, read_questions, with_length
+from finlora.evaluate.questions import Questions, answers, read_questions, with_length
 from finlora.evaluate.scorers import scorings, summary
 from finlora.export.merged import MergeRecord, check_weights, is_merged
 from finlora.models import load as models
 from finlora.models.trained import TrainedModel, disable_hub, fetch_base_model
-from finlora.train.runs import folder_lock
+from finlora.train.runs import TrainedRecipe, folder_lock
 
 SHARD = "5GB"
-DIALOGUES, POSITIONS = 16, 8  # logits are compared on this many rows, at this many of each row's last tokens
+DIALOGUES = 16  # rows that logits are compared on
 # The mean distance of logits, as a share of their spread, that passes without a closer look. Saving in bfloat16 moves
 # the demo's logits by 0.2% of it (docs/use.md). A GPU also rounds activations to 16 bits, in another order for merged
 # and unmerged weights: hence 5%. Beyond, `verify` measures what one step of bfloat16 does to this very model, because
@@ -95,50 +95,90 @@ class Comparison:
 class Responses:
     """What a model makes of the rows: logits, and its answers and accuracy for each test set that was asked."""
 
+    answers: dict[str, list[str]]
+    score: dict[str, float]
     logits: torch.Tensor  # (positions, vocabulary), float32, on the CPU
-    answers: dict[str, list[str]] = field(default_factory=dict)
-    score: dict[str, float] = field(default_factory=dict)
 
 
-def merge(
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge that passed its checks: what it is made of, and what it is compared with the trained model on."""
+
+    trained: TrainedModel
+    tokenizer: Any
+    record: MergeRecord  # what is known before merging
+    dialogues: list[list[int]]  # tokens of rows that logits are compared on
+    questions: list[Questions]  # of the test sets that are present; none where no answers are compared
+    limit: int  # rows of each
+
+
+def run(
     trained: TrainedModel, into: str | None = None, limit: int = 100, prompt: str = "saved", force: bool = False
 ) -> Path:
-    """Merge, verify the saved model against base and adapter, and return its folder; merge.json there holds the report.
+    """Merge, unless that is done, and return the merged model's folder. Options are as in `prepare`."""
+    if not force and is_merged(trained, into):
+        with folder_lock(trained.folder):
+            check_weights(trained.merged)
+        print(f"{shown(trained.merged)} is already merged from this adapter; FORCE=1 merges again")
+    else:
+        merge(prepare(trained, into, limit, prompt, force))
+    return trained.merged
+
+
+def prepare(trained: TrainedModel, into: str | None, limit: int, prompt: str, force: bool) -> MergePlan:
+    """All checks and all reading: a merge that is refused leaves nothing.
 
     into: "full" or "dequantised"; without it the one closer to the model as trained. limit: rows of each test set
-    present that both are asked, 0 for none. The folder is written beside its place and renamed once it is verified, so
-    a failure leaves nothing behind. Raises UserError.
+    present that both are asked, 0 for none. Raises UserError.
     """
     if into == "dequantised" and trained.bits == 16:
         raise UserError(f"INTO=dequantised: {trained.name} was trained on 16 bits; there is nothing to dequantise")
-    done = not force and is_merged(trained, into)
-    if not done:  # all checks come before the folder is made: a refused merge leaves none
-        fetch_base_model(trained, force)
-        disable_hub()
-        parameters = models.check_fits(trained.adapter, trained.facts, trained.base_model)
-        tokenizer = models.load_tokenizer(trained.base_model, trained.adapter, prompt)
-        record = MergeRecord(
-            adapter=shown(trained.adapter),
-            adapter_sha256=trained.facts.sha256,
-            base=shown(trained.base_model),
-            base_sha256=weights_sha256(trained.base_model, ROOT),
-            method=trained.facts.method,
-            r=trained.facts.r,
-            alpha=trained.facts.alpha,
-            trained_bits=trained.bits,
-            asked_for=into,
-            template_sha256=models.template_sha256(tokenizer),
-            versions=versions(),
-            git=git_state(),
-        )
-        check_room(trained.folder, parameters)
-    with folder_lock(trained.folder):
-        if done:
-            check_weights(trained.merged)
-            print(f"{shown(trained.merged)} is already merged from this adapter; FORCE=1 merges again")
-        else:
-            replace_merged(trained, limit, tokenizer, record)
-    return trained.merged
+    fetch_base_model(trained, force)
+    disable_hub()
+    parameters = models.check_fits(trained.adapter, trained.facts, trained.base_model)
+    tokenizer = models.load_tokenizer(trained.base_model, trained.adapter, prompt)
+    check_room(trained.folder, parameters)
+    record = MergeRecord(
+        adapter=shown(trained.adapter),
+        adapter_sha256=trained.facts.sha256,
+        base=shown(trained.base_model),
+        base_sha256=weights_sha256(trained.base_model, ROOT),
+        method=trained.facts.method,
+        r=trained.facts.r,
+        alpha=trained.facts.alpha,
+        trained_bits=trained.bits,
+        asked_for=into,
+        template_sha256=models.template_sha256(tokenizer),
+        versions=versions(),
+        git=git_state(),
+    )
+    rows = read_dialogues(trained, tokenizer)
+    questions = read_test_sets(trained.run, tokenizer) if limit else []
+    return MergePlan(trained, tokenizer, record, rows, questions, limit)
+
+
+def read_dialogues(trained: TrainedModel, tokenizer) -> list[list[int]]:
+    """Tokens of the shortest of the recipe's own validation rows, or of the sample's where those are missing."""
+    own = [ROOT / entry["path"] for entry in trained.run.keys.get("test_datasets") or []]
+    path = next((path for path in own if path.is_file() and path.stat().st_size), SAMPLE_ROWS)
+    turns = []
+    with path.open(encoding="utf-8") as lines:
+        for line, _ in zip(lines, range(16 * DIALOGUES), strict=False):
+            row = json.loads(line)
+            turns.append(
+                row.get("messages")
+                or [{"role": "user", "content": row["context"]}, {"role": "assistant", "content": str(row["target"])}]
+            )
+    tokens = [tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"] for messages in turns]
+    return sorted(tokens, key=len)[:DIALOGUES]
+
+
+def read_test_sets(recipe: TrainedRecipe, tokenizer) -> list[Questions]:
+    """The recipe's test sets that are present; of a tiny run the sample's where none is fetched."""
+    files = {name: all_sets()[name].file for name in recipe.test_sets}
+    folder = SAMPLE if recipe.tiny and not any((RAW / file).is_file() for file in files.values()) else RAW
+    present = [read_questions(name, folder) for name, file in files.items() if (folder / file).is_file()]
+    return [with_length(questions, "whole", tokenizer) for questions in present]
 
 
 def check_room(folder: Path, parameters: int) -> None:
@@ -159,24 +199,29 @@ def check_room(folder: Path, parameters: int) -> None:
         raise UserError(f"merging takes {needed:.0f} GiB of {memory} and {free:.0f} are free; {remedy}")
 
 
-def replace_merged(trained: TrainedModel, limit: int, tokenizer, record: MergeRecord) -> None:
-    """Write the merged model beside its place and, once it is verified, rename it."""
-    for leftover in trained.folder.glob(".merged-*"):  # of a run that was killed
-        shutil.rmtree(leftover)
-    with tempfile.TemporaryDirectory(dir=trained.folder, prefix=".merged-") as beside:
-        folder = Path(beside) / "merged"
-        try:
-            verified = write(trained, limit, tokenizer, record, folder)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"{trained.name}: the GPU is out of memory; free it, or {ON_CPU}") from error
-        folder.chmod(0o755)  # TemporaryDirectory's own is 0o700
-        if trained.merged.exists():
-            trained.merged.rename(Path(beside) / "before")
-        folder.rename(trained.merged)
-    sizes = [path.stat().st_size for path in trained.merged.glob("*.safetensors")]
+def merge(plan: MergePlan) -> None:
+    """Merge, and verify the saved model against base and adapter; merge.json beside it holds the report.
+
+    The folder is written beside its place and renamed once it is verified, so a failure leaves nothing behind.
+    """
+    out = plan.trained.merged
+    with folder_lock(plan.trained.folder):
+        for leftover in out.parent.glob(".merged-*"):  # of a run that was killed
+            shutil.rmtree(leftover)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merged-") as beside:
+            folder = Path(beside) / "merged"
+            try:
+                verified = write(plan, folder)
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"{plan.trained.name}: the GPU is out of memory; free it, or {ON_CPU}") from error
+            folder.chmod(0o755)  # TemporaryDirectory's own is 0o700
+            if out.exists():
+                out.rename(Path(beside) / "before")
+            folder.rename(out)
+    sizes = [path.stat().st_size for path in out.glob("*.safetensors")]
     print(
         f"verified  logits of the saved model: {verified} from base and adapter\n"
-        f"merged    {shown(trained.merged)} ({sum(sizes) / 1e9:.2f} GB in {len(sizes)} file{'s' * (len(sizes) > 1)})"
+        f"merged    {shown(out)} ({sum(sizes) / 1e9:.2f} GB in {len(sizes)} file{'s' * (len(sizes) > 1)})"
     )
 
 
@@ -193,10 +238,10 @@ def disk_errors(out: Path) -> Iterator[None]:
         ) from error
 
 
-def write(trained: TrainedModel, limit: int, tokenizer, record: MergeRecord, folder: Path) -> Distance:
+def write(plan: MergePlan, folder: Path) -> Distance:
     """Merge into the closer weights, save the model to `folder`, verify what was saved, and write merge.json."""
-    rows = dialogues(trained, tokenizer)
-    merged, expected, choice = merge_closest(trained, record.asked_for, limit, tokenizer, rows)
+    trained, tokenizer, rows = plan.trained, plan.tokenizer, plan.dialogues
+    merged, expected, choice = merge_closest(plan)
     with disk_errors(trained.merged):
         for tensor in merged.parameters():
             tensor.data = tensor.data.to(torch.bfloat16)
@@ -206,36 +251,35 @@ def write(trained: TrainedModel, limit: int, tokenizer, record: MergeRecord, fol
         check_tokenizer(trained, tokenizer, folder, rows)
         verified = verify(models.load_base(str(folder), 16), rows, expected, trained.adapter)
         weights = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-        record = replace(record, **choice, dialogues=len(rows), verified=verified.as_json(), weights=weights)
+        record = replace(plan.record, **choice, dialogues=len(rows), verified=verified.as_json(), weights=weights)
         write_json(folder / "merge.json", asdict(record))
     return verified
 
 
-def merge_closest(trained: TrainedModel, into: str | None, limit: int, tokenizer, rows: list[list[int]]):
+def merge_closest(plan: MergePlan):
     """The merged model, the logits to expect of it, and MergeRecord's fields on the choice of weights merged into.
 
     One model is in memory at a time, so the choice that was not merged last is merged again.
     """
-    facts = trained.facts
-    print(f"merging   {trained.name}: {facts.method}, r {facts.r}, trained on {trained.bits} bits")
+    trained, into = plan.trained, plan.record.asked_for
+    print(f"merging   {trained.name}: {trained.facts.method}, r {trained.facts.r}, trained on {trained.bits} bits")
     if trained.bits == 16:  # there is nothing to choose, and the model as trained is what `verify` compares with
-        merged, expected = fold(trained, "full", rows)
-        return merged, expected, {"into": "full", "from_trained": {}, "trained_score": {}}
-    reference = ask(models.as_trained(trained), tokenizer, rows, trained, limit)
+        return *fold(plan, "full"), {"into": "full"}
+    reference = ask(models.as_trained(trained), plan)
     collect()
     choices = [into] if into else ["full", "dequantised"]
     merged, comparisons = None, {}
     for choice in choices:
         merged = None
         collect()
-        merged, expected = fold(trained, choice, rows)
-        comparisons[choice] = compare(ask(merged, tokenizer, rows, trained, limit), reference)
+        merged, expected = fold(plan, choice)
+        comparisons[choice] = compare(ask(merged, plan), reference)
         print(f"{choice:<12}{comparisons[choice]}", flush=True)
     closest = min(comparisons, key=lambda choice: comparisons[choice].distance.mean)
     if closest != choices[-1]:
         merged = None
         collect()
-        merged, expected = fold(trained, closest, rows)
+        merged, expected = fold(plan, closest)
     if len(choices) > 1:
         other = next(choice for choice in choices if choice != closest)
         print(f"taking    {closest}, the closer to the model as trained")
@@ -244,23 +288,7 @@ def merge_closest(trained: TrainedModel, into: str | None, limit: int, tokenizer
     return merged, expected, {"into": closest, "from_trained": from_trained, "trained_score": reference.score}
 
 
-def dialogues(trained: TrainedModel, tokenizer) -> list[list[int]]:
-    """Tokens of the shortest of the recipe's own validation rows, or of the sample's where those are missing."""
-    own = [ROOT / entry["path"] for entry in trained.run.keys.get("test_datasets") or []]
-    path = next((path for path in own if path.is_file() and path.stat().st_size), SAMPLE_ROWS)
-    turns = []
-    with path.open(encoding="utf-8") as lines:
-        for line, _ in zip(lines, range(16 * DIALOGUES), strict=False):
-            row = json.loads(line)
-            turns.append(
-                row.get("messages")
-                or [{"role": "user", "content": row["context"]}, {"role": "assistant", "content": str(row["target"])}]
-            )
-    tokens = [tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"] for messages in turns]
-    return sorted(tokens, key=len)[:DIALOGUES]
-
-
-def fold(trained: TrainedModel, into: str, rows: list[list[int]]):
+def fold(plan: MergePlan, into: str):
     """(the base with the adapter merged into its weights, the logits of base and adapter before).
 
     DoRA: W' = m (W + s B A) / ||W + s B A||, the norm of each row; LoRA: W' = W + s B A. Both are computed in float32
@@ -268,9 +296,10 @@ def fold(trained: TrainedModel, into: str, rows: list[list[int]]):
     """
     from peft import PeftModel  # late: it imports bitsandbytes, see disable_hub
 
+    trained = plan.trained
     base = models.load_base(trained.base_model, 16 if into == "full" else trained.bits)
     unmerged = PeftModel.from_pretrained(base, trained.adapter).eval()
-    expected = logits(unmerged, rows)
+    expected = models.logits(unmerged, plan.dialogues)
     merged = models.attach(unmerged.unload(), trained.adapter)
     for tensor in merged.parameters():  # not .to(): buffers (rotary frequencies) stay float32
         tensor.data = tensor.data.to(torch.bfloat16).to(tensor.dtype)
@@ -299,7 +328,7 @@ def verify(saved, rows: list[list[int]], expected: torch.Tensor, adapter: Path) 
     random, twice the most that rounding changes it by. A model that is no further off than that is sensitive to
     rounding; one that is further off is wrongly merged, a UserError.
     """
-    actual = logits(saved, rows)
+    actual = models.logits(saved, rows)
     verified = distance(actual, expected)
     if verified.mean <= TOLERANCE[saved.device.type] * verified.spread:
         return verified
@@ -307,7 +336,7 @@ def verify(saved, rows: list[list[int]], expected: torch.Tensor, adapter: Path) 
         rounded = tensor.data.to(torch.bfloat16)
         towards = torch.where(torch.rand_like(tensor.data, dtype=torch.float32) < 0.5, math.inf, -math.inf)
         tensor.data = torch.nextafter(rounded, towards.to(torch.bfloat16)).to(tensor.dtype)
-    verified = replace(verified, of_a_step=distance(logits(saved, rows), actual).mean)
+    verified = replace(verified, of_a_step=distance(models.logits(saved, rows), actual).mean)
     if not verified.mean <= verified.of_a_step:  # not `>`: logits that are no numbers must not pass
         raise UserError(
             f"{adapter}: merged, its logits are {verified} from those of base and adapter, more than the "
@@ -316,35 +345,21 @@ def verify(saved, rows: list[list[int]], expected: torch.Tensor, adapter: Path) 
     return verified
 
 
-def logits(model, rows: list[list[int]]) -> torch.Tensor:
-    """Logits (positions, vocabulary) of the last tokens of each row, float32, on the CPU."""
-    last = []
-    with torch.inference_mode():
-        for ids in rows:
-            out = model(torch.tensor([ids], device=model.device), logits_to_keep=POSITIONS)
-            last.append(out.logits[0].float().cpu())
-    return torch.cat(last)
+def ask(model, plan: MergePlan) -> Responses:
+    """The model's answers to the questions with its score on each test set, and its logits."""
+    texts, scores = {}, {}
+    if plan.questions:
+        from finlora.evaluate import harness  # late: it imports lm_eval, which takes seconds, and bitsandbytes
 
-
-def ask(model, tokenizer, rows: list[list[int]], trained: TrainedModel, limit: int) -> Responses:
-    """Logits, and the model's answers to the first `limit` rows of each test set that is present, with its score."""
-    responses = Responses(logits(model, rows))
-    fetched = any((RAW / all_sets()[name].file).is_file() for name in trained.run.test_sets)
-    folder = SAMPLE if trained.run.tiny and not fetched else RAW
-    sets = [name for name in trained.run.test_sets if (folder / all_sets()[name].file).is_file()]
-    if not limit or not sets:
-        return responses
-    from finlora.evaluate import harness  # late: it imports lm_eval, which takes seconds, and bitsandbytes
-
-    lm = harness.BatchedHFLM(model, tokenizer, eot_tokens=trained.eot_tokens)
-    for name in sets:
-        questions = with_length(read_questions(name, folder), "whole", tokenizer)
-        _, answered = answers(lm, questions, limit)
-        texts = responses.answers[name] = [row["answer"] for row in answered]
+        lm = harness.BatchedHFLM(model, plan.tokenizer, eot_tokens=plan.trained.eot_tokens)
+    for questions in plan.questions:
+        name = questions.name
+        _, rows = answers(lm, questions, plan.limit)
+        texts[name] = [row["answer"] for row in rows]
         if scorers := scorings(name, all_sets()[name]):
             primary = next(iter(scorers.values()))
-            responses.score[name] = summary(primary(texts, [row["corrected"] for row in answered]))["accuracy"]
-    return responses
+            scores[name] = summary(primary(texts[name], [row["corrected"] for row in rows]))["accuracy"]
+    return Responses(texts, scores, models.logits(model, plan.dialogues))
 
 
 def distance(actual: torch.Tensor, expected: torch.Tensor) -> Distance:

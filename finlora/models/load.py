@@ -26,6 +26,8 @@ from finlora.core.errors import UserError, first_line
 from finlora.core.startup import is_verbose
 from finlora.models.trained import PROMPTS, AdapterFacts, TrainedModel, prompts
 
+POSITIONS = 8  # logits are compared at this many of each row's last tokens
+
 
 def check_fits(adapter: Path, facts: AdapterFacts, model: str) -> int:
     """The number of the base's parameters; UserError that names the first tensor that does not fit, for another base's
@@ -175,6 +177,16 @@ def attach(model, adapter: Path):
         layer.merge()
         weight.data = weight.data.to(dtype)
     return adapted.unload()
+
+
+def logits(model, rows: list[list[int]]) -> torch.Tensor:
+    """Logits (positions, vocabulary) of the last POSITIONS tokens of each row, float32, on the CPU."""
+    last = []
+    with torch.inference_mode():
+        for ids in rows:
+            out = model(torch.tensor([ids], device=model.device), logits_to_keep=POSITIONS)
+            last.append(out.logits[0].float().cpu())
+    return torch.cat(last)
 
 
 def end_tokens(model, tokenizer, eot_tokens: Sequence[str] = ()) -> list[int]:
