@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,12 @@ class Model:
     id: str  # in the page
     results: ModelResults
     base: ModelResults | None
-    rows: list[ScoreRow]
+
+    @cached_property
+    def rows(self) -> list[ScoreRow]:
+        of_base = self.base.sets if self.base else {}
+        sets = self.results.sets.values()
+        return [row for answers in sets for row in lines(answers, of_base.get(answers.name))]
 
     @property
     def name(self) -> str:
@@ -121,20 +127,21 @@ def report(folder: Path = RESULTS) -> Report:
         raise UserError(
             f"{shown(folder)}: no evaluation is finished; run make eval RECIPE=sentiment_r8_dora to its end"
         )
-    models = []
-    for place, model in enumerate(sorted(evaluated.values(), key=lambda model: not model.run.adapter), 1):
-        base = base_of(model, evaluated)
-        of_base = base.sets if base else {}
-        rows = [row for answers in model.sets.values() for row in lines(answers, of_base.get(answers.name))]
-        models.append(Model(f"m{place}", model, base, rows))
-        for answers in model.sets.values():
-            write_text(answers.folder / "answers.html", answers_page(answers))
+    models = with_bases(evaluated)
+    for answers in (answers for model in models for answers in model.results.sets.values()):
+        write_text(answers.folder / "answers.html", answers_page(answers))
     result = Report(models, warnings, corrected_sets(models), list(overview(models)))
     parts = {part.__name__: part for part in (facts, more_facts, notes, tables, scorings, confusion_matrix, curve)}
     parts |= {"report": result, "prompts": PROMPTS, "axis": SCORE_AXIS}
     write_text(folder / "index.html", render("evaluate/report.html.jinja", **parts))
     write_text(folder / "README.md", render("evaluate/report.md.jinja", **parts))
     return result
+
+
+def with_bases(evaluated: dict[str, ModelResults]) -> list[Model]:
+    """Each model that was evaluated beside its base, the bases first."""
+    ordered = sorted(evaluated.values(), key=lambda model: not model.run.adapter)
+    return [Model(f"m{place}", model, base_of(model, evaluated)) for place, model in enumerate(ordered, 1)]
 
 
 def tables(model: Model) -> Iterator[tuple[str, Table]]:

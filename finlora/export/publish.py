@@ -13,7 +13,7 @@ import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -271,7 +271,9 @@ def model_card(
         defects=defects(tests),
         corrections={file: load_corrections()[file] for file in files_of(parts, tests) if file in load_corrections()},
         # A sweep keeps its points' evaluations beside them.
-        evaluations=score_tables(trained.facts.sha256, results.RESULTS, trained.folder.parent / "results"),
+        evaluations=evaluations(trained.facts.sha256, results.RESULTS, trained.folder.parent / "results"),
+        facts=report.facts,
+        notes=report.notes,
         percent=html.percent,
         signed=html.signed,
         metrics=record["metrics"],
@@ -319,26 +321,11 @@ def defects(tests: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-class ScoreTable(NamedTuple):
-    """One evaluation of the adapter: how it was run, a row for each test set, and its notes."""
-
-    facts: str
-    rows: list[report.ScoreRow]
-    notes: list[str]
-
-
-def score_tables(sha256: str, *folders: Path) -> list[ScoreTable]:
-    """One for each evaluation of the adapter with these weights that these folders of results have."""
-    evaluations = {}
+def evaluations(sha256: str, *folders: Path) -> list[report.Model]:
+    """Those of the adapter with these weights that these folders of results have."""
+    evaluated = {}
     for folder in folders:
         with suppress(UserError):  # nothing is evaluated there
-            evaluations |= results.read(folder)[0]
-    tables = []
-    for evaluation in evaluations.values():
-        if evaluation.run.adapter_sha256 == sha256 and evaluation.sets:
-            base = results.base_of(evaluation, evaluations)
-            of_base = base.sets if base else {}
-            tests = [answers for answers in evaluation.sets.values() if not answers.forgetting]
-            rows = [row for answers in tests for row in report.lines(answers, of_base.get(answers.name))]
-            tables.append(ScoreTable(report.facts(evaluation.run), rows, list(report.notes(evaluation, base))))
-    return tables
+            evaluated |= results.read(folder)[0]
+    models = report.with_bases(evaluated)
+    return [model for model in models if model.results.run.adapter_sha256 == sha256 and model.results.sets]
