@@ -1,4 +1,4 @@
-"""Two subjects on the same rows: is the difference more than chance? (`make compare A=... B=...`)
+"""Two evaluations on the same rows: is the difference more than chance? (`make compare A=... B=...`)
 
 finlora compare A B [--results DIR]
 
@@ -6,7 +6,6 @@ Per set that both answered: both scores, the paired difference B - A with its 95
 where each row is alone and right or wrong (elsewhere, as for BERTScore and tags, a permutation test of groups of rows).
 """
 
-import difflib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from finlora.core.errors import UserError
+from finlora.core.errors import UserError, did_you_mean
 from finlora.core.html import p_value, percent, signed
 from finlora.core.paths import shown
 from finlora.evaluate.report import PROMPTS, facts
@@ -28,12 +27,12 @@ def compare(a: str, b: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
     finlora.evaluate.statistics.paired says.
 
     The last line, set "pooled", has every row of FinLoRA's sets whose answers are right or wrong. Raises UserError for
-    a subject that is not there, and where files, rows, labels or measures differ.
+    an evaluation that is not there, and where files, rows, labels or measures differ.
     """
     one, other = find(a, b, folder)
     sets = [name for name in one.sets if name in other.sets]
     if not sets:
-        has = [f"{subject.name} has {', '.join(subject.sets) or 'none that is finished'}" for subject in (one, other)]
+        has = [f"{model.name} has {', '.join(model.sets) or 'none that is finished'}" for model in (one, other)]
         raise UserError(f"no set that both answered: {'; '.join(has)}; evaluate both with the same TASKS=")
     for name in sets:
         refuse_unlike(name, one, other)
@@ -54,20 +53,20 @@ def compare(a: str, b: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
 def find(a: str, b: str, folder: Path) -> tuple[ModelResults, ModelResults]:
     known = names(folder)
     if not a or not b:
-        raise UserError(f"name two subjects, as in make compare A={known[0]} B={known[-1]}")
+        raise UserError(f"name two evaluations, as in make compare A={known[0]} B={known[-1]}")
     for name in (a, b):
         if name not in known:
-            near = difflib.get_close_matches(name, known, 3) or known
-            raise UserError(f"{shown(folder)}: has no subject {name!r}; there is {', '.join(near)}")
+            hint = did_you_mean(name, known, 3) or f"there is {', '.join(known)}"
+            raise UserError(f"{shown(folder)}: has no evaluation {name!r}; {hint.strip()}")
     if a == b:
-        raise UserError(f"A and B are both {a}; name two subjects")
-    subjects, warnings = read(folder, (a, b))
+        raise UserError(f"A and B are both {a}; name two evaluations")
+    models, warnings = read(folder, (a, b))
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for name in (a, b):
-        if name not in subjects:
+        if name not in models:
             raise UserError(f"{shown(folder / name)}: cannot be used (see the warning above); evaluate it again")
-    return subjects[a], subjects[b]
+    return models[a], models[b]
 
 
 def refuse_unlike(name: str, one: ModelResults, other: ModelResults) -> None:
@@ -87,7 +86,7 @@ def differing(one: ModelResults, other: ModelResults, sets: list[str]) -> Iterat
     """What else than the adapter differs between the two, one line each."""
     if one.run.model != other.run.model:
         yield f"the models differ: {one.run.model} and {other.run.model}"
-    prompts = [PROMPTS.get(subject.run.prompt, str(subject.run.prompt)) for subject in (one, other)]
+    prompts = [PROMPTS.get(model.run.prompt, str(model.run.prompt)) for model in (one, other)]
     if prompts[0] != prompts[1]:
         yield f"the prompts differ: {prompts[0]} (A), {prompts[1]} (B)"
     elif one.run.template_sha256 != other.run.template_sha256:
@@ -123,7 +122,7 @@ def pool(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def join(sets: list[tuple[dict[str, list], ...]]) -> tuple[dict[str, list], ...]:
-    """Each subject's items on several sets as items on one, every set's rows after those of the one before."""
+    """Each model's items on several sets as items on one, every set's rows after those of the one before."""
     pooled: tuple[dict[str, list], ...] = tuple({} for _ in sets[0])
     start = 0
     for items in sets:

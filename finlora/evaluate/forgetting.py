@@ -58,7 +58,7 @@ def answers(lm, name: str, folder: Path, limit: int | None) -> tuple[SetResult, 
                 # Off the net `datasets` takes whatever it cached before under a folder's name for the folder itself.
                 copy = {"dataset_path": str(folder / name), "dataset_kwargs": {"cache_dir": fresh}}
                 subtasks = [{"task": task} | copy for task in subtasks if in_copy(task, folder / name)]
-            found = simple_evaluate(
+            answered = simple_evaluate(
                 lm,
                 tasks=subtasks,
                 task_manager=manager,
@@ -72,11 +72,11 @@ def answers(lm, name: str, folder: Path, limit: int | None) -> tuple[SetResult, 
             f"{name}: {TASKS[name]['dataset']} cannot be loaded ({first_line(error)}); go online once, or "
             f"name a folder that holds a copy of it as {name}/ with TESTS="
         ) from error
-    metric, wanted = TASKS[name]["metric"], TASKS[name]["filter"]
+    metric, filter_name = TASKS[name]["metric"], TASKS[name]["filter"]
     rows = []
-    for task in sorted(found["samples"]):
-        for sample in found["samples"][task]:
-            if sample["filter"] == wanted:
+    for task in sorted(answered["samples"]):
+        for sample in answered["samples"][task]:
+            if sample["filter"] == filter_name:
                 rows.append(
                     {
                         "row": len(rows) + 1,

@@ -61,14 +61,14 @@ def number(text: str) -> Number | None:
 
 def numbers(text: str) -> list[tuple[re.Match, Number]]:
     """The numbers in prose: "USD 15.0", "$-15.0", "34.728 billion", "15.0x", "(5)" for -5; and where they stand."""
-    text, found = text.translate(SIGNS), []
+    text, mentions = text.translate(SIGNS), []
     for match in IN_PROSE.finditer(text):
         sign, minus, digits, unit = match.groups(default="")
         value = Fraction(digits.replace(",", "")) * 10 ** SCALES.get(unit.lower(), 0)
         bracketed = text[: match.start()].endswith("(") and text[match.end() :].startswith(")")
         negative = bracketed or "-" in sign + minus
-        found.append((match, Number(-value if negative else value, unit.lower() in ("%", "percent"))))
-    return found
+        mentions.append((match, Number(-value if negative else value, unit.lower() in ("%", "percent"))))
+    return mentions
 
 
 def calculation(text: str) -> Fraction | None:

@@ -76,15 +76,15 @@ def tags(text: str) -> set[str]:
 
 def read_number(text: str, equals: Callable[[Number], bool]) -> bool | None:
     """Whether the one number that a text states, or has, is the target; None where it is not one."""
-    found = numbers(text)
+    mentions = numbers(text)
     # "the value for 2023 is ..."; and what is still being calculated is not stated.
-    found = [each for each in found if not _year(*each)] or found
+    mentions = [each for each in mentions if not _year(*each)] or mentions
     stated = [
         value
-        for match, value in found
+        for match, value in mentions
         if STATED.search(text[: match.start()]) and not re.match(r"\s*[-+*/^×÷]\s*[\d($]", text[match.end() :])
     ]
-    values = set(stated or [value for _, value in found])
+    values = set(stated or [value for _, value in mentions])
     if values and all(map(equals, values)):
         return True
     return False if len(values) == 1 else None
@@ -99,8 +99,8 @@ def read_calculation(text: str, equals: Callable[[Fraction], bool]) -> bool | No
 
 def read_formula(text: str, target: str) -> bool | None:
     """Whether the one formula of tags in a text is the target, spaces aside; None where there is not one."""
-    found = {_formula(match) for match in FORMULA.findall(text)}
-    return None if len(found) != 1 else _formula(target) in found
+    formulas = {_formula(match) for match in FORMULA.findall(text)}
+    return None if len(formulas) != 1 else _formula(target) in formulas
 
 
 def _formula(text: str) -> str:

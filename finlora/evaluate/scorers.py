@@ -29,18 +29,18 @@ TWO_DECIMALS = Fraction(1, 200)  # half a unit of the second decimal
 
 
 def scorings(name: str, spec: TestSet) -> dict[str, Callable[[Sequence[str], Sequence[str]], Items]]:
-    """The ways to score the test set `name`, the primary one first; each takes the answers and the targets.
+    """What scores the test set `name`, the primary one first; each takes the answers and the targets.
 
     There is none for a bertscore_f1 set, whose scores finlora/evaluate/bertscore.py measures: see bertscore_items().
     """
     if spec.metric == "bertscore_f1":
         return {}
-    ways = {"finlora": partial(finlora, spec), "read": partial(read, spec), "strict": partial(strict, spec)}
+    scorers = {"finlora": partial(finlora, spec), "read": partial(read, spec), "strict": partial(strict, spec)}
     if name == "nwgi":
-        ways["three classes"] = partial(_three_classes, spec)
+        scorers["three classes"] = partial(_three_classes, spec)
     if name in NUMERIC:
-        ways["within 1%"] = partial(strict, spec, share=0.01)
-    return ways
+        scorers["within 1%"] = partial(strict, spec, share=0.01)
+    return scorers
 
 
 def after_answer(answer: str) -> str:
@@ -83,21 +83,23 @@ def strict(spec: TestSet, answers: Sequence[str], targets: Sequence[str], share:
     spellings = _spellings(spec, rows)
     items = _no_items()
     for row, answer, target in rows:
-        given, wanted = _plain(answer), _plain(target)
-        target = spellings[wanted]
-        if given == wanted:
+        plain_answer, plain_target = _plain(answer), _plain(target)
+        target = spellings[plain_target]
+        if plain_answer == plain_target:
             predicted = target
         elif closed:
-            predicted = spellings.get(given) or spellings.get(given.strip("()[]{}"), UNPARSED)
-        elif not tags and (goal := number(wanted) or calculation(target)) is not None:
-            found = number(given) if isinstance(goal, Number) else calculation(answer)
-            if found is None:
+            predicted = spellings.get(plain_answer) or spellings.get(plain_answer.strip("()[]{}"), UNPARSED)
+        elif not tags and (goal := number(plain_target) or calculation(target)) is not None:
+            value = number(plain_answer) if isinstance(goal, Number) else calculation(answer)
+            if value is None:
                 predicted = UNPARSED
             else:
-                predicted = target if _equals(spec, goal, share)(found) else spellings.get(given, given)
+                predicted = target if _equals(spec, goal, share)(value) else spellings.get(plain_answer, plain_answer)
         else:
-            prose = " " in given and " " not in wanted
-            predicted = spellings.get(given, UNPARSED if prose or not re.search(r"\w", given) else given)
+            prose = " " in plain_answer and " " not in plain_target
+            predicted = spellings.get(
+                plain_answer, UNPARSED if prose or not re.search(r"\w", plain_answer) else plain_answer
+            )
         _add(items, row, target, predicted, predicted == target, predicted == UNPARSED != target)
     return items
 
@@ -200,10 +202,10 @@ def _rows(
         if spec.metric != "tag_accuracy_f1":
             yield row, answer, target
             continue
-        given = [tag.strip().replace("\n", "") for tag in between.split(answer)]
-        wanted = [tag.strip().replace("\n", "") for tag in target.split(",")]
-        given += [""] * (len(wanted) - len(given))
-        for answer_tag, target_tag in zip(given, wanted, strict=False):  # leaves out surplus answers
+        answer_tags = [tag.strip().replace("\n", "") for tag in between.split(answer)]
+        target_tags = [tag.strip().replace("\n", "") for tag in target.split(",")]
+        answer_tags += [""] * (len(target_tags) - len(answer_tags))
+        for answer_tag, target_tag in zip(answer_tags, target_tags, strict=False):  # leaves out surplus answers
             yield row, answer_tag, target_tag
 
 
@@ -216,8 +218,8 @@ def _equals(spec: TestSet, goal: Number | Fraction, share: float = 0.0) -> Calla
     """Whether a number or a calculation's value is as near to the target's as the set asks."""
     asked = spec.metric == "accuracy"  # Financial Math: two decimals; rates are percentages or fractions of one
     if isinstance(goal, Number):
-        return lambda found: found.equals(goal, TWO_DECIMALS if asked else Fraction(0), share, asked)
-    return lambda found: abs(found - goal) <= Fraction(share) * abs(goal)
+        return lambda value: value.equals(goal, TWO_DECIMALS if asked else Fraction(0), share, asked)
+    return lambda value: abs(value - goal) <= Fraction(share) * abs(goal)
 
 
 def _no_items() -> Items:

@@ -1,4 +1,4 @@
-"""How sure a score is: intervals, and paired differences of two subjects on the same rows.
+"""How sure a score is: intervals, and paired differences of two models on the same rows.
 
 Rows that belong together (finlora/data/groups.py) and the tags of one answer are one observation: intervals and tests
 work on groups. A score is a mean over items; from how far the sums over groups scatter follows how many independent

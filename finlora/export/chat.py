@@ -59,6 +59,8 @@ def chat(model, tokenizer, max_new_tokens: int, eot_tokens: Sequence[str] = ()) 
 
     The prompt is the whole conversation, tokenized anew for each answer; /new starts another conversation.
     """
+    from finlora.models.generate import generate  # late: it imports lm_eval, which takes seconds, and bitsandbytes
+
     ends = models.end_tokens(model, tokenizer, eot_tokens)
     terminal = sys.stdin.isatty()
     if hasattr(sys.stdin, "reconfigure"):
@@ -79,29 +81,19 @@ def chat(model, tokenizer, max_new_tokens: int, eot_tokens: Sequence[str] = ()) 
         if not text or text == "/new":
             continue
         turns.append({"role": "user", "content": text})
-        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        length = prompt["input_ids"].shape[1]
-        if length + max_new_tokens > model.config.max_position_embeddings:
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        if len(prompt) + max_new_tokens > model.config.max_position_embeddings:
             print("the conversation is more than the model can take; /new starts another", file=sys.stderr)
             turns.pop()
             continue
         try:
-            out = model.generate(
-                **prompt.to(model.device),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                eos_token_id=ends,
-                pad_token_id=tokenizer.pad_token_id,
-                streamer=AnswerStreamer(tokenizer, ends),
-            )
+            streamer = AnswerStreamer(tokenizer, ends)
+            (answer,) = generate(model, tokenizer, [prompt], max_new_tokens, eot_tokens=eot_tokens, streamer=streamer)
         except KeyboardInterrupt:
             print()
             turns.pop()
             continue
-        written = [token for token in out[0, length:].tolist() if token not in ends]
-        turns.append({"role": "assistant", "content": tokenizer.decode(written, skip_special_tokens=True)})
+        turns.append({"role": "assistant", "content": answer.text})
 
 
 def run(trained: TrainedModel, prompt: str, keep_quantised: bool, max_new_tokens: int) -> None:

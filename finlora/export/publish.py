@@ -291,7 +291,7 @@ def text_without_paths(text: str, recipe: dict[str, Any]) -> str:
     for path in sorted(known, key=len, reverse=True):
         text = text.replace(path, Path(path).name)
     text = text.replace(f"{ROOT}/", "")
-    return MACHINE_PATH.sub(lambda found: re.split(r"[/\\]+", found[0].rstrip("/\\"))[-1], text)
+    return MACHINE_PATH.sub(lambda path: re.split(r"[/\\]+", path[0].rstrip("/\\"))[-1], text)
 
 
 def files_of(parts: list[str], tests: dict[str, Any]) -> list[str]:

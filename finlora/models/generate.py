@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from lm_eval.models.utils_hf import stop_sequences_criteria
-from transformers import DynamicCache
+from transformers import DynamicCache, TextStreamer
 
 from finlora.models.load import end_tokens
 
@@ -26,11 +26,12 @@ def generate(
     max_new_tokens: int,
     stop: Sequence[str] = (),
     eot_tokens: Sequence[str] = (),
+    streamer: TextStreamer | None = None,
 ) -> list[Answer]:
     """One greedy answer for each prompt, given as token ids; texts are cut before the first of the `stop` strings.
 
     eot_tokens: the recipe's, which end an answer too (`end_tokens`). The beginning that all prompts share, mostly an
-    instruction, is computed once; padding goes between it and the rest.
+    instruction, is computed once; padding goes between it and the rest. streamer: prints the answer to one prompt.
     """
     width = max(map(len, prompts))
     # At least one token of each prompt is left over: generate needs an input.
@@ -56,8 +57,11 @@ def generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            temperature=None,
+            top_p=None,
             eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
+            streamer=streamer,
             stopping_criteria=stop_sequences_criteria(tokenizer, stop, width, len(prompts)) if stop else None,
         )
     return [_answer(tokenizer, row, ends, stop) for row in out[:, width:].tolist()]
