@@ -82,6 +82,11 @@ def test_every_prompt_is_answered_in_order(server, monkeypatch):
     assert set(lm.tokens.values()) == {(5, 1, None)}
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8000", "http://127.0.0.1:8000/", "http://127.0.0.1:8000/v1"])
+def test_errors_name_the_address_that_is_asked(address):
+    assert endpoint.Endpoint(address, "m").url == f"{address.rstrip('/')}/chat/completions"
+
+
 @pytest.mark.parametrize(("reason", "ended"), [("stop", True), ("length", False), (None, None)])
 def test_an_answer_that_the_server_cut_is_known_as_such(server, reason, ended):
     server.script = [{"choice": {"finish_reason": reason}}]

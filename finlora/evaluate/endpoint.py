@@ -56,7 +56,8 @@ class Endpoint(LM):
 
     @property
     def url(self) -> str:
-        return f"{self.client.base_url}chat/completions"
+        base = str(self.client.base_url).rstrip("/")  # which ends with a stroke only where the address has a path
+        return f"{base}/chat/completions"
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return json.dumps(chat_history, ensure_ascii=False)
