@@ -6,6 +6,7 @@ that fixing a scorer fixes every report. Prompts can be long; they stay on disk 
 """
 
 import json
+import sys
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -265,21 +266,26 @@ def write_record(path: Path, record: Run | SetResult) -> None:
     write_json(path, asdict(record))
 
 
-def summary_line(result: SetResult, rows: list[dict[str, Any]]) -> str:
-    """The scores of a set that was just answered, for the terminal."""
+def print_answered(result: SetResult, rows: list[dict[str, Any]], reasons: dict[str, str]) -> None:
+    """Say how a set was answered, and warn of empty answers; reasons: an endpoint's for those, by prompt."""
+    empty = [row for row in rows if result.metric != "lm_eval" and not row["answer"].strip()]
+    if empty:
+        lines = ", ".join(str(row["row"]) for row in empty[:5]) + ", ..." * (len(empty) > 5)
+        why = ", ".join(sorted({reasons[row["prompt"]] for row in empty if row["prompt"] in reasons}))
+        count = f"{len(empty)} empty answer{'s' * (len(empty) > 1)}"
+        print(f"warning: {result.set}: {count} (rows {lines}{f'; {why}' if why else ''})", file=sys.stderr)
     if result.metric == "lm_eval":
         scores = {"score": sum(row["right"] for row in rows) / len(rows)}
     elif result.metric == "bertscore_f1":
-        scores = {
-            "BERTScore F1": scorers.summary(scorers.bertscore_items([row["bertscore"] for row in rows]))["accuracy"]
-        }
+        items = scorers.bertscore_items([row["bertscore"] for row in rows])
+        scores = {"BERTScore F1": scorers.summary(items)["accuracy"]}
     else:
         targets = [row["corrected" if result.labels_used == "corrected" else "target"] for row in rows]
         texts = [row["answer"] for row in rows]
         scorings = scorers.scorings(result.set, all_sets()[result.set])
         scores = {name: scorers.summary(score(texts, targets))["accuracy"] for name, score in scorings.items()}
     text = ", ".join(f"{name} {value:.1%}" for name, value in scores.items())
-    return f"{result.set}: {text} of {len(rows)} rows in {result.seconds:.0f} s"
+    print(f"{result.set}: {text} of {len(rows)} rows in {result.seconds:.0f} s", flush=True)
 
 
 def base_of(model: ModelResults, models: dict[str, ModelResults]) -> ModelResults | None:

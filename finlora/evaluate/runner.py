@@ -24,7 +24,7 @@ from finlora.core.paths import existing, shown
 from finlora.core.provenance import git_state, versions
 from finlora.evaluate.evaluation import Evaluation, Request
 from finlora.evaluate.questions import Questions, answers
-from finlora.evaluate.results import Row, Run, SetResult, read_kept, read_run, summary_line, write_record, write_set
+from finlora.evaluate.results import Row, Run, SetResult, print_answered, read_kept, read_run, write_record, write_set
 from finlora.train.runs import folder_lock
 
 # Answers in a folder whose run.json differs in one of these are another model's.
@@ -104,7 +104,7 @@ def prepare_folder(run: Run, evaluation: Evaluation) -> list[Unanswered]:
 def unanswered(folder: Path, questions: Questions, request: Request) -> Unanswered | None:
     """What is left to ask; None where results/<subject>/<set> holds the answers asked for, or more.
 
-    What measures kept answers is then brought up to date: corrections, the encoder, which labels count, the limit.
+    What measures kept answers is then brought up to date: corrections, the encoder, which labels count.
     """
     limit, source, length = request.limit, questions.source, questions.length
     result, rows = read_kept(folder)
@@ -115,11 +115,11 @@ def unanswered(folder: Path, questions: Questions, request: Request) -> Unanswer
         return None if enough else Unanswered(questions, limit)
     if limit and result.sha256 == source.sha256:
         limit = result.limit and max(limit, result.limit)  # no answer is taken away
-    kept = [row for row in rows if row["stopped"] and row["answer_tokens"] <= length.max_new_tokens]
-    if result.max_new_tokens == length.max_new_tokens:
-        kept = rows
-    # Until 2026-11 lm-eval cut answers at their first blank line, and the length was not recorded.
-    left = Unanswered(questions, limit, kept if result.lengths else [])
+    kept: list[Row] = []
+    if result.lengths:  # until 2026-11 lm-eval cut answers at their first blank line, and this was not recorded
+        same, longest = result.max_new_tokens == length.max_new_tokens, length.max_new_tokens
+        kept = [row for row in rows if same or (row["stopped"] and row["answer_tokens"] <= longest)]
+    left = Unanswered(questions, limit, kept)
     subject = folder.parent.name
     if result.sha256 != source.sha256:
         print(f"{source.path}: has changed since {subject} answered it; asking again")
@@ -206,7 +206,6 @@ def ask(lm, run: Run, left: list[Unanswered], evaluation: Evaluation) -> None:
             if part.kept:
                 lm.keep(part.kept, part.questions.options)
             result, rows = answers(lm, part.questions, part.limit, trained_on)
-            warn_of_empty(name, rows, lm.reasons)
             result = replace(result, seconds=round(time.perf_counter() - started, 3), limit=part.limit)
             if result.metric == "bertscore_f1":
                 from finlora.evaluate import bertscore  # late: torch and transformers take seconds
@@ -214,17 +213,8 @@ def ask(lm, run: Run, left: list[Unanswered], evaluation: Evaluation) -> None:
                 bertscore.add_bertscore(rows, request.encoder, request.layer)
                 result = replace(result, encoder=bertscore.measured_by(request.encoder, request.layer))
             write_set(folder / name, result, rows)
-            print(summary_line(result, rows), flush=True)
+            print_answered(result, rows, lm.reasons)
     (folder / "answers.part.jsonl").unlink(missing_ok=True)
-
-
-def warn_of_empty(name: str, rows: list[Row], reasons: dict[str, str]) -> None:
-    """Say which rows have an empty answer; reasons: an endpoint's, by prompt."""
-    if empty := [row for row in rows if not row["answer"].strip()]:
-        lines = ", ".join(str(row["row"]) for row in empty[:5]) + ", ..." * (len(empty) > 5)
-        why = ", ".join(sorted({reasons[row["prompt"]] for row in empty if row["prompt"] in reasons}))
-        count = f"{len(empty)} empty answer{'s' * (len(empty) > 1)}"
-        print(f"warning: {name}: {count} (rows {lines}{f'; {why}' if why else ''})", file=sys.stderr)
 
 
 @contextmanager

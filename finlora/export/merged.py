@@ -54,22 +54,19 @@ def is_merged(trained: TrainedModel, into: str | None) -> bool:
             f"{folder}: holds the model merged from {record.adapter}; FORCE=1 replaces it, and an adapter folder of "
             "another name keeps both"
         )
-    return holds(trained, record) and into in (record.asked_for, record.into)
-
-
-def holds(trained: TrainedModel, record: MergeRecord | None) -> bool:
-    """Whether the merged model is that of this very adapter and base, and its files are there."""
-    expected = (trained.facts.sha256, shown(trained.base_model), trained.bits)
-    if not record or (record.adapter_sha256, record.base, record.trained_bits) != expected:
-        return False
-    base = weights_sha256(trained.base_model, ROOT)  # None where it is gone: the merged model is whole without it
-    same_base = not base or record.base_sha256 in (None, base)
-    return same_base and all((trained.merged / name).is_file() for name in record.weights)
+    return bool(merged_folder(trained)) and into in (record.asked_for, record.into)
 
 
 def merged_folder(trained: TrainedModel) -> Path | None:
     """The folder with the merged model of this very adapter and base; None where it is missing or incomplete."""
-    return trained.merged if holds(trained, read_merge_record(trained.merged)) else None
+    record = read_merge_record(trained.merged)
+    expected = (trained.facts.sha256, shown(trained.base_model), trained.bits)
+    if not record or (record.adapter_sha256, record.base, record.trained_bits) != expected:
+        return None
+    base = weights_sha256(trained.base_model, ROOT)  # None where it is gone: the merged model is whole without it
+    if base and record.base_sha256 not in (None, base):
+        return None
+    return trained.merged if all((trained.merged / name).is_file() for name in record.weights) else None
 
 
 def need_merged(trained: TrainedModel) -> Path:
