@@ -676,7 +676,7 @@ def test_the_slurm_file_runs_one_point_a_task(tmp_path):
 class Forked:
     """What `sweep.start` starts, in a forked child: axolotl's import is paid once for all points."""
 
-    def __init__(self, argv, gpu, log, lock):
+    def __init__(self, argv, gpu, log, lock, threads):
         from forked import start
 
         def main() -> None:
