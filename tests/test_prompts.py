@@ -151,6 +151,17 @@ def test_what_would_never_end_or_is_served_otherwise_is_refused(case, rows):
     assert f"mine.yaml: key '{key}': {file}:1: " in str(error.value)
 
 
+@pytest.mark.parametrize("row", ['{"context": "a", "target": "b"}', '{"messages": []}', "5"])
+def test_a_row_without_messages_is_named_with_the_key_that_has_them(row, rows):
+    tokenizer = make_tokenizer(*INSTRUCT)
+    file = rows()
+    file.write_text(f"{row}\n")
+    cfg = configured(tokenizer, file, chat_template="llama3")
+    words = f"{file}:1", "'messages'", "list"
+    with refuses(*words, error=RecipeError, file="mine.yaml", key="datasets.0.field_messages"):
+        prompts.check(cfg, tokenizer, "mine.yaml")
+
+
 def test_an_answer_whose_first_token_joins_the_prompt_is_named_with_its_line(rows):
     """Mistral's first template writes ' ' + answer: before a digit that space is a token which is never asked for."""
     tokenizer = make_tokenizer(MISTRAL, "</s>", "<s>")

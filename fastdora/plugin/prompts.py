@@ -32,7 +32,8 @@ class _Place(NamedTuple):
         """As `recipe: key 'chat_template': file:line`; the key is the entry's where that has it."""
         # Axolotl (0.19.0) gives an entry without a template the tokenizer's, which is the recipe's by now.
         same = key == "chat_template" and self.entry.get(key) in ("tokenizer_default", self.template)
-        inside = f"{self.name}." if key == "roles_to_train" or (self.entry.get(key) and not same) else ""
+        own = key in ("roles_to_train", "field_messages") or (self.entry.get(key) and not same)
+        inside = f"{self.name}." if own else ""
         return f"{self.source}: key '{inside}{key}': {self.entry['path']}:{self.line}"
 
 
@@ -108,6 +109,12 @@ def _some_rows(file: Path):
 def _check_row(strategy, tokenizer, row: dict[str, Any], place: _Place) -> None:
     template = place.of("chat_template")
     prompter = strategy.prompter
+    field = place.entry.get("field_messages") or "messages"
+    if not isinstance(row, dict) or not row.get(field):
+        raise RecipeError(
+            f"{place.of('field_messages')}: the row has no '{field}'; write the turns there, as a list of "
+            "{role, content}, or name the key that has them"
+        )
     try:
         trained = strategy.tokenize_prompt(dict(row))
     except (TemplateError, TypeError, KeyError, ValueError) as error:
