@@ -12,8 +12,13 @@ FINLORA := $(PY) -m finlora
 FLAGS := TINY FORCE CPU OFFLOAD RAY LIST EVAL BASE KEEP_QUANTISED MERGED PRIVATE PUSH
 option = --$(shell echo $1 | tr A-Z_ a-z-)$(if $(filter $1,$(FLAGS)),, $(call quote,$($1)))
 options = $(foreach name,$1,$(if $($(name)),$(call option,$(name))))
+# A terminal's width has this name in the environment; only what stands on make's own command line counts.
+ifneq ($(origin COLUMNS),command line)
+COLUMNS :=
+endif
+unexport COLUMNS
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all fuzz mutants train sweep eval report compare plan merge serve chat publish recipes new check data audit pictures vllm lint constraints
+.PHONY: help setup demo test test-all fuzz mutants train sweep eval report compare plan merge serve chat publish recipes new check data task audit pictures vllm lint constraints
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
@@ -21,7 +26,7 @@ help: ## what `make` can do
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## the whole path on a CPU in five minutes; DATA=rows.jsonl for your own rows; VERBOSE=1 (any target) shows all
-	@$(FINLORA) demo $(call options,DATA)
+	@$(FINLORA) demo $(call options,DATA COLUMNS)
 
 test: $(READY) ## lint and the tests, about 6 minutes on two cores; ARGS= for pytest
 	@$(PY) tests/surroundings.py && $(PY) -m ruff check . && $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow" $(ARGS)
@@ -75,10 +80,13 @@ check: $(READY) ## check every recipe: keys, types, names, factorisation
 	@$(FINLORA) check
 
 data: $(READY) ## fetch and prepare TASK= (all without); FILE=<your rows> TASK=cfa for rows of your own; LABELS=published
-	@$(FINLORA) data $(TASK) $(call options,FILE LABELS MIXTURE) $(ARGS)
+	@$(FINLORA) data $(TASK) $(call options,FILE COLUMNS LABELS MIXTURE) $(ARGS)
+
+task: $(READY) ## make a task of your own rows: NAME=credit_risk FILE=train.csv TEST=test.csv; COLUMNS= LABELS=good,bad METRIC=
+	@$(FINLORA) task $(call options,NAME FILE TEST COLUMNS LABELS METRIC)
 
 audit: $(READY) ## what is in the fetched files: labels, duplicates, leaks, lengths; TASK= for one, FILE=<your rows>
-	@$(FINLORA) audit $(TASK) $(call options,FILE) $(ARGS)
+	@$(FINLORA) audit $(TASK) $(call options,FILE COLUMNS) $(ARGS)
 
 pictures: $(READY) ## draw docs/speed.svg and docs/scores.svg from the recorded results
 	@$(FINLORA) pictures

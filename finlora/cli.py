@@ -77,7 +77,12 @@ KeepQuantised = Annotated[
 Results = Annotated[Path | None, typer.Option(help="the folder that evaluations write to (default results)")]
 Tasks = Annotated[list[str] | None, typer.Argument(metavar="[TASK]...", help="of data/tasks.yaml (default: all)")]
 Raw = Annotated[Path | None, typer.Option(help="the folder of the fetched files (default data/raw)")]
-OwnRows = Annotated[Path | None, typer.Option("--file", help="rows of your own: .jsonl, .csv (or .gz) or .parquet")]
+OwnRows = Annotated[
+    Path | None, typer.Option("--file", help="rows of your own: .jsonl, .json, .csv, .tsv (or .gz, .zst) or .parquet")
+]
+Columns = Annotated[
+    str | None, typer.Option(metavar="NAME=context,NAME=target", help="what the keys or columns of --file are")
+]
 ContextColumn = Annotated[str, typer.Option(help="the key or column of the question in --file")]
 TargetColumn = Annotated[str, typer.Option(help="the key or column of the answer in --file")]
 AnyLabel = Annotated[bool, typer.Option("--any-label", help="accept answers in --file outside the task's labels")]
@@ -424,6 +429,7 @@ def prepare(
     file: OwnRows = None,
     context_column: ContextColumn = "context",
     target_column: TargetColumn = "target",
+    columns: Columns = None,
     any_label: AnyLabel = False,
     seed: Seed = 42,
     validation: Validation = 0.02,
@@ -431,6 +437,7 @@ def prepare(
     mixture: Mixture = "balanced",
 ) -> None:
     from finlora.data import prepare
+    from finlora.data.layouts import parse_columns
 
     if context.info_name == "data" and not file:
         from finlora.data.tasks import task
@@ -442,6 +449,7 @@ def prepare(
         file=str(file.absolute()) if file else None,
         context_column=context_column,
         target_column=target_column,
+        columns=parse_columns(columns),
         any_label=any_label,
         seed=seed,
         validation=validation,
@@ -449,6 +457,28 @@ def prepare(
         mixture=mixture,
     )
     prepare.run(tasks or [], raw, out, options)
+
+
+@app.command()
+def task(
+    name: Annotated[str, typer.Option(help="of the task: lower-case words, joined by _")],
+    file: Annotated[Path, typer.Option(help="the rows to train on")],
+    test: Annotated[Path, typer.Option(help="the rows to evaluate on")],
+    columns: Columns = None,
+    labels: Annotated[
+        str | None, typer.Option(help="all answers, as good,bad (default: those of the rows, where they are few)")
+    ] = None,
+    metric: Annotated[
+        Literal["accuracy_f1", "tag_accuracy_f1", "accuracy", "bertscore_f1"] | None,
+        typer.Option(help="default: by the answers"),
+    ] = None,
+) -> None:
+    """Make a task of your own rows, which all commands then take by its name."""
+    from finlora.data import own_tasks
+    from finlora.data.layouts import parse_columns
+
+    answers = [label.strip() for label in labels.split(",")] if labels else None
+    own_tasks.add(name, file, test, parse_columns(columns), answers, metric)
 
 
 @app.command()
@@ -461,6 +491,7 @@ def audit(
     file: OwnRows = None,
     context_column: ContextColumn = "context",
     target_column: TargetColumn = "target",
+    columns: Columns = None,
     any_label: AnyLabel = False,
     tokenizer: Annotated[
         Path | None,
@@ -471,11 +502,13 @@ def audit(
 ) -> None:
     """Report labels, duplicates, leaks and lengths of the fetched files. Exit code 1 where one needs attention."""
     from finlora.data import audit
+    from finlora.data.layouts import parse_columns
 
     own = audit.Options(
         file=str(file.absolute()) if file else None,
         context_column=context_column,
         target_column=target_column,
+        columns=parse_columns(columns),
         any_label=any_label,
     )
     attention = audit.run(
@@ -503,8 +536,9 @@ def demo(
     data: Annotated[
         Path | None, typer.Option(help='rows of your own: {"context": ..., "target": ...} in each line')
     ] = None,
+    columns: Columns = None,
 ) -> None:
     """The whole path on two CPU cores: base model, DoRA through axolotl, merge, and a table on held-out rows."""
     from finlora import demo
 
-    demo.run(data)
+    demo.run(data, columns)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT, shown
 from finlora.data import prepare, rows
+from finlora.data.layouts import parse_columns
 from finlora.data.tasks import load_tasks
 from finlora.evaluate import scorers
 from finlora.export import merge
@@ -48,15 +49,16 @@ class Score(NamedTuple):
     answer: str
 
 
-def demo(data: Path | None = None) -> dict[str, Score]:
+def demo(data: Path | None = None, columns: str | None = None) -> dict[str, Score]:
     """Train, merge and evaluate; return the scores of base, adapter and the most frequent answer ("usual").
 
-    data: rows of your own; a fifth of them, without near-duplicates of the rest, is held out.
+    data: rows of your own; a fifth of them, without near-duplicates of the rest, is held out. columns: what their keys
+    or columns are, as NAME=context,NAME=target.
     """
     started = time.perf_counter()
     base = real_base()
     recipe = RECIPE if base else TINY_RECIPE
-    held_out = prepare_rows(data)
+    held_out = prepare_rows(data, columns)
     if base:  # at most so many rows, evenly over the whole, which may be sorted by answer: a minute
         held_out = held_out[:: -(-len(held_out) // ROWS)]
     else:
@@ -104,13 +106,16 @@ def tiny_base(data: Path | None) -> Path:
     return base
 
 
-def prepare_rows(data: Path | None) -> Pairs:
+def prepare_rows(data: Path | None, columns: str | None = None) -> Pairs:
     """Write the demo's train and validation rows; return those held out. UserError where they are too few."""
     folder = prepare.PREPARED / "demo"
     if data is None:
         prepare.prepare("sentiment", tiny.SAMPLE, folder)
         return [(row.context, row.target) for row in rows.read_rows(HELD_OUT)]
-    options = prepare.Options(file=str(data.absolute()), any_label=True, validation=0.2)
+    mapping = parse_columns(columns)
+    if row := next((row for row in rows.read_rows(data, mapping) if row.earlier), None):
+        raise UserError(f"{data}:{row.line}: has turns before its question; `make data` takes such rows")
+    options = prepare.Options(file=str(data.absolute()), columns=mapping, any_label=True, validation=0.2)
     count = prepare.prepare("sentiment", out=folder, options=options).rows
     if count.get("validation", 0) < FEWEST_HELD_OUT:
         raise UserError(
@@ -161,10 +166,10 @@ def score(answers: list[str], held_out: Pairs, labels: list[str] | None, seconds
     return Score(read / len(targets), strict / len(targets), seconds, answers[0])
 
 
-def run(data: Path | None = None) -> None:
+def run(data: Path | None = None, columns: str | None = None) -> None:
     """The demo; UserError where the adapter is no better than the base model or the most frequent answer."""
     try:
-        scores = demo(data)
+        scores = demo(data, columns)
     except KeyboardInterrupt:
         if not any(
             is_unfinished(recipe) for recipe in (RECIPE, TINY_RECIPE)

@@ -52,6 +52,9 @@ SESSION = os.getppid() if WORKER else os.getpid()
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
+    from finlora.data import tasks  # here: what is above sets the environment that libraries are imported in
+
+    tasks.OWN_TABLE = ROOT / "data" / "none.yaml"  # the tests are about this repository's own tasks
     if not WORKER:
         try:
             config.stash[BEFORE] = surroundings.prepare(), set(surroundings.files())

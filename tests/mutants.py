@@ -21,6 +21,8 @@ MODULES = {
     "finlora/evaluate/scorers.py": ["tests/test_scorers.py", "tests/test_reading.py"],
     "finlora/evaluate/statistics.py": ["tests/test_stats.py"],
     "finlora/data/rows.py": ["tests/test_rows.py"],
+    "finlora/data/readers.py": ["tests/test_rows.py", "tests/test_layouts.py"],
+    "finlora/data/layouts.py": ["tests/test_layouts.py", "tests/test_rows.py"],
     "finlora/data/corrections.py": ["tests/test_corrections.py"],
     "fastdora/plugin/checkpoints.py": ["tests/test_checkpoints.py"],
     "fastdora/plugin/keys.py": ["tests/test_keys.py"],

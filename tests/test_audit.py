@@ -361,7 +361,8 @@ def test_tokens_are_those_of_the_whole_chat(tmp_path, tokenizer):
     rows = [(words(rng, rng.randrange(1, 60)) + " {braces} é ", f"{rng.randrange(10**6)}") for _ in range(50)]
     write(tmp_path / "train/formula_train.jsonl", rows)
     encode = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode
-    lengths = [len(encode(chat(*row), add_special_tokens=False)) for row in rows]
+    chats = [chat([("user", context), ("assistant", target)]) for context, target in rows]
+    lengths = [len(encode(text, add_special_tokens=False)) for text in chats]
     limit = sorted(lengths)[-4]
     report = look("formula", tmp_path, tokenizer=tokenizer, sequence_len=limit, count_tokens=True)
     tokens = entry(report, "train")["tokens"]
@@ -418,11 +419,17 @@ def run_main(monkeypatch):
     ("arguments", "options"),
     [
         (["audit", "TASK=cfa", "FILE=own rows.csv"], "audit cfa --file 'own rows.csv'"),
+        (
+            ["data", "TASK=cfa", "FILE=a.csv", "COLUMNS=Q=context,A=target"],
+            "data cfa --file 'a.csv' --columns 'Q=context,A=target'",
+        ),
         (["data", "TASK=general_multi", "MIXTURE=finlora"], "data general_multi --mixture 'finlora'"),
     ],
 )
 def test_make_passes_its_variables_on(arguments, options):
-    done = subprocess.run(["make", "-n", *arguments, "VENV=anywhere"], cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | {"COLUMNS": "80"}  # a terminal's width, and no file's columns
+    command = ["make", "-n", *arguments, "VENV=anywhere"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert options in " ".join(done.stdout.split()), done
 
 

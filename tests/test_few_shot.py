@@ -98,8 +98,8 @@ def test_other_examples_are_another_result(evaluate, train, asked, capsys):  # n
 
 
 def test_examples_have_the_labels_that_labels_names(tmp_path, monkeypatch):
+    from finlora.core.files import git_blob_sha1
     from finlora.data.corrections import Correction
-    from finlora.data.fetch import git_blob_sha1
 
     write_rows(tmp_path, "fpb", 3)
     path = write_train(tmp_path, map(sentence, range(9)))

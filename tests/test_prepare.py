@@ -489,15 +489,16 @@ def test_only_what_is_prepared_is_called_prepared_again(tmp_path, capsys):
     capsys.readouterr()
     with refuses("missing", file=own, line=13):
         preparing.run(["xbrl_term"], None, out, Options(file=str(own)))
-    assert capsys.readouterr().out == "" and {path: path.read_bytes() for path in out.iterdir()} == before
+    assert "again" not in capsys.readouterr().out and {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_columns_that_are_not_used_are_named(tmp_path):
     own = tmp_path / "own.csv"
     own.write_text("id,context,target,url\n1,a,A,x\n2,b,B,y\n")
     done = command("cfa", "--file", own, "--out", tmp_path / "out")
-    (line,) = [line for line in done.stdout.splitlines() if "not used" in line]
-    says(line.strip(), "id, url")
+    preview, summary = [line for line in done.stdout.splitlines() if "not used" in line]
+    says(preview.strip(), "id, url")
+    says(summary.strip(), "id, url")
 
 
 def test_a_record_of_an_earlier_format_keeps_its_options(tmp_path):
@@ -618,6 +619,8 @@ def test_mistakes_in_the_options(tmp_path):
         prepare("cfa", raw, out)
     with refuses(GONE, "check the path", file=tmp_path / "no.jsonl"):
         prepare("cfa", raw, out, file=tmp_path / "no.jsonl")
+    with refuses("context", "target", "both", file=tmp_path / "no.jsonl", key="text"):
+        prepare("cfa", raw, out, file=tmp_path / "no.jsonl", context_column="text", target_column="text")
     for share in 0.51, -0.01, float("nan"):
         with refuses("validation|--validation", f"{share}", "0 to 0.5"):
             prepare("xbrl_term", raw, out, validation=share)
@@ -628,9 +631,9 @@ def test_under_make_the_remedies_are_what_make_takes(tmp_path, monkeypatch):
     monkeypatch.setenv("MAKELEVEL", "1")
     own = tmp_path / "own.csv"
     own.write_text("question,answer\na,A\n")
-    with refuses('ARGS="--context-column', file=own, line=1, key="context"):
+    with refuses('COLUMNS="', file=own, line=1, key="context"):
         prepare("cfa", file=own, out=tmp_path / "out")
-    with refuses('ARGS="--target-column', file=own, line=1, key="target"):
+    with refuses('COLUMNS="', file=own, line=1, key="target"):
         prepare("cfa", file=own, out=tmp_path / "out", context_column="question")
     alike = write_rows(tmp_path / "alike.jsonl", [("the same words in each", "A")] * 20)
     with refuses('ARGS="--validation 0"'):

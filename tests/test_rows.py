@@ -18,13 +18,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from finlora.core.errors import UserError
-from finlora.data.rows import LIMIT, LeftOut, Row, fault_of, read_rows
+from finlora.data.layouts import Reading
+from finlora.data.readers import LIMIT
+from finlora.data.rows import LeftOut, Row, fault_of, read_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "finlora" / "data"
 GOOD = b'{"context": "Is it up?", "target": "yes"}\n'
 SHAPE = '{"context": "...", "target": "..."}'
 TWICE = "twice|duplicate|repeated"
-NAMES = (".jsonl, .jsonl.gz, .csv, .csv.gz or .parquet",)
+NAMES = (".jsonl, .json, .csv, .tsv (also with .gz or .zst) or .parquet",)
 BROKEN = ("cannot be read|unreadable|could not be read", "Parquet", "again")
 
 
@@ -59,7 +61,7 @@ MALFORMED = {
     "zero-byte gzip": ("a.jsonl.gz", b"", None, None, "no rows", "whole"),
     "blank first line": ("a.jsonl", b"\n" + GOOD, 1, None, "blank", "remove"),
     "blank line": ("a.jsonl", GOOD + b"\n" + GOOD, 2, None, "blank", "remove"),
-    "line of spaces": ("a.jsonl", GOOD + b" \t \r\n", 2, None, "blank", "remove"),
+    "line of spaces": ("a.jsonl", GOOD + b" \t \r\n" + GOOD, 2, None, "blank", "remove"),
     "truncated gzip": ("a.jsonl.gz", gzip.compress(GOOD * 50)[:-4], 51, None, "cut|truncated|incomplete", "again"),
     "gzip cut in its header": ("a.jsonl.gz", gzip.compress(GOOD)[:5], 1, None, "cut|truncated|incomplete", "again"),
     "damaged gzip": ("a.jsonl.gz", damaged_gzip(), 51, None, "gzip", "damaged|corrupt", "again"),
@@ -111,25 +113,25 @@ MALFORMED = {
     "NaN": ("a.jsonl", b'{"context": "a", "target": NaN}\n', 1, None, "NaN", "JSON", "number"),
     "Infinity": ("a.jsonl", b'{"context": "a", "target": -Infinity}\n', 1, None, "-Infinity", "JSON", "number"),
     "wrong keys": (
-        *("a.jsonl", b'{"question": "a", "answer": "yes"}\n', 1, "context", "question, answer", "--context-column"),
+        *("a.jsonl", b'{"question": "a", "answer": "yes"}\n', 1, "context", "question, answer", "--columns"),
     ),
-    "missing target": ("a.jsonl", GOOD + b'{"context": "a"}\n', 2, "target", "key", "'context'", "--target-column"),
+    "missing target": ("a.jsonl", GOOD + b'{"context": "a"}\n', 2, "target", "key", "'context'", "--columns"),
     "wrong context beside a target": (
-        *("a.jsonl", b'{"question": "a", "target": "yes"}\n', 1, "context", "'question, target'", "--context-column"),
+        *("a.jsonl", b'{"question": "a", "target": "yes"}\n', 1, "context", "'question, target'", "--columns"),
     ),
     "wrong target beside a context": (
-        *("a.jsonl", b'{"context": "a", "answer": "yes"}\n', 1, "target", "'context, answer'", "--target-column"),
+        *("a.jsonl", b'{"context": "a", "answer": "yes"}\n', 1, "target", "'context, answer'", "--columns"),
     ),
-    "empty object": ("a.jsonl", b"{}\n", 1, "context", "key", "--context-column"),
+    "empty object": ("a.jsonl", b"{}\n", 1, "context", "key", "--columns"),
     "long wrong key": ("a.jsonl", b'{"' + b"k" * 500 + b'": 1}\n', 1, "context", "k" * 77 + "...'"),
     "wrong key of 80 letters": ("a.jsonl", b'{"' + b"k" * 80 + b'": 1}\n', 1, "context", "k" * 80 + "'"),
     "long duplicate key": ("a.jsonl", b'{"%b": 1, "%b": 1}\n' % ((b"k" * 41,) * 2), 1, None, "k" * 37 + "...", TWICE),
-    "line break in a wrong key": ("a.jsonl", b'{"a\\nb": 1}\n', 1, "context", "a\\nb", "--context-column"),
+    "line break in a wrong key": ("a.jsonl", b'{"a\\nb": 1}\n', 1, "context", "a\\nb", "--columns"),
     "system prompt beside": (
         *("a.jsonl", b'{"system": "Be brief.", "context": "a", "target": "yes"}\n'),
         *(1, "system", "key", "lost|ignored", "'context'"),
     ),
-    "input beside": ("a.csv", b"context,input,target\na,b,c\n", 1, "input", "column", "lost|ignored", "'context'"),
+    "input beside": ("a.csv", b"context,input,target\na,b,c\n", 2, "input", "column", "lost|ignored", "'context'"),
     "two parts of a prompt beside": (
         *("a.jsonl", b'{"tools": "x", "system": "y", "context": "a", "target": "b"}\n'),
         *(1, "system", "key", "lost|ignored"),
@@ -160,9 +162,7 @@ MALFORMED = {
     "null beside an escape": (
         *("a.jsonl", b'{"context": null, "target": "\\u0041"}\n', 1, "context", "empty", "fill", "remove"),
     ),
-    "array file": ("a.jsonl", b"[" + GOOD.strip() + b"]\n", 1, None, "an array", "object", SHAPE),
     "array from the second line on": ("a.jsonl", GOOD + b"[\n", 2, None, "not JSON", "column 3", "whole object", SHAPE),
-    "array file over lines": ("a.jsonl", b"[\n" + GOOD.strip() + b"\n]\n", 1, None, "JSON array", "object", SHAPE),
     "object over lines": (
         *("a.jsonl", b'{\n  "context": "a",\n  "target": "yes"\n}\n'),
         *(1, None, "not JSON", "property name", "column 3", "whole object", SHAPE),
@@ -198,7 +198,6 @@ MALFORMED = {
     "web page": ("a.jsonl", b"<!DOCTYPE html>\n<title>404</title>\n", None, None, "web page", "fetch"),
     "HTML in capitals": ("a.csv", b"\n <HTML>\n", None, None, "web page", "fetch"),
     "XML": ("a.jsonl", b"<?xml version='1.0'?>\n", None, None, "web page", "fetch"),
-    "JSON name": ("a.json", GOOD, None, None, *NAMES, "rename it to .jsonl"),
     "Excel name": ("a.xlsx", b"PK", None, None, *NAMES, "rename or convert"),
     "no ending": ("a", GOOD, None, None, *NAMES, "rename or convert"),
     "only .gz": ("a.gz", gzip.compress(GOOD), None, None, *NAMES, "rename or convert"),
@@ -209,28 +208,23 @@ MALFORMED = {
     ),
     "short CSV row": ("a.csv", b"context,target\na\n", 2, None, "1 field", "header", "2", "double quotes"),
     "CSV without header": (
-        *("a.csv", b"Is it up?,yes\nIs it down?,no\n", 1, "context", "column", "Is it up?, yes", "--context-column"),
+        *("a.csv", b"Is it up?,yes\nIs it down?,no\n", 1, "context", "column", "Is it up?, yes", "--columns"),
     ),
-    "CSV with semicolons": (*("a.csv", b"context;target\na;yes\n", 1, None, "semicolon|';'", "comma"),),
-    "CSV with semicolons, as Excel marks them": (
-        *("a.csv", b"sep=;\r\ncontext;target\r\na;yes\r\n", 1, None, "semicolon|';'", "comma"),
-    ),
-    "CSV with tabs": ("a.csv", b"context\ttarget\na\tyes\n", 1, None, "separated", "comma"),
-    "CSV without the target": ("a.csv", b"context,answer\na,b\n", 1, "target", "'context, answer'", "--target-column"),
+    "CSV without the target": ("a.csv", b"context,answer\na,b\n", 1, "target", "'context, answer'", "--columns"),
     "CSV column twice": ("a.csv", b"context,target,target\na,b,c\n", 1, "target", "column", TWICE, "keep|remove"),
     "SQuAD's question": (
         *("a.jsonl", b'{"id": "1", "title": "t", "question": "q?", "context": "a", "target": "b"}\n'),
         *(1, "question", "key", "lost|ignored", "'context'", "remove"),
     ),
     "options beside the question": (
-        *("a.csv", b"context,Option A,Option B,target\nq,a,b,c\n", 1, "Option A", "column", "lost|ignored"),
+        *("a.csv", b"context,Option A,Option B,target\nq,a,b,c\n", 2, "Option A", "column", "lost|ignored"),
     ),
     "a part of a prompt that only some rows have": (
         *("a.jsonl", GOOD * 2 + b'{"context": "a", "Passage_2": "p", "target": "b"}\n'),
         *(3, "Passage_2", "key", "lost|ignored"),
     ),
     "a column in two spellings": (
-        *("a.csv", b"context,target,Context\na,b,c\n", 1, "Context", "column", "lost|ignored"),
+        *("a.csv", b"context,target,Context\na,b,c\n", 2, "Context", "column", "lost|ignored"),
     ),
     "two CSV files joined": (
         *("a.csv", b"context,target\na,yes\ncontext,target\nb,no\n", 3, None, "header", "joined", "remove"),
@@ -267,14 +261,14 @@ MALFORMED = {
     ),
     "Parquet with another column": (
         *("a.parquet", parquet({"question": ["a"], "target": ["yes"]})),
-        *(None, "context", "column", "'question, target'", "--context-column"),
+        *(None, "context", "column", "'question, target'", "--columns"),
     ),
     "Parquet column twice": (
         *("a.parquet", parquet_columns(["context", "target", "target"], ["a"], ["b"], ["c"])),
         *(None, "target", "column", TWICE, "keep|remove"),
     ),
     "Parquet numbers as context": (
-        *("a.parquet", parquet({"context": [1], "target": ["yes"]}), 1, "context", "type int", "text", "string"),
+        *("a.parquet", parquet({"context": [1], "target": ["yes"]}), 1, "context", "a number", "text", "string"),
     ),
     "Parquet floats as target": (
         *("a.parquet", parquet({"context": ["a"], "target": [0.1]}), 1, "target", "type float", "text", "string"),
@@ -318,15 +312,18 @@ CAPITALS = {
     "LF",
     "LFS",
     "NA",
+    "NAME",
     "NUL",
     "NULL",
     "UTF",
 }  # names; all else of a line is in lower case
 
 
-def complaint(path: Path, *words: str, shown: object = None, line: int | None = None, key: str | None = None, **given):
+def complaint(
+    path: Path, *words: str, shown: object = None, line: int | None = None, key: str | None = None, **options
+):
     with refuses(*words, file=shown or path, line=line, key=key) as error:
-        list(read_rows(path, **given))
+        list(read_rows(path, **options))
     text = str(error.value).removeprefix(str(shown or path))
     assert len(text) < 300
     assert set(re.findall("[A-Z]{2,}", text)) <= CAPITALS
@@ -379,10 +376,10 @@ def test_an_answer_that_resembles_a_missing_value_is_kept(text, tmp_path):
 def test_a_part_of_a_prompt_beside_the_texts(key, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(f"{key},context,target\na,b,c\n")
-    complaint(path, "column", "lost|ignored", line=1, key=key)
-    complaint(path, "column", "lost|ignored", line=1, key="context", context=key)
+    complaint(path, "column", "lost|ignored", line=2, key=key)
+    complaint(path, "column", "lost|ignored", line=2, key="context", columns={key: "context"})
     path.write_text(f"{key},target\na,c\n")
-    assert list(read_rows(path, context=key)) == [Row(2, "a", "c")]
+    assert list(read_rows(path, {key: "context"})) == [Row(2, "a", "c")]
 
 
 def test_paths_that_are_no_data_file(tmp_path):
@@ -407,8 +404,8 @@ def test_paths_that_are_no_data_file(tmp_path):
 
 def test_line_break_in_path(tmp_path):
     path = tmp_path / "a\nb.jsonl"
-    path.write_bytes(b"[]\n")
-    complaint(path, "array", SHAPE, shown=f"{tmp_path}/a b.jsonl", line=1)
+    path.write_bytes(b"5\n")
+    complaint(path, "number", SHAPE, shown=f"{tmp_path}/a b.jsonl", line=1)
 
 
 def test_no_permission(tmp_path):
@@ -467,11 +464,6 @@ def test_a_parquet_text_as_long_as_allowed_is_read_and_no_longer_one(tmp_path):
     complaint(path, "longer", "16 MiB", "cut", line=1, key="target")
 
 
-def test_same_column_for_both(tmp_path):
-    path = tmp_path / "a.jsonl"
-    complaint(path, "context", "target", "both|same", key="text", context="text", target="text")
-
-
 @pytest.mark.parametrize("literal", ["0", "-0", "15092.44", "1e3", "1E+400", "0.10", "12345678901234567890" * 300])
 def test_numeric_target_keeps_its_text(literal, tmp_path):
     path = tmp_path / "a.jsonl"
@@ -493,7 +485,7 @@ def test_parquet_numbers_and_dictionaries(tmp_path):
         pq.write_table(pa.table({"context": ["a", "b"], "target": targets, "page": [1, 2]}), path)
         assert [row.target for row in read_rows(path)] == texts
         if type(targets[0].as_py()) is str:
-            assert [row.context for row in read_rows(path, context="target", target="context")] == texts
+            assert [row.context for row in read_rows(path, {"target": "context", "context": "target"})] == texts
 
 
 def test_parquet_rows_are_numbered_through_all_batches(tmp_path):
@@ -549,16 +541,16 @@ def test_columns_that_are_not_used_are_named_with_their_first_line(tmp_path):
     path.write_bytes(
         GOOD + b'{"id": 1, "context": "a", "target": "b"}\n{"id": 2, "page": 3, "context": "a", "target": "b"}\n'
     )
-    unused = {}
-    assert len(list(read_rows(path, unused=unused))) == 3
-    assert unused == {"id": 2, "page": 3}
+    reading = Reading()
+    assert len(list(read_rows(path, reading=reading))) == 3
+    assert reading.unused == {"id": 2, "page": 3}
     for name, content in (
         ("a.csv", b"id,context,target,url\n1,a,b,c\n"),
         ("a.parquet", parquet({"id": [1], "context": ["a"], "target": ["b"], "url": ["c"]})),
     ):
-        path, unused = tmp_path / name, {}
+        path, reading = tmp_path / name, Reading()
         path.write_bytes(content)
-        assert list(read_rows(path, unused=unused)) and list(unused) == ["id", "url"]
+        assert list(read_rows(path, reading=reading)) and list(reading.unused) == ["id", "url"]
 
 
 @pytest.mark.parametrize(
@@ -570,7 +562,7 @@ def test_columns_that_are_not_used_are_named_with_their_first_line(tmp_path):
 def test_what_looks_like_a_part_of_the_prompt(name, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(f"text of it,{name},label\nx,y,z\n")
-    complaint(path, "column", "lost|ignored", line=1, key=name, context="text of it", target="label")
+    complaint(path, "column", "lost|ignored", line=2, key=name, columns={"text of it": "context", "label": "target"})
 
 
 @pytest.mark.parametrize(
@@ -586,7 +578,7 @@ def test_what_looks_like_a_part_of_the_prompt(name, tmp_path):
 def test_all_columns_that_are_a_part_of_the_prompt_are_named(names, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(f"context,target,id,{','.join(names)}\nx,y,1{',z' * len(names)}\n")
-    complaint(path, "columns", "lost|ignored", ", ".join(f"'{name}'" for name in names), "remove", line=1)
+    complaint(path, "columns", "lost|ignored", ", ".join(f"'{name}'" for name in names), "remove", line=2)
 
 
 @pytest.mark.parametrize("names", ["x", "0", "answer_1", "question_id,text_id", "answers,answer_start", "2023,2024"])
@@ -603,6 +595,7 @@ HEADERS = [
     "Question Text,Label",
     "answer,id",
     "q,ans",
+    "Q,A",
     "text,labels",
 ]
 
@@ -624,19 +617,19 @@ def test_rows_that_hold_a_name_of_a_column_are_no_header(tmp_path):
         ("text", "positive"),
     ]
     path.write_text("context,target\n" + "".join(f"{context},{target}\n" for context, target in rows))
-    assert [row[1:] for row in read_rows(path)] == rows
+    assert [row[1:3] for row in read_rows(path)] == rows
 
 
 def test_other_names_and_ignored_columns(tmp_path):
     path = tmp_path / "A.CSV"
     path.write_text("id,Q,A\n1,Is it up?,0\n")
-    assert list(read_rows(path, "Q", "A")) == [Row(2, "Is it up?", "0")]
+    assert list(read_rows(path, {"Q": "context", "A": "target"})) == [Row(2, "Is it up?", "0")]
     path = tmp_path / "a.v2.CSV.GZ"
     path.write_bytes(gzip.compress(b"target,context\n0,Is it up?\n"))
     assert list(read_rows(path)) == [Row(2, "Is it up?", "0")]
     path = tmp_path / "a.jsonl"
     path.write_text('{"input": "Is it up?", "pages": [1, {"a": null}], "target": "yes"}\n')
-    assert list(read_rows(path, context="input")) == [Row(1, "Is it up?", "yes")]
+    assert list(read_rows(path, {"input": "context"})) == [Row(1, "Is it up?", "yes")]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -660,10 +653,10 @@ def test_a_file_of_empty_texts_only_is_no_mistake_when_they_are_noted(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("Q,A\na,\n,b\n")
     left_out = []
-    assert list(read_rows(path, "Q", "A", left_out)) == []
+    assert list(read_rows(path, {"Q": "context", "A": "target"}, left_out)) == []
     assert left_out == [LeftOut(2, "empty A"), LeftOut(3, "empty Q")]
     path.write_text("Q,A\n")
-    complaint(path, "no rows", context="Q", target="A", left_out=[])
+    complaint(path, "no rows", columns={"Q": "context", "A": "target"}, left_out=[])
 
 
 def test_other_mistakes_raise_even_when_empty_texts_are_noted(tmp_path):
@@ -688,12 +681,12 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 def test_real_files():
     nan = {"xbrl_term_train.jsonl": [142, 890, 1589, 1630, 2973, 3828]}  # targets that are the text nan
     for path in SHARED.glob("*/*.jsonl"):
-        left_out, unused = [], {}
-        rows = list(read_rows(path, left_out=left_out, unused=unused))
+        left_out, reading = [], Reading()
+        rows = list(read_rows(path, left_out=left_out, reading=reading))
         with open(path, encoding="utf-8") as file:
             plain = {line: json.loads(text) for line, text in enumerate(file, 1)}
         assert [row.line for row in left_out] == nan.get(path.name, [])
-        assert sorted(unused) == (["pages", "url"] if path.name.startswith("financebench") else [])
+        assert sorted(reading.unused) == (["pages", "url"] if path.name.startswith("financebench") else [])
         for row in left_out:
             assert plain.pop(row.line)["target"] == "nan"
         assert [(row.context, row.target) for row in rows] == [
@@ -735,7 +728,7 @@ def test_csv_round_trip(tmp_path, rows, end):
     quoting = csv.QUOTE_ALL if end == "\n" else csv.QUOTE_MINIMAL
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator=end, quoting=quoting).writerows([("context", "target"), *rows])
-    assert [row[1:] for row in read_rows(path)] == rows
+    assert [row[1:3] for row in read_rows(path)] == rows
 
 
 @quick

@@ -41,7 +41,8 @@ def test_tokens_by_a_tokenizer_model(tmp_path):
     count = tokens.counter(path)
     assert count(["ab", "abc", "é", "<|eot_id|>ab<|end_header_id|>", ""]) == [1, 2, 2, 3, 0]
     # Seven special tokens; names and blank lines are bytes here, and both texts are trimmed to one token.
-    assert count([tokens.chat(" ab ", "ab\n")])[0] == 7 + len("user\n\n") + 1 + len("assistant\n\n") + 1
+    text = tokens.chat([("user", " ab "), ("assistant", "ab\n")])
+    assert count([text])[0] == 7 + len("user\n\n") + 1 + len("assistant\n\n") + 1
     path.write_text("nothing of the kind\n")
     with refuses("not a tokenizer", "tokenizer.json", file=path):
         tokens.counter(path)
@@ -64,5 +65,5 @@ def test_real_lengths_by_llama_3s_tokenizer(file, mean, longest, no_cache):
     path = tokens.tokenizer_of(LLAMA)
     if path is None or not (REAL / file).exists():
         pytest.skip("needs FinLoRA's files in ../shared, and llama-models, which the dev extra has")
-    counts = tokens.counter(path)([tokens.chat(row.context, row.target) for row in read_rows(REAL / file, left_out=[])])
+    counts = tokens.counter(path)([tokens.chat(row.turns) for row in read_rows(REAL / file, left_out=[])])
     assert (round(sum(counts) / len(counts)), max(counts)) == (mean, longest)

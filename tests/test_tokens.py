@@ -161,6 +161,12 @@ def check(tokenizer, prepared: dict) -> None:
             assert tokenizer.decode(answer[:-1]) == target.strip()  # the whole answer, and nothing else, is learnt
 
 
+def chat(number: int) -> list[dict[str, str]]:
+    texts = "Be brief.", f"What is {number}?", f"{number} itself", "And twice?", str(2 * number)
+    roles = "system", "user", "assistant", "user", "assistant"
+    return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+
+
 @pytest.fixture(scope="module")
 def trained_on(tokenizer, tmp_path_factory):
     """A few tasks' sample rows, the awkward ones, and the real ones where they are at hand."""
@@ -170,6 +176,9 @@ def trained_on(tokenizer, tmp_path_factory):
     own.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     sources = {task: (task, {"raw": SAMPLE}) for task in FEW}
     sources["awkward"] = "cfa", {"file": str(own), "any_label": True}
+    chats = folder / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"messages": chat(number)}) + "\n" for number in range(10)), encoding="utf-8")
+    sources["chats"] = "cfa", {"file": str(chats), "any_label": True}
     if SHARED.is_dir():
         sources["real"] = "financebench", {"raw": SHARED}
     return load(tokenizer, folder, sources)
@@ -216,3 +225,21 @@ def test_awkward_rows(tokenizer, trained_on):
     rows = trained_on["awkward"]
     assert len(rows["train.jsonl"]) + len(rows["validation.jsonl"]) == len(AWKWARD)
     check(tokenizer, rows)
+
+
+def test_a_chat_trains_on_each_of_its_answers(tokenizer, trained_on):
+    rows = trained_on["chats"]
+    for name in FILES.values():
+        with open(rows["folder"] / name, encoding="utf-8") as file:
+            chats = [json.loads(line)["messages"] for line in file]
+        assert len(chats) == len(rows[name]) > 0
+        for row, turns in zip(rows[name], chats, strict=True):
+            ids, labels = tokenizer.encode("<|begin_of_text|>", add_special_tokens=False), [-100]
+            for turn in turns:
+                head = f"<|start_header_id|>{turn['role']}<|end_header_id|>\n\n"
+                head, text = (
+                    tokenizer.encode(part, add_special_tokens=False) for part in (head, f"{turn['content']}<|eot_id|>")
+                )
+                ids += head + text
+                labels += [-100] * len(head) + (text if turn["role"] == "assistant" else [-100] * len(text))
+            assert (row["input_ids"], row["labels"]) == (ids, labels)

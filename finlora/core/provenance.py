@@ -13,8 +13,8 @@ PACKAGES = ("axolotl", "torch", "transformers", "peft", "bitsandbytes", "dataset
 
 
 def device_name() -> str:
-    found = machine.gpus()
-    return found[0][0] if found else platform.processor() or platform.machine()
+    gpus = machine.gpus()
+    return gpus[0][0] if gpus else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str]:

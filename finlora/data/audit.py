@@ -2,7 +2,7 @@
 
     finlora audit                  every task
     finlora audit sentiment ner    these
-    finlora audit cfa --file questions.csv --context-column question --target-column answer
+    finlora audit cfa --file questions.csv --columns question=context,answer=target
 
 Prints a table and, below it, each finding with what is done about it; data/README.md holds the evidence. The same goes
 to data/audit/<task>.json. A finding that begins with `!` needs attention: something that neither the task table nor
@@ -27,6 +27,7 @@ from finlora.core.files import write_json
 from finlora.core.paths import PREPARED, RAW, ROOT
 from finlora.data.corrections import Correction, applies, corrected_target, load_corrections, standing
 from finlora.data.fetch import is_right, read_manifest
+from finlora.data.layouts import Reading
 from finlora.data.neardup import duplicate_groups
 from finlora.data.prepare import Options, read_prepared
 from finlora.data.rows import LeftOut, Row, read_rows
@@ -71,11 +72,11 @@ class File:
     path: Path
     labels: list[str] | None
     own: bool = False  # the user's rows in place of the train file
-    columns: tuple[str, str] = ("context", "target")
+    columns: dict[str, str] = field(default_factory=dict)
     status: str = "read"
     rows: pd.DataFrame = field(default_factory=pd.DataFrame)
     left_out: list[LeftOut] = field(default_factory=list)
-    unused: dict[str, int] = field(default_factory=dict)  # columns that are not read
+    reading: Reading = field(default_factory=Reading)
     findings: list[Finding] = field(default_factory=list)
 
     def find(self, text: str, done: str, lines: Iterable[int] = (), attention: bool = False) -> None:
@@ -104,8 +105,7 @@ def audit(
     measure, count = _measure(task, tokenizer, sequence_len) if count_tokens else ({}, None)
     train = File(entry.train, "train", raw / entry.train, entry.labels)
     if own:
-        columns = (own.context_column, own.target_column)
-        train = File(own.file, "train", Path(own.file), None if own.any_label else entry.labels, True, columns)
+        train = File(own.file, "train", Path(own.file), None if own.any_label else entry.labels, True, own.mapping)
     files = [train, *(File(test.file, name, raw / test.file, test.labels) for name, test in entry.tests.items())]
     for each in files:
         if not each.path.exists():
@@ -143,7 +143,7 @@ def _read(files: list[File], count: Count | None) -> None:
     """Read the files, and group the rows of all of them."""
     for file in files:
         _read_rows(file, count)
-    same, near = duplicate_groups(context for file in files for context in file.rows.context)
+    same, near = duplicate_groups(prompt for file in files for prompt in file.rows.prompt)
     start = 0
     for file in files:
         end = start + len(file.rows)
@@ -154,22 +154,23 @@ def _read(files: list[File], count: Count | None) -> None:
 def _read_rows(file: File, count: Count | None) -> None:
     """Gather what each row shows; a broken file ends at its flaw."""
     rows: list[Row] = []
-    reader = read_rows(file.path, *file.columns, left_out=file.left_out, unused=file.unused, labels=file.labels or ())
+    reader = read_rows(file.path, file.columns, file.left_out, file.reading, file.labels or ())
     try:
         rows.extend(tqdm(reader, desc=file.path.name, unit=" rows", disable=None, leave=False))
     except UserError as error:
         file.status = "broken"
         file.find(f"cannot be read to its end: {error}", "fix the file: nothing can be trained on it", attention=True)
     file.rows = table = pd.DataFrame(rows, columns=Row._fields)
-    table["garbled"] = [is_garbled(row.context) or is_garbled(row.target) for row in rows]
-    table["bytes"] = [len(row.context.encode()) + len(row.target.encode()) for row in rows]
-    table["words"] = [len(row.context.split()) + len(row.target.split()) for row in rows]
+    table["prompt"] = [row.prompt for row in rows]
+    table["garbled"] = [is_garbled(row.prompt) or is_garbled(row.target) for row in rows]
+    table["bytes"] = [len(row.prompt.encode()) + len(row.target.encode()) for row in rows]
+    table["words"] = [len(row.prompt.split()) + len(row.target.split()) for row in rows]
     if not file.own and applies(file.name, file.path):
         table["corrected"] = [corrected_target(file.name, row) for row in rows]
         table["standing"] = [standing(file.name, row) for row in rows]
     if count:
         batches = (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
-        chats = ([chat(row.context, row.target) for row in batch] for batch in batches)
+        chats = ([chat(row.turns) for row in batch] for batch in batches)
         table["tokens"] = [tokens for batch in chats for tokens in count(batch)]
 
 
@@ -230,7 +231,7 @@ def _summary(file: File, conflicts: int, sequence_len: int | None) -> dict[str, 
         "answers_that_are_numbers": sum(times for answer, times in answers.items() if NUMBER.fullmatch(answer)),
         # Rows that repeat an earlier one: letter for letter; in the same words, those included; nearly, all included.
         "repeats": {
-            "exact": int(rows.context.duplicated().sum()),
+            "exact": int(rows.prompt.duplicated().sum()),
             "same_words": int(rows.same.duplicated().sum()),
             "near": int(rows.near.duplicated().sum()),
         },
@@ -326,9 +327,10 @@ def _distance(one: Mapping[str, int], other: Mapping[str, int]) -> float:
 def _judge(file: File, summary: dict[str, Any], conflicts: pd.DataFrame, pinned: bool) -> None:
     """Add what the rows of one file show by themselves."""
     rows, repeats = file.rows, summary["repeats"]
-    if file.unused:
-        text = f"columns that are neither context nor target: {', '.join(file.unused)}"
-        file.find(text, "not read", file.unused.values())
+    if unused := file.reading.unused:
+        file.find(f"columns that are no part of the rows: {', '.join(unused)}", "not read", unused.values())
+    for note in file.reading.notes:
+        file.find(f"it has {note}", "taken all the same")
     outside = rows[~rows.target.isin(file.labels)] if file.labels is not None else rows[:0]
     for number, (target, lines) in enumerate(outside.groupby("target", sort=False).line):
         if number < SHOWN:

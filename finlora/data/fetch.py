@@ -162,6 +162,8 @@ def _paths(names: Sequence[str], pinned: Manifest, manifest: Path) -> set[str]:
     paths = set()
     for name in names:
         entry = task(name)
+        if entry.own:
+            continue  # `make task` has written its rows
         if not entry.released:
             raise UserError(f"{name}: not released by FinLoRA; make data FILE=my.jsonl TASK={name} takes your own")
         paths |= {f"data/{file}" for file in (entry.train, *(test.file for test in entry.tests.values()))}

@@ -54,7 +54,7 @@ def row_groups(contexts: Sequence[str]) -> list[int]:
 
 def texts(context: str) -> list[str]:
     """What a prompt is about; nothing where its form is none of FinLoRA's."""
-    if found := XBRL.search(context):
-        filings = FILING.findall(found[2])  # the last one: an example question may come first
-        return [found[1], *("".join(filing).replace(" ", "") for filing in filings[-1:])]
-    return next((found for form in FORMS if (found := form.findall(context))), [])
+    if xbrl := XBRL.search(context):
+        filings = FILING.findall(xbrl[2])  # the last one: an example question may come first
+        return [xbrl[1], *("".join(filing).replace(" ", "") for filing in filings[-1:])]
+    return next(filter(None, (form.findall(context) for form in FORMS)), [])

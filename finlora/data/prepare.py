@@ -1,7 +1,7 @@
 """Prepare a task's train file for axolotl: chat messages, split into train.jsonl and validation.jsonl.
 
     finlora prepare sentiment
-    finlora prepare cfa --file questions.csv --context-column question --target-column answer
+    finlora prepare cfa --file questions.csv --columns question=context,answer=target
 
 The same sources and options give the same bytes. Exact duplicates stay in: FinLoRA repeats rows to balance data sets
 (each FiQA row stands 21 times in the sentiment file), so leaving them out would change what is trained. All copies
@@ -29,8 +29,10 @@ from finlora.core.files import read_json, replacing, sha256, write_json
 from finlora.core.paths import PREPARED, RAW
 from finlora.data.corrections import TABLE as CORRECTIONS
 from finlora.data.corrections import applies, corrected_target, standing
+from finlora.data.layouts import Reading
 from finlora.data.neardup import duplicate_groups, near_duplicate_groups
-from finlora.data.rows import LeftOut, Row, check_regular_file, read_rows
+from finlora.data.readers import check_regular_file
+from finlora.data.rows import LeftOut, Row, preview, read_rows
 from finlora.data.tasks import Mixture, Task, load_tasks
 from finlora.data.tasks import task as find_task
 
@@ -48,21 +50,31 @@ class _Record(BaseModel):
 class Options(_Record):
     """How a task is prepared.
 
-    file: one's own rows (JSON lines, CSV or Parquet) in place of FinLoRA's, with the names of its columns; its answers
-    must be among the task's labels unless any_label. validation: the share of rows held out, 0 for none; fewer than 10
-    rows are all trained on. labels: "corrected" (data/corrections.yaml) or "published", for FinLoRA's files. mixture:
-    how many rows each task gives where a mixture is built from its tasks: "balanced", as many as the largest has, or
-    "finlora", as FinLoRA's script does (`published_rows` in data/tasks.yaml).
+    file: one's own rows in place of FinLoRA's; columns: what its keys or columns are (layouts.LAYOUTS), as
+    context_column and target_column say it of a question and its answer. Its answers must be among the task's labels
+    unless any_label. validation: the share of rows held out, 0 for none; fewer than 10 rows are all trained on. labels:
+    "corrected" (data/corrections.yaml) or "published", for FinLoRA's files. mixture: how many rows each task gives
+    where a mixture is built from its tasks: "balanced", as many as the largest has, or "finlora", as FinLoRA's script
+    does (`published_rows` in data/tasks.yaml).
     """
 
     file: str | None = None
     context_column: str = "context"
     target_column: str = "target"
+    columns: dict[str, str] = {}
     any_label: bool = False
     seed: int = 42
     validation: float = 0.02
     labels: Literal["corrected", "published"] = "corrected"
     mixture: Literal["balanced", "finlora"] = "balanced"
+
+    @property
+    def mapping(self) -> dict[str, str]:
+        """The names of layouts.LAYOUTS by the file's own."""
+        if self.context_column == self.target_column:
+            raise UserError(f"{self.file}: the context and the target cannot both be {self.context_column!r}")
+        named = {self.context_column: "context", self.target_column: "target"}
+        return {name: meant for name, meant in named.items() if name != meant} | self.columns
 
 
 class LeftOutRows(_Record):
@@ -83,7 +95,9 @@ class Source(_Record):
     kept: int
     corrected: int
     unsure: int
+    layout: str = ""
     unused: list[str] = []
+    notes: list[str] = []
 
 
 class InTest(_Record):
@@ -125,7 +139,7 @@ def prepare(task: str, raw: Path | None = None, out: Path | None = None, options
     origin, paths = _sources(task, entry, raw, options)
     corrections = _sha256(CORRECTIONS) if options.labels == "corrected" and not options.file else None
     sources, rows = zip(*(_read(raw, path, entry, options) for path in paths), strict=True)
-    groups = near_duplicate_groups(row.context for part in rows for row in part)
+    groups = near_duplicate_groups(row.prompt for part in rows for row in part)
     held_out = _choose_groups(task, groups, options.validation, options.seed)
     in_tests = _in_tests(entry, raw, rows[0]) if options.file else {}
     smallest = options.mixture == "finlora" and entry.published_rows == "smallest"
@@ -221,12 +235,11 @@ def _read(raw: Path, name: str, entry: Task | Mixture, options: Options) -> tupl
     """The rows of a source that are kept, with corrected labels where those apply, and the source's record."""
     path, own = raw / name, options.file is not None
     allowed = entry.labels if own and not options.any_label else None
-    columns = (options.context_column, options.target_column) if own else ("context", "target")
-    digest = _sha256(path)
+    columns, digest = options.mapping, _sha256(path)
     before = os.stat(path)
     left_out: list[LeftOut] = []
-    unused: dict[str, int] = {}
-    reader = read_rows(path, *columns, left_out=None if own else left_out, unused=unused, labels=entry.labels or ())
+    reading = Reading()
+    reader = read_rows(path, columns, None if own else left_out, reading, entry.labels or ())
     rows = list(tqdm(reader, desc=path.name, unit=" rows", disable=None, leave=False))
     if unknown := [row for row in rows if allowed and row.target not in allowed]:
         raise UserError(_unknown_labels(path, unknown, allowed))
@@ -245,7 +258,9 @@ def _read(raw: Path, name: str, entry: Task | Mixture, options: Options) -> tupl
         kept=len(rows),
         corrected=corrected,
         unsure=unsure,
-        unused=list(unused),
+        layout=reading.layout,
+        unused=list(reading.unused),
+        notes=reading.notes,
     )
     return source, rows
 
@@ -262,10 +277,7 @@ def _unknown_labels(path: Path, rows: list[Row], allowed: list[str]) -> str:
 
 
 def _message_line(row: Row) -> bytes:
-    return (
-        f'{{"messages": [{{"role": "user", "content": {_encode(row.context)}}}, '
-        f'{{"role": "assistant", "content": {_encode(row.target)}}}]}}\n'
-    ).encode()
+    return (_encode({"messages": [turn._asdict() for turn in row.turns]}) + "\n").encode()
 
 
 def _reasons(left_out: list[LeftOut]) -> dict[str, LeftOutRows]:
@@ -278,11 +290,11 @@ def _reasons(left_out: list[LeftOut]) -> dict[str, LeftOutRows]:
 def _in_tests(entry: Task | Mixture, raw: Path, rows: list[Row]) -> dict[str, InTest]:
     """Of each test set that is in `raw`, the own rows that it holds too."""
     tests = {
-        name: [row.context for row in read_rows(raw / test.file, left_out=[], labels=test.labels or ())]
+        name: [row.prompt for row in read_rows(raw / test.file, left_out=[], labels=test.labels or ())]
         for name, test in entry.tests.items()
         if (raw / test.file).exists()
     }
-    same, near = duplicate_groups(chain((row.context for row in rows), *tests.values()))
+    same, near = duplicate_groups(chain((row.prompt for row in rows), *tests.values()))
     overlaps, start = {}, len(rows)
     for name, contexts in tests.items():
         test = slice(start, start + len(contexts))
@@ -407,6 +419,8 @@ def run(tasks: Sequence[str], raw: Path | None, out: Path | None, options: Optio
         if record and reason is None:
             print(f"{_summary(record, folder)} (already there)")
             continue
+        if options.file:
+            print(preview(Path(options.file), options.mapping, find_task(task).labels or ()), flush=True)
         prepared = prepare(task, raw, out, options)
         if record:
             print(f"{reason}: prepared again")
@@ -420,14 +434,16 @@ def _summary(record: Prepared, out: Path) -> str:
         for reason, left_out in source.left_out.items():
             lines.append(f"  left out of {source.path}: {left_out.rows} rows, {reason} ({_shown(left_out)})")
         if source.unused:
-            lines.append(f"  not used of {source.path}: {', '.join(source.unused)} (neither context nor target)")
+            lines.append(f"  not used of {source.path}: {', '.join(source.unused)}")
+        for note in source.notes:
+            lines.append(f"  taken although {source.path} has it: {note}")
         if source.corrected or source.unsure:
             counts = f"{source.corrected} corrected, {source.unsure} unsure and kept"
             lines.append(f"  labels of {source.path}: {counts}")
-    for name, found in record.in_tests.items():
+    for name, overlap in record.in_tests.items():
         lines.append(
-            f"  ! {found.near} of these rows are in the test set {name} too, {found.same_words} in the same words "
-            f"({_shown(found)}): remove them, or the score on {name} is memory"
+            f"  ! {overlap.near} of these rows are in the test set {name} too, {overlap.same_words} in the same words "
+            f"({_shown(overlap)}): remove them, or the score on {name} is memory"
         )
     if record.absent_tests:
         remedy = f"`finlora fetch {record.task}` brings them" if find_task(record.task).released else "not released"

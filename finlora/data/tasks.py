@@ -12,6 +12,7 @@ from finlora.core.paths import ROOT
 from finlora.core.tables import Record, expecting, read_entry, read_table
 
 TABLE = ROOT / "data" / "tasks.yaml"
+OWN_TABLE = ROOT / "data" / "own_tasks.yaml"  # of the user's own, where there is one
 Metric = Literal["accuracy_f1", "tag_accuracy_f1", "accuracy", "bertscore_f1"]
 INHERITED = ("labels", "metric", "max_new_tokens", "licence", "source")  # by a test set from its task
 
@@ -68,6 +69,7 @@ def unlisted_set(record: dict[str, Any]) -> TestSet:
 class _Common(Record):
     about: str
     released: Annotated[bool, expecting("true or false")]
+    own: bool = False  # the user's (`make task`)
     train: DataPath
     train_rows: Rows = None
     train_rows_about: Rows = None
@@ -115,15 +117,16 @@ class Mixture(_Common):
 
 @cache
 def load_tasks(path: Path = TABLE) -> dict[str, Task | Mixture]:
-    """Every task of the table by name; paths in it are relative to data/raw.
+    """Every task of the table by name, and the user's own after them; paths in it are relative to data/raw.
 
     A test set has its task's labels, metric, max_new_tokens, licence and source where it does not state its own.
     Raises UserError that names the file and the key for an unknown, missing or wrong key.
     """
     table = {}
-    for name, entry in read_table(path, "tasks").items():
-        mixed = isinstance(entry, dict) and "mixture_of" in entry
-        table[name] = read_entry(path, name, entry, Mixture if mixed else Task)
+    for file in [path, OWN_TABLE] if path == TABLE and OWN_TABLE.exists() else [path]:
+        for name, entry in read_table(file, "tasks").items():
+            mixed = isinstance(entry, dict) and "mixture_of" in entry
+            table[name] = read_entry(file, name, entry, Mixture if mixed else Task)
     for name, task in table.items():
         if isinstance(task, Task):
             for test in task.tests.values():

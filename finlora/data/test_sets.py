@@ -48,16 +48,22 @@ def all_sets() -> dict[str, TestSet]:
 
 
 @cache
+def finlora_sets() -> list[str]:
+    return [name for name, test in all_sets().items() if not load_tasks()[test.task].own]
+
+
+@cache
 def groups() -> dict[str, list[str]]:
-    """Names that stand for several sets: FinLoRA's four groups (tags of the task files), the tasks, and `all`."""
-    found: dict[str, list[str]] = {}
+    """Names of several sets: FinLoRA's four groups (tags of the task files), `own`, the tasks, `all` of FinLoRA's."""
+    tagged: dict[str, list[str]] = {}
     for name in all_sets():
-        text = (TASK_FILES / f"{name}.yaml").read_text(encoding="utf-8")
+        folder = TASK_FILES if name in finlora_sets() else TASK_FILES / "own"
+        text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
         group = yaml.load(text, Loader=yaml.BaseLoader)["tag"][0]
-        found.setdefault(group, []).append(name)
+        tagged.setdefault(group, []).append(name)
     tasks = {name: list(entry.tests) for name, entry in load_tasks().items()}
     # The task `finer` has two sets and one of them its name: the name stands for both.
-    return found | {name: sets for name, sets in tasks.items() if sets != [name]} | {"all": list(all_sets())}
+    return tagged | {name: sets for name, sets in tasks.items() if sets != [name]} | {"all": finlora_sets()}
 
 
 def choose(names: list[str]) -> list[str]:
@@ -109,8 +115,9 @@ def _parse(_: Any, folder: Path, file: str, task: str, labels: tuple[str, ...], 
         )
     correcting = applies(file, path)
     left_out: list[LeftOut] = []
-    rows = [
-        LabelledRow(*row, corrected_target(file, row) if correcting else row.target)
-        for row in read_rows(path, left_out=left_out if published else None, labels=labels)
-    ]
+    read = list(read_rows(path, left_out=left_out if published else None, labels=labels))
+    if row := next((row for row in read if row.earlier), None):
+        text = "has turns before its question, and evaluation asks one question; put them into it"
+        raise UserError(f"{shown}:{row.line}: {text}")
+    rows = [LabelledRow(*row[:3], corrected_target(file, row) if correcting else row.target) for row in read]
     return SetRows(rows, str(shown), sha256(path), published, left_out)

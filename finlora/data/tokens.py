@@ -5,7 +5,7 @@ Llama-3's tokenizer is gated on the Hub. PyPI's llama-models, of the dev extra, 
 
 import base64
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +15,6 @@ from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 
 TINY = ROOT / ".cache" / "tiny"
-CHAT = (
-    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>"
-)
 # How Llama-3 cuts text before byte-pair encoding, and the special tokens that follow the 128,000 merges in order
 # (llama_models/llama3/tokenizer.py); tokenizer.model holds the merges alone.
 WORDS = (
@@ -41,9 +37,10 @@ class Measure(NamedTuple):
     count: Count
 
 
-def chat(context: str, target: str) -> str:
-    """A row as it is trained on: Llama-3's plain chat template, which trims both texts."""
-    return CHAT.format(context.strip(), target.strip())
+def chat(turns: Iterable[tuple[str, str]]) -> str:
+    """A row's turns (role, text) as they are trained on: Llama-3's plain chat template, which trims the texts."""
+    parts = (f"<|start_header_id|>{role}<|end_header_id|>\n\n{text.strip()}<|eot_id|>" for role, text in turns)
+    return "<|begin_of_text|>" + "".join(parts)
 
 
 def find_measure(base: str | None, tokenizer: Path | None = None) -> Measure | None:

@@ -22,7 +22,7 @@ from finlora.core.html import Cell, Table, number, p_value, percent, render, sig
 from finlora.core.paths import shown
 from finlora.core.plot import Axis, Panel, Plot, Point, Series
 from finlora.data.corrections import load_corrections
-from finlora.data.test_sets import all_sets, groups
+from finlora.data.test_sets import finlora_sets, groups
 from finlora.evaluate import results
 from finlora.evaluate.published import BESIDE, published, published_average
 from finlora.evaluate.results import RESULTS, Answers, ModelResults, Run, base_of, keep, pair, set_order, unlike
@@ -291,7 +291,7 @@ def averages(rows: Iterable[ScoreRow], comparable: bool) -> Iterator[Average]:
             theirs = {}
             if comparable and labels == "published":
                 theirs = {name: published_average(model, sets) for name, model in BESIDE.items()}
-            of = "FinLoRA's overall average" if len(sets) == len(all_sets()) else of
+            of = "FinLoRA's overall average" if len(sets) == len(finlora_sets()) else of
             yield Average(of, labels, sets, mean, low, high, theirs)
 
 

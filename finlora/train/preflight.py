@@ -19,6 +19,7 @@ from finlora.core.errors import UserError, first_line
 from finlora.core.machine import GIB
 from finlora.core.paths import PREPARED, ROOT, SAMPLE, existing, shown
 from finlora.data import prepare, rows
+from finlora.data.readers import check_regular_file
 from finlora.data.tasks import load_tasks
 from finlora.recipes.bases import parameters
 from finlora.recipes.memory import what_fits
@@ -146,7 +147,7 @@ def prepare_data(recipe: Recipe) -> tuple[Recipe, str]:
 def prepare_task(task: str, folder: Path, tiny: bool) -> tuple[Path, str]:
     """(the folder with the task's up-to-date rows, raw or sample)."""
     stale = prepare.why_stale(task, out=folder)
-    if not (tiny and stale):
+    if not (tiny and stale) or load_tasks()[task].own:
         if stale:
             prepare.refresh(task, out=folder)
         return folder, "raw"
@@ -160,7 +161,7 @@ def prepare_task(task: str, folder: Path, tiny: bool) -> tuple[Path, str]:
 
 def check_messages(path: Path, file: Path) -> None:
     """Raise UserError for the first line of a chat file that would train nothing, or not what it says."""
-    rows.check_regular_file(file)
+    check_regular_file(file)
     labels = {label for task in load_tasks().values() for label in task.labels or ()}
     number = 0
     with file.open("rb") as lines:

@@ -324,5 +324,5 @@ def trained_contexts(record: dict[str, Any]) -> set[str] | None:
             return None
         if path.name != "validation.jsonl":
             with path.open(encoding="utf-8") as lines:
-                seen |= {normalise(json.loads(line)["messages"][0]["content"]) for line in lines}
+                seen |= {normalise(json.loads(line)["messages"][-2]["content"]) for line in lines}
     return seen
