@@ -79,8 +79,9 @@ CELL = st.builds(
         | {
             "label": f"{method}, trained on `[INST]` & <raw>",
             "method": method,
-            "seeds": list(range(seeds)),
-            "prompt": "raw",
+            "seeds": seeds,
+            "sweep": "prompt",
+            "best_rate": False,
         }
     ),
     st.lists(st.floats(0, 1), min_size=3, max_size=3),
@@ -90,10 +91,11 @@ CELL = st.builds(
 
 
 @given(st.lists(CELL, min_size=1, max_size=5), st.lists(CELL, max_size=3))
-def test_intervals_of_any_scores(methods, prompts):
-    texts = check(pictures.scores({"questions": {"methods": methods, "prompt": prompts}}))
-    assert f"{100 * methods[0]['mean']:.1f}%" in texts
-    assert sum(text.endswith((" seed", " seeds")) for text in texts) == len(methods) + len(prompts)
+def test_intervals_of_any_scores(cells, others):
+    others = [cell | {"sweep": "ranks"} for cell in others]
+    texts = check(pictures.scores({"means": cells + others}))
+    assert f"{100 * cells[0]['mean']:.1f}%" in texts
+    assert sum(text.endswith((" seed", " seeds")) for text in texts) == len(cells)
 
 
 def test_results_that_are_not_there(tmp_path, monkeypatch, capsys):
@@ -101,8 +103,8 @@ def test_results_that_are_not_there(tmp_path, monkeypatch, capsys):
     record["rows"]["4bit_dora"] = {"failed": 1}
     with pytest.raises(UserError, match="4bit_dora.* bench.train_throughput --runs 4bit_dora"):
         pictures.speed(record)
-    with pytest.raises(UserError, match="methods.* bench.dora_study"):
-        pictures.scores({"questions": {}})
+    with pytest.raises(UserError, match="no scores.* bench/study/run.sh"):
+        pictures.scores({"means": []})
     monkeypatch.setattr(pictures, "SPEED", tmp_path / "speed.json")
     monkeypatch.setattr(pictures, "SCORES", tmp_path / "scores.json")
     assert pictures.draw() == {}
@@ -110,7 +112,7 @@ def test_results_that_are_not_there(tmp_path, monkeypatch, capsys):
     cli.call(sys.argv)
     speed, scores = capsys.readouterr().out.splitlines()
     assert "speed.json" in speed and "python -m bench.train_throughput" in speed
-    assert "scores.json" in scores and "python -m bench.dora_study" in scores
+    assert "scores.json" in scores and "python -m bench.study.page --record" in scores
     (tmp_path / "scores.json").write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="scores.json: .*restore .* git"):
         pictures.draw()

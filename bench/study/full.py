@@ -54,7 +54,7 @@ def command(out: Path, module: str, *arguments: str) -> None:
 
 def main(at_a_time: int) -> None:
     with ThreadPoolExecutor(at_a_time) as pool:
-        list(pool.map(lambda one: train_and_evaluate(*one), [(rate, seed) for rate in RATES for seed in SEEDS]))
+        list(pool.map(lambda one: train_and_evaluate(*one), [(rate, seed) for seed in SEEDS for rate in RATES]))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from finlora.core.html import render
 from finlora.core.paths import ROOT
 from finlora.core.plot import Axis, Point
 
-SPEED, SCORES = Path(__file__).with_name("train_throughput.json"), ROOT / "bench" / "dora_study.json"
+SPEED, SCORES = Path(__file__).with_name("train_throughput.json"), ROOT / "bench" / "study" / "results.json"
 FOLDER = ROOT / "docs"
 # Which recorded runs are compared: equal rows, packs and targets, no gradient checkpointing; the first is FinLoRA's.
 RUNS = {
@@ -54,27 +54,20 @@ def speed(record: dict[str, Any]) -> str:
 
 
 def scores(record: dict[str, Any]) -> str:
-    """Means with 95% intervals from bench/dora_study.json: methods at equal budget, and the published prompts."""
-    cells = list(record["questions"].get("methods", []))
-    cells += [cell for cell in record["questions"].get("prompt", []) if cell["prompt"] != "llama3"]
+    """Means with 95% intervals from bench/study/results.json: each method at its best rate, prompts, and confounds."""
+    cells = [cell for cell in record["means"] if cell["best_rate"] or cell["sweep"] in ("prompt", "confounds")]
     if not cells:
-        raise UserError(f"{SCORES}: has no scores of methods; run python -m bench.dora_study")
-    about = ["a small Llama, test rows of FPB, FiQA and TFNS; means and", "95% intervals over seeds and rows"]
+        raise UserError(f"{SCORES}: has no scores; run bench/study/run.sh")
+    about = ["SmolLM2-135M, test rows of FPB, FiQA and TFNS; means and", "95% intervals over seeds and rows"]
     if any("→" in cell["label"] for cell in cells):
         about[1] += "; prompt in training → in testing"
-    return score_picture("Right answers on held-out rows", about, cells)
-
-
-def score_picture(title: str, about: list[str], cells: list[dict[str, Any]]) -> str:
-    """Means with intervals of settings of bench/dora_study.json's questions, a row for each."""
     rows = []
     for cell in cells:
         mean, low, high = (100 * cell[key] for key in ("mean", "low", "high"))
-        seeds = f"{len(cell['seeds'])} seed{'s' * (len(cell['seeds']) > 1)}"
         point = Point(mean, low=low, high=high, kind=cell["method"])
-        rows.append(Row(cell["label"].replace("`", ""), seeds, f"{mean:.1f}%", point))
+        rows.append(Row(cell["label"], f"{cell['seeds']} seed{'s' * (cell['seeds'] > 1)}", f"{mean:.1f}%", point))
     axis = Axis.around((end for row in rows for end in (row.point.low, row.point.high)), "{:g}%")
-    return picture(title, about, rows, axis, False)
+    return picture("Right answers on held-out rows", about, rows, axis, False)
 
 
 def picture(title: str, about: list[str], rows: list[Row], axis: Axis, bars: bool) -> str:
@@ -102,6 +95,9 @@ def run() -> None:
     for path, text in draw().items():
         write_text(path, text)
         print(path.relative_to(ROOT))
-    for what, source, maker in (("speed", SPEED, "bench.train_throughput"), ("scores", SCORES, "bench.dora_study")):
+    for what, source, maker in (
+        ("speed", SPEED, "bench.train_throughput"),
+        ("scores", SCORES, "bench.study.page --record"),
+    ):
         if not source.is_file():
             print(f"no {what}: {os.path.relpath(source, ROOT)} is not there; python -m {maker} makes it")
