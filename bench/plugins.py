@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -125,7 +126,6 @@ class CpuProcesses(BasePlugin):
         # Here, since DeepSpeed takes seconds to import.
         import axolotl.utils.trainer
         import deepspeed.comm
-        import deepspeed.comm.torch
         from accelerate.state import PartialState
         from accelerate.utils import DistributedType, ParallelismConfig
         from axolotl.loaders import ModelLoader
@@ -146,8 +146,9 @@ class CpuProcesses(BasePlugin):
         # axolotl asks DeepSpeed for nccl by name.
         started = deepspeed.comm.init_distributed
         deepspeed.comm.init_distributed = lambda dist_backend=None, **options: started("gloo", **options)
-        # DeepSpeed would compile an operator for shared memory, half a minute's work, whenever its folder changes.
-        deepspeed.comm.torch.build_shm_op = lambda: None
+        # DeepSpeed would compile an operator for shared memory, half a minute's work, whenever its folder changes. The
+        # module by its name: the attribute `torch` of deepspeed.comm is torch itself, which `import *` put there.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
         # torch gathers over gloo through views that autograd guards; over nccl it does not.
         TorchBackend.all_gather_into_tensor = torch.no_grad()(TorchBackend.all_gather_into_tensor)
 
