@@ -19,8 +19,11 @@ LEAST = 0.9
 # The modules and their own tests.
 MODULES = {
     "finlora/evaluate/scorers.py": ["tests/test_scorers.py", "tests/test_reading.py"],
+    "finlora/evaluate/reading.py": ["tests/test_reading.py"],
+    "finlora/evaluate/quantities.py": ["tests/test_reading.py", "tests/test_scorers.py"],
     "finlora/evaluate/statistics.py": ["tests/test_stats.py"],
-    "finlora/data/rows.py": ["tests/test_rows.py"],
+    "finlora/data/groups.py": ["tests/test_groups.py"],
+    "finlora/data/rows.py": ["tests/test_rows.py", "tests/test_layouts.py"],
     "finlora/data/readers.py": ["tests/test_rows.py", "tests/test_layouts.py"],
     "finlora/data/layouts.py": ["tests/test_layouts.py", "tests/test_rows.py"],
     "finlora/data/corrections.py": ["tests/test_corrections.py"],

@@ -1,11 +1,15 @@
 """Answers as a person reads them: what names the target and nothing else is right, whatever is said around it."""
 
+from fractions import Fraction
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.reading import agreement
 from finlora.data.tasks import load_tasks
+from finlora.evaluate.quantities import Number, calculation, number, numbers
+from finlora.evaluate.reading import finder, named, read_calculation, read_formula, read_number
 from finlora.evaluate.scorers import finlora, read, strict
 
 TESTS = {name: spec for entry in load_tasks().values() for name, spec in entry.tests.items()}
@@ -194,3 +198,98 @@ def test_the_three_scorings_differ_where_they_should():
     answers = ["not positive", "It is positive.", "positive"]
     right = [way(TESTS["fpb"], answers, ["positive"] * 3)["right"] for way in (finlora, read, strict)]
     assert right == [[1.0, 1.0, 1.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]]
+
+
+# The parts of a reading by themselves: what each sees in a text, and what it leaves.
+
+
+def test_a_refusal_names_nothing_and_boxes_are_joined_by_spaces():
+    assert named("I cannot say; positive") == ""
+    assert named(r"\boxed{strong} \boxed{positive}") == "strong positive"
+
+
+def test_the_longest_label_is_found_whatever_the_case():
+    assert finder(["per", "per share", "us-gaap:Assets"])("earnings PER share; assets") == {
+        "per share",
+        "us-gaap:Assets",
+    }
+    assert finder({"Yes", "yes"})("yes") == finder(["yes", "Yes"])("yes") == {"Yes"}
+    assert finder([""])("anything") == set()
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "right"),
+    [
+        ("it rose to 5 in 2023", 5, True),
+        ("in 2023", 2023, True),
+        ("it is 3 + 4", 3, None),
+        ("it is 3 (see page 4)", 3, True),
+        ("it is 5", 6, False),
+        ("it is 5, it is 6", 5, None),
+        ("no number", 5, None),
+    ],
+)
+def test_the_number_that_a_text_states(text, value, right):
+    assert read_number(text, lambda number: number.value == value) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "right"),
+    [
+        ("so 3 + 4.", 7, True),
+        ("- 3 + 4 -", 7, True),
+        ("1e3 + 1", 1001, True),
+        ("1E3 + 1", 1001, True),
+        ("3 + 4, and 5 + 6", 7, None),
+        ("3 + 4", 8, False),
+        ("7", 7, None),
+    ],
+)
+def test_the_calculation_that_a_text_has(text, value, right):
+    assert read_calculation(text, lambda found: found == value) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("It is (NetIncomeLoss / Assets) * 100", True),
+        ("netincomeloss / assets", None),
+        ("(NETINCOMELOSS/Assets)*100", True),
+        ("(NetIncomeLoss / Assets) * 100)", True),
+        ("(NetIncomeLoss / Assets) * 100))", True),
+        ("(NetIncomeLoss / Liabilities) * 100", False),
+        ("NetIncomeLoss / Assets or Assets / NetIncomeLoss", None),
+    ],
+)
+def test_the_formula_that_a_text_has(text, right):
+    assert read_formula(text, "(us-gaap:NetIncomeLoss / us-gaap:Assets) * 100") is right
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "fractions", "equal"),
+    [
+        (("12.5", True), ("12.5", True), False, True),
+        (("12.5", True), ("12.5", False), False, False),
+        (("12.5", True), ("12.5", False), True, True),
+        (("12.5", True), ("0.125", False), True, True),
+        (("0.125", False), ("12.5", True), True, True),
+        (("12.5", False), ("0.125", True), True, False),
+        (("12.5", True), ("0.125", True), True, False),
+    ],
+)
+def test_a_percentage_is_a_fraction_only_where_fractions_count(one, other, fractions, equal):
+    one, other = (Number(Fraction(value), percent) for value, percent in (one, other))
+    assert one.equals(other, Fraction(0), 0.0, fractions) is equal
+
+
+def test_numbers_have_a_length_a_sign_and_a_unit():
+    assert number("9" * 500) is not None and number("9" * 501) is None
+    assert [value for _, value in numbers("(5 apples, 6), (7), 8 percent, 9 PERCENT")] == [
+        Number(Fraction(value), percent)
+        for value, percent in ((5, False), (6, False), (-7, False), (8, True), (9, True))
+    ]
+
+
+def test_powers_have_a_largest_and_roots_are_floats():
+    assert calculation("2^32768") == 2**32768 and calculation("2^32769") is None
+    assert calculation("4^0.5") == 2 and calculation("3 + 50%") == Fraction(7, 2)
