@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 
@@ -10,10 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from failures import failed, refuses, says
 
+from finlora.core.html import visible
 from finlora.core.paths import ROOT
-from finlora.data.layouts import Reading, parse_columns
+from finlora.data.layouts import Reading, Turn, parse_columns
 from finlora.data.prepare import Options, prepare
-from finlora.data.rows import read_rows
+from finlora.data.rows import preview, read_rows
+from finlora.data.tokens import chat
 
 QUESTION, ANSWER = "Is the loan safe?", "no"
 USER, ASSISTANT = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
@@ -236,3 +239,24 @@ def test_the_layout_and_one_row_are_shown_before_anything_is_written(tmp_path):
     says(rest[1], "not used", "id")
     assert "user<|end_header_id|>↵\n    ↵\n    What is it?<|eot_id|>" in done.stdout
     assert not out.exists()
+
+
+def test_the_preview_shows_layout_notes_unused_columns_and_a_row(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_text("\ufeffq,a,extra,other\nIs it up?,yes,1,2\nAnd now?,no,3,4\n", encoding="utf-8")
+    layout, note, unused, heading, *row = preview(path, {"q": "context", "a": "target"}).split("\n")
+    assert layout == f"{path}: context and target (q as context, a as target)"
+    assert note.startswith("  ") and note.endswith(": a byte order mark at the start")
+    assert unused == "  not used: extra, other" and re.fullmatch(r"  the first row .*:", heading)
+    shown = chat([Turn("user", "Is it up?"), Turn("assistant", "yes")])
+    assert "\n".join(row) == "".join(f"    {line}↵\n" for line in shown.split("\n")).removesuffix("↵\n")
+
+
+def test_the_preview_of_a_long_row_is_cut_and_needs_no_good_row(tmp_path):
+    path = tmp_path / "own.jsonl"
+    rows = [{"context": "", "target": "up"}, {"context": "x" * 1800, "target": "none"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    text = visible(chat([Turn("user", "x" * 1800), Turn("assistant", "none")]), 1000, 500)
+    assert preview(path, {}, ["none"]).endswith("\n".join(f"    {line}" for line in text.splitlines()))
+    path.write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
+    assert preview(path, {}) == f"{path}: context and target"
