@@ -43,10 +43,13 @@ def record(run, parameters: list[torch.Tensor]) -> Recording:
     torch.cuda.empty_cache()  # the graphs' memory pool cannot reuse what passes without graphs have cached
     pool = torch.cuda.graph_pool_handle()
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(forward, pool=pool):
+    # By default an allocation in any thread ends a capture, and the data loader's thread pins memory when it likes: of
+    # 140 runs on a busy machine 2 ended so (torch 2.11, "operation failed due to a previous error during capture").
+    capture = functools.partial(torch.cuda.graph, pool=pool, capture_error_mode="thread_local")
+    with capture(forward):
         out = run()
     d_out = torch.zeros_like(out)
-    with torch.cuda.graph(backward, pool=pool):
+    with capture(backward):
         gradients = torch.autograd.grad(out, parameters, d_out)
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     return Recording(forward, backward, out.detach(), d_out, flat)
