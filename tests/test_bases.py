@@ -149,7 +149,7 @@ def test_each_architecture_is_trained_merged_and_served(kind, house, command):
     file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
     *_, keys = KINDS[kind]
     recipe = KEYS | {"lora_target_modules": ATTENTION} | keys
-    recipe |= {"base_model": f".cache/{kind}", "sequence_len": 256, "num_epochs": 1, "learning_rate": 0.02}
+    recipe |= {"base_model": f".cache/{kind}", "sequence_len": 256, "num_epochs": 3, "learning_rate": 0.02}
     recipe |= {"output_dir": f"outputs/{out.name}", "dataset_prepared_path": f"outputs/{out.name}/tokenised"}
     recipe |= {"datasets": [KEYS["datasets"][0] | {"path": "data/rows.jsonl"}], "evals_per_epoch": None}
     recipe |= {"test_datasets": None, "saves_per_epoch": 1, "fastdora_graphs": False, "eval_sample_packing": False}
