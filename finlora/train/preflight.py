@@ -290,15 +290,23 @@ def check_first_adapter(recipe: Recipe) -> None:
         raise UserError(
             f"{where}: {name} has no adapter_config.json and adapter_model.safetensors; name an adapter's folder"
         )
-    for key, named in ADAPTER_KEYS.items():
-        values = keys.get(key), config.get(named)  # left out, they are as 0, false or empty
+    if differs := adapter_difference(keys, config):
+        key, named, expected, saved = differs
+        raise UserError(
+            f"{where}: {name} has {named} {saved}, and key '{key}' is {expected}; make them equal or name another "
+            "adapter"
+        )
+    check_first_base(recipe, folder, config.get("base_model_name_or_path"))
+
+
+def adapter_difference(keys: dict[str, Any], config: dict[str, Any]) -> tuple[str, str, Any, Any] | None:
+    """The first of ADAPTER_KEYS whose value the adapter_config.json does not have: both names, both values."""
+    for key, name in ADAPTER_KEYS.items():
+        values = keys.get(key), config.get(name)  # left out, they are as 0, false or empty
         expected, saved = ((sorted(it) if isinstance(it, list) else it) or None for it in values)
         if expected != saved:
-            raise UserError(
-                f"{where}: {name} has {named} {values[1]}, and key '{key}' is {values[0]}; make them equal or name "
-                "another adapter"
-            )
-    check_first_base(recipe, folder, config.get("base_model_name_or_path"))
+            return key, name, *values
+    return None
 
 
 def check_first_base(recipe: Recipe, first: RunFolder, trained_on: str | None) -> None:

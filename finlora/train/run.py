@@ -21,7 +21,7 @@ from finlora.recipes.recipe import Recipe, on_tiny_base
 from finlora.train import tiny, tracking
 from finlora.train.distributed import Launch, distribute
 from finlora.train.launch import preprocess_and_train
-from finlora.train.preflight import ADAPTER_KEYS, preflight, prepare_data
+from finlora.train.preflight import adapter_difference, preflight, prepare_data
 from finlora.train.runs import Identity, RunFolder, folder_lock
 
 ONE_PROCESS = Launch()
@@ -110,13 +110,11 @@ def check_adapter(recipe: Recipe, folder: RunFolder, base_layers: dict[str, int]
     base_layers: how many of the base's layers have which class, by metrics.json.
     """
     keys, out, config = recipe.settings, folder.path, folder.adapter_config or {}
-    for key, name in ADAPTER_KEYS.items():
-        values = keys.get(key), config.get(name)  # left out, they are as 0, false or empty
-        expected, saved = ((sorted(it) if isinstance(it, list) else it) or None for it in values)
-        if expected != saved:
-            raise UserError(
-                f"{out}/adapter_config.json: key '{name}' is {values[1]}, the recipe says {values[0]}; do not use it"
-            )
+    if differs := adapter_difference(keys, config):
+        _, name, expected, saved = differs
+        raise UserError(
+            f"{out}/adapter_config.json: key '{name}' is {saved}, the recipe says {expected}; do not use it"
+        )
     kind = {16: "Linear", 8: "Linear8bitLt", 4: "Linear4bit"}[recipe_names.bits_of(keys)]
     if set(base_layers) != {kind}:
         raise UserError(f"{out}: trained on {base_layers}, the recipe says {kind}; do not use it")
