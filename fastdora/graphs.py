@@ -44,7 +44,7 @@ def record(run, parameters: list[torch.Tensor]) -> Recording:
     pool = torch.cuda.graph_pool_handle()
     forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     # By default an allocation in any thread ends a capture, and the data loader's thread pins memory when it likes: of
-    # 140 runs on a busy machine 2 ended so (torch 2.11, "operation failed due to a previous error during capture").
+    # 132 runs on a busy machine 2 ended so (torch 2.11, "operation failed due to a previous error during capture").
     capture = functools.partial(torch.cuda.graph, pool=pool, capture_error_mode="thread_local")
     with capture(forward):
         out = run()

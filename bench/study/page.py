@@ -5,8 +5,8 @@
 
 results.json:
 
-    about   recipe, device, versions, rows of each split; of the test rows `sets` and `targets` (a letter a row, in the
-            order of SETS and of the files) and `group` (rows about one text, finlora/data/groups.py)
+    about   recipe, device, versions, git, rows of each split; of the test rows `sets` and `targets` (a letter a row,
+            in the order of SETS and of the files) and `group` (rows about one text, finlora/data/groups.py)
     runs    a line for each evaluated run: sweep, changes (of the recipe, by the sweep), seed, prompt (of the test),
             right (by scoring: the test rows that it has right, as bits in hexadecimal), loss (validation), seconds
             (of training), trainable (parameters); the base model's has no seed
@@ -92,7 +92,7 @@ def record() -> dict[str, Any]:
                 right, about = answers_of(model.sets, about)
                 parameters = trainable_parameters(point.recipe, shape(point.recipe["base_model"]))
                 figures = {"loss": trained["metrics"]["final_eval_loss"], "seconds": trained["metrics"]["seconds"]}
-                about |= {"device": trained["device"], "versions": trained["versions"]}
+                about |= {key: trained[key] for key in ("device", "versions", "git")}
                 entry = {"sweep": sweep, "changes": changes, "seed": point.recipe["seed"], "prompt": prompt}
                 runs.append(entry | {"right": right, "trainable": parameters} | figures)
         if sweep == "methods":
@@ -271,7 +271,7 @@ def page(found: dict[str, Any]) -> str:
     usual = max(map(about["targets"].count, set(about["targets"]))) / len(about["targets"])
     return environment.get_template(TEMPLATE.name).render(
         about=about,
-        runs=sum(one["seed"] is not None for one in found["runs"]),
+        runs=sum(one["seed"] is not None and one["prompt"] == "saved" for one in found["runs"]),  # that were trained
         usual=f"{100 * usual:.1f}",
         rates=rates_table(by_sweep["methods"] + by_sweep.get("full", [])),
         scores={sweep: scores_table(asked, about) for sweep, asked in by_sweep.items()},
