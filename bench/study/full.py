@@ -40,7 +40,7 @@ def train_and_evaluate(rate: float, seed: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     config = out / "recipe.yaml"
     config.write_text(yaml.safe_dump(keys, sort_keys=False), encoding="utf-8")
-    command(out, "axolotl.cli.main", "train", str(config))
+    command(out, "axolotl.cli.main", "train", str(config), "--launcher", "python")
     tests = ["--tasks", ",".join(SETS), "--tests", str(OUT), "--results", str(FOLDER / "results"), "--name", out.name]
     command(out, "finlora", "eval", "--model", str(out), *tests)
 
