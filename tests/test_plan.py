@@ -80,8 +80,16 @@ def test_a_damaged_fit_is_refused(change, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"peft_use_dora": False}, pytest.param({"lora_r": 4, "lora_target_modules": ALL}, marks=pytest.mark.slow)],
-    ids=["DoRA", "LoRA", "every linear layer"],
+    [
+        {},
+        {"peft_use_dora": False, "lora_modules_to_save": ["lm_head"]},
+        {
+            "lora_target_linear": True,
+            "lora_target_modules": None,
+            "lora_rank_pattern": {r"layers\.[0-3]\..*proj": 2, "down_proj": 16, "o": 99},
+        },
+    ],
+    ids=["DoRA", "LoRA and the head", "every linear layer, ranks by module"],
 )
 def test_parameters_are_those_that_peft_trains(changes):
     """On the 8B shape, without its memory: torch's meta device has shapes alone."""
@@ -90,16 +98,23 @@ def test_parameters_are_those_that_peft_trains(changes):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     keys = recipe(**changes)
-    targets = keys["lora_target_modules"]
+    saved = keys.get("lora_modules_to_save")
     adapter = LoraConfig(
-        r=keys["lora_r"], target_modules=targets, use_dora=keys["peft_use_dora"], task_type="CAUSAL_LM"
+        r=keys["lora_r"],
+        target_modules=keys["lora_target_modules"] or "all-linear",
+        use_dora=keys["peft_use_dora"],
+        rank_pattern=keys.get("lora_rank_pattern", {}),
+        modules_to_save=saved,
+        task_type="CAUSAL_LM",
     )
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{"model_type": "llama"} | SHAPE))
         model = get_peft_model(base, adapter)
-    counted = {name: [0, 0, 0] for name in targets}
+    counted = {name: [0, 0, 0, 0] for name in [*(keys["lora_target_modules"] or ALL), *(saved or [])]}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if ".modules_to_save." in name:
+            counted[name.split(".")[-4]] = [1, 0, 0, parameter.numel()]
+        elif parameter.requires_grad:
             target, kind = name.split(".")[-4:-2]  # q_proj.lora_A.default.weight
             counted[target][0] += kind == "lora_A"
             counted[target][2 if kind == "lora_magnitude_vector" else 1] += parameter.numel()

@@ -6,12 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from axolotl.utils.dict import DictDefault
 from failures import refuses, says
+from safetensors.torch import load_file
 
 from fastdora.plugin import rows
 from fastdora.plugin.keys import RecipeError
+from finlora.export import merge
+from finlora.models import trained
+from finlora.recipes import bases
 
 pytestmark = pytest.mark.xdist_group("axolotl")
 
@@ -110,6 +115,7 @@ def test_unknown_key_stops_axolotl_itself(axolotl, recipe):
         ({"adapter": None, "load_in_8bit": False}, "adapter", ["no layer", "set `adapter: lora`"]),
         ({"lora_target_modules": ["q_proj", "k_prj"]}, "lora_target_modules", ["'k_prj'", "not a layer"]),
         ({"load_in_8bit": False, "load_in_4bit": True}, "load_in_4bit", ["not Linear4bit", "4-bit"]),
+        ({"lora_rank_pattern": {"o_proj": 4}}, "lora_rank_pattern", ["o_proj", "no adapted layer", "fix"]),
         ({"fastdora_layers": "slow"}, "fastdora_layers", ["'slow'", "'fast', 'peft'"]),
         (
             {"fastdora_fp8": True, "load_in_8bit": False},
@@ -128,6 +134,39 @@ def test_what_would_train_something_else_is_refused(axolotl, recipe, changes, ke
     code, output = train(axolotl, path)
     assert code == 1
     refused(output, *words, file=path, key=key)
+
+
+@pytest.mark.parametrize("layers", ["fast", pytest.param("peft", marks=pytest.mark.slow)])
+def test_ranks_and_alphas_by_module_and_a_whole_head(axolotl, recipe, tmp_path, tiny_base, layers, monkeypatch):
+    """The merged model has the head as trained, and the logits of base and adapter, which merging verifies."""
+    path = recipe(
+        fastdora_layers=layers,
+        lora_target_modules=None,
+        lora_target_linear=True,
+        lora_rank_pattern={r"layers\.[01]\.self_attn\.q_proj": 2, "down_proj": 16},
+        lora_alpha_pattern={"down_proj": 4},
+        lora_modules_to_save=["lm_head"],
+        learning_rate=0.05,
+    )
+    code, output = train(axolotl, path)
+    assert code == 0, output[-3000:]
+    assert layers == "peft" or "fastdora: 28 8-bit DoRA layers" in output
+
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    ranks = {name.removeprefix("base_model.model.").partition(".lora_A")[0]: tensor.shape[0]
+             for name, tensor in adapter.items() if "lora_A" in name}  # fmt: skip
+    keys, shape = yaml.safe_load(Path(path).read_text(encoding="utf-8")), bases.shape(str(tiny_base))
+    names = [name for target in bases.targets(keys, shape) for name in bases.layer_names(target, shape)]
+    assert ranks == {name: bases.rank_of(keys, name) for name in names}
+    assert sorted(ranks.values()) == [2] * 2 + [8] * 22 + [16] * 4
+    assert sum(tensor.numel() for tensor in adapter.values()) == bases.trainable_parameters(keys, shape)
+
+    monkeypatch.setattr(trained, "OUTPUTS", tmp_path)
+    folder = merge.run(trained.load_trained(adapter=str(tmp_path / "out"), bits=8), limit=0)
+    head = load_file(folder / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(head, adapter["base_model.model.lm_head.weight"].to(torch.bfloat16))
+    untrained = load_file(tiny_base / "model.safetensors")["lm_head.weight"]
+    assert (head - untrained).abs().max() > 0.01
 
 
 def test_fp8_products_train_and_the_log_says_so(axolotl, recipe):

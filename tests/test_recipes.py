@@ -207,8 +207,8 @@ MUTATIONS = {
     "no size": (swapped("sequence_len: 4608", "sequence_len: 0"), "sequence_len", ["is 0", "above 0"]),
     "every linear layer by a key of its own": (
         added("lora_target_linear: true\n"),
-        "lora_target_linear",
-        ["lora_target_modules", "remove"],
+        "lora_target_modules",
+        ["lora_target_linear", "keep one"],
     ),
     "a target twice": (swapped("  - k_proj\n", "  - q_proj\n"), "lora_target_modules", ["q_proj", "twice", "keep one"]),
     "a target that is no layer": (
@@ -219,7 +219,7 @@ MUTATIONS = {
     "targets that are a word": (
         swapped(TARGETS, "lora_target_modules: all-linear"),
         "lora_target_modules",
-        ["all-linear", "write a list"],
+        ["all-linear", "write a list", "lora_target_linear: true"],
     ),
     "no targets": (swapped(TARGETS, "lora_target_modules: []"), "lora_target_modules", ["[]", "write a list"]),
     "an optimizer that nobody has": (

@@ -448,9 +448,11 @@ def test_an_adapter_that_is_not_what_the_recipe_says(case, tmp_path):
 
 
 def test_an_adapter_is_held_against_what_the_options_set(tmp_path):
-    recipe = recipes.Recipe(Path("own.yaml"), {"lora_r": 8, "lora_dropout": 0.05}, ("--lora-dropout", "0.1"))
+    keys = {"lora_r": 8, "lora_dropout": 0.05, "lora_target_modules": ["q_proj"]}
+    recipe = recipes.Recipe(Path("own.yaml"), keys, ("--lora-dropout", "0.1"))
     for dropout, words in (0.05, "'lora_dropout' is 0.05.* 0.1"), (0.1, "trained on"):
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_dropout": dropout}), encoding="utf-8")
+        config = {"r": 8, "lora_dropout": dropout, "target_modules": ["q_proj"]}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
         with pytest.raises(UserError, match=words):
             run.check_adapter(recipe, RunFolder(tmp_path), {"Linear8bitLt": 96})
 

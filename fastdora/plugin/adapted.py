@@ -3,6 +3,7 @@
 import bitsandbytes as bnb
 from axolotl.loaders.utils import load_model_config
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from torch import nn
 
 from fastdora.plugin.keys import RecipeError
@@ -31,6 +32,16 @@ def check_model(cfg, model: nn.Module) -> None:
     for target in cfg.lora_target_modules or []:
         if not any(name.split(".")[-1] == target for name in layers):
             raise RecipeError(f"{source}: key 'lora_target_modules': '{target}' is not a layer of {cfg.base_model}")
+    patterns = {
+        "lora_rank_pattern": (cfg.lora_rank_pattern or {}, cfg.lora_r),
+        "lora_alpha_pattern": (cfg.lora_alpha_pattern or {}, cfg.lora_alpha),
+    }
+    for key, (pattern, _) in patterns.items():
+        for part in pattern:
+            if not any(_of_layer(name, {part: True}, None) for name in layers):
+                raise RecipeError(
+                    f"{source}: key '{key}': {part} is no adapted layer of {cfg.base_model}; fix the name"
+                )
     bits, kind = _expected_base(cfg)
     for name, layer in layers.items():
         if type(layer.base_layer) is not kind:
@@ -39,13 +50,20 @@ def check_model(cfg, model: nn.Module) -> None:
             raise RecipeError(
                 f"{source}: key '{key}': {name} is {actual}, not {kind.__name__}; the recipe says {bits}-bit"
             )
-        if layer.r["default"] != cfg.lora_r:
-            raise RecipeError(f"{source}: key 'lora_r': {name} has rank {layer.r['default']}, not {cfg.lora_r}")
+        rank, alpha = (_of_layer(name, *keys) for keys in patterns.values())
+        if layer.r["default"] != rank:
+            raise RecipeError(f"{source}: key 'lora_r': {name} has rank {layer.r['default']}, not {rank}")
         if layer.use_dora["default"] != bool(cfg.peft_use_dora):
             raise RecipeError(f"{source}: key 'peft_use_dora': {name} has use_dora={layer.use_dora['default']}")
-        root = cfg.lora_r**0.5 if cfg.peft_use_rslora else cfg.lora_r
-        if abs(layer.scaling["default"] - cfg.lora_alpha / root) > 1e-9:
+        root = rank**0.5 if cfg.peft_use_rslora else rank
+        if abs(layer.scaling["default"] - alpha / root) > 1e-9:
             raise RecipeError(f"{source}: key 'lora_alpha': {name} scales by {layer.scaling['default']}")
+
+
+def _of_layer(name: str, pattern: dict, otherwise):
+    """A layer's value by a pattern as PEFT reads it."""
+    name = name.removeprefix("base_model.model.")
+    return pattern.get(get_pattern_key(pattern.keys(), name), otherwise)
 
 
 def _expected_base(cfg) -> tuple[int, type]:

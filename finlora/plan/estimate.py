@@ -224,7 +224,7 @@ def make_plan(
 ) -> Plan:
     """UserError where the recipe cannot be planned, or GPUs cannot share its batch."""
     for key in ("adapter", "lora_r", "lora_target_modules"):
-        if not recipe.get(key):
+        if not (recipe.get(key) or key == "lora_target_modules" and recipe.get("lora_target_linear")):
             raise UserError(f"{path}: key '{key}' is missing: plans are for recipes that train an adapter")
     shape = bases.shape(recipe["base_model"])
     if not shape:
@@ -237,9 +237,8 @@ def make_plan(
         raise UserError(
             f"{path}: key 'fastdora_fp8': {key} has no fp8 matmuls; set it to false, or plan for another GPU"
         )
-    for uncounted in ("lora_modules_to_save", "peft_layers_to_transform"):
-        if recipe.get(uncounted):
-            raise UserError(f"{path}: key '{uncounted}' is not planned for; remove it to plan without")
+    if recipe.get("peft_layers_to_transform"):
+        raise UserError(f"{path}: key 'peft_layers_to_transform' is not planned for; remove it to plan without")
     shared, how_shared = distributed.share_batch(path, recipe, gpus, 1)
     rows, fit = rows_of(path, shared), committed_fit()
     return Plan(
@@ -267,8 +266,12 @@ def default_gpu() -> str:
 
 
 def show(plan: Plan) -> str:
-    own, magnitude = (sum(getattr(one, key) for one in plan.parameters.values()) for key in ("a_and_b", "magnitude"))
-    return render("plan/plan.md.jinja", plan=plan, own=own, magnitude=magnitude, duration=duration).strip("\n")
+    counts = list(plan.parameters.values())
+    own, magnitude, together = (
+        sum(getattr(one, key) for one in counts) for key in ("a_and_b", "magnitude", "together")
+    )
+    text = render("plan/plan.md.jinja", plan=plan, own=own, magnitude=magnitude, together=together, duration=duration)
+    return text.strip("\n")
 
 
 def run(recipe: str, gpu: str | None, gpus: int, price: float | None) -> None:

@@ -51,7 +51,7 @@ class Traffic(NamedTuple):
         linears = bases.linear_layers(shape)
         layer = self.hidden * shape["hidden_size"] + self.kv * bases.attention_widths(shape)[1]
         layer += self.inner * shape["intermediate_size"]
-        adapted = [linears[name] for name in recipe["lora_target_modules"]]
+        adapted = [linears[name] for name in bases.targets(recipe, shape)]
         return layer + sum(self.adapted_inputs * i + self.adapted_outputs * o for i, o in adapted)
 
 

@@ -1,6 +1,7 @@
 """Base models: the table of those that a recipe's name may carry, their sizes, their layers, their files."""
 
 import json
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 # Whose blocks `linear_layers` knows.
 LLAMA_BLOCKS = ("llama", "mistral", "qwen2", "qwen3")
 FUSED_BLOCKS = ("phi3",)  # one layer for q, k and v, and one for gate and up
+EMBEDDINGS = {"embed_tokens", "lm_head"}
 
 Tokens = dict[str, str]
 
@@ -121,25 +123,89 @@ def parameters(shape: dict[str, Any]) -> int:
 
 
 class Adapted(NamedTuple):
-    """Trainable parameters of one target module over all layers: in A and B, and in DoRA's magnitudes."""
+    """Trainable parameters of a target module over all layers, in A and B and in DoRA's magnitudes; or of a module of
+    `lora_modules_to_save`, which trains whole."""
 
     layers: int
-    a_and_b: int
-    magnitude: int
+    a_and_b: int = 0
+    magnitude: int = 0
+    whole: int = 0
+
+    @property
+    def together(self) -> int:
+        return self.a_and_b + self.magnitude + self.whole
+
+
+def targets(recipe: dict[str, Any], shape: dict[str, Any]) -> list[str]:
+    """The linear layers of a block that are adapted."""
+    return list(linear_layers(shape)) if recipe.get("lora_target_linear") else recipe["lora_target_modules"]
+
+
+def layer_names(target: str, shape: dict[str, Any]) -> list[str]:
+    """The names that a target module has in the model, layer by layer."""
+    part = "mlp" if target in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") else "self_attn"
+    return [f"model.layers.{layer}.{part}.{target}" for layer in range(shape["num_hidden_layers"])]
+
+
+def value_for(layer: str, pattern: dict[str, int] | None, otherwise: int) -> int:
+    """A layer's rank or alpha, as PEFT (0.20.0) takes it: of the first key that is a regular expression for the end of
+    the layer's name, from a dot on."""
+    found = (value for key, value in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", layer))
+    return next(found, otherwise)
+
+
+def rank_of(recipe: dict[str, Any], layer: str) -> int:
+    return value_for(layer, recipe.get("lora_rank_pattern"), recipe["lora_r"])
 
 
 def adapter_parameters(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, Adapted]:
-    """By target module: r (in + out) for A and B, and with DoRA a magnitude for each output (arXiv 2402.09353)."""
-    linears, layers, counted = linear_layers(shape), shape["num_hidden_layers"], {}
-    for target in recipe["lora_target_modules"]:
+    """By target module: r (in + out) for A and B, and with DoRA a magnitude for each output (arXiv 2402.09353).
+
+    Then by module of `lora_modules_to_save`.
+    """
+    linears, counted = linear_layers(shape), {}
+    for target in targets(recipe, shape):
         inputs, outputs = linears[target]
-        magnitude = layers * outputs if recipe.get("peft_use_dora") else 0
-        counted[target] = Adapted(layers, layers * recipe["lora_r"] * (inputs + outputs), magnitude)
+        ranks = [rank_of(recipe, name) for name in layer_names(target, shape)]
+        magnitude = len(ranks) * outputs if recipe.get("peft_use_dora") else 0
+        counted[target] = Adapted(len(ranks), sum(ranks) * (inputs + outputs), magnitude)
+    if saved := recipe.get("lora_modules_to_save"):
+        modules = modules_of("key 'base_model'", {"model_type": "llama"} | shape)
+        for name in saved:
+            named = [module for path, module in modules.items() if path.endswith(name)]  # as PEFT does
+            whole = sum(parameter.numel() for module in named for parameter in module.parameters())
+            counted[name] = Adapted(len(named), whole=whole)
     return counted
 
 
 def trainable_parameters(recipe: dict[str, Any], shape: dict[str, Any]) -> int:
-    return sum(one.a_and_b + one.magnitude for one in adapter_parameters(recipe, shape).values())
+    return sum(one.together for one in adapter_parameters(recipe, shape).values())
+
+
+def layers_of(base: str, config: dict[str, Any]) -> list[str]:
+    """The linear layers of an architecture's blocks: Phi-3, say, has one for q, k and v. base: begins an error."""
+    import torch  # takes seconds, which the architectures that are known do not need
+
+    # One layer is enough; a list of all layers' types would contradict it.
+    small = {key: value for key, value in config.items() if key != "layer_types"} | {"num_hidden_layers": 1}
+    modules = modules_of(base, small)
+    linears = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    return sorted(linears - EMBEDDINGS)
+
+
+def modules_of(base: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The modules, by name, of a model with this configuration, without weights. base: begins an error."""
+    import torch  # both take seconds, which few recipes need
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{base} is no language model that transformers knows ({first_line(error)}); take another"
+        ) from error
+    return dict(model.named_modules())
 
 
 @cache  # its checksums take half a second, and a command asks for its base more than once

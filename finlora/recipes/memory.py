@@ -8,6 +8,7 @@ from finlora.recipes import bases
 # Bytes, where the recipe's own bits do not decide them.
 HALF = 2  # a bfloat16 weight or activation
 TRAINED = 16  # a trained parameter in float32: itself, its gradient, and Adam's two moments
+WHOLE = 8  # one of lora_modules_to_save, which axolotl (0.19.0) trains in bfloat16: the same four
 LOGITS = 10  # a logit: in bfloat16, in float32 for the loss, and the float32 gradient
 NF4_BITS = 4.13  # 4 bits and an absmax for 64 weights, quantized itself to 8 bits (arXiv 2305.14314, section 3)
 # One token in so many is taken to have a label, for every task; the estimate is within 5% of the measured runs with it.
@@ -32,7 +33,8 @@ def memory_parts(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, flo
     linears, (query, kv) = bases.linear_layers(shape), bases.attention_widths(shape)
     bits = 8 if recipe.get("load_in_8bit") else NF4_BITS if recipe.get("load_in_4bit") else 16
     tokens = recipe["sequence_len"] * recipe["micro_batch_size"]
-    targets = recipe["lora_target_modules"]
+    targets = bases.targets(recipe, shape)
+    adapter = bases.adapter_parameters(recipe, shape).values()
     # Kept, in widths: 3 hidden (two norms' inputs and the first norm's output), q and the attention's output, k and v,
     # Qwen3's q and k before their norms, and 2 inner (gate and up). By adapters the inputs that nothing else keeps, and
     # under DoRA each matmul's output before the magnitude scales it.
@@ -47,7 +49,7 @@ def memory_parts(recipe: dict[str, Any], shape: dict[str, Any]) -> dict[str, flo
     positions = tokens / TOKENS_PER_LABEL if recipe.get("fastdora_answers_only") else tokens
     parts = {
         "weights": bases.linear_parameters(shape) * bits / 8 + bases.embedding_parameters(shape) * HALF,
-        "adapter": bases.trainable_parameters(recipe, shape) * TRAINED,
+        "adapter": sum((one.a_and_b + one.magnitude) * TRAINED + one.whole * WHOLE for one in adapter),
         "activations": tokens * (kept + BACKWARD_WIDTHS * inner) * HALF,
         "logits": positions * shape["vocab_size"] * LOGITS,
     }

@@ -19,6 +19,7 @@ from finlora.recipes.bases import (
     Base,
     fetch_base,
     find_base,
+    layers_of,
     linear_layers,
     load_bases,
     shape,
@@ -85,6 +86,13 @@ class Recipe:
     def layers(self) -> list[str]:
         """The linear layers of one block of the base model, which an adapter may target; none where not known."""
         return list(linear_layers(self.shape)) if self.shape else []
+
+    @property
+    def targets(self) -> list[str]:
+        """The linear layers of one block that are adapted."""
+        if self.settings.get("lora_target_linear"):
+            return self.layers or layers_of(self.where("base_model"), self.base_config)
+        return self.settings["lora_target_modules"]
 
     @cached_property
     def base_folder(self) -> Path:

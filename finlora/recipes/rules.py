@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
+from finlora.recipes.bases import layer_names, value_for
 from finlora.recipes.names import IN_NAME, compose_name, decided, parts_of
 from finlora.recipes.recipe import Recipe
 
@@ -50,7 +52,9 @@ class Keys(BaseModel):
     lora_r: AboveZero
     lora_alpha: AboveZero
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    lora_target_modules: Any
+    lora_target_linear: bool | None = None
+    lora_target_modules: Annotated[Any, Field(validate_default=True)] = None
+    lora_modules_to_save: Any = None
     lr_groups: Any = None
     peft_init_lora_weights: Any = None
     chat_template: Any = None
@@ -81,9 +85,13 @@ class Keys(BaseModel):
     @field_validator("lora_target_modules")
     @classmethod
     def layers_of_the_base(cls, targets: Any, info: ValidationInfo) -> list[str]:
-        if not isinstance(targets, list) or not targets:
-            raise ValueError("write a list, as in [q_proj, v_proj]")
         layers = info.context["layers"]
+        if info.data.get("lora_target_linear"):
+            if targets:
+                raise ValueError("lora_target_linear is true as well; keep one")
+            return layers
+        if not isinstance(targets, list) or not targets:
+            raise ValueError("write a list, as in [q_proj, v_proj], or set lora_target_linear: true for all of them")
         for number, target in enumerate(targets):
             if target in targets[:number]:
                 raise ValueError(f"{target} is listed twice; keep one")
@@ -115,6 +123,8 @@ class Keys(BaseModel):
         parts = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(dora)]
         names = itertools.product(range(MOST_LAYERS), ("self_attn", "mlp"), targets, parts)
         trained = ["base_model.model.model.layers.{}.{}.{}.{}.default.weight".format(*name) for name in names]
+        saved = info.data.get("lora_modules_to_save") or []
+        trained += [f"base_model.model.{name}.modules_to_save.default.weight" for name in saved]
         for module in (module for group in groups or [] for module in group["modules"]):
             if not any(module in name for name in trained):
                 if "magnitude" in module and not dora:
@@ -160,6 +170,24 @@ def check_values(recipe: Recipe) -> None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(f"{recipe.where('.'.join(map(str, first['loc'])))}{_fault(first)}") from None
+    for key in ("lora_rank_pattern", "lora_alpha_pattern"):
+        check_pattern(recipe, key)
+
+
+def check_pattern(recipe: Recipe, key: str) -> None:
+    """UserError for a rank or alpha of no layer, which PEFT would drop in silence (the plugin checks unknown bases)."""
+    shape = recipe.shape
+    layers = [name for target in recipe.targets for name in layer_names(target, shape)] if shape else []
+    for pattern in recipe.settings.get(key) or {}:
+        try:
+            found = [name for name in layers if value_for(name, {pattern: True}, False)]
+        except re.error as error:
+            raise UserError(f"{recipe.where(key)}: {pattern} is no regular expression ({error}); fix it") from error
+        if layers and not found:
+            raise UserError(
+                f"{recipe.where(key)}: {pattern} is no adapted layer; take one of {', '.join(recipe.targets)}, or a "
+                f"regular expression for the end of a name such as {layers[0]}"
+            )
 
 
 def why_refused(kind: str, key: str, value: Any) -> str | None:

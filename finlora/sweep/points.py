@@ -100,7 +100,9 @@ def refuse_equal(file: Path, point: SweepPoint, others: list[SweepPoint]) -> Non
 
     def trained(point: SweepPoint) -> dict[str, Any]:
         keys = {key: value for key, value in point.recipe.items() if key not in OWN}
-        return keys | {"lora_target_modules": sorted(keys["lora_target_modules"])}  # their order changes nothing
+        return keys | {
+            "lora_target_modules": sorted(keys.get("lora_target_modules") or [])
+        }  # their order changes nothing
 
     for other in others:
         numbers = f"{shown(file)}: points {other.number} and {point.number}"

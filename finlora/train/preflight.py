@@ -15,13 +15,13 @@ from tokenizers import Tokenizer
 
 from fastdora.plugin.checksums import WEIGHTS, model_files
 from finlora.core import machine
-from finlora.core.errors import UserError, first_line
+from finlora.core.errors import UserError
 from finlora.core.machine import GIB
 from finlora.core.paths import PREPARED, ROOT, SAMPLE, existing, shown
 from finlora.data import prepare, rows
 from finlora.data.readers import check_regular_file
 from finlora.data.tasks import load_tasks
-from finlora.recipes.bases import parameters
+from finlora.recipes.bases import EMBEDDINGS, layers_of, modules_of, parameters
 from finlora.recipes.memory import what_fits
 from finlora.recipes.recipe import Recipe
 from finlora.recipes.rules import ROWS
@@ -45,7 +45,6 @@ ADAPTER_KEYS = {
     "peft_layers_to_transform": "layers_to_transform",
     "peft_trainable_token_indices": "trainable_token_indices",
 }
-EMBEDDINGS = {"embed_tokens", "lm_head"}
 
 
 def preflight(recipe: Recipe, launch: Launch, trained: bool) -> tuple[Recipe, bool, str]:
@@ -208,8 +207,8 @@ def check_config(recipe: Recipe) -> None:
             f"{recipe.where('sequence_len')} is {keys['sequence_len']}, and {keys['base_model']} has {longest} "
             f"positions; set it to {longest} or less"
         )
-    layers = recipe.layers or layers_of(base, config)
-    for target in keys["lora_target_modules"]:
+    layers = [] if keys.get("lora_target_linear") else recipe.layers or layers_of(base, config)
+    for target in layers and keys["lora_target_modules"]:
         if target not in layers:
             raise UserError(f"{recipe.where('lora_target_modules')}: {target} is none of {', '.join(layers)}")
 
@@ -229,32 +228,6 @@ def check_saved(where: str, saved: list[str], modules: dict[str, Any], config: d
                 f"{where}: {name} is or contains {tied[0]}, and the base model ties its embeddings to its head: a "
                 "merged model would lose one of them; remove it"
             )
-
-
-def layers_of(base: str, config: dict[str, Any]) -> list[str]:
-    """The linear layers of an architecture's blocks: Phi-3, say, has one for q, k and v. base: begins an error."""
-    import torch  # takes seconds, which the architectures that are known do not need
-
-    # One layer is enough; a list of all layers' types would contradict it.
-    small = {key: value for key, value in config.items() if key != "layer_types"} | {"num_hidden_layers": 1}
-    modules = modules_of(base, small)
-    linears = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
-    return sorted(linears - EMBEDDINGS)
-
-
-def modules_of(base: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The modules, by name, of a model with this configuration, without weights. base: begins an error."""
-    import torch  # both take seconds, which few recipes need
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{base} is no language model that transformers knows ({first_line(error)}); take another"
-        ) from error
-    return dict(model.named_modules())
 
 
 def check_vocabulary(recipe: Recipe) -> None:
@@ -283,14 +256,14 @@ def check_vocabulary(recipe: Recipe) -> None:
 
 def check_first_adapter(recipe: Recipe) -> None:
     """UserError where `lora_model_dir` is no adapter folder, or its adapter is not what the recipe's keys say."""
-    keys, name, where = recipe.settings, recipe.settings["lora_model_dir"], recipe.where("lora_model_dir")
+    name, where = recipe.settings["lora_model_dir"], recipe.where("lora_model_dir")
     folder = RunFolder(ROOT / name)
     config = folder.adapter_config
     if not isinstance(config, dict) or not (folder.path / "adapter_model.safetensors").is_file():
         raise UserError(
             f"{where}: {name} has no adapter_config.json and adapter_model.safetensors; name an adapter's folder"
         )
-    if differs := adapter_difference(keys, config):
+    if differs := adapter_difference(recipe, config):
         key, named, expected, saved = differs
         raise UserError(
             f"{where}: {name} has {named} {saved}, and key '{key}' is {expected}; make them equal or name another "
@@ -299,8 +272,9 @@ def check_first_adapter(recipe: Recipe) -> None:
     check_first_base(recipe, folder, config.get("base_model_name_or_path"))
 
 
-def adapter_difference(keys: dict[str, Any], config: dict[str, Any]) -> tuple[str, str, Any, Any] | None:
+def adapter_difference(recipe: Recipe, config: dict[str, Any]) -> tuple[str, str, Any, Any] | None:
     """The first of ADAPTER_KEYS whose value the adapter_config.json does not have: both names, both values."""
+    keys = recipe.settings | {"lora_target_modules": recipe.targets}
     for key, name in ADAPTER_KEYS.items():
         values = keys.get(key), config.get(name)  # left out, they are as 0, false or empty
         expected, saved = ((sorted(it) if isinstance(it, list) else it) or None for it in values)

@@ -17,6 +17,7 @@ from finlora.core.provenance import device_name, git_state, versions
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 from finlora.recipes import rules
+from finlora.recipes.bases import rank_of
 from finlora.recipes.recipe import Recipe, on_tiny_base
 from finlora.train import tiny, tracking
 from finlora.train.distributed import Launch, distribute
@@ -110,7 +111,7 @@ def check_adapter(recipe: Recipe, folder: RunFolder, base_layers: dict[str, int]
     base_layers: how many of the base's layers have which class, by metrics.json.
     """
     keys, out, config = recipe.settings, folder.path, folder.adapter_config or {}
-    if differs := adapter_difference(keys, config):
+    if differs := adapter_difference(recipe, config):
         _, name, expected, saved = differs
         raise UserError(
             f"{out}/adapter_config.json: key '{name}' is {saved}, the recipe says {expected}; do not use it"
@@ -119,10 +120,13 @@ def check_adapter(recipe: Recipe, folder: RunFolder, base_layers: dict[str, int]
     if set(base_layers) != {kind}:
         raise UserError(f"{out}: trained on {base_layers}, the recipe says {kind}; do not use it")
     shapes = tensor_shapes(out / "adapter_model.safetensors")
-    ranks = {shape[0] for name, shape in shapes.items() if name.endswith("lora_A.weight")}
+    layers = {
+        name: name.removeprefix("base_model.model.").partition(".lora_A")[0] for name in shapes if "lora_A" in name
+    }
+    wrong = [layer for name, layer in layers.items() if shapes[name][0] != rank_of(keys, layer)]
     dora = any(name.endswith("lora_magnitude_vector") for name in shapes)
-    if ranks != {keys["lora_r"]} or dora != keys["peft_use_dora"]:
-        raise UserError(f"{out}: ranks {sorted(ranks)}, magnitudes {dora}: not what the recipe says; do not use it")
+    if not layers or wrong or dora != keys["peft_use_dora"]:
+        raise UserError(f"{out}: ranks of {wrong[:3]}, magnitudes {dora}: not what the recipe says; do not use it")
 
 
 def tiny_base() -> str:
