@@ -21,7 +21,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from triton.testing import do_bench
 
-from fastdora import attention, dora, dropout, graphs, kernels, packing, quantized, triton_kernels
+from fastdora import attention, dora, dropout, graphs, kernels, packing, prefixes, quantized, triton_kernels
 from fastdora.plugin import peft_int8
 from finlora.core.machine import gpus
 from finlora.core.paths import ROOT
@@ -158,6 +158,26 @@ def attention_row() -> dict[str, float]:
     return {"error": max(errors)}
 
 
+def shared_attention_row() -> dict[str, float]:
+    """As attention_row, in a pack of three prefixes with their suffixes, two lone rows and padding."""
+    torch.manual_seed(2)
+    sizes = {300: [5, 64, 1], 40: [9, 9], 2000: [130, 40], 0: [70, 7]}  # of the suffixes, by their prefix's length
+    lengths = [length for length, suffixes in sizes.items() for _ in suffixes]
+    rows = [{"labels": [-100] * (length + size)} for length, suffixes in sizes.items() for size in suffixes]
+    layout = prefixes.lay_out(rows, [length or -1 for length in lengths], lengths)
+    total = layout.edges[-1] + 33
+    edges, longest, suffixes, within, *sizes = prefixes.tensors(layout, total)
+    segments = attention.Segments(edges.cuda(), longest, suffixes.cuda(), within.cuda(), *sizes)
+    q, k, v = (torch.randn(total, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (32, 8, 8))
+    weights = torch.randn_like(q)
+    results = []
+    for dtype, attend in ((torch.bfloat16, attention._on_gpu), (torch.float64, attention._one_by_one)):
+        inputs = [y.detach().to(dtype).requires_grad_() for y in (q, k, v)]
+        out = attend(*inputs, segments, 128**-0.5)
+        results.append([out.detach(), *torch.autograd.grad((out * weights.to(dtype)).sum(), inputs)])
+    return {"error": max(relative(actual, expected) for actual, expected in zip(*results, strict=True))}
+
+
 def layer_rows() -> dict[str, dict[str, float]]:
     """A DoRA layer with a bias on each base, in bf16 with a float32 adapter as in training: against float64.
 
@@ -262,9 +282,10 @@ def trained_adapter(bits: int, by_graphs: bool) -> tuple[torch.Tensor, torch.Ten
         labels = ids.clone()
         labels[:, positions[0] % 40 > 0] = -100
         edges, longest = attention.boundaries(positions)
-        batch = dict(input_ids=ids, position_ids=positions, labels=labels, fastdora_edges=edges)
+        batch = dict(input_ids=ids, position_ids=positions, labels=labels)
         batch = {name: value.cuda() for name, value in batch.items()}
-        model(**batch, fastdora_longest=longest).loss.backward()
+        segments = tuple(attention.Segments(edges.cuda(), longest))
+        model(**batch, fastdora_segments=segments).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert installed is None or installed.replays == 12 - graphs.WARM_UP
@@ -275,7 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "gpu_check.json")
     options = parser.parse_args()
-    rows = {"varlen_attention": attention_row()}
+    rows = {"varlen_attention": attention_row(), "shared_attention": shared_attention_row()}
     for rank in (8, 64, 256):
         rows |= low_rank_rows(rank) | weight_rows(rank)
     rows |= matmul_rows() | layer_rows() | graph_rows()

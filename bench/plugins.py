@@ -10,6 +10,8 @@ import torch
 from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
 
+from fastdora import packing
+
 SKIP = 6  # steps in which kernels are compiled and memory is allocated
 
 
@@ -30,7 +32,9 @@ class Clock(BasePlugin):
             real = ids != pad
             packed = cfg.sample_packing and positions is not None
             samples = ((positions == 0) & real).sum() if packed else real.new_full((), ids.shape[0], dtype=torch.long)
-            callback.counts.append(torch.stack([samples, real.sum()]))  # on the GPU: .item() would wait for it
+            counts = inputs.get(packing.COUNTS)  # where rows share prefixes
+            counts = torch.stack([samples, real.sum()]) if counts is None else counts.to(ids.device)
+            callback.counts.append(counts)  # on the GPU: .item() would wait for it
             callback.slots.append(ids.numel())
             return step(model, inputs, *args, **kwargs)
 

@@ -2,9 +2,15 @@
 
 A pack is several samples in one row; a sample starts where `position_ids` is 0. On a GPU in 16 bits torch's flash
 kernel takes the samples' boundaries, computed once a batch; elsewhere each sample attends in a call of its own.
+
+Where rows share prefixes (prefixes.py) the pack's segments are prefixes and suffixes. A suffix attends to itself and to
+its group's prefix, in two calls of the flash kernel whose results are merged by their sums of exponentials (kernels.py
+merge_attention). Both backward calls take the merged output and logsumexp, which makes their probabilities those of the
+whole softmax (as in ring attention, arXiv 2310.01889), and their gradients add up.
 """
 
 import weakref
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +18,27 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fastdora import kernels
 from fastdora.dora import Unsupported
 
 NAME = "fastdora_varlen"
-_last: tuple = (lambda: None, None, None)  # the latest position_ids (a weak reference), their version and boundaries
+_last: tuple = (lambda: None, None, None)  # the latest position_ids (a weak reference), their version and segments
+
+
+class Segments(NamedTuple):
+    """What attends within itself in a flattened batch, and which of it attends to a shared prefix as well.
+
+    edges: int32 (segments + 1,), cumulative lengths. suffixes and prefixes: int32 (groups + 1,), where each group's
+    suffixes and its prefix begin, and where the last ones end; both contiguous, prefixes from 0. None: nothing is
+    shared. The longest segment, group of suffixes and prefix size the kernels' launches.
+    """
+
+    edges: torch.Tensor
+    longest: int
+    suffixes: torch.Tensor | None = None
+    prefixes: torch.Tensor | None = None
+    longest_suffixes: int = 0
+    longest_prefix: int = 0
 
 
 def install(model: torch.nn.Module) -> None:
@@ -47,18 +70,24 @@ def boundaries(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
     return edges.to(torch.int32), int(edges.diff().max())
 
 
-def cache_boundaries(position_ids: torch.Tensor, edges: torch.Tensor, longest: int) -> None:
-    """Cache a batch's boundaries for its layers, which all receive the same tensor of positions."""
+def cache_segments(position_ids: torch.Tensor, segments: Segments) -> None:
+    """Cache a batch's segments for its layers, which all receive the same tensor of positions."""
     global _last
-    _last = weakref.ref(position_ids), _version(position_ids), (edges, longest)
+    _last = weakref.ref(position_ids), _version(position_ids), segments
 
 
-def cached_boundaries(position_ids: torch.Tensor, rows: int) -> tuple[torch.Tensor, int]:
-    """The boundaries of a batch of `rows` rows; computed where they are not cached, for which a GPU is synchronized."""
+def cached_segments(position_ids: torch.Tensor, rows: int) -> Segments:
+    """The segments of a batch of `rows` rows; computed where they are not cached, for which a GPU is synchronized.
+
+    Raises ValueError for a segment that goes on from a shared prefix: its positions do not tell which.
+    """
     version = _version(position_ids)
     # The tensor itself, not its id or address, which a later tensor may have again.
     if _last[0]() is not position_ids or version is None or _last[1] != version:
-        cache_boundaries(position_ids, *boundaries(position_ids.expand(rows, -1)))
+        later = position_ids[:, 1:]
+        if ((later != 0) & (later != position_ids[:, :-1] + 1)).any():
+            raise ValueError("rows share prefixes, but this copy of the positions came without its segments")
+        cache_segments(position_ids, Segments(*boundaries(position_ids.expand(rows, -1))))
     return _last[2]
 
 
@@ -81,31 +110,87 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         )
     if dropout or kwargs.get("sliding_window"):
         raise ValueError(f"{NAME} has neither attention dropout nor a sliding window; set another attn_implementation")
-    edges, longest = cached_boundaries(position_ids, query.shape[0])
+    segments = cached_segments(position_ids, query.shape[0])
     batch, heads, length, width = query.shape
     flat = [x.transpose(1, 2).reshape(batch * length, x.shape[1], width) for x in (query, key, value)]
     attend = _on_gpu if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else _one_by_one
     scale = width**-0.5 if scaling is None else scaling
-    return attend(*flat, edges, longest, scale).view(batch, length, heads, width), None
+    return attend(*flat, segments, scale).view(batch, length, heads, width), None
 
 
-def _on_gpu(query, key, value, edges, longest, scale):
+def _on_gpu(query, key, value, segments, scale):
+    if segments.suffixes is not None:
+        return _SharedAttention.apply(query, key, value, segments, scale)
+    return _flash(query, key, value, segments, scale)[0]
+
+
+def _flash(query, key, value, segments, scale):
     # The operator that torch.nn.attention.varlen.varlen_attn calls: that wrapper costs the CPU half a millisecond a
-    # layer and takes no scale in torch 2.11.
+    # layer and takes no scale in torch 2.11. Returns output, logsumexp (H, T), and two tensors for the backward pass.
+    edges, longest = segments.edges, segments.longest
     return torch.ops.aten._flash_attention_forward(
         query, key, value, edges, edges, longest, longest, 0.0, True, False, scale=scale
-    )[0]
+    )[:4]
 
 
-# The reference: a call of sdpa per sample, in any dtype. Its loop would leave a GPU waiting for the CPU.
-def _one_by_one(query, key, value, edges, longest, scale):
-    parts = []
-    sizes = edges.diff().tolist()
-    for q, k, v in zip(query.split(sizes), key.split(sizes), value.split(sizes), strict=True):
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        part = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+class _SharedAttention(torch.autograd.Function):
+    """Attention of segments to themselves, and of suffixes to their prefixes; see the module's docstring.
+
+    The kernel leaves what lies outside of its edges unwritten: the tokens before the first suffix and after the last,
+    and in the gradients those after the last prefix. Merging and adding read only what lies within.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, segments, scale):
+        out, lse, *state = _flash(query, key, value, segments, scale)
+        to_prefix = (segments.suffixes, segments.prefixes, segments.longest_suffixes, segments.longest_prefix)
+        part, part_lse, *part_state = torch.ops.aten._flash_attention_forward(
+            query, key, value, *to_prefix, 0.0, False, False, scale=scale
+        )[:4]
+        kernels.merge_attention(out, lse, part, part_lse, segments.suffixes)
+        ctx.save_for_backward(query, key, value, out, lse, *state, *part_state)
+        ctx.segments, ctx.scale = segments, scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out):
+        *tensors, philox, unused, part_philox, part_unused = ctx.saved_tensors
+        edges, longest, suffixes, prefixes, longest_suffixes, longest_prefix = ctx.segments
+        backward = torch.ops.aten._flash_attention_backward
+        d_out = d_out.contiguous()
+        dq, dk, dv = backward(
+            d_out, *tensors, edges, edges, longest, longest, 0.0, True, philox, unused, scale=ctx.scale
+        )
+        part = backward(
+            d_out, *tensors, suffixes, prefixes, longest_suffixes, longest_prefix, 0.0, False, part_philox,
+            part_unused, scale=ctx.scale,
+        )  # fmt: skip
+        for gradient, share, within in zip((dq, dk, dv), part, (suffixes, prefixes, prefixes), strict=True):
+            kernels.add_rows(gradient, share, within)
+        return dq, dk, dv, None, None
+
+
+# The reference: a call of sdpa per segment, in any dtype. Its loop would leave a GPU waiting for the CPU.
+def _one_by_one(query, key, value, segments, scale):
+    parts, starts = [], segments.edges.tolist()
+    groups = [] if segments.suffixes is None else _groups(segments)
+    for start, end in zip(starts, starts[1:], strict=False):
+        first, last = next(((a, b) for begin, over, a, b in groups if begin <= start < over), (start, start))
+        q = query[start:end].transpose(0, 1).unsqueeze(0)
+        k, v = (torch.cat([x[first:last], x[start:end]]).transpose(0, 1).unsqueeze(0) for x in (key, value))
+        # The whole prefix, and what of the segment is not later. is_causal would align queries with the first keys.
+        seen = q.new_ones(end - start, last - first + end - start, dtype=torch.bool).tril(last - first)
+        mask = {"is_causal": True} if first == last else {"attn_mask": seen}
+        part = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True, **mask)
         parts.append(part.squeeze(0).transpose(0, 1))
     return torch.cat(parts)
+
+
+def _groups(segments: Segments) -> list[tuple[int, int, int, int]]:
+    """For each group the first and the end of its suffixes, and of its prefix."""
+    suffixes, prefixes = segments.suffixes.tolist(), segments.prefixes.tolist()
+    return list(zip(suffixes, suffixes[1:], prefixes, prefixes[1:], strict=False))
 
 
 def _mask(batch_size, q_length, kv_length, *args, attention_mask=None, **kwargs):

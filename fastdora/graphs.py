@@ -89,7 +89,7 @@ class Graphs:
         self.recording: Recording | None = None
         self.fixed: tuple = ()  # _fixed_state of the recording
         self.passes = self.replays = self.recorded = 0
-        self.samples = self.longest = 0  # the batches that the buffers have room for
+        self.room: attention.Segments | None = None  # the buffers of segments, and the longest ones they serve
 
     def __call__(self, *args, **kwargs):
         arguments = {name for name, value in kwargs.items() if value is not None} - IGNORED
@@ -99,16 +99,16 @@ class Graphs:
         ids, positions = kwargs["input_ids"], kwargs["position_ids"]
         if self.passes <= WARM_UP or (self.recording is not None and ids.shape != self.ids.shape):
             return self.plain(*args, **kwargs)
-        edges, longest = attention.cached_boundaries(positions, ids.shape[0])
+        segments = attention.cached_segments(positions, ids.shape[0])
         norms, fixed = self._norms(), self._fixed_state()
         self.replays += 1
-        if fixed != self.fixed or len(edges) - 1 > self.samples or longest > self.longest:
-            self._allocate(ids, positions, edges, longest, norms)
-            self._copy_inputs(ids, positions, edges, norms)
+        if fixed != self.fixed or not self._has_room(segments):
+            self._allocate(ids, positions, segments, norms)
+            self._copy_inputs(ids, positions, segments, norms)
             self.recording, self.fixed = record(self._run, self.parameters), fixed
             self.recorded += 1
         else:
-            self._copy_inputs(ids, positions, edges, norms)
+            self._copy_inputs(ids, positions, segments, norms)
         return self.output_class(last_hidden_state=_Replay.apply(self, *self.parameters))
 
     def _is_training(self) -> bool:
@@ -131,30 +131,36 @@ class Graphs:
         cached = [layer.cached_norm(name) for layer, name in self._active() if layer.use_dora[name]]
         return [tensor for each in cached for tensor in (each.norm, each.mag_scale)]
 
-    def _allocate(self, ids, positions, edges, longest, norms) -> None:
+    def _has_room(self, segments: attention.Segments) -> bool:
+        pairs = zip(segments, self.room or (), strict=False)
+        sizes = [(len(new), len(own)) if isinstance(new, torch.Tensor) else (new, own) for new, own in pairs]
+        # None: a batch without shared prefixes, whose graph has no second attention.
+        return bool(sizes) and all((new is None) == (own is None) and (new or 0) <= (own or 0) for new, own in sizes)
+
+    def _allocate(self, ids, positions, segments, norms) -> None:
         self.recording = None  # freed first: it may hold most of the memory
-        # Rounded up, to a multiple of 32 and a power of two, so that slightly larger batches need no recording.
-        self.samples = max(self.samples, int((len(edges) - 1) * SPARE) // 32 * 32 + 32)
-        self.longest = max(self.longest, 256, 1 << (longest - 1).bit_length())
+        before = self.room or [None] * len(segments)
+        self.room = attention.Segments(*map(_roomier, segments, before))
         self.ids, self.positions = torch.empty_like(ids), torch.empty_like(positions)
-        self.edges = edges.new_empty(self.samples + 1)
         self.norms = self.latest = norms
         self.parameters = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
         drops = sum(layer.dropout_probability(name) > 0 for layer, name in self._active())
         self.seeds = dropout.Seeds(drops, ids.device)
 
-    def _copy_inputs(self, ids, positions, edges, norms) -> None:
+    def _copy_inputs(self, ids, positions, segments, norms) -> None:
         self.ids.copy_(ids)
         self.positions.copy_(positions)
-        self.edges[: len(edges)].copy_(edges)
-        self.edges[len(edges) :].fill_(ids.numel())  # empty samples
+        for buffer, edges in zip(self.room, segments, strict=True):
+            if isinstance(edges, torch.Tensor):
+                buffer[: len(edges)].copy_(edges)
+                buffer[len(edges) :].copy_(edges[-1:].expand(len(buffer) - len(edges)))  # empty segments at its end
         if any(new is not old for new, old in zip(norms, self.latest, strict=True)):
             torch._foreach_copy_(self.norms, norms)
             self.latest = norms
         self.seeds.draw()
 
     def _run(self) -> torch.Tensor:
-        attention.cache_boundaries(self.positions, self.edges, self.longest)
+        attention.cache_segments(self.positions, self.room)
         device = self.ids.device.type
         enabled = torch.is_autocast_enabled(device)
         # Without autocast's cache of casts: those made in a recording have no values outside it.
@@ -162,6 +168,16 @@ class Graphs:
             output = self.plain(input_ids=self.ids, position_ids=self.positions, use_cache=False)
         self.output_class = type(output)
         return output.last_hidden_state
+
+
+def _roomier(new: torch.Tensor | int | None, old: torch.Tensor | int | None) -> torch.Tensor | int | None:
+    """A buffer for edges, or a longest segment, with room for what comes, what was there, and slightly larger ones."""
+    if new is None:
+        return None
+    if isinstance(new, torch.Tensor):
+        size = int((len(new) - 1) * SPARE) // 32 * 32 + 32
+        return new.new_empty(max(size + 1, 0 if old is None else len(old)))
+    return max(old or 0, 256, 1 << max(0, new - 1).bit_length())  # a power of two: few batches need another recording
 
 
 def install(model: nn.Module) -> Graphs:

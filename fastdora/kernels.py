@@ -115,6 +115,32 @@ def _z(base: torch.Tensor, t: torch.Tensor, b: torch.Tensor, s: float, dtype: to
         return torch.addmm(base.to(dtype), t.to(dtype), b.to(dtype).t(), alpha=s)
 
 
+def merge_attention(
+    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, within: torch.Tensor
+) -> None:
+    """Join attention to two sets of keys, in place: out = w out + (1 - w) part, with w = sigmoid(lse - part_lse).
+
+    out and part (T, H, D); lse and part_lse float32 (H, T), each the logarithm of a softmax's denominator, of which
+    `lse` becomes the logarithm of the sum. within: int32, whose first and last entries bound the tokens that have a
+    part; all others stay (arXiv 2205.14135, section 3.1, for two blocks).
+    """
+    if use_triton(out):
+        return triton_kernels.merge_attention(out, lse, part, part_lse, within)
+    rows = slice(int(within[0]), int(within[-1]))
+    weight = torch.sigmoid(lse[:, rows] - part_lse[:, rows]).t().unsqueeze(2)
+    to = sum_dtype(out.dtype)
+    out[rows] = (weight * out[rows].to(to) + (1 - weight) * part[rows].to(to)).to(out.dtype)
+    lse[:, rows] = torch.logaddexp(lse[:, rows], part_lse[:, rows])
+
+
+def add_rows(total: torch.Tensor, part: torch.Tensor, within: torch.Tensor) -> None:
+    """total += part in place, (T, H, D), for the tokens from within[0] to within[-1]; others of `part` are not read."""
+    if use_triton(total):
+        return triton_kernels.add_rows(total, part, within)
+    rows = slice(int(within[0]), int(within[-1]))
+    total[rows] += part[rows]
+
+
 def dequantize_int8(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """W[n, k] = int8[n, k] * scales[n] / 127, as bitsandbytes quantizes (LLM.int8(), arXiv 2208.07339, section 2.1).
 

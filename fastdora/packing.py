@@ -11,14 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch.utils.hooks import RemovableHandle
 
-from fastdora import attention
+from fastdora import attention, prefixes
 
 IGNORED = -100
-EDGES, LONGEST, ANSWERS = "fastdora_edges", "fastdora_longest", "fastdora_answers"
+SEGMENTS, ANSWERS, COUNTS = "fastdora_segments", "fastdora_answers", "fastdora_counts"
+GROUP, PREFIX = "fastdora_group", "fastdora_prefix"  # columns of rows that share prefixes (prefixes.Shared)
 
 
 class Collator:
-    """Wraps a collator; adds three entries to its batches: EDGES and LONGEST (where packed), and ANSWERS."""
+    """Wraps a collator; adds SEGMENTS (where packed) and ANSWERS, and where prefixes are shared COUNTS, to its batches.
+
+    SEGMENTS: the fields of attention.Segments. ANSWERS: `label_positions`. COUNTS: int64 (2,), the rows of a pack and
+    their tokens, each row with its whole prefix. Rows with the columns GROUP and PREFIX become one pack in which each
+    prefix is once.
+    """
 
     def __init__(self, collator: Any, packed: bool, answers: bool):
         self.collator, self.packed, self.answers = collator, packed, answers
@@ -28,12 +34,25 @@ class Collator:
             raise AttributeError(name)
         return getattr(self.collator, name)
 
-    def __call__(self, *args, **kwargs) -> dict[str, Any]:
-        batch = self.collator(*args, **kwargs)
-        if self.packed and batch.get("position_ids") is not None:
-            batch[EDGES], batch[LONGEST] = attention.boundaries(batch["position_ids"])
+    def __call__(self, features: Any, *args, **kwargs) -> dict[str, Any]:
+        rows = features[0] if isinstance(features, list) and features and isinstance(features[0], list) else None
+        if rows and GROUP in rows[0]:
+            batch = self._shared([row for pack in features for row in pack], *args, **kwargs)
+        else:
+            batch = self.collator(features, *args, **kwargs)
+            if self.packed and batch.get("position_ids") is not None:
+                batch[SEGMENTS] = tuple(attention.Segments(*attention.boundaries(batch["position_ids"])))
         if self.answers and batch.get("labels") is not None:
             batch[ANSWERS] = label_positions(batch["labels"])
+        return batch
+
+    def _shared(self, rows: list[dict[str, Any]], *args, **kwargs) -> dict[str, Any]:
+        groups, lengths = ([int(row[name]) for row in rows] for name in (GROUP, PREFIX))
+        own = [{name: row[name] for name in row if name not in (GROUP, PREFIX, "length")} for row in rows]
+        layout = prefixes.lay_out(own, groups, lengths)
+        batch = self.collator([[layout.columns]], *args, **kwargs)
+        batch[SEGMENTS] = prefixes.tensors(layout, batch["input_ids"].shape[1])
+        batch[COUNTS] = torch.tensor([layout.rows, layout.tokens])
         return batch
 
 
@@ -59,10 +78,10 @@ def read_label_positions(model: torch.nn.Module, answers: bool = False) -> Remov
 
     def read(module, args, kwargs):
         kwargs = dict(kwargs)
-        edges, longest, positions = (kwargs.pop(name, None) for name in (EDGES, LONGEST, ANSWERS))
+        segments, positions, _ = (kwargs.pop(name, None) for name in (SEGMENTS, ANSWERS, COUNTS))
         labels = kwargs.get("labels")
-        if edges is not None:  # here, since the decoder's layers see the positions alone
-            attention.cache_boundaries(kwargs["position_ids"], edges, longest)
+        if segments is not None:  # here, since the decoder's layers see the positions alone
+            attention.cache_segments(kwargs["position_ids"], attention.Segments(*segments))
         if positions is None and answers and labels is not None:
             positions = label_positions(labels)
         # Without labels the loss is computed elsewhere (label smoothing, say), from the logits of all positions.

@@ -455,6 +455,64 @@ def row_norms(layers: list) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(norms.split(sizes), mag_scales.split(sizes), strict=True))
 
 
+# -- attention to shared prefixes --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _merge_attention_kernel(
+    out, lse, part, part_lse, within, last, tokens, heads, width, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """out = w out + (1 - w) part and lse = log(e^lse + e^part_lse), w = e^lse / (e^lse + e^part_lse), in place.
+
+    out and part (T, H, D), lse and part_lse (H, T). One program per token; those outside of `within` do nothing.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    if (token >= tl.load(within)) & (token < tl.load(within + last)):
+        head, column = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+        places = head * tokens.to(tl.int64) + token
+        first = tl.load(lse + places, mask=head < heads, other=0.0)
+        second = tl.load(part_lse + places, mask=head < heads, other=0.0)
+        largest = tl.maximum(first, second)  # the exponentials' sum is then between 1 and 2
+        first, second = tl.exp(first - largest), tl.exp(second - largest)
+        total = first + second
+        tl.store(lse + places, largest + tl.log(total), mask=head < heads)
+        rows = token * heads + head
+        a = _load(out, rows, column, (token + 1) * heads, width, width, 1).to(tl.float32)
+        b = _load(part, rows, column, (token + 1) * heads, width, width, 1).to(tl.float32)
+        merged = a * (first / total)[:, None] + b * (second / total)[:, None]
+        _store(out, rows, column, (token + 1) * heads, width, merged)
+
+
+def merge_attention(
+    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, within: torch.Tensor
+) -> None:
+    """kernels.merge_attention."""
+    tokens, heads, width = out.shape
+    _merge_attention_kernel[(tokens,)](
+        out, lse, part, part_lse, within, len(within) - 1, tokens, heads, width,
+        BLOCK_H=triton.next_power_of_2(heads), BLOCK_D=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_rows_kernel(total, part, within, last, columns, BLOCK: tl.constexpr):
+    """total += part, (T, columns), for the rows in `within`. One program per row and BLOCK columns."""
+    row = tl.program_id(0).to(tl.int64)
+    if (row >= tl.load(within)) & (row < tl.load(within + last)):
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        places, inside = row * columns + column, column < columns
+        sums = tl.load(total + places, mask=inside).to(tl.float32) + tl.load(part + places, mask=inside).to(tl.float32)
+        tl.store(total + places, sums.to(total.dtype.element_ty), mask=inside)
+
+
+def add_rows(total: torch.Tensor, part: torch.Tensor, within: torch.Tensor) -> None:
+    """kernels.add_rows."""
+    tokens, columns = total.shape[0], total[0].numel()
+    _add_rows_kernel[(tokens, triton.cdiv(columns, 1024))](
+        total, part, within, len(within) - 1, columns, BLOCK=1024, num_warps=4
+    )
+
+
 # -- fp8 ---------------------------------------------------------------------------------------------------------------
 
 

@@ -110,9 +110,32 @@ def main() -> None:
         what_is_not_contiguous,
         whole_layers,
         answers_with_liger,
+        shared_prefixes,
     ):
         rows |= more()
     print(json.dumps(rows))
+
+
+def shared_prefixes() -> dict[str, float]:
+    """Attention to a shared prefix joined to a suffix's own; what lies outside of the bounds is never read."""
+    rows = {}
+    for tokens, heads, width, first, last in ((9, 4, 16, 3, 8), (5, 3, 40, 0, 5), (4, 2, 8, 2, 2)):
+        out, part = torch.randn(2, tokens, heads, width).half()
+        lse, part_lse = torch.randn(2, heads, tokens) * 9
+        part[:first] = part[last:] = torch.nan
+        part_lse[:, :first] = part_lse[:, last:] = torch.nan
+        within = torch.tensor([first, (first + last) // 2, last], dtype=torch.int32)
+        # What the kernels leave alone is NaN in both, so it is compared as zero.
+        for name, function, args in (
+            ("merge_attention", kernels.merge_attention, (out, lse, part, part_lse, within)),
+            ("add_rows", kernels.add_rows, (out, part, within)),
+        ):
+            changed = [each[1 : 1 + len(args) // 2] for each in both(function, *args)]
+            kept = [[tensor.nan_to_num() for tensor in each] for each in changed]
+            rows[f"{name} {tokens}x{heads}x{width}"] = max(
+                ((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in zip(*kept, strict=True)
+            )
+    return rows
 
 
 def rows_without_direction() -> dict[str, float]:

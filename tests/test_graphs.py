@@ -19,7 +19,7 @@ def rerun(run, parameters):
     """A Recording whose replays run everything again."""
     with torch.enable_grad():
         out = run()
-    d_out, flat = torch.zeros_like(out), torch.zeros(sum(p.numel() for p in parameters))
+    d_out, flat = torch.zeros_like(out), torch.zeros(sum(p.numel() for p in parameters), dtype=out.dtype)
     kept, shown = {}, out.detach().clone()
 
     def forward():
@@ -69,9 +69,9 @@ def batch(*sizes, seed=0):
     labels = ids.clone()
     labels[:, ::3] = -100
     positions = torch.cat([torch.arange(size) for size in sizes])[None]
-    edges, longest = attention.boundaries(positions)
+    segments = tuple(attention.Segments(*attention.boundaries(positions)))
     return dict(
-        input_ids=ids, position_ids=positions, labels=labels, fastdora_edges=edges, fastdora_longest=longest,
+        input_ids=ids, position_ids=positions, labels=labels, fastdora_segments=segments,
         num_items_in_batch=torch.tensor(50),
     )  # fmt: skip
 
@@ -196,7 +196,7 @@ def test_a_sample_longer_than_there_was_room_for(monkeypatch):
     installed = graphs.install(model)
     for inputs in [batch(100, 200)] * 3 + [batch(300)]:
         assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
-    assert installed.recorded == 2 and installed.longest == 512
+    assert installed.recorded == 2 and installed.room.longest == 512
 
 
 def test_two_forward_passes_before_a_backward_pass_are_refused(monkeypatch):

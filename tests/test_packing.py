@@ -181,16 +181,17 @@ def test_the_collator_adds_places_and_keeps_the_rest():
     collator.collator = dict  # a callable that pickles
     collator = pickle.loads(pickle.dumps(collator))  # as a worker of a data loader gets it
     labels = torch.tensor([[-100, -100, 5, -100, 6]])
-    batch = collator(input_ids=labels, position_ids=packed([3, 2]), labels=labels)
-    assert batch[packing.EDGES].tolist() == [0, 3, 5] and batch[packing.LONGEST] == 3
+    batch = collator({"input_ids": labels, "position_ids": packed([3, 2]), "labels": labels})
+    edges, longest, *shared = batch[packing.SEGMENTS]
+    assert edges.tolist() == [0, 3, 5] and longest == 3 and shared[0] is None
     assert batch[packing.ANSWERS].tolist() == [1, 3]
-    assert set(collator(input_ids=labels)) == {"input_ids"}
+    assert set(collator({"input_ids": labels})) == {"input_ids"}
 
 
 def test_the_model_reads_the_packs_the_collator_saw(model, monkeypatch):
     """No boundary is looked for again in the forward pass, where a GPU would be waited for."""
     collator = packing.Collator(dict, packed=True, answers=False)
-    batch = collator(input_ids=torch.randint(0, 97, (1, 9)), position_ids=packed([4, 5]))
+    batch = collator({"input_ids": torch.randint(0, 97, (1, 9)), "position_ids": packed([4, 5])})
     expected = model(input_ids=batch["input_ids"], position_ids=packed([4, 5])).logits
     hook = packing.read_label_positions(model)
     monkeypatch.setattr(attention, "boundaries", lambda *_: pytest.fail("looked for again"))

@@ -25,3 +25,14 @@ class FastDoraArgs(BaseModel):
             "description": "Run the decoder as two CUDA graphs, forward and backward (packs, no gradient checkpointing)"
         },
     )
+    fastdora_shared_prefixes: bool = Field(
+        default=False,
+        json_schema_extra={"description": "Compute a prefix that rows of a pack share, such as an instruction, once"},
+    )
+    fastdora_rows_per_prefix: int | None = Field(
+        default=None,
+        json_schema_extra={
+            "description": "Rows of one prefix that are drawn together, and the most in a pack; null: rows are drawn "
+            "as if they shared nothing, and share where they meet"
+        },
+    )

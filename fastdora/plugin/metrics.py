@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback
 
+from fastdora import packing
 from fastdora.plugin.resume import is_distributed
 
 SECONDS_BETWEEN_WRITES = 0.5
@@ -21,10 +22,11 @@ SECONDS_BETWEEN_WRITES = 0.5
 def record(cfg, trainer) -> None:
     """Count the samples and tokens of each training batch; write `metrics.json` when training ends.
 
-    Fields: samples, tokens (padding not counted), steps, seconds, samples_per_second, tokens_per_second, adapter_step
-    (whose weights the adapter has: with early stopping those of the best validation), final_loss and final_eval_loss
-    (the last ones up to that step), peak_memory_gib (null on a CPU), interrupted, stopped_early, base_layers (class ->
-    adapted layers), dtype (of the computation), log (step, loss, eval_loss, learning_rate). Counting adds no
+    Fields: samples, tokens (of each row with its whole prefix; no padding), steps, seconds, samples_per_second,
+    tokens_per_second, adapter_step (whose weights the adapter has: with early stopping those of the best validation),
+    final_loss and final_eval_loss (the last ones up to that step), peak_memory_gib (null on a CPU), interrupted,
+    stopped_early, base_layers (class -> adapted layers), dtype (of the computation), log (step, loss, eval_loss,
+    learning_rate). Counting adds no
     synchronisation with the GPU. Ctrl-C ends the run after the current step, with a checkpoint from which the same
     command resumes; axolotl alone would save a half-trained adapter and report success. Distributed processes all end
     after the same step.
@@ -34,6 +36,9 @@ def record(cfg, trainer) -> None:
     step = trainer.training_step
 
     def counted(model, inputs, *args, **kwargs):
+        if packing.COUNTS in inputs:
+            counts.add_(inputs[packing.COUNTS].to(counts.device))
+            return step(model, inputs, *args, **kwargs)
         ids, positions = inputs["input_ids"], inputs.get("position_ids")
         real = ids != pad
         if cfg.sample_packing and positions is not None:

@@ -33,6 +33,7 @@ from fastdora.plugin import (
     resume,
     rows,
     safety,
+    sharing,
     watchdog,
     zero3,
 )
@@ -56,6 +57,7 @@ class FastDoraPlugin(BasePlugin):
             check_keys(recipe, source, input_schema(tuple(recipe.get("plugins") or ())))
             _validate(cfg, source)
             _check_fp8(cfg, source)
+            sharing.check(cfg, source)
             if cfg.get("fastdora_layers") != "peft":
                 dora.check_versions()
         if not torch.cuda.is_available():
@@ -75,7 +77,7 @@ class FastDoraPlugin(BasePlugin):
             tokenizer = load_tokenizer(cfg)
             adapted.check_vocabulary(cfg, tokenizer)
             prompts.check(cfg, tokenizer, cfg.axolotl_config_path)
-            return rows.load(cfg)
+            return sharing.find(cfg, rows.load(cfg))
 
     def pre_model_load(self, cfg) -> None:
         # axolotl's `seed` comes after LoRA's A was drawn; without this two runs differ.
@@ -128,6 +130,7 @@ class FastDoraPlugin(BasePlugin):
         curves.guard(trainer)
         with one_line_errors():
             resume.guard(cfg, trainer)
+        sharing.install(cfg, trainer)
         packing.install(
             trainer,
             packed=trainer.model.config._attn_implementation == attention.NAME,

@@ -1,0 +1,123 @@
+"""`fastdora_shared_prefixes`: rows that begin with the same tokens meet in packs, and each prefix is computed once."""
+
+import dataclasses
+import math
+import os
+
+import numpy as np
+from axolotl.common.datasets import TrainDatasetMeta
+from axolotl.utils.logging import get_logger
+from axolotl.utils.samplers import get_dataset_lengths
+from torch.utils.data import BatchSampler, Sampler
+
+from fastdora import prefixes
+from fastdora.packing import GROUP, IGNORED, PREFIX
+from fastdora.plugin.keys import RecipeError
+
+LOG = get_logger("axolotl.fastdora.sharing")
+
+
+def check(cfg, source: str) -> None:
+    """Raise RecipeError naming the key that a recipe with shared prefixes cannot have."""
+    if not cfg.get("fastdora_shared_prefixes"):
+        if cfg.get("fastdora_rows_per_prefix") is not None:
+            raise RecipeError(f"{source}: key 'fastdora_rows_per_prefix': needs fastdora_shared_prefixes: true")
+        return
+    together = cfg.get("fastdora_rows_per_prefix")
+    needs = {
+        "sample_packing": (cfg.get("sample_packing"), "set it to true"),
+        "attn_implementation": (cfg.get("attn_implementation") == "sdpa", "set it to sdpa, which fastdora extends"),
+        "context_parallel_size": ((cfg.get("context_parallel_size") or 1) == 1, "remove it"),
+        "curriculum_sampling": (not cfg.get("curriculum_sampling"), "remove it"),
+        "sample_packing_sequentially": (not cfg.get("sample_packing_sequentially"), "remove it"),
+        "multipack_real_batches": (not cfg.get("multipack_real_batches"), "remove it"),
+        "fastdora_rows_per_prefix": (together is None or together > 0, "set it to 1 or more, or to null"),
+    }
+    for key, (holds, remedy) in needs.items():
+        if not holds:
+            raise RecipeError(f"{source}: key '{key}': {remedy}, or set fastdora_shared_prefixes: false")
+
+
+def find(cfg, meta: TrainDatasetMeta) -> TrainDatasetMeta:
+    """The datasets with each row's group and prefix as columns, and the number of steps that their packs give."""
+    if not cfg.fastdora_shared_prefixes:
+        return meta
+    train = _with_columns(cfg, meta.train_dataset, "train")
+    packed = meta.eval_dataset is not None and cfg.eval_sample_packing is not False
+    validation = _with_columns(cfg, meta.eval_dataset, "validation") if packed else meta.eval_dataset
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    steps = math.ceil(len(Packs(cfg, train)) / world / cfg.gradient_accumulation_steps)
+    total = math.ceil(steps * cfg.num_epochs)
+    return dataclasses.replace(meta, train_dataset=train, eval_dataset=validation, total_num_steps=total)
+
+
+def install(cfg, trainer) -> None:
+    """Let an axolotl trainer draw packs whose rows share prefixes."""
+    if cfg.fastdora_shared_prefixes:
+
+        def sampler(base_sampler: Sampler, dataset) -> Packs:
+            return Packs(cfg, dataset, shuffled=dataset is trainer.train_dataset, sampler=base_sampler)
+
+        trainer._create_multipack_sampler = sampler
+
+
+def _with_columns(cfg, dataset, split: str):
+    rows, limits = [], []
+    for batch in dataset.select_columns(["input_ids", "labels"]).with_format("numpy").iter(batch_size=1000):
+        rows += [np.asarray(ids) for ids in batch["input_ids"]]
+        for labels in batch["labels"]:
+            labelled = np.asarray(labels) != IGNORED
+            # The last token of the prompt predicts the first label, and stays with its row.
+            limits.append(int(labelled.argmax() if labelled.any() else len(labelled)) - 1)
+    shared = prefixes.find(rows, limits, _capacity(cfg), cfg.fastdora_rows_per_prefix)
+    groups = int((np.unique(shared.groups) >= 0).sum())
+    within = int((shared.groups >= 0).sum())
+    LOG.info(f"{split}: {within} of {len(rows)} rows share {groups} prefixes")
+    return dataset.add_column(GROUP, shared.groups.tolist()).add_column(PREFIX, shared.lengths.tolist())
+
+
+def _capacity(cfg) -> int:
+    return cfg.sequence_len * cfg.micro_batch_size
+
+
+class Packs(BatchSampler):
+    """Packs as batches of one, drawn by the seed and the epoch: each row once an epoch, in as many packs every epoch.
+
+    The number of packs is a multiple of the processes', so that all take as many steps.
+    """
+
+    def __init__(self, cfg, dataset, shuffled: bool = True, sampler: Sampler | None = None):
+        super().__init__(sampler or range(len(dataset)), batch_size=1, drop_last=False)
+        columns = dataset.select_columns([GROUP, PREFIX]).with_format("numpy")
+        self.lengths = np.asarray(get_dataset_lengths(dataset), dtype=np.int64)
+        self.shared = prefixes.Shared(np.asarray(columns[GROUP]), np.asarray(columns[PREFIX]))
+        self.capacity, self.together = _capacity(cfg), cfg.fastdora_rows_per_prefix
+        self.most_rows, self.seed, self.shuffled = cfg.sample_packing_bin_size, cfg.seed or 0, shuffled
+        self.world, self.epoch = int(os.environ.get("WORLD_SIZE", 1)), 0
+        self.count = self._count(cfg)
+        if self.count % self.world:
+            raise RecipeError(
+                f"{cfg.axolotl_config_path}: key 'datasets': {len(dataset)} rows for {self.world} processes; take fewer"
+            )
+
+    def _count(self, cfg) -> int:
+        """Packs of an epoch: those of the epoch that needs the most, on every process."""
+        first = len(self._drawn(0))
+        epochs = math.ceil(cfg.num_epochs) if self.shuffled else 1
+        if cfg.max_steps:
+            epochs = min(epochs, 1 + cfg.max_steps * cfg.gradient_accumulation_steps * self.world // first)
+        most = max([first, *(len(self._drawn(epoch)) for epoch in range(1, epochs))])
+        return len(prefixes.split(self._drawn(0), math.ceil(most / self.world) * self.world))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def _drawn(self, epoch: int) -> list[list[int]]:
+        generator = np.random.default_rng((self.seed, epoch)) if self.shuffled else None
+        return prefixes.pack(self.lengths, self.shared, self.capacity, self.together, self.most_rows, generator)
+
+    def __iter__(self):
+        return iter([[rows] for rows in prefixes.split(self._drawn(self.epoch), self.count)])
+
+    def __len__(self) -> int:
+        return self.count
