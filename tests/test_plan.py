@@ -121,6 +121,14 @@ def test_parameters_are_those_that_peft_trains(changes):
     assert bases.adapter_parameters(keys, SHAPE) == {name: tuple(counts) for name, counts in counted.items()}
 
 
+@pytest.mark.parametrize("gpu, key, other", [("h100", "h100-80g", "h100-pcie"), ("A100", "a100-80g", "a100-40g")])
+def test_a_kind_of_gpu_is_taken_as_the_usual_one_and_it_says_so(gpu, key, other, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "gpus", lambda: [])
+    plan.run("sentiment_r8_dora", gpu, 1, None)
+    first, _, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"GPU={gpu} is taken as {key}") and other in first and f" {key} " in second
+
+
 def test_what_it_says(monkeypatch, capsys):
     monkeypatch.setattr(machine, "gpus", lambda: [])
     argv = ["plan", "sentiment_llama_3_1_8b_8bits_r8_dora", "--gpu", "a100-80g", "--gpus", "4", "--price", "2.50"]
@@ -246,7 +254,7 @@ BAD = {
         None,
         ["h100-80g?", "finlora/plan/gpus.yaml", "a100-40g, a100-80g, "],
     ),
-    "a GPU of two sizes": ({"gpu": "a100"}, "GPU=a100", None, ["a100-40g or a100-80g?", "finlora/plan/gpus.yaml"]),
+    "a GPU of several kinds": ({"gpu": "rtx"}, "GPU=rtx", None, ["rtx6000-ada or rtx3090 or", "gpus.yaml"]),
     "no near GPU": ({"gpu": "tpu"}, "GPU=tpu", None, ["finlora/plan/gpus.yaml", "a100-40g, ", "add a line"]),
     "a batch that GPUs cannot share": (
         {"gpus": 3, "sample_packing": False, "micro_batch_size": 4},

@@ -26,7 +26,7 @@ from finlora.core.paths import ROOT
 from finlora.core.progress import duration
 from finlora.data import tokens as data_tokens
 from finlora.data.tasks import load_tasks
-from finlora.plan.gpus import Gpu, find_gpu
+from finlora.plan.gpus import Gpu, find_gpu, known_gpus
 from finlora.plan.step_time import Fit, Work, committed_fit, is_modelled, measured_runs, work
 from finlora.recipes import bases, memory
 from finlora.recipes import load as recipes
@@ -278,7 +278,11 @@ def run(recipe: str, gpu: str | None, gpus: int, price: float | None) -> None:
     """Print the plan of a recipe."""
     path = recipe_names.find(recipe)
     loaded = recipes.load(path)
-    print(show(make_plan(path, loaded.keys, gpu, gpus, price)))
+    plan = make_plan(path, loaded.keys, gpu, gpus, price)
+    if gpu and gpu.lower() == plan.gpu.usual_of:
+        others = [key for key in known_gpus() if key.startswith(gpu.lower()) and key != plan.key]
+        print(f"GPU={gpu} is taken as {plan.key}, the usual one; there is {', '.join(others)}\n")
+    print(show(plan))
     if not gpu and not machine.gpus():
         seconds, rate = cpu_seconds(loaded)
         print(f"\nOn this machine's CPU about {duration(seconds)}; its matmuls do {rate / 1e9:.0f} GFLOP/s.")

@@ -22,6 +22,7 @@ class Gpu(Record):
     bandwidth: Positive
     fp8: Annotated[bool, expecting("true or false")]  # whether its matmuls run in 8 bits, twice as fast
     names: Annotated[Annotated[list[str], Field(min_length=1)], expecting("a list, as the driver says them")]
+    usual_of: str | None = None
 
 
 def known_gpus() -> dict[str, Gpu]:
@@ -34,10 +35,10 @@ def known_gpus() -> dict[str, Gpu]:
 
 
 def find_gpu(name: str) -> tuple[str, Gpu]:
-    """A GPU of the table by its short name or the driver's."""
+    """A GPU of the table by its short name or the driver's, or the usual one of a kind."""
     table = known_gpus()
     for key, gpu in table.items():
-        if name.lower() in (key, *(other.lower() for other in gpu.names)):
+        if name.lower() in (key, gpu.usual_of, *(other.lower() for other in gpu.names)):
             return key, gpu
     near = [key for key in table if key.startswith(name.lower())] if name else []
     near = near or difflib.get_close_matches(name.lower(), table, 1)
