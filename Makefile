@@ -18,7 +18,7 @@ COLUMNS :=
 endif
 unexport COLUMNS
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all fuzz mutants train sweep eval report compare plan merge serve chat publish recipes new check data task audit pictures vllm lint constraints
+.PHONY: help setup demo test test-all fuzz mutants train sweep eval report compare plan merge serve chat publish recipes new check data task audit doctor pictures vllm lint constraints
 .SUFFIXES:
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 
@@ -87,6 +87,9 @@ task: $(READY) ## make a task of your own rows: NAME=credit_risk FILE=train.csv 
 
 audit: $(READY) ## what is in the fetched files: labels, duplicates, leaks, lengths; TASK= for one, FILE=<your rows>
 	@$(FINLORA) audit $(TASK) $(call options,FILE COLUMNS) $(ARGS)
+
+doctor: $(READY) ## what a bug report needs, and what is missing here to train RECIPE=
+	@$(FINLORA) doctor $(call options,RECIPE)
 
 pictures: $(READY) ## draw docs/speed.svg and docs/scores.svg from the recorded results
 	@$(FINLORA) pictures

@@ -524,6 +524,17 @@ def audit(
 
 
 @app.command()
+def doctor(
+    recipe: Annotated[str, typer.Option(help="what is to be trained")] = "sentiment_r8_dora",
+) -> None:
+    """Print what a bug report needs. Exit code 1 where something that training needs is missing."""
+    from finlora.recipes import load, names
+    from finlora.train import doctor
+
+    doctor.run(load.load(names.find(recipe)))
+
+
+@app.command()
 def pictures() -> None:
     """Draw docs/speed.svg and docs/scores.svg from the recorded results."""
     from finlora.plan import pictures

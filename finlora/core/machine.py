@@ -1,10 +1,15 @@
-"""The GPUs of this machine."""
+"""The GPUs of this machine, and whether their driver runs the installed torch."""
 
+import importlib.util
 import os
+import re
+from pathlib import Path
 
 import pynvml
 
 GIB = 2**30
+# The oldest driver that runs programs of a CUDA version (table 2 of the CUDA 13.0 toolkit's release notes).
+DRIVERS = {12: 525, 13: 580}
 
 
 def gpus() -> list[tuple[str, float, float]]:
@@ -22,3 +27,35 @@ def gpus() -> list[tuple[str, float, float]]:
     memory = [pynvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
     names = [pynvml.nvmlDeviceGetName(handle) for handle in handles]
     return [(name, one.total / GIB, one.free / GIB) for name, one in zip(names, memory, strict=True)]
+
+
+def driver() -> str | None:
+    """The NVIDIA driver's version; None without one."""
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return None
+
+
+def torch_cuda() -> str | None:
+    """The CUDA version that torch was built for, read without its import, which takes seconds; None for the CPU."""
+    folder = Path(importlib.util.find_spec("torch").submodule_search_locations[0])
+    found = re.search(r"^cuda\b.*= '([\d.]+)'", (folder / "version.py").read_text(encoding="utf-8"), re.MULTILINE)
+    return found and found[1]
+
+
+def driver_fault() -> str | None:
+    """Why torch cannot use this machine's GPUs, and what to do; None where it can, or there is no driver."""
+    installed, cuda = driver(), torch_cuda()
+    if not installed:
+        return None
+    anew = "run `make setup TORCH=2.11.0`, which takes a build that the driver runs"
+    if not cuda:
+        return f"NVIDIA's driver {installed} is here, and torch is a build without CUDA; {anew}"
+    needed = DRIVERS[int(cuda.split(".")[0])]
+    if int(installed.split(".")[0]) >= needed:
+        return None
+    if int(installed.split(".")[0]) < min(DRIVERS.values()):
+        anew = "no torch that axolotl takes runs on it"
+    return f"NVIDIA's driver {installed} is too old: CUDA {cuda} of torch needs {needed}; update the driver, or {anew}"

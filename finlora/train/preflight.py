@@ -74,10 +74,12 @@ def check_device(recipe: Recipe, gpus_needed: int = 0, cpu: bool = False) -> boo
         raise UserError(
             f"GPUS={gpus_needed}: several processes and DeepSpeed need a GPU each, and {len(gpus)} are here"
         )
+    if recipe.shape and recipe.on_cpu:
+        return False
+    if gpus and (fault := machine.driver_fault()):
+        raise UserError(f"{recipe.path}: {fault}")
     if recipe.shape is None:
         return bool(gpus)
-    if recipe.on_cpu:
-        return False
     need = recipe.memory
     if not gpus:
         check_cpu(recipe, cpu)
