@@ -116,7 +116,9 @@ def test_make_train_runs_as_the_readme_says(house, made):
     record = json.loads((house / "outputs/tiny/sentiment_r8_dora/run.json").read_text(encoding="utf-8"))
     assert record["args"] == ["--learning-rate", "0.0002"] and record["data_from"] == "sample"
     metrics = json.loads((house / "outputs/tiny/sentiment_r8_dora/metrics.json").read_text(encoding="utf-8"))
-    assert metrics["steps"] == 2
+    assert metrics["steps"] == 2 and "validation" in (house / "outputs/tiny/sentiment_r8_dora/curves.svg").read_text(
+        encoding="utf-8"
+    )
     # What was trained is evaluated, reported and compared by the next commands that the README names.
     tiny = ("RECIPE=sentiment_r8_dora", "TINY=1", "BASE=1", "LIMIT=9")
     base = f"base-{(ROOT / '.cache' / 'tiny').resolve().name}-8bit"

@@ -9,6 +9,7 @@ import sys
 from html import escape, unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import made
 import pytest
@@ -20,9 +21,11 @@ from finlora.data.tasks import load_tasks
 from finlora.evaluate import report as report_module
 from finlora.evaluate import results
 from finlora.evaluate.published import BESIDE, PUBLISHED, published, published_average
-from finlora.evaluate.report import Average, Model, Report, ScoreRow, curve, report
+from finlora.evaluate.report import Average, Model, Report, ScoreRow, report
 from finlora.evaluate.scorers import finlora, summary
 from finlora.evaluate.statistics import interval, paired
+from finlora.train import curves as train_curves
+from finlora.train.curves import curves
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = "base-llama-3-1-8b-instruct-8bit"
@@ -717,18 +720,27 @@ def test_axis_labels_that_would_overlap_are_left_out():
     ],
 )
 def test_no_curve_without_two_logged_steps(log):
-    assert curve({"log": log}) is None
+    assert curves(log) is None
 
 
 def test_a_curve_lies_in_its_box():
-    plot = curve({"log": made.training_log()})
-    loss, validation = plot.panels[0].series
+    plot = curves(made.training_log())
+    (loss, validation), (rate,) = (panel.series for panel in plot.panels)
     assert validation.points[-1].y == pytest.approx(made.training_log()[-1]["eval_loss"])
     assert (plot.axis.low, plot.axis.high, len(validation.points)) == (0, 400, 5)
     drawn = templates().get_template("core/plot.svg.jinja").module.plot(plot)
     lines = [line.split() for line in re.findall(r'points="([^"]+)"', drawn)]
-    assert [len(line) for line in lines] == [len(loss.points), len(validation.points)]
+    assert [len(line) for line in lines] == [len(loss.points), len(validation.points), len(rate.points)]
     assert all(0 <= float(place) <= 1 for line in lines for point in line for place in point.split(","))
+
+
+def test_a_picture_of_the_curves_is_an_svg_with_each_of_them():
+    picture = ElementTree.fromstring(train_curves.picture("mine", curves(made.training_log())))
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    texts = " ".join(picture.itertext())
+    for words in "mine", "loss, at the end", "validation loss, at the end", "learning rate, at the end 0.0001":
+        assert words in texts
+    assert len(list(picture.iter("{http://www.w3.org/2000/svg}polyline"))) == 3
 
 
 # A real browser

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 CHARACTER = 0.018  # of a plot's width, the width of a character at 480 pixels: axis labels nearer than that overlap
 
@@ -71,6 +72,7 @@ class Panel:
 
     title: str
     series: list[Series]
+    from_zero: bool = False
 
     @property
     def points(self) -> list[Point]:
@@ -83,7 +85,8 @@ class Panel:
     @property
     def axis(self) -> Axis:
         points = self.points
-        return Axis.around(end for point in points for end in (point.y, point.low, point.high) if end is not None)
+        ends = [end for point in points for end in (point.y, point.low, point.high) if end is not None]
+        return Axis.around(ends + [0] * self.from_zero)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,11 @@ class Plot:
     @property
     def names(self) -> list[str]:
         return [series.name for series in self.panels[0].series]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value that was read can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def ticks(low: float, high: float) -> list[float]:

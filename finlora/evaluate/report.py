@@ -20,7 +20,7 @@ from finlora.core.errors import UserError
 from finlora.core.files import write_text
 from finlora.core.html import Cell, Table, number, p_value, percent, render, signed, visible
 from finlora.core.paths import shown
-from finlora.core.plot import Axis, Panel, Plot, Point, Series
+from finlora.core.plot import Axis, Point, is_number
 from finlora.data.corrections import load_corrections
 from finlora.data.test_sets import finlora_sets, groups
 from finlora.evaluate import results
@@ -28,6 +28,7 @@ from finlora.evaluate.published import BESIDE, published, published_average
 from finlora.evaluate.results import RESULTS, Answers, ModelResults, Run, base_of, keep, pair, set_order, unlike
 from finlora.evaluate.scorers import summary
 from finlora.evaluate.statistics import Interval, average, interval, paired
+from finlora.train.curves import curves
 
 PROMPTS = {
     "saved": "the chat template saved with the model",
@@ -131,7 +132,7 @@ def report(folder: Path = RESULTS) -> Report:
     for answers in (answers for model in models for answers in model.results.sets.values()):
         write_text(answers.folder / "answers.html", answers_page(answers))
     result = Report(models, warnings, corrected_sets(models), list(overview(models)))
-    parts = {part.__name__: part for part in (facts, more_facts, notes, tables, scorings, confusion_matrix, curve)}
+    parts = {part.__name__: part for part in (facts, more_facts, notes, tables, scorings, confusion_matrix, curves)}
     parts |= {"report": result, "prompts": PROMPTS, "axis": SCORE_AXIS}
     write_text(folder / "index.html", render("evaluate/report.html.jinja", **parts))
     write_text(folder / "README.md", render("evaluate/report.md.jinja", **parts))
@@ -173,10 +174,6 @@ def more_facts(run: Run) -> list[tuple[str, str]]:
             value = ", ".join(f"{key.replace('_', ' ')} {one}" for key, one in texts.items() if isinstance(one, str))
         pairs += [(name.replace("_", " "), str(value))] if value else []
     return pairs
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def notes(model: ModelResults, base: ModelResults | None) -> Iterator[str]:
@@ -460,25 +457,6 @@ def corrected_sets(models: list[Model]) -> dict[str, str]:
         if correction and len(answers.labels()) > 1:
             reasons[answers.name] = " ".join(correction.evidence.split())
     return {name: reasons[name] for name in sorted(reasons, key=set_order)}
-
-
-def curve(training: dict[str, Any]) -> Plot | None:
-    """The logged losses against the step; None where fewer than two steps are logged."""
-    log = training.get("log")
-    entries = [entry for entry in log if isinstance(entry, dict)] if isinstance(log, list) else []
-    series = []
-    for key, name in ("loss", "loss"), ("eval_loss", "validation loss"):
-        logged = [
-            (entry["step"], entry[key]) for entry in entries if all(is_number(entry.get(k)) for k in ("step", key))
-        ]
-        points = [Point(value, step, title=f"step {step}: {value:.4g}") for step, value in logged]
-        if points:
-            series.append(Series(f"{name}, at the end {points[-1].y:.4g}", points, dots=key == "eval_loss"))
-    steps = [point.x for one in series for point in one.points]
-    if len(set(steps)) < 2:
-        return None
-    ends = min(steps), max(steps)
-    return Plot([Panel("loss", series)], Axis(*ends, [(step, str(step)) for step in ends]), "step")
 
 
 def score_table(model: Model) -> Table:

@@ -11,7 +11,7 @@ from typing import Any
 
 from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError
-from finlora.core.files import tensor_shapes, write_json
+from finlora.core.files import tensor_shapes, write_json, write_text
 from finlora.core.paths import ROOT
 from finlora.core.provenance import device_name, git_state, versions
 from finlora.recipes import load as recipes
@@ -20,6 +20,7 @@ from finlora.recipes import rules
 from finlora.recipes.bases import rank_of
 from finlora.recipes.recipe import Recipe, on_tiny_base
 from finlora.train import tiny, tracking
+from finlora.train.curves import curves, picture
 from finlora.train.distributed import Launch, distribute
 from finlora.train.launch import preprocess_and_train
 from finlora.train.preflight import adapter_difference, preflight, prepare_data
@@ -101,6 +102,8 @@ def finish(
         "git": git_state(),
         "device": device_name(),
     }
+    if plot := curves(metrics["log"]):
+        write_text(folder.path / "curves.svg", picture(recipe.path.stem, plot))
     write_json(folder.path / "run.json", record)
     return record
 
