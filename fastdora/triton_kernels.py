@@ -475,6 +475,7 @@ def _merge_attention_kernel(
         largest = tl.maximum(first, second)  # the exponentials' sum is then between 1 and 2
         first, second = tl.exp(first - largest), tl.exp(second - largest)
         total = first + second
+        tl.debug_barrier()  # each warp loads all heads: none may store before the others have loaded
         tl.store(lse + places, largest + tl.log(total), mask=head < heads)
         rows = token * heads + head
         a = _load(out, rows, column, (token + 1) * heads, width, width, 1).to(tl.float32)
