@@ -40,8 +40,8 @@ fuzz: $(READY) ## the property-based tests on new examples for SECONDS=300; prin
 mutants: $(READY) ## how many small faults its own tests notice in MODULE=finlora/evaluate/scorers.py (all without)
 	@$(PY) tests/mutants.py $(MODULE)
 
-train: $(READY) ## train RECIPE=<name>; GPUS=4 ZERO=2, CPU=1 however long, TINY=1 two steps, FORCE=1 anew, TRACK=wandb, ARGS="--learning-rate 0.0002"
-	@$(FINLORA) train $(call quote,$(RECIPE)) $(call options,TINY FORCE CPU GPUS ZERO OFFLOAD FSDP RAY NODES NODE_RANK MASTER TRACK) -- $(ARGS)
+train: $(READY) ## train RECIPE=<name>; GPUS=4 ZERO=2, CPU=1 however long, TINY=1 two steps, FORCE=1 anew, EPOCHS=6 goes on, FROM=<adapter>, TRACK=wandb, ARGS="--learning-rate 0.0002"
+	@$(FINLORA) train $(call quote,$(RECIPE)) $(call options,TINY FORCE CPU GPUS ZERO OFFLOAD FSDP RAY NODES NODE_RANK MASTER EPOCHS FROM TRACK) -- $(ARGS)
 
 sweep: $(READY) ## train RECIPE= at each point of SWEEP=rank; EVAL=1, GPUS=4 POINTS_PER_GPU=1, LIST=1 shows them, TINY=1
 	@$(FINLORA) sweep $(call quote,$(RECIPE)) $(call quote,$(SWEEP)) $(call options,TINY FORCE GPUS POINTS_PER_GPU POINT LIST EVAL TASKS LIMIT LABELS TESTS TRACK) -- $(ARGS)

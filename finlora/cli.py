@@ -158,6 +158,12 @@ def train(
     ] = None,
     ray: Annotated[bool, typer.Option("--ray", help="on a Ray cluster: --gpus times --nodes workers")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="without a GPU, however long it takes")] = False,
+    epochs: Annotated[
+        int | None, typer.Option(click_type=Number(), help="in place of the recipe's; a run with fewer goes on")
+    ] = None,
+    first_adapter: Annotated[
+        str | None, typer.Option("--from", help="start from this adapter: its folder, or a trained recipe")
+    ] = None,
     track: Track = None,
 ) -> None:
     """Train a recipe: all checks first, then `axolotl preprocess` and `axolotl train`."""
@@ -166,7 +172,8 @@ def train(
     from finlora.train.run import train
 
     launch = Launch(gpus, nodes, node_rank, master, zero, offload, fsdp, ray, cpu)
-    train(names.find(recipe), launch, small=tiny, force=force, args=context.obj, tracker=track)
+    options = {"args": context.obj, "tracker": track, "epochs": epochs, "first_adapter": first_adapter}
+    train(names.find(recipe), launch, small=tiny, force=force, **options)
 
 
 @app.command(epilog=AXOLOTL)

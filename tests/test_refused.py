@@ -423,6 +423,12 @@ def test_an_adapter_to_start_from_of_another_base(checked, tmp_path, monkeypatch
             trained_on(named, digest)
 
 
+def test_a_first_adapter_in_the_runs_own_folder_is_refused(checked):
+    """FORCE=1 would set it aside before training starts from it."""
+    with refuses("own folder", "EPOCHS=", "another name", file="mine.yaml", key="lora_model_dir"):
+        checked({}, lora_model_dir=str(ROOT / "outputs" / "own" / "checkpoint-4"), output_dir="outputs/own")
+
+
 @pytest.mark.parametrize("name", ["./models/lama", "/models/lama", "models/a/b"])
 def test_a_mistyped_path_of_the_base_is_called_one(name):
     with refuses(name, "no folder here", "fix the name", file="mine.yaml", key="base_model"):

@@ -133,6 +133,45 @@ def test_a_checkpoint_elsewhere_is_checked_before_the_model_is_loaded(runs):
         resume.check(cfg)
 
 
+def rates(out: Path) -> dict[int, float]:
+    """The learning rate of each step."""
+    log = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["log"]
+    return {entry["step"]: entry["learning_rate"] for entry in log}
+
+
+@pytest.mark.parametrize("scheduler, equal", [("cosine", False), ("constant", True)])
+def test_more_epochs_go_on_as_a_run_of_so_many_from_its_start(scheduler, equal, runs):
+    """After one epoch a second: the same rows, optimizer and rates, said where they jump; else one adapter."""
+    folder, write = runs
+    keys = {"max_steps": None, "lr_scheduler": scheduler, "save_steps": None, "saves_per_epoch": 1}
+    for name, changes in (("one", {}), ("two", {"num_epochs": 2})):
+        train(write(f"{scheduler}_{name}", **keys | {"num_epochs": 1} | changes))
+    out, whole = folder / f"{scheduler}_one", folder / f"{scheduler}_two"
+    (last, *_), before = checkpoints.numbered(out), rates(out)
+    again = keys | {"num_epochs": 2, "resume_from_checkpoint": str(last)}
+    output = train(write(out.name, **again))
+    step, now = len(before), rates(out)
+    assert list(now) == list(rates(whole)) and len(now) == 2 * step
+    assert {at: now[at] for at in before} == before and [now[at] for at in now if at > step] == [
+        rate for at, rate in rates(whole).items() if at > step
+    ]
+    assert (digest(out) == digest(whole)) == equal
+    assert ("the learning rate goes from 0 to 0.00" in output) != equal
+    if not equal:
+        from forked import axolotl_command
+
+        for words, changes in (("keeps the length", {"lr_scheduler": "rex"}), ("was 0.003", {"learning_rate": 0.1})):
+            code, output = axolotl_command("train", str(write(out.name, **again | changes)), "--launcher", "python")
+            assert code == 1 and words in error_of(output)
+
+
+def test_a_run_starts_from_another_ones_adapter(runs):
+    """`lora_model_dir`, which FROM= sets: its one step is the warmup's first, at a learning rate of zero."""
+    folder, write = runs
+    train(write("from", lora_model_dir=str(folder / "whole"), max_steps=1))
+    assert rates(folder / "from") == {1: 0} and digest(folder / "from") == digest(folder / "whole")
+
+
 def test_a_full_disk_costs_that_checkpoint_only(runs):
     """checkpoint-4's optimizer goes to /dev/full, where every write fails as on a full disk."""
     folder, write = runs

@@ -417,6 +417,123 @@ def test_a_checkpoint_of_another_run_is_refused_before_anything_is_loaded(tmp_pa
     assert RunFolder(out).resume_options(Path("own.yaml"), identity(recipe), False) == []
 
 
+EPOCHS = AUTO + "lora_r: 8\nlr_scheduler: cosine\nnum_epochs: 4\nevals_per_epoch: 1\n"
+
+
+@pytest.fixture
+def after_four(tmp_path, monkeypatch):
+    """The folder of a finished run of 4 epochs with a checkpoint, and a function that claims it for EPOCHS=."""
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    out = tmp_path / "outputs" / "own"
+
+    def claim(text: str = EPOCHS, epochs: int = 6, rank: int = 0, **options) -> tuple:
+        own = identity(text, args=["--num-epochs", str(epochs)])
+        options = {"force": False, "more_epochs": True} | options
+        return RunFolder(out, rank).claim(tmp_path / "own.yaml", own, **options)
+
+    claim(epochs=4)
+    # The plugin's identity has what axolotl derives from the epochs, too.
+    checkpoint(out / "checkpoint-40", {"recipe": {"lora_r": 8, "num_epochs": 4.0, "eval_steps": 0.25}})
+    (out / "run.json").write_text('{"adapter": {"sha256": "5e"}}', encoding="utf-8")
+    (out / "adapter_model.safetensors").write_bytes(b"of four epochs")
+    return out, claim
+
+
+def test_more_epochs_go_on_from_the_last_checkpoint(after_four, capsys):
+    out, claim = after_four
+    option = ["--resume-from-checkpoint", str(out / "checkpoint-40")]
+    assert claim(rank=1)[1] == option  # another node may be first, or last
+    assert claim() == (None, option)
+    (aside,) = (path for path in out.parent.glob("own.*") if path.is_dir())
+    assert (aside / "adapter_model.safetensors").read_bytes() == b"of four epochs" and (aside / "run.json").is_file()
+    assert RunFolder(aside).identity.epochs == 4 and not list(aside.glob("checkpoint-*"))
+    assert sorted(path.name for path in out.glob("*")) == ["checkpoint-40", "recipe.yaml", "started.json"]
+    facts = {"checkpoint": "checkpoint-40", "epochs": 4, "adapter_sha256": "5e", "set_aside": f"outputs/{aside.name}"}
+    assert RunFolder(out).identity.goes_on_from == facts
+    assert f"set aside: outputs/{aside.name}\n" in (text := capsys.readouterr().out)
+    assert re.search("going on from checkpoint-40 .*6 epochs.* learning rate .*cosine", text), text
+    assert claim(rank=1)[1] == option
+    assert claim() == (None, option) and RunFolder(out).identity.goes_on_from == facts  # killed before its first one
+    checkpoint(out / "checkpoint-50", {"recipe": {"lora_r": 8, "num_epochs": 6.0}})
+    assert claim() == (None, []) and RunFolder(out).identity.goes_on_from == facts  # the plugin finds it by itself
+    (out / "run.json").write_text('{"recipe": "own"}', encoding="utf-8")
+    assert claim() == ({"recipe": "own"}, []) and [path for path in out.parent.glob("own.*") if path.is_dir()] == [
+        aside
+    ]
+
+
+def test_an_unfinished_run_goes_on_as_well(after_four):
+    """As one whose files were being set aside when it was killed."""
+    out, claim = after_four
+    (out / "run.json").unlink()
+    assert claim()[1] == ["--resume-from-checkpoint", str(out / "checkpoint-40")]
+    assert RunFolder(out).identity.goes_on_from["set_aside"] is None
+    assert not [path for path in out.parent.glob("own.*") if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    "text, options, metrics, words",
+    [
+        (EPOCHS, {"epochs": 3}, {}, ["EPOCHS=3", "has 4", "FORCE=1"]),
+        (EPOCHS, {"more_epochs": False}, {}, ["num_epochs: 4 -> 6", "EPOCHS=6 goes on", "FORCE=1"]),
+        (EPOCHS.replace("r: 8", "r: 16"), {}, {}, ["lora_r: 8 -> 16", "num_epochs: 4 -> 6", "FORCE=1"]),
+        (EPOCHS, {}, {"stopped_early": True, "steps": 31}, ["EPOCHS=6", "stopped early", "31", "FROM=outputs/own"]),
+        (EPOCHS, {}, None, ["EPOCHS=6", "checkpoint-40 has no optimizer", "FORCE=1", "FROM=outputs/own"]),
+    ],
+    ids=["fewer", "not asked for", "another recipe", "stopped early", "no optimizer"],
+)
+def test_more_epochs_are_refused_where_they_cannot_be_right(text, options, metrics, words, after_four):
+    out, claim = after_four
+    if metrics is None:
+        (out / "checkpoint-40" / "optimizer.pt").rename(out / "checkpoint-40" / "model.safetensors")
+        checkpoints.seal(out / "checkpoint-40", {"recipe": {"num_epochs": 4.0}})
+    (out / "metrics.json").write_text(json.dumps(metrics or {}), encoding="utf-8")
+    before = sorted(out.rglob("*"))
+    with refuses(*words):
+        claim(text, **options)
+    assert sorted(out.rglob("*")) == before and RunFolder(out).identity.epochs == 4
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (("cosine", "rex"), ["'lr_scheduler' is rex"]),
+        (("checkpoints: true", "checkpoints: false"), ["auto_resume_from_checkpoints: true"]),
+        (None, ["no complete checkpoint"]),
+    ],
+    ids=["fixed schedule", "does not resume", "no checkpoint"],
+)
+def test_a_run_that_cannot_resume_has_no_more_epochs(change, words, after_four):
+    out, claim = after_four
+    text = EPOCHS.replace(*change) if change else EPOCHS
+    if not change:
+        shutil.rmtree(out / "checkpoint-40")
+    RunFolder(out).begin(identity(text, args=["--num-epochs", "4"]))
+    with refuses("EPOCHS=6", *words, "FORCE=1", "FROM=outputs/own"):
+        claim(text)
+
+
+def test_more_epochs_than_max_steps_allows_are_refused(command, house):
+    line = failure(command("finlora", "train", "sentiment_r8_dora", "--tiny", "--epochs", "6"))
+    assert "EPOCHS=6: TINY=1 trains 2 steps" in line and "leave" in line
+    own = house / "own.yaml"
+    recipe = yaml.safe_load((house / "recipes" / "sentiment_r8_dora.yaml").read_text(encoding="utf-8"))
+    own.write_text(yaml.safe_dump(recipe | {"max_steps": 5}), encoding="utf-8")
+    line = failure(command("finlora", "train", "own.yaml", "--epochs", "6"))
+    assert "EPOCHS=6" in line and "own.yaml: key 'max_steps'" in line and "leave" in line
+
+
+def test_the_adapter_to_start_from_is_a_folder_or_a_trained_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    folder = tmp_path / "outputs" / "adapter"
+    folder.mkdir(parents=True)
+    assert run.adapter_folder("outputs/adapter", small=False) == run.adapter_folder(str(folder), small=False) == folder
+    with refuses("FROM=sentment_r8_lora", "no folder", "no trained recipe", "sentiment_r8_lora"):
+        run.adapter_folder("sentment_r8_lora", small=False)
+    with refuses("FROM=sentiment_r8_lora", "is not trained", "make train RECIPE=sentiment_r8_lora"):
+        run.adapter_folder("sentiment_r8_lora", small=True)
+
+
 ADAPTER_FAULTS = {
     "rank": ({"r": 4}, "'r' .*4.* 8"),
     "no DoRA": ({"use_dora": False}, "'use_dora' .*False.* True"),

@@ -6,6 +6,7 @@ run's recipe and data. Needs neither torch nor axolotl.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -22,6 +23,10 @@ MAY_CHANGE = re.compile(
     r"include_tkps|include_tokens_per_second|saves?_.*|dataloader_.*|ddp_timeout|"
     r"use_(tensorboard|wandb|mlflow|comet|trackio)|wandb_.*|(hf_)?mlflow_.*|comet_.*|trackio_.*|.*(token|api_key|password|secret)"
 )
+# Keys that follow from how many epochs a run has; and schedules whose checkpoints hold the number of steps they began
+# with, so that they cannot become longer ones (axolotl 0.19.0: `RexLR` and torch's OneCycleLR).
+BY_EPOCHS = ("num_epochs", "eval_steps")
+FIXED_LENGTH = ("one_cycle", "rex")
 
 
 class BrokenCheckpoint(Exception):
@@ -89,6 +94,18 @@ def not_resumable(folder: Path, error: BrokenCheckpoint) -> str:
         f"key 'resume_from_checkpoint': {folder} cannot be resumed from ({error}); name a complete checkpoint, or set "
         "lora_model_dir to start from an adapter"
     )
+
+
+def for_more_epochs(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a run as they would be with the epochs of another one's, where those are more; else as they are."""
+    if (now.get("num_epochs") or 0) <= (before.get("num_epochs") or math.inf):
+        return before
+    return before | {key: now.get(key) for key in BY_EPOCHS}
+
+
+def has_optimizer(folder: Path) -> bool:
+    """Whether a checkpoint holds the optimizer's state: `save_only_model` leaves it out, and a run would begin anew."""
+    return any(folder.glob("optimizer*")) or any(folder.glob("global_step*"))  # the second: DeepSpeed's
 
 
 def plain(value: Any) -> Any:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from axolotl.utils.logging import get_logger
 from safetensors import SafetensorError
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from fastdora.plugin import checkpoints, fsdp2
@@ -20,16 +22,27 @@ LOG = get_logger("axolotl.fastdora")
 def check(cfg) -> None:
     """Raise RecipeError where `resume_from_checkpoint` names a checkpoint that is damaged or of another run.
 
-    Call it before the model is loaded. The run's own checkpoints are checked by `guard`, which sets broken ones aside.
+    Of all that a run depends on, its epochs alone may be more than the checkpoint's: it then goes on, as `_Schedule`
+    says. Call it before the model is loaded. The run's own checkpoints are checked by `guard`, which sets broken ones
+    aside.
     """
     if not cfg.resume_from_checkpoint:
         return
     folder = Path(cfg.resume_from_checkpoint)
     try:
         before = checkpoints.check(folder)
+        if not checkpoints.has_optimizer(folder):
+            raise checkpoints.BrokenCheckpoint("it has no optimizer's state")
     except checkpoints.BrokenCheckpoint as error:
         raise RecipeError(f"{cfg.axolotl_config_path}: {checkpoints.not_resumable(folder, error)}") from error
-    check_equal(cfg, folder, before, "remove resume_from_checkpoint")
+    old = before.get("recipe", {})
+    keys = checkpoints.for_more_epochs(old, cfg)
+    if keys is not old and cfg.lr_scheduler in checkpoints.FIXED_LENGTH:
+        raise RecipeError(
+            f"{cfg.axolotl_config_path}: key 'lr_scheduler': {cfg.lr_scheduler} keeps the length that {folder} began "
+            f"with; set num_epochs to {old['num_epochs']}, or train anew"
+        )
+    check_equal(cfg, folder, before | {"recipe": keys}, "remove resume_from_checkpoint")
 
 
 def check_equal(cfg, folder: Path, before: dict[str, Any], otherwise: str) -> None:
@@ -56,6 +69,7 @@ def guard(cfg, trainer) -> None:
     folder, before, _ = checkpoints.last_whole(out)
     if folder and cfg.auto_resume_from_checkpoints and not cfg.resume_from_checkpoint:
         check_equal(cfg, folder, before, "set another output_dir")
+    trainer.add_callback(_Schedule())
     save = trainer._save_checkpoint
 
     def sealed(*args, **kwargs) -> None:
@@ -92,6 +106,34 @@ def guard(cfg, trainer) -> None:
             )
 
     trainer._save_checkpoint = sealed
+
+
+class _Schedule(TrainerCallback):
+    """Gives a resumed run the learning rates of its own schedule from its first step on, and says where they change.
+
+    Where a run goes on to more epochs, transformers (5.16.1) rebuilds the schedule for the new number of steps, but the
+    optimizer's rates are the checkpoint's until the first step is done: of a cosine that ended, zero.
+    """
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        schedule = getattr(lr_scheduler, "scheduler", lr_scheduler)  # accelerate's wrapper
+        if not (state.global_step and isinstance(schedule, LambdaLR)):
+            return
+        groups = schedule.optimizer.param_groups
+        before = [float(group["lr"]) for group in groups]
+        rates = [
+            base * factor(schedule.last_epoch)
+            for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        if rates == before:
+            return
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates  # what is logged
+        LOG.warning(
+            f"the learning rate goes from {before[0]:.3g} to {rates[0]:.3g} at step {state.global_step}, as in a run "
+            f"of {state.max_steps} steps from its start"
+        )
 
 
 def identity(cfg) -> dict[str, Any]:

@@ -260,6 +260,11 @@ def check_first_adapter(recipe: Recipe) -> None:
     """UserError where `lora_model_dir` is no adapter folder, or its adapter is not what the recipe's keys say."""
     name, where = recipe.settings["lora_model_dir"], recipe.where("lora_model_dir")
     folder = RunFolder(ROOT / name)
+    if folder.path.resolve().is_relative_to(recipe.output_folder.resolve()):
+        raise UserError(
+            f"{where}: {name} is the run's own folder; EPOCHS= goes on from a finished run, or copy the recipe under "
+            "another name"
+        )
     config = folder.adapter_config
     if not isinstance(config, dict) or not (folder.path / "adapter_model.safetensors").is_file():
         raise UserError(

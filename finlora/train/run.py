@@ -12,14 +12,14 @@ from typing import Any
 from finlora.core.compatible import make_compatible
 from finlora.core.errors import UserError
 from finlora.core.files import tensor_shapes, write_json, write_text
-from finlora.core.paths import ROOT
+from finlora.core.paths import ROOT, shown
 from finlora.core.provenance import device_name, git_state, versions
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 from finlora.recipes import rules
 from finlora.recipes.bases import rank_of
-from finlora.recipes.recipe import Recipe, on_tiny_base
-from finlora.train import tiny, tracking
+from finlora.recipes.recipe import TINY_STEPS, Recipe, on_tiny_base
+from finlora.train import runs, tiny, tracking
 from finlora.train.curves import curves, picture
 from finlora.train.distributed import Launch, distribute
 from finlora.train.launch import preprocess_and_train
@@ -37,14 +37,25 @@ def train(
     force: bool = False,
     args: Sequence[str] = (),
     tracker: str | None = None,
+    epochs: int | None = None,
+    first_adapter: str | None = None,
 ) -> dict[str, Any] | None:
     """Train the recipe in `path` and return what run.json holds. Raises UserError before anything is loaded.
 
     launch: the processes. small: on the tiny base model (TINY=1). force: set a finished or foreign run aside first.
-    args: for axolotl. tracker: as in finlora/train/tracking.py. Nodes after the first return None.
+    args: for axolotl. tracker: as in finlora/train/tracking.py. epochs: in place of the recipe's; a run of the same
+    recipe with fewer goes on. first_adapter: the folder, or the trained recipe, whose adapter training starts from.
+    Nodes after the first return None.
     """
+    if epochs:
+        args = [*args, "--num-epochs", str(epochs)]
+    if first_adapter:
+        args = [*args, "--lora-model-dir", shown(adapter_folder(first_adapter, small))]
     recipe = recipes.load(path, args)
     rules.check_paths(recipe)
+    if epochs and (small or recipe.settings.get("max_steps")):
+        limit = f"TINY=1 trains {TINY_STEPS} steps" if small else f"{recipe.where('max_steps')} ends the run"
+        raise UserError(f"EPOCHS={epochs}: {limit} whatever the epochs; leave one of them out")
     if small:
         recipe = on_tiny_base(recipe, tiny_base())
     distributed = distribute(recipe, launch)
@@ -55,10 +66,12 @@ def train(
         if distributed.batch_kept:
             print(distributed.batch_kept, flush=True)
         identity = Identity.of(recipe)
-        record, resume = folder.claim(path, identity, force)
+        record, resume = folder.claim(path, identity, force, more_epochs=bool(epochs))
         if not record:
             started = datetime.datetime.now(datetime.timezone.utc)
-            identity = folder.begin(replace(identity, start=recipe.fetched_files))
+            identity = folder.begin(replace(folder.identity or identity, start=recipe.fetched_files))
+            if first := recipe.settings.get("lora_model_dir"):
+                print(f"from      {first}: its adapter is trained on, with a new optimizer and learning rate schedule")
             options = [*distributed.launcher, *args, *tracking_options, *resume, *distributed.torchrun]
             preprocess_and_train(recipe, folder, options, not needs_gpu, lock)
             if launch.rank:
@@ -95,6 +108,7 @@ def finish(
         "adapter": folder.adapter,
         "data": identity.data,
         "start": identity.start,
+        "goes_on_from": identity.goes_on_from,
         "metrics": {key: value for key, value in metrics.items() if key != "log"},
         "started": started.isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
@@ -132,6 +146,17 @@ def check_adapter(recipe: Recipe, folder: RunFolder, base_layers: dict[str, int]
         raise UserError(f"{out}: ranks of {wrong[:3]}, magnitudes {dora}: not what the recipe says; do not use it")
 
 
+def adapter_folder(name: str, small: bool) -> Path:
+    """The folder of FROM=: as given, or that of a trained recipe. UserError where it is neither."""
+    folder = ROOT / name
+    if folder.is_dir():
+        return folder.resolve()
+    try:
+        return runs.of_recipe(name, small).adapter
+    except UserError as error:
+        raise UserError(f"FROM={name}: is no folder of an adapter and no trained recipe ({error})") from error
+
+
 def tiny_base() -> str:
     """The tiny base model's folder, from the repository's root; built where it is not there yet."""
     return str(tiny.build(tiny.sample_texts()).relative_to(ROOT))
@@ -157,6 +182,7 @@ def summary(path: Path, record: dict[str, Any]) -> str:
     """What a finished run shows: its adapter, time, speed and loss, and the command that comes next."""
     adapter, metrics = record["adapter"], record["metrics"]
     step = metrics.get("adapter_step", metrics["steps"])
+    steps, here = metrics["steps"], metrics.get("steps_this_run", metrics["steps"])
     best = f" at step {step}, the best validation" if step < metrics["steps"] else ""
     recipe = recipe_names.option(path)
     if record.get("tiny"):
@@ -165,7 +191,8 @@ def summary(path: Path, record: dict[str, Any]) -> str:
         then = f"make eval RECIPE={recipe} BASE=1, or make merge RECIPE={recipe}"
     return (
         f"\nadapter   {adapter['file']} ({adapter['bytes'] / 1e6:.1f} MB)\n"
-        f"time      {record['seconds']:.0f} s, of them {metrics['seconds']:.0f} s training {metrics['steps']} steps\n"
+        f"time      {record['seconds']:.0f} s, of them {metrics['seconds']:.0f} s training "
+        f"{f'{here} of ' if here < steps else ''}{steps} steps\n"
         f"speed     {metrics['samples_per_second']:.1f} samples/s, {metrics['tokens_per_second']:.0f} tokens/s\n"
         f"loss      {_digits(metrics['final_loss'])} (validation {_digits(metrics['final_eval_loss'])}){best}\n"
         f"next      {then}"

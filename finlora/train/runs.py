@@ -4,9 +4,11 @@ import datetime
 import fcntl
 import hashlib
 import json
+import math
+import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ class Identity:
     args: Sequence[str]  # axolotl's own options
     data: dict[str, str]  # SHA-256 of each data file
     start: Digests = field(default_factory=dict)  # of what it starts from; runs of before 2026-11 do not say
+    goes_on_from: dict[str, Any] | None = None  # of a run with more epochs: checkpoint, epochs, adapter, set_aside
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Identity":
@@ -42,21 +45,27 @@ class Identity:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        parts = {name: part for name, part in asdict(self).items() if part is not None}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
     def settings(self) -> dict[str, Any]:
         """The recipe's keys with axolotl's options in their places."""
         return with_options(yaml.safe_load(self.recipe) or {}, self.args)
 
-    def difference(self, now: "Identity") -> str | None:
+    @property
+    def epochs(self) -> float:
+        return self.settings.get("num_epochs") or 0
+
+    def difference(self, now: "Identity", but: Sequence[str] = ()) -> str | None:
         """What a later run's identity differs by, in a few words: settings, data files, or files that it starts from.
 
         None where both train the same: comments, the order of keys, and keys that say what is logged or saved do not
-        count.
+        count, nor those that `but` names.
         """
         old, new = self.settings, now.settings
-        if keys := [key for key in _changed(old, new) if not checkpoints.MAY_CHANGE.fullmatch(key)]:
+        keys = [key for key in _changed(old, new) if key not in but and not checkpoints.MAY_CHANGE.fullmatch(key)]
+        if keys:
             return "other settings (" + ", ".join(f"{key}: {old.get(key)} -> {new.get(key)}" for key in keys[:3]) + ")"
         if files := _changed(self.data, now.data):
             return f"other data ({', '.join(files)} changed)"
@@ -123,14 +132,20 @@ class RunFolder:
         before = self.identity
         return before is not None and not before.difference(Identity.of(recipe))
 
-    def claim(self, recipe: Path, identity: Identity, force: bool) -> tuple[dict[str, Any] | None, list[str]]:
+    def claim(
+        self, recipe: Path, identity: Identity, force: bool, more_epochs: bool = False
+    ) -> tuple[dict[str, Any] | None, list[str]]:
         """Make the folder this run's: (run.json of an equal finished run, axolotl's options to resume with).
 
-        Broken checkpoints are named and set aside; the run resumes from the last complete one. UserError before work is
-        lost. Nodes after the first only write the recipe that they run.
+        Broken checkpoints are named and set aside; the run resumes from the last complete one. more_epochs: a run that
+        is in the folder and differs by fewer epochs alone goes on, see `go_on`. UserError before work is lost. Nodes
+        after the first only write the recipe that they run.
         """
         record = None if force else self.record
         resume = [] if record else self.resume_options(recipe, identity, force)
+        earlier = self.earlier_checkpoint(identity) if more_epochs and not force else None
+        if earlier:
+            resume = ["--resume-from-checkpoint", str(earlier)]
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.rank:
             before: Identity | None = self.identity
@@ -139,11 +154,85 @@ class RunFolder:
             if equal and record:
                 print(f"{shown(self.path)} is already trained with this recipe and data; FORCE=1 trains again")
                 return record, []
-            if force or not (equal and self.resumes(identity)):
-                self.clear(changed, replaceable=equal or force)
+            by_epochs = (
+                before is not None
+                and before.epochs != identity.epochs
+                and not before.difference(identity, but=checkpoints.BY_EPOCHS)
+            )
+            if by_epochs and more_epochs and not force and (record or earlier):
+                identity = self.go_on(before, identity, earlier)
+            elif force or not (equal and self.resumes(identity)):
+                instead = (
+                    f"EPOCHS={identity.epochs} goes on from it, "
+                    if by_epochs and before.epochs < identity.epochs
+                    else ""
+                )
+                self.clear(changed, replaceable=equal or force, instead=instead)
+            else:
+                identity = replace(identity, goes_on_from=before.goes_on_from)
             self.begin(identity)  # first: a folder with started.json is this run's, however early it ends
         write_text(self.recipe_file, identity.recipe)
         return None, resume
+
+    def earlier_checkpoint(self, identity: Identity) -> Path | None:
+        """The last complete checkpoint, where its run was to have fewer epochs than this one."""
+        last, sealed, _ = checkpoints.last_whole(self.path)
+        epochs = sealed.get("recipe", {}).get("num_epochs", math.inf)
+        return last if epochs < identity.epochs else None
+
+    def go_on(self, before: Identity, identity: Identity, checkpoint: Path | None) -> Identity:
+        """Set the run before aside, all but its checkpoints, and return what goes on from the last one of them.
+
+        Prints what then happens to the learning rate. UserError where the run before cannot go on.
+        """
+        old, new, keys = before.epochs, identity.epochs, identity.settings
+        metrics, scheduler, here = self.metrics or {}, keys.get("lr_scheduler", "cosine"), self.path.relative_to(ROOT)
+        if old > new:
+            raise UserError(f"EPOCHS={new}: {here} has {old} epochs; give more, or FORCE=1 trains {new} anew")
+        fault = None
+        if scheduler in checkpoints.FIXED_LENGTH:
+            fault = f"key 'lr_scheduler' is {scheduler}, which keeps the number of steps that it began with"
+        elif not keys.get("auto_resume_from_checkpoints"):
+            fault = "it needs auto_resume_from_checkpoints: true"
+        elif metrics.get("stopped_early"):
+            fault = f"it stopped early, at step {metrics['steps']}, so that more epochs would not lower its loss"
+        elif not checkpoint:
+            fault = "no complete checkpoint of it is left"
+        elif not checkpoints.has_optimizer(checkpoint):
+            fault = f"{checkpoint.name} has no optimizer's state"
+        if fault:
+            raise UserError(
+                f"EPOCHS={new}: {here} cannot go on: {fault}; FORCE=1 trains {new} epochs anew, and "
+                f"FROM={here} starts a recipe of another name from its adapter"
+            )
+        record = self.record or {}
+        aside = self.set_aside_beside_checkpoints() if record else None
+        print(
+            f"{here}: going on from {checkpoint.name} ({old} epochs) to {new} epochs; the learning rate is "
+            f"from there on that of a run of {new} epochs (lr_scheduler: {scheduler}), not what {old} epochs ended with"
+        )
+        adapter = record.get("adapter", {}).get("sha256")
+        facts = {"checkpoint": checkpoint.name, "epochs": old, "adapter_sha256": adapter, "set_aside": aside}
+        return replace(identity, goes_on_from=facts)
+
+    def set_aside_beside_checkpoints(self) -> str:
+        """Move a finished run's files beside the folder, all but its checkpoints; the name of their folder.
+
+        run.json goes first and started.json stays, so that where this is killed an unfinished run is left.
+        """
+        aside = self.aside()
+        aside.mkdir()
+        shutil.copy2(self.path / "started.json", aside)
+        (self.path / "run.json").rename(aside / "run.json")
+        for path in self.path.iterdir():
+            if path.name != "started.json" and checkpoints.PREFIX not in path.name:
+                path.rename(aside / path.name)
+        print(f"set aside: {aside.relative_to(ROOT)}")
+        return str(aside.relative_to(ROOT))
+
+    def aside(self) -> Path:
+        """A folder beside this one that is not there yet."""
+        return self.path.with_name(f"{self.path.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}")
 
     def begin(self, identity: Identity) -> Identity:
         """Record what this run is; the first node does."""
@@ -165,8 +254,11 @@ class RunFolder:
             print(f"{self.path.relative_to(ROOT)}: no complete checkpoint is left; training from the first step")
         return bool(last)
 
-    def clear(self, changed: str | None, replaceable: bool) -> None:
-        """Set what the folder holds aside where it is worth keeping; UserError where it may not be replaced."""
+    def clear(self, changed: str | None, replaceable: bool, instead: str = "") -> None:
+        """Set what the folder holds aside where it is worth keeping; UserError where it may not be replaced.
+
+        instead: what the error offers beside FORCE=1.
+        """
         # Files that begin with a dot are this command's own, left where it was killed.
         foreign = self.identity is None and any(not file.name.startswith(".") for file in self.path.iterdir())
         finished = (self.path / "run.json").is_file()
@@ -175,9 +267,10 @@ class RunFolder:
         if not replaceable:
             state = f"{'a finished' if finished else 'an unfinished'} run with {changed}"
             state = "files that this command did not write" if foreign else state
-            raise UserError(f"{self.path.relative_to(ROOT)}: holds {state}; FORCE=1 sets it aside and trains anew")
-        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        self.path.rename(aside := self.path.with_name(f"{self.path.name}.{stamp}"))
+            raise UserError(
+                f"{self.path.relative_to(ROOT)}: holds {state}; {instead}FORCE=1 sets it aside and trains anew"
+            )
+        self.path.rename(aside := self.aside())
         print(f"set aside: {aside.relative_to(ROOT)}")
         self.path.mkdir()
 
