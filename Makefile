@@ -94,7 +94,7 @@ doctor: $(READY) ## what a bug report needs, and what is missing here to train R
 pictures: $(READY) ## draw docs/speed.svg and docs/scores.svg from the recorded results
 	@$(FINLORA) pictures
 
-setup: $(READY) ## make .venv (TORCH=2.11.0, 2.12.1 or 2.13.0); every target does it by itself
+setup: $(READY) ## make .venv (TORCH=2.11.0, 2.12.1 or 2.13.0; TORCH_BUILD=cpu or cuda); every target does it by itself
 	@$(PY) -c "import sys, torch, axolotl; print('ready: torch', torch.__version__, 'in', sys.prefix)"
 
 vllm: ## set vLLM up in .venv-vllm, its own environment (a GPU machine; 10 GB), for make eval BACKEND=vllm
