@@ -32,7 +32,7 @@ def written(folder: Path, **changes) -> Path:
 
 # The keys that are changed, the key that is named, and words of fault and remedy.
 KEYS = {
-    "preference training": ({"rl": "dpo"}, "rl", ["supervised", "remove"]),
+    **{f"preference tuning, {rl}": ({"rl": rl}, "rl", ["supervised", "remove"]) for rl in ("dpo", "orpo", "kto")},
     "a reward model": ({"reward_model": True}, "reward_model", ["supervised", "remove"]),
     "text without turns": ({"pretraining_dataset": [{"path": "a"}]}, "pretraining_dataset", ["make data FILE="]),
     "a split of the rows": ({"val_set_size": 0.1}, "val_set_size", ["test_datasets", "make data FILE="]),
