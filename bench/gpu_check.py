@@ -284,8 +284,7 @@ def trained_adapter(bits: int, by_graphs: bool) -> tuple[torch.Tensor, torch.Ten
         edges, longest = attention.boundaries(positions)
         batch = dict(input_ids=ids, position_ids=positions, labels=labels)
         batch = {name: value.cuda() for name, value in batch.items()}
-        segments = tuple(attention.Segments(edges.cuda(), longest))
-        model(**batch, fastdora_segments=segments).loss.backward()
+        model(**batch, **packing.entries(attention.Segments(edges.cuda(), longest))).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert installed is None or installed.replays == 12 - graphs.WARM_UP

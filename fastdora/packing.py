@@ -14,14 +14,16 @@ from torch.utils.hooks import RemovableHandle
 from fastdora import attention, prefixes
 
 IGNORED = -100
-SEGMENTS, ANSWERS, COUNTS = "fastdora_segments", "fastdora_answers", "fastdora_counts"
+ANSWERS, COUNTS = "fastdora_answers", "fastdora_counts"
+SEGMENTS = {field: f"fastdora_{field}" for field in attention.Segments._fields}
 GROUP, PREFIX = "fastdora_group", "fastdora_prefix"  # columns of rows that share prefixes (prefixes.Shared)
 
 
 class Collator:
     """Wraps a collator; adds SEGMENTS (where packed) and ANSWERS, and where prefixes are shared COUNTS, to its batches.
 
-    SEGMENTS: the fields of attention.Segments. ANSWERS: `label_positions`. COUNTS: int64 (2,), the rows of a pack and
+    SEGMENTS: an entry for each field of attention.Segments, since transformers 5.16.1 moves tensors within a tuple to
+    the GPU one at a time, and waits for it. ANSWERS: `label_positions`. COUNTS: int64 (2,), the rows of a pack and
     their tokens, each row with its whole prefix. Rows with the columns GROUP and PREFIX become one pack in which each
     prefix is once.
     """
@@ -41,7 +43,7 @@ class Collator:
         else:
             batch = self.collator(features, *args, **kwargs)
             if self.packed and batch.get("position_ids") is not None:
-                batch[SEGMENTS] = tuple(attention.Segments(*attention.boundaries(batch["position_ids"])))
+                batch.update(entries(attention.Segments(*attention.boundaries(batch["position_ids"]))))
         if self.answers and batch.get("labels") is not None:
             batch[ANSWERS] = label_positions(batch["labels"])
         return batch
@@ -51,9 +53,14 @@ class Collator:
         own = [{name: row[name] for name in row if name not in (GROUP, PREFIX, "length")} for row in rows]
         layout = prefixes.lay_out(own, groups, lengths)
         batch = self.collator([[layout.columns]], *args, **kwargs)
-        batch[SEGMENTS] = prefixes.tensors(layout, batch["input_ids"].shape[1])
+        batch.update(entries(attention.Segments(*prefixes.tensors(layout, batch["input_ids"].shape[1]))))
         batch[COUNTS] = torch.tensor([layout.rows, layout.tokens])
         return batch
+
+
+def entries(segments: attention.Segments) -> dict[str, torch.Tensor | int]:
+    """A batch's entries for its segments."""
+    return {SEGMENTS[field]: value for field, value in segments._asdict().items() if value is not None}
 
 
 def label_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -78,10 +85,11 @@ def read_label_positions(model: torch.nn.Module, answers: bool = False) -> Remov
 
     def read(module, args, kwargs):
         kwargs = dict(kwargs)
-        segments, positions, _ = (kwargs.pop(name, None) for name in (SEGMENTS, ANSWERS, COUNTS))
+        positions, _ = (kwargs.pop(name, None) for name in (ANSWERS, COUNTS))
+        segments = {field: kwargs.pop(entry) for field, entry in SEGMENTS.items() if entry in kwargs}
         labels = kwargs.get("labels")
-        if segments is not None:  # here, since the decoder's layers see the positions alone
-            attention.cache_segments(kwargs["position_ids"], attention.Segments(*segments))
+        if segments:  # here, since the decoder's layers see the positions alone
+            attention.cache_segments(kwargs["position_ids"], attention.Segments(**segments))
         if positions is None and answers and labels is not None:
             positions = label_positions(labels)
         # Without labels the loss is computed elsewhere (label smoothing, say), from the logits of all positions.

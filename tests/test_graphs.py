@@ -69,11 +69,9 @@ def batch(*sizes, seed=0):
     labels = ids.clone()
     labels[:, ::3] = -100
     positions = torch.cat([torch.arange(size) for size in sizes])[None]
-    segments = tuple(attention.Segments(*attention.boundaries(positions)))
-    return dict(
-        input_ids=ids, position_ids=positions, labels=labels, fastdora_segments=segments,
-        num_items_in_batch=torch.tensor(50),
-    )  # fmt: skip
+    segments = packing.entries(attention.Segments(*attention.boundaries(positions)))
+    given = dict(input_ids=ids, position_ids=positions, labels=labels, num_items_in_batch=torch.tensor(50))
+    return given | segments
 
 
 BATCHES = [batch(20, 28, 12, seed=n) if n % 3 else batch(9, 9, 30, 12, seed=n) for n in range(12)]

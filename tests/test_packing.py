@@ -182,8 +182,8 @@ def test_the_collator_adds_places_and_keeps_the_rest():
     collator = pickle.loads(pickle.dumps(collator))  # as a worker of a data loader gets it
     labels = torch.tensor([[-100, -100, 5, -100, 6]])
     batch = collator({"input_ids": labels, "position_ids": packed([3, 2]), "labels": labels})
-    edges, longest, *shared = batch[packing.SEGMENTS]
-    assert edges.tolist() == [0, 3, 5] and longest == 3 and shared[0] is None
+    assert batch["fastdora_edges"].tolist() == [0, 3, 5] and batch["fastdora_longest"] == 3
+    assert "fastdora_suffixes" not in batch
     assert batch[packing.ANSWERS].tolist() == [1, 3]
     assert set(collator({"input_ids": labels})) == {"input_ids"}
 
