@@ -70,6 +70,9 @@ Tests = Annotated[
     str | None, typer.Option(help="folder with test files of your own (test/<file> as in data/tasks.yaml)")
 ]
 LabelsUsed = Annotated[Labels, typer.Option(help="which labels count as right")]
+Shots = Annotated[
+    int, typer.Option(click_type=Number(or_zero=True), help="examples from the train file before each question")
+]
 Prompt = Annotated[str, typer.Option(help="chat template: saved (beside the adapter), finlora_inst or raw")]
 KeepQuantised = Annotated[
     bool, typer.Option("--keep-quantised", help="do not dequantize 8- and 4-bit weights; slower, smaller")
@@ -196,6 +199,7 @@ def sweep(
     tasks: TestSets = None,
     limit: Limit = None,
     labels: Annotated[Labels | None, typer.Option(help="with --eval: which labels count as right")] = None,
+    shots: Shots = 0,
     tests: Tests = None,
     track: Track = None,
 ) -> None:
@@ -208,7 +212,8 @@ def sweep(
     if list:
         sweeps.show_points(path, file)
         return
-    evaluate = sweeps.eval_options(path, tasks, limit=limit, labels=labels, tests=tests) if eval else None
+    options = {"limit": limit, "labels": labels, "shots": shots, "tests": tests}
+    evaluate = sweeps.eval_options(path, tasks, **options) if eval else None
     sweeps.sweep(path, file, sweeps.Options(tiny, force, gpus, points_per_gpu, point, evaluate, track, context.obj))
 
 
@@ -229,9 +234,7 @@ def evaluate(
         typer.Option(help="how long answers may be: as a set's longest target, or as in FinLoRA"),
     ] = "whole",
     prompt: Prompt = "saved",
-    shots: Annotated[
-        int, typer.Option(click_type=Number(or_zero=True), help="examples from the train file before each question")
-    ] = 0,
+    shots: Shots = 0,
     tests: Tests = None,
     tiny: Tiny = False,
     name: Annotated[

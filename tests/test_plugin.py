@@ -4,11 +4,13 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from axolotl.utils.dict import DictDefault
+from datasets import Dataset
 from failures import refuses, says
 from safetensors.torch import load_file
 
@@ -236,6 +238,25 @@ def test_what_axolotl_refuses_in_rows_names_its_key(message, key, words, monkeyp
     monkeypatch.setattr(rows, "load_datasets", load)
     cfg = DictDefault({"axolotl_config_path": "mine.yaml", "base_model": str(tmp_path), "datasets": []})
     with refuses(*words, error=RecipeError, file="mine.yaml", key=key):
+        rows.load(cfg)
+
+
+def test_a_data_file_that_is_gone_or_goes_meanwhile_is_no_other_number_of_rows(monkeypatch, tmp_path):
+    """Its rows are counted before axolotl reads them, which stands here for what happens to the file meanwhile."""
+    file = tmp_path / "train.jsonl"
+    file.write_text("{}\n{}\n\n{}\n", encoding="utf-8")
+    train = Dataset.from_dict({"labels": [[-100, 5, 7]] * 3})
+
+    def load(cfg):
+        file.unlink()
+        return SimpleNamespace(train_dataset=train, eval_dataset=None)
+
+    monkeypatch.setattr(rows, "load_datasets", load)
+    monkeypatch.setattr(rows, "load_model_config", lambda cfg: None)
+    entry = {"path": str(file)}
+    cfg = DictDefault({"axolotl_config_path": "mine.yaml", "base_model": str(tmp_path), "datasets": [entry]})
+    assert len(rows.load(cfg).train_dataset) == 3
+    with refuses(str(file), "No such file", "name a file", error=RecipeError, file="mine.yaml", key="datasets"):
         rows.load(cfg)
 
 

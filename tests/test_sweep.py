@@ -337,9 +337,24 @@ def test_only_what_is_new_is_run(ranks, tmp_path, monkeypatch):
     run = run | {"adapter": {"sha256": "of another training"}}
     assert commands() == [f"{ask} --force"]  # those answers are another adapter's: set aside
     run = None
+    few_shot = sweep.commands_of(point, tmp_path, Options(evaluate={"shots": 3}))[-1]
+    assert few_shot[-2:] == ["--shots", "3"]  # answers of another name, so none to set aside
     assert commands(track="wandb") == ["train P --track wandb -- --max-steps 9", f"{ask} --force"]
     point = ranks[1].point
     assert commands() == ["train P -- --max-steps 9", ask]
+
+
+def test_the_answers_after_examples_are_those_of_a_sweep_with_shots(ranks, tmp_path):
+    evaluate(tmp_path, {"sentiment_r2_dora": 0.5, "sentiment_r4_dora-3shot": 0.75})
+    for shots, point in (0, "sentiment_r2_dora"), (3, "sentiment_r4_dora"):
+        outcomes, sets, _ = sweep_report.evaluated([replace(one, shots=shots) for one in ranks], tmp_path / "results")
+        assert [one.point.name for one in outcomes if one.model] == [point]
+        (line,) = (
+            text
+            for text in sweep_report.notes(sweep_report.settings_of(outcomes), sets, [])
+            if text.startswith("Score")
+        )
+        assert line.startswith("Score (3-shot): " if shots else "Score: ")
 
 
 def test_a_point_is_evaluated_again_where_rows_are_missing_or_answers_were_cut(tmp_path):

@@ -23,6 +23,8 @@ def load(cfg) -> TrainDatasetMeta:
     Raises RecipeError when rows of the data files would not train, unless the recipe itself sets
     `excess_length_strategy` to drop or truncate.
     """
+    splits = ("train", cfg.datasets), ("validation", cfg.test_datasets)
+    expected = {split: _count_rows(cfg, files or []) for split, files in splits}  # first: a file may vanish meanwhile
     cfg.dataset_prepared_path = str(_content_addressed(cfg))
     try:
         meta = load_datasets(cfg=cfg)
@@ -35,12 +37,9 @@ def load(cfg) -> TrainDatasetMeta:
         first = str(error).partition("\n")[0]
         text = next((text for words, text in remedies.items() if words in first.lower()), "'datasets': {}")
         raise RecipeError(f"{cfg.axolotl_config_path}: key {text.format(first)}") from error
-    for split, files, dataset in (
-        ("train", cfg.datasets, meta.train_dataset),
-        ("validation", cfg.test_datasets, meta.eval_dataset),
-    ):
+    for (split, files), dataset in zip(splits, (meta.train_dataset, meta.eval_dataset), strict=True):
         if files and dataset is not None:
-            _account(cfg, split, files, dataset)
+            _account(cfg, split, expected[split], dataset)
     return meta
 
 
@@ -65,8 +64,7 @@ def _content_addressed(cfg) -> Path:
     return own
 
 
-def _account(cfg, split: str, files: list, dataset) -> None:
-    expected = sum(_count_lines(Path(entry["path"])) for entry in files if Path(entry["path"]).is_file())
+def _account(cfg, split: str, expected: int, dataset) -> None:
     tokens = answer = empty = longest = 0
     for batch in dataset.select_columns(["labels"]).with_format("numpy").iter(batch_size=1000):
         for labels in batch["labels"]:
@@ -89,6 +87,16 @@ def _account(cfg, split: str, files: list, dataset) -> None:
     LOG.info(f"{split}: {len(dataset)} rows, {tokens} tokens, {answer} of them answers{left_out}")
 
 
-def _count_lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+def _count_rows(cfg, files: list) -> int:
+    """Lines of the data files; RecipeError for one that is not here, so that nobody could say what of it trains."""
+    count = 0
+    for entry in files:
+        try:
+            with open(entry["path"], "rb") as file:
+                count += sum(1 for line in file if line.strip())
+        except OSError as error:
+            raise RecipeError(
+                f"{cfg.axolotl_config_path}: key 'datasets': {entry['path']} cannot be read ({error.strerror}); name a "
+                "file of rows that is there"
+            ) from error
+    return count

@@ -14,6 +14,7 @@ from finlora.core.html import Cell, Table, number, percent, render
 from finlora.core.paths import shown
 from finlora.core.plot import Axis, Panel, Plot, Point, Series
 from finlora.evaluate.compare import join, refuse_unlike
+from finlora.evaluate.evaluation import Request, named
 from finlora.evaluate.report import difference_cell, score, score_cell
 from finlora.evaluate.results import Answers, ModelResults, read
 from finlora.evaluate.scorers import Items
@@ -35,11 +36,12 @@ class Outcome:
     failed: str | None
     model: ModelResults | None = None
     answers: tuple[Answers, ...] = ()  # to the sets that all evaluated points answered
+    shots: int = 0  # examples before each question
 
     @property
     def results_name(self) -> str:
         """What finlora.evaluate.runner calls the point."""
-        return self.point.name + (".tiny" if self.run and self.run["tiny"] else "")
+        return named(Request(shots=self.shots), self.point.name + (".tiny" if self.run and self.run["tiny"] else ""))
 
     def metric(self, key: str) -> Any:
         return self.run["metrics"].get(key) if self.run else None
@@ -253,9 +255,11 @@ def notes(settings: list[Setting], sets: list[str], warnings: list[str]) -> Iter
     if any(run["tiny"] for run in runs):
         yield "A tiny stand-in model and a few steps: these figures try the commands and say nothing about the recipe."
     if sets:
+        shots = next((outcome.shots for setting in settings for outcome in setting.outcomes), 0)
         yield (
-            "Score: percent of right answers under FinLoRA's rules, or BERTScore F1 x 100, over all rows of the sets, "
-            "with its 95% interval. vs best: paired on the same rows; ≈ cannot be told from none."
+            f"Score{f' ({shots}-shot)' if shots else ''}: percent of right answers under FinLoRA's rules, or BERTScore "
+            "F1 x 100, over all rows of the sets, with its 95% interval. vs best: paired on the same rows; ≈ cannot be "
+            "told from none."
         )
     if any(len(setting.outcomes) > 1 for setting in settings):
         yield "Points that differ only in their seed are one line: means, with intervals over seeds and rows."

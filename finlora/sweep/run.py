@@ -26,7 +26,7 @@ from finlora.core.paths import ROOT, shown
 from finlora.data.tasks import load_tasks
 from finlora.data.test_sets import choose, read_set
 from finlora.evaluate import forgetting
-from finlora.evaluate.evaluation import Request, resolve
+from finlora.evaluate.evaluation import Request, named, resolve
 from finlora.evaluate.runner import unanswered
 from finlora.recipes import bases, memory
 from finlora.recipes import names as recipe_names
@@ -51,7 +51,7 @@ class Options:
     gpus: int = 1  # that share the points
     points_per_gpu: int = 1  # at a time on each GPU: small models leave room for several
     point: int | None = None  # only this one, counted from 1: an array job runs one a task
-    evaluate: dict[str, Any] | None = None  # evaluate too: tasks, limit, labels and tests of `finlora eval`
+    evaluate: dict[str, Any] | None = None  # evaluate too: tasks, limit, labels, shots and tests of `finlora eval`
     track: str | None = None  # as in finlora.train.run
     args: list[str] = field(default_factory=list)  # axolotl's own options
 
@@ -97,7 +97,7 @@ def sweep(recipe: Path, file: Path, options: Options) -> SweepReport | None:
         for point in points:
             record = train.finished_run(point.path, options.tiny, options.args)
             error = failed.get(point.name) or (None if record else reason(log_of(point, options)))
-            outcomes.append(Outcome(point, record, error))
+            outcomes.append(Outcome(point, record, error, shots=(options.evaluate or {}).get("shots", 0)))
         result = report(recipe, file, outcomes, folder) if any(outcome.run for outcome in outcomes) else None
         if no_gpu:
             raise no_gpu
@@ -133,11 +133,11 @@ def commands_of(point: SweepPoint, folder: Path, options: Options) -> list[list[
         commands.append(["train", str(point.path), *tiny, *force, *track, "--", *options.args])
     if options.evaluate is not None:
         request = Request(recipe=str(point.path), results=folder / "results", tiny=options.tiny, **options.evaluate)
-        before = files.read_json(request.results / (point.name + ".tiny" * options.tiny) / "run.json")
+        before = files.read_json(request.results / named(request, point.name + ".tiny" * options.tiny) / "run.json")
         stale = before and (not record or before.get("adapter_sha256") != record["adapter"]["sha256"])
         if not record or stale or not answered(request):
-            named = [part for key, value in options.evaluate.items() for part in (f"--{key}", str(value))]
-            command = ["eval", "--recipe", request.recipe, "--results", str(request.results), *named, *tiny]
+            asked = [part for key, value in options.evaluate.items() for part in (f"--{key}", str(value))]
+            command = ["eval", "--recipe", request.recipe, "--results", str(request.results), *asked, *tiny]
             commands.append([*command, *(["--force"] if stale else force)])
     return commands
 
