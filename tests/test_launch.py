@@ -1,5 +1,6 @@
 """Axolotl's commands as child processes: what of their output is shown, kept and given as the reason of a failure."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -98,10 +99,36 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_a_failure_is_one_line_with_its_reason_and_the_log(case, child):
+def test_a_failure_is_one_line_with_its_reason_and_the_log(case, child, capfd):
     program, words = FAILURES[case]
     with refuses(*words, "log: outputs/own/train.log"):
         child(program)
+    assert ("  | " in capfd.readouterr().err) == (case not in ("the plugin's own line", "nothing said", "killed"))
+
+
+def test_the_last_lines_of_a_failure_that_nobody_foresaw_are_shown(child, capfd):
+    program = "for step in range(20): print('line', step)\n"
+    program += (
+        "print('[2026-11-27] [INFO] [axolotl] as usual', '\\n\\n 50%|###  | 1/2\\r100%|#####| 2/2', flush=True)\n"
+    )
+    with refuses("RuntimeError: no such kernel", "log: outputs/own/train.log"):
+        child(f"{program}raise RuntimeError('no such kernel')")
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == launch.LAST_LINES and lines[-1] == "  | RuntimeError: no such kernel"
+    assert "  | line 19" in lines and not any("Traceback" in line or "INFO" in line or "%|" in line for line in lines)
+    with refuses("RuntimeError: no such kernel"):
+        child("raise RuntimeError('no such kernel')", verbose=True)
+    assert "  | " not in capfd.readouterr().err  # all of it is on the screen
+
+
+def test_the_last_step_is_shown_whenever_the_plugin_last_wrote(child, monkeypatch):
+    """It writes at most twice a second, and a run's end takes its file away."""
+    seen = []
+    monkeypatch.setattr(launch, "progress", lambda *_: contextlib.nullcontext(lambda *shown: seen.append(shown[:2])))
+    program = "open(out + '/stepping', 'w').write('{\"step\": 7, \"max_steps\": 9}'); time.sleep(0.5)\n"
+    program += "os.remove(out + '/stepping'); open(out + '/metrics.json', 'w').write('{\"steps\": 9}')"
+    child(program)
+    assert seen[0] == (7, 9) and seen[-1] == (9, 9)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 """What every command does first, whatever the machine's locale and home folder; and what it shows while it works."""
 
+import fcntl
 import io
 import os
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -78,6 +81,38 @@ def test_what_libraries_print_is_shown_on_demand(value, verbose, monkeypatch):
     assert startup.is_verbose() == verbose
 
 
+LIBRARIES = """
+import logging, sys, warnings
+from pathlib import Path
+from finlora.core import startup
+startup.quiet()
+logging.getLogger("torchao").warning("no kernel")
+logging.getLogger("bitsandbytes.cextension").error("no library")
+logging.getLogger("DeepSpeed").addHandler(logging.StreamHandler())
+logging.getLogger("DeepSpeed").warning("no accelerator")
+startup.log_to(Path(sys.argv[1]))
+warnings.warn("set trust_remote_code")
+logging.getLogger("transformers.models").warning("dequantized")
+"""
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_what_libraries_say_goes_to_the_log_and_errors_to_the_screen_too(verbose, tmp_path):
+    """What they said while they were imported, before the log had a name, included."""
+    said = ["no kernel", "no library", "no accelerator", "set trust_remote_code", "dequantized"]
+    log = tmp_path / "eval.log"
+    env = {name: value for name, value in os.environ.items() if name not in ("VERBOSE", "TRANSFORMERS_VERBOSITY")}
+    env |= {"PYTHONPATH": str(ROOT), "VERBOSE": "1" if verbose else ""}
+    command = [sys.executable, "-c", LIBRARIES, str(log)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    if verbose:
+        assert all(text in done.stderr for text in said) and not log.exists()
+        return
+    assert done.stdout == f"log       {log} (VERBOSE=1 shows it)\n" and done.stderr == "no library\n"
+    text = log.read_text(encoding="utf-8")
+    assert [line for line in said if line in text] == said and text.count("no kernel") == 1
+
+
 def steps(seconds: float, clock: list[float]) -> None:
     with progress("training", "step") as show:
         for step in range(5, 101):
@@ -104,8 +139,19 @@ def test_on_a_terminal_progress_is_one_bar(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
     steps(0, [0.0])
-    assert (
-        "\n" not in screen.getvalue().rstrip("\n")
-        and "100/100" in screen.getvalue()
-        and "loss 100" in screen.getvalue()
-    )
+    text = screen.getvalue()
+    assert "\n" not in text.rstrip("\n") and "100/100" in text and "loss 100" in text
+
+
+def test_a_terminal_that_says_no_size_has_a_bar_as_well(monkeypatch):
+    """As `docker run -t` and `script` make them; tqdm by itself would show nothing."""
+    leader, follower = os.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 0, 0, 0, 0))
+    with os.fdopen(follower, "w") as screen:
+        monkeypatch.setattr(sys, "stderr", screen)
+        with progress("training", "step") as show:
+            for _ in range(3):
+                show(1, 4, "loss 0.5")
+    text = os.read(leader, 4096).decode()
+    os.close(leader)
+    assert "1/4" in text and text.count("loss 0.5") == 2  # drawn once, and when it ends

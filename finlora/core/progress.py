@@ -1,5 +1,6 @@
 """What a command shows while it works: one bar on a terminal, a few lines elsewhere."""
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,16 +17,19 @@ def progress(what: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
 
     On a terminal it is a bar. Elsewhere it is a line for a tenth of the work, at most one in SECONDS_BETWEEN_LINES.
     """
-    bar, first, tenth, began, shown = None, None, 0, 0.0, time.monotonic()
+    bar, first, last, tenth, began, shown = None, None, None, 0, 0.0, time.monotonic()
 
     def show(done: int, total: int, note: str = "") -> None:
-        nonlocal bar, first, tenth, began, shown
+        nonlocal bar, first, last, tenth, began, shown
         if first is None:
             first, began = done, time.monotonic()  # before it the model was loaded
         if sys.stderr.isatty():
-            bar = bar or tqdm(total=total, initial=first, desc=what, unit=unit, file=sys.stderr, disable=False)
-            bar.n = done
-            bar.set_postfix_str(note)
+            # Lines: tqdm shows nothing on a terminal that says it has none, as those of containers do.
+            options = {"ncols": shutil.get_terminal_size().columns, "nrows": 24, "disable": False}
+            bar = bar or tqdm(total=total, initial=first, desc=what, unit=unit, file=sys.stderr, **options)
+            if (done, note) != last:
+                bar.n, last = done, (done, note)
+                bar.set_postfix_str(note)
             return
         now = time.monotonic()
         if done * 10 // total > tenth and now - shown >= SECONDS_BETWEEN_LINES and done > first:

@@ -6,9 +6,15 @@ import os
 import sys
 import tempfile
 import warnings
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from finlora.core.paths import ROOT, shown
+
+NOISY = r"(bitsandbytes|torch|torchao|typer|fla|kernels)\b"  # modules whose warnings are not about what one does here
+LOG = MemoryHandler(capacity=1)  # holds messages until `log_to` names a file, and then passes them on
+ERRORS = logging.StreamHandler()
+ERRORS.setLevel(logging.ERROR)
 
 
 def start() -> None:
@@ -66,7 +72,7 @@ def is_verbose() -> bool:
 
 
 def quiet() -> None:
-    """Turn off what libraries print while they are imported, unless VERBOSE=1 is set.
+    """Keep what libraries say while they are imported for `log_to`, off the screen, unless VERBOSE=1 is set.
 
     torchao 0.17 warns of kernels for other GPUs, bitsandbytes 0.50 of hub kernels, torch 2.13 of a deprecated call of
     torchao's, DeepSpeed 0.18 of a machine without a GPU, and transformers 5 of models that are loaded as intended.
@@ -74,10 +80,40 @@ def quiet() -> None:
     if is_verbose():
         return
     for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # Not a level: DeepSpeed sets its own when it is imported.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # bars, lm-eval's and the hub's, that would fill a pipe
-    warnings.filterwarnings("ignore", module=r"(bitsandbytes|torch|torchao|typer|fla|kernels)\b")
+        _to_log(logging.getLogger(name))
+    # Not another handler: DeepSpeed sets its own when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars: lm-eval's beside ours, and all that would fill a pipe
+    warnings.filterwarnings("ignore", module=NOISY)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def log_to(file: Path) -> None:
+    """Name a log, and write to it what libraries say from here on and what they said while they were imported."""
+    if is_verbose():
+        return
+    from transformers.utils import logging as transformers_logging  # late: it takes a second
+
+    print(f"log       {shown(file)} (VERBOSE=1 shows it)", flush=True)
+    LOG.setTarget(logging.FileHandler(file, mode="w", encoding="utf-8"))
+    LOG.target.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    warnings.filterwarnings("default", module=NOISY)
+    logging.captureWarnings(True)
+    transformers_logging.disable_default_handler()
+    transformers_logging.set_verbosity_warning()
+    for name in ("py.warnings", "transformers"):
+        _to_log(logging.getLogger(name))
+
+
+def _to_log(logger: logging.Logger) -> None:
+    """Send its messages to the log, and only errors to the screen."""
+    logger.propagate = False
+    for handler in (LOG, ERRORS):
+        logger.addHandler(handler)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    """Whether a message belongs on the screen; others go to the log."""
+    if record.levelno < logging.ERROR:
+        LOG.handle(record)
+    return record.levelno >= logging.ERROR

@@ -50,8 +50,8 @@ class BatchedHFLM(HFLM):
         left = sorted(range(len(asked)), key=lambda index: (json.dumps(asked[index][1]), -len(ids[index])))
         budget = self.batch_tokens or batch_tokens(self.model)
         with progress("answers", "row") as show:
+            show(0, len(asked))
             while left:
-                show(len(asked) - len(left), len(asked))
                 options = normalize_gen_kwargs(asked[left[0]][1])
                 longest = len(ids[left[0]]) + options["max_gen_toks"]
                 if longest > self.max_length:
@@ -70,6 +70,7 @@ class BatchedHFLM(HFLM):
                     self.tokens[asked[index][0]] = len(ids[index]), answer.tokens, answer.ended
                     self.cache_hook.add_partial("generate_until", asked[index], answer.text)
                 left = left[len(batch) :]
+                show(len(asked) - len(left), len(asked))
         return answers
 
     def warn_of_bos(self, ids: list[int]) -> None:
@@ -110,8 +111,8 @@ class BatchedHFLM(HFLM):
         left = sorted(range(len(requests)), key=lambda index: -lengths[index])
         budget = self.batch_tokens or batch_tokens(self.model, logits=True)
         with progress("choices", "request") as show:
+            show(0, len(requests))
             while left:
-                show(len(requests) - len(left), len(requests))
                 longest = lengths[left[0]]
                 group = [index for index in left if 4 * lengths[index] >= 3 * longest]
                 self.batch_size_per_gpu = batch_size(budget, longest)
@@ -119,6 +120,7 @@ class BatchedHFLM(HFLM):
                 for index, answer in zip(group, answered, strict=True):
                     answers[index] = answer
                 left = left[len(group) :]
+                show(len(requests) - len(left), len(requests))
         return answers
 
 

@@ -22,6 +22,7 @@ from finlora.core.errors import UserError
 from finlora.core.machine import gpus
 from finlora.core.paths import existing, shown
 from finlora.core.provenance import git_state, versions
+from finlora.core.startup import log_to
 from finlora.evaluate.evaluation import Evaluation, Request
 from finlora.evaluate.questions import Questions, answers
 from finlora.evaluate.results import Row, Run, SetResult, print_answered, read_kept, read_run, write_record, write_set
@@ -49,6 +50,8 @@ def evaluate(evaluation: Evaluation) -> list[Path]:
         for run in runs:  # two at a time would share one file of answers
             stack.enter_context(folder_lock(request.results / run.subject, make=False))
         left = {run.subject: prepare_folder(run, evaluation) for run in runs}
+        if any(left.values()):
+            log_to(request.results / runs[-1].subject / "eval.log")
         models = open_models(evaluation, [run for run in runs if left[run.subject]])
         for run, lm in stack.enter_context(closing(models)):  # closing ends a server of ours
             ask(lm, run, left[run.subject], evaluation)

@@ -33,6 +33,7 @@ from finlora.core.files import sha256, write_json
 from finlora.core.machine import GIB, gpus
 from finlora.core.paths import RAW, ROOT, SAMPLE, existing, shown
 from finlora.core.provenance import git_state, versions
+from finlora.core.startup import log_to
 from finlora.data.test_sets import all_sets
 from finlora.evaluate.questions import Questions, answers, read_questions, with_length
 from finlora.evaluate.scorers import scorings, summary
@@ -206,6 +207,7 @@ def merge(plan: MergePlan) -> None:
     """
     out = plan.trained.merged
     with folder_lock(plan.trained.folder):
+        log_to(plan.trained.folder / "merge.log")
         for leftover in out.parent.glob(".merged-*"):  # of a run that was killed
             shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".merged-") as beside:

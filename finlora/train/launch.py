@@ -23,6 +23,9 @@ WARNING = r"\[(?:WARNING|ERROR)\] \[axolotl\.fastdora[\w.]*\] (?P<warning>.*)"
 ROWS = r"\[INFO\] \[axolotl\.fastdora\.rows\] (?P<rows>.*)"
 TELLING = {"train": re.compile(WARNING), "preprocess": re.compile(f"{WARNING}|{ROWS}")}
 EXCEPTION = re.compile(r"(?:\[rank\d+\]: ?)?((?:[\w.]+\.)?\w*(?:Error|Exception): .+)")
+ERROR = re.compile(r"^error: (?P<error>.*)", re.MULTILINE)  # the plugin's own
+IDLE = re.compile(r"\[(INFO|DEBUG)\]|\d%\||Traceback|^\W*$")  # lines that say nothing of a failure
+LAST_LINES, WIDTH = 8, 160  # of a log, shown after a failure that nobody foresaw
 POLL = 0.2  # seconds
 
 
@@ -71,6 +74,8 @@ def axolotl(command: str, config: Path, args: list[str], local: bool, lock: IO) 
         with log.open("rb") as file:
             file.seek(start)
             text = file.read().decode("utf-8", errors="replace")
+        if not (ERROR.search(text) or is_verbose()):
+            print("".join(f"  | {line}\n" for line in last_lines(text)), end="", file=sys.stderr, flush=True)
         raise UserError(f"{why(text, f'axolotl {command} {config}', code)} (log: {log.relative_to(ROOT)})")
 
 
@@ -101,17 +106,20 @@ def environment(command: str, local: bool) -> dict[str, str]:
 def watch(child: subprocess.Popen, log: Path, start: int, telling: re.Pattern) -> int:
     """Show what a person must know of the log from byte `start` on, and the steps, until the process ends; its code."""
     told: set[str] = set()
-    stepping, rest = log.with_name("stepping"), ""
+    stepping, rest, state = log.with_name("stepping"), "", None
     with log.open(encoding="utf-8", errors="replace", newline="") as file, progress("training", "step") as show:
         file.seek(start)
         while True:
             code = child.poll()  # before the log is read: nothing comes after its end
             lines, newline, rest = (rest + file.read()).rpartition("\n")
             tell(lines + newline, telling, told)
-            if state := read_json(stepping):
+            if now := read_json(stepping):
+                state = now
                 show(state["step"], state["max_steps"], note(state))
             if code is not None:
                 tell(rest, telling, told)
+                if state and not code and (metrics := read_json(log.with_name("metrics.json"))):
+                    show(metrics["steps"], state["max_steps"], note(state))
                 return code
             time.sleep(POLL)
 
@@ -136,15 +144,19 @@ def note(state: dict[str, Any]) -> str:
 
 def why(text: str, what: str, code: int) -> str:
     """The reason of a failure in what the process printed: the plugin's line, else the last exception."""
-    for line in text.splitlines():
-        if line.startswith("error: "):
-            return line.removeprefix("error: ")
+    if known := ERROR.search(text):
+        return known["error"]
     if code < 0:
         hint = "; the machine may be out of memory" if -code == signal.SIGKILL else ""
         return f"{what} was ended by {signal.Signals(-code).name}{hint}"
     exceptions = [match[1] for match in map(EXCEPTION.match, text.splitlines()) if match]
     reason = f": {exceptions[-1][:300]}" if exceptions else "; VERBOSE=1 shows what it prints"
     return f"{what} failed with exit code {code}{reason}"
+
+
+def last_lines(text: str) -> list[str]:
+    """The last lines that matter: no progress bars, nor what is said when all is well."""
+    return [line.rstrip()[:WIDTH] for line in text.splitlines() if not IDLE.search(line)][-LAST_LINES:]
 
 
 def interrupt(child: subprocess.Popen, out: Path) -> None:
