@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fastdora.plugin.keys import read_recipe
 from finlora import cli
 from finlora.core import machine
+from finlora.data import tokens as data_tokens
 from finlora.plan import estimate as plan
 from finlora.plan import gpus, step_time
 from finlora.recipes import bases, memory
@@ -223,7 +224,7 @@ def rows_file(folder, lines) -> str:
     return str(path)
 
 
-def test_rows_that_are_here_are_counted(tmp_path, tiny_base):
+def test_rows_that_are_here_are_counted(tmp_path, tiny_base, monkeypatch):
     file = rows_file(tmp_path, ["Shares rose."] * 4999 + ["Shares fell. " * 300])
     keys = recipe(datasets=[{"path": file}], test_datasets=[], base_model=".cache/tiny")
     rows = plan.rows_of(tmp_path / "r.yaml", keys)
@@ -235,6 +236,11 @@ def test_rows_that_are_here_are_counted(tmp_path, tiny_base):
     chat = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nShares rose.<|eot_id|>"
     chat += "<|start_header_id|>assistant<|end_header_id|>\n\nup<|eot_id|>"
     assert rows.tokens[0] == len(tokenizer(chat, add_special_tokens=False)["input_ids"])
+    llama = plan.rows_of(tmp_path / "r.yaml", keys | {"base_model": data_tokens.LLAMA})
+    other = plan.rows_of(tmp_path / "r.yaml", keys | {"base_model": "nobody/nothing", "chat_template": "llama3"})
+    assert llama.tokens[0] == 15 and "base model's tokenizer" in llama.source
+    assert "Llama-3's tokenizer" in other.source and other.tokens[0] == 14  # its template has no token to begin with
+    monkeypatch.setattr(data_tokens, "tokenizer_of", lambda base: None)
     unknown = plan.rows_of(tmp_path / "r.yaml", keys | {"base_model": "nobody/nothing"})
     assert "4 characters" in unknown.source and "4 characters" not in rows.source and unknown.train == 5000
 

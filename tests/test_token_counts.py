@@ -10,7 +10,6 @@ from finlora.core.paths import ROOT
 from finlora.data import tokens
 from finlora.data.rows import read_rows
 
-LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
 REAL = ROOT.parent / "shared" / "finlora" / "data"
 
 
@@ -25,10 +24,10 @@ def test_llama_models_stands_in_for_the_hub(tmp_path, monkeypatch, no_cache):
     model.write_text("")
     package = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: package if name == "llama_models" else None)
-    assert tokens.tokenizer_of(LLAMA) == model
+    assert tokens.tokenizer_of(tokens.LLAMA) == model
     assert tokens.tokenizer_of("Qwen/Qwen3-8B") is None  # another model's tokens are not Llama's
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert tokens.tokenizer_of(LLAMA) is None
+    assert tokens.tokenizer_of(tokens.LLAMA) is None
 
 
 def test_tokens_by_a_tokenizer_model(tmp_path):
@@ -62,7 +61,7 @@ def test_tokens_by_a_tokenizer_model(tmp_path):
 )
 def test_real_lengths_by_llama_3s_tokenizer(file, mean, longest, no_cache):
     """The lengths behind tokens_about in data/tasks.yaml, recounted."""
-    path = tokens.tokenizer_of(LLAMA)
+    path = tokens.tokenizer_of(tokens.LLAMA)
     if path is None or not (REAL / file).exists():
         pytest.skip("needs FinLoRA's files in ../shared, and llama-models, which the dev extra has")
     counts = tokens.counter(path)([tokens.chat(row.turns) for row in read_rows(REAL / file, left_out=[])])

@@ -3,11 +3,12 @@
 Llama-3's tokenizer is gated on the Hub. PyPI's llama-models, of the dev extra, carries the same one (Llama's licence).
 """
 
-import base64
 import importlib.util
+import os
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
 
@@ -15,7 +16,8 @@ from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 
 TINY = ROOT / ".cache" / "tiny"
-# How Llama-3 cuts text before byte-pair encoding, and the special tokens that follow the 128,000 merges in order
+LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
+# How Llama-3 cuts text before byte-pair encoding, and the 256 special tokens that follow the 128,000 merges in order
 # (llama_models/llama3/tokenizer.py); tokenizer.model holds the merges alone.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -24,7 +26,7 @@ WORDS = (
 SPECIAL = (
     "<|begin_of_text|> <|end_of_text|> <|reserved_special_token_0|> <|reserved_special_token_1|> "
     "<|finetune_right_pad_id|> <|step_id|> <|start_header_id|> <|end_header_id|> <|eom_id|> <|eot_id|> <|python_tag|>"
-).split()
+).split() + [f"<|reserved_special_token_{number}|>" for number in range(2, 247)]
 
 Count = Callable[[list[str]], list[int]]  # the tokens of each text, special tokens recognised and none added
 
@@ -81,29 +83,30 @@ def tokenizer_of(base: str | None) -> Path | None:
 
 def counter(path: Path) -> Count:
     """What counts tokens by a tokenizer.json, or by Llama-3's tokenizer.model; UserError where it is neither."""
-    try:
-        return _tiktoken_counter(path) if path.suffix == ".model" else _json_counter(path)
-    except Exception as error:  # the libraries raise plain Exception and ValueError
-        raise UserError(f"{path}: is not a tokenizer ({error}); name a model's folder or its tokenizer.json") from error
-
-
-def _json_counter(path: Path) -> Count:
-    from tokenizers import Tokenizer  # takes a second to import, and is not needed without a tokenizer
-
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = read_tokenizer(path)
     return lambda texts: [
         len(encoding.ids) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     ]
 
 
-def _tiktoken_counter(path: Path) -> Count:
-    import tiktoken  # not needed where a tokenizer.json is there
+def read_tokenizer(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` of a tokenizer.json or of Llama-3's tokenizer.model; UserError where it is neither."""
+    from tokenizers import Tokenizer  # takes a second to import, and is not needed without a tokenizer
 
-    # Not tiktoken.load.load_tiktoken_bpe: it keeps a copy by the file's name and would not see another content.
-    lines = (line.split() for line in path.read_bytes().splitlines())
-    merges = {base64.b64decode(token): int(rank) for token, rank in lines}
-    special = {token: len(merges) + place for place, token in enumerate(SPECIAL)}
-    tokenizer = tiktoken.Encoding(path.name, pat_str=WORDS, mergeable_ranks=merges, special_tokens=special)
-    return lambda texts: [len(tokens) for tokens in tokenizer.encode_batch(texts, allowed_special="all")]
+    try:
+        if path.suffix == ".model":
+            return _llama_tokenizer(path, path.stat().st_mtime_ns)
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the libraries raise plain Exception and ValueError
+        raise UserError(f"{path}: is not a tokenizer ({error}); name a model's folder or its tokenizer.json") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+@lru_cache(maxsize=1)  # a second, and an audit asks for each task
+def _llama_tokenizer(path: Path, _: int) -> Any:
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    os.environ["TIKTOKEN_CACHE_DIR"] = ""  # no copy by the file's name, which would hide another content
+    return TikTokenConverter(str(path), pattern=WORDS, extra_special_tokens=SPECIAL).converted()

@@ -114,12 +114,14 @@ def rows_of(path: Path, recipe: dict[str, Any]) -> Rows:
     )
     if not train:
         raise UserError(f"{path}: key 'datasets': its files have no rows")
-    tokenizer = data_tokens.tokenizer_of(recipe["base_model"])
-    as_text = template(recipe, tokenizer)
+    own = data_tokens.tokenizer_of(recipe["base_model"])
+    tokenizer = own or data_tokens.tokenizer_of(data_tokens.LLAMA)
+    as_text = template(recipe, own)
     texts = [chat(path, line, as_text) for file in files for line in lines_of(file, -(-train // SAMPLE))]
     if tokenizer:
         tokens = data_tokens.counter(tokenizer)(texts)
-        how = f"{len(tokens):,} rows counted by the base model's tokenizer"
+        whose = "the base model's tokenizer" if own else "Llama-3's tokenizer, since the base model's is not here"
+        how = f"{len(tokens):,} rows counted by {whose}"
     else:
         tokens = [math.ceil(len(text) / 4) for text in texts]
         how = "a token taken as 4 characters, since the base model's tokenizer is not here"
@@ -149,6 +151,8 @@ def template(recipe: dict[str, Any], tokenizer: Path | None) -> Callable[[list[d
         file = axolotl / f"{name}.jinja"
         source = (file if file.is_file() else axolotl / "chatml.jinja").read_text(encoding="utf-8")
     config = (read_json(folder / "tokenizer_config.json") if folder else None) or {}
+    if tokenizer and tokenizer.suffix == ".model":  # Llama-3's, which has no configuration beside it
+        config = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
     named = {key: config.get(key) or "" for key in ("bos_token", "eos_token")}
     marks = {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
     return lambda turns: render_jinja_template([turns], chat_template=source, **marks)[0][0]

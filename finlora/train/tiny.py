@@ -74,8 +74,7 @@ def link(folder: Path) -> None:
 def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY):
     """A byte-level BPE tokenizer of these texts with Llama-3.1's special tokens, at most `vocabulary` tokens in all."""
     # Late, as torch below: the model is mostly there already, and each takes a second or more.
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -87,6 +86,14 @@ def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY):
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return as_llama(tokenizer)
+
+
+def as_llama(tokenizer):
+    """A `tokenizers.Tokenizer` that has Llama-3.1's special tokens as transformers takes it, used as Llama uses it."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{SPECIAL[0]} $A", special_tokens=[(SPECIAL[0], tokenizer.token_to_id(SPECIAL[0]))]
     )
