@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.train_throughput import Run, finish, keep_logs, sentiment_rows, shipped_recipe, start, stop, write_rows
+from bench.rows import read_rows, write_rows
+from bench.train_throughput import Run, finish, keep_logs, shipped_recipe, start, stop
 from finlora.core.errors import UserError, run
 from finlora.core.files import read_json, write_json
 from finlora.core.machine import gpus
@@ -79,7 +80,7 @@ def tiny_recipe(options, work: Path, processes: int, strategy: str, bits: int, m
 
 
 def throughput_recipe(options, work: Path, processes: int, name: str, strategy: str, grows: bool) -> dict[str, Any]:
-    rows = write_rows(sentiment_rows(options.data), work / "train.jsonl")
+    rows = write_rows(read_rows("sentiment", options.data), work / "train.jsonl")
     recipe = shipped_recipe(name, options.base, rows, work, max_steps=options.steps)
     recipe["plugins"] += ["bench.plugins.Clock"]
     if not grows:

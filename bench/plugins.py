@@ -10,9 +10,8 @@ import torch
 from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
 
+from bench.train_throughput import SKIP
 from fastdora import packing
-
-SKIP = 6  # steps in which kernels are compiled and memory is allocated
 
 
 class Clock(BasePlugin):

@@ -1,10 +1,13 @@
 """Throughput of the recipes as shipped, through `axolotl train`, beside FinLoRA's own settings in the same call.
 
     python -m bench.train_throughput --base <folder of the 8B shape> --data <folder of FinLoRA's files> [--runs a,b]
+    python -m bench.train_throughput --base ... --data ... --recipes sentiment_r8_dora,finer_r8_dora@finer_made \
+        --set finlora --set fastdora_shared_prefixes=false --set fastdora_shared_prefixes=true sequence_len=2560
 
-bench/train_throughput.yaml lists the runs. Sentiment rows: FPB, FiQA and TFNS test files. Long rows: FinanceBench
-prompts joined up to 7,500 and 15,000 tokens. Each row is written to --out as it comes; runs already there for the same
-commit are not run again, so that an interrupted benchmark continues.
+The first measures the runs of bench/train_throughput.yaml, the second each recipe with the keys of each --set, on rows
+of its task or of another kind (bench/rows.py); 8k and 16k are FinanceBench prompts joined up to 7,500 and 15,000
+tokens. Each row is printed, and written to --out, as it comes, with its error where a run fails. Runs already there for
+the same commit are not run again, so that an interrupted benchmark continues.
 """
 
 import argparse
@@ -22,14 +25,17 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from finlora.core.errors import UserError, run
+from bench.rows import Row, read_rows, write_rows
+from finlora.core.errors import UserError, did_you_mean, run
 from finlora.core.files import read_json, write_json
 from finlora.core.machine import gpus
-from finlora.core.paths import ROOT
+from finlora.core.paths import ROOT, shown
 from finlora.core.provenance import git_state, versions
 
 RUNS = ROOT / "bench" / "train_throughput.yaml"
-STEPS = 22
+RECORD = ROOT / "finlora" / "plan" / "train_throughput.json"  # what plans are fitted to
+TRIED = ROOT / "outputs" / "train_throughput.json"
+STEPS, SKIP = 22, 6  # of a run; those in which kernels are compiled and memory is allocated are not counted
 LONG = {"8k": 7500, "16k": 15000}  # tokens, within packs of 8,192 and 16,384
 # Axolotl's command line, which imports everything and then waits for its turn: a line on its standard input.
 LATER = (
@@ -38,21 +44,12 @@ LATER = (
 )
 
 
-def sentiment_rows(data: Path) -> list[tuple[str, str]]:
-    """(context, target) of the three sentiment test files, in a fixed order that mixes them."""
-    files = [data / "test" / f"{name}_test.jsonl" for name in ("fpb", "fiqa", "tfns")]
-    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    pairs = [(row["context"], str(row["target"])) for row in rows]
-    return sorted(pairs, key=lambda pair: hashlib.sha256(pair[0].encode()).hexdigest())
-
-
-def long_rows(base: str, data: Path, tokens: int) -> list[tuple[str, str]]:
+def long_rows(base: str, data: Path, tokens: int) -> list[Row]:
     """32 rows of so many tokens, made of FinanceBench prompts."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
-    lines = (data / "train" / "financebench_train.jsonl").read_text(encoding="utf-8").splitlines()
-    contexts = [json.loads(line)["context"] for line in lines]
+    contexts = [context for context, _ in read_rows("financebench", data)]
     rows, start = [], 0
     while len(rows) < 32:
         text = ""
@@ -61,14 +58,6 @@ def long_rows(base: str, data: Path, tokens: int) -> list[tuple[str, str]]:
         ids = tokenizer(text)["input_ids"][:tokens]
         rows.append((tokenizer.decode(ids, skip_special_tokens=True), "12.5"))
     return rows
-
-
-def write_rows(rows: list[tuple[str, str]], path: Path) -> Path:
-    with path.open("w", encoding="utf-8") as file:
-        for context, target in rows:
-            turns = [{"role": "user", "content": context}, {"role": "assistant", "content": target}]
-            file.write(json.dumps({"messages": turns}) + "\n")
-    return path
 
 
 def shipped_recipe(name: str, base: str, rows: Path, work: Path, **changes: Any) -> dict[str, Any]:
@@ -154,36 +143,86 @@ def keep_logs(running: Run, name: str, folder: Path | None) -> None:
             shutil.copy(log, folder / f"{name.replace(' ', '_')}.{log.name}")
 
 
+def runs_of(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The runs asked for, by name: those of bench/train_throughput.yaml, or each of --recipes with each --set."""
+    known = yaml.safe_load(RUNS.read_text(encoding="utf-8"))
+    if not options.recipes:
+        names = options.runs.split(",") if options.runs else list(known)
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"--runs {unknown[0]}: {RUNS.name} has {', '.join(known)}")
+        return {name: known[name] for name in names}
+    runs = {}
+    for recipe in options.recipes.split(","):
+        recipe, _, rows = recipe.partition("@")
+        path = ROOT / "recipes" / f"{recipe}.yaml"
+        if not path.is_file():
+            near = did_you_mean(recipe, [path.stem for path in path.parent.glob("*_*.yaml")], 3)
+            raise UserError(f"--recipes {recipe}: is no recipe; {near}see recipes/")
+        rows = rows or task_of(path)
+        for words in options.set or [[]]:
+            run = {"recipe": recipe, "rows": rows, "set": {}}
+            for word in words:
+                key, equals, value = word.partition("=")
+                if not equals and key not in known:
+                    raise UserError(f"--set {word}: is neither key=value nor a run of {RUNS.name}, whose keys it takes")
+                run["set"] |= {key: yaml.safe_load(value)} if equals else known[key].get("set", {})
+            runs[" ".join([recipe + f"@{rows}" * (rows != task_of(path)), *words])] = run
+    return runs
+
+
+def task_of(recipe: Path) -> str:
+    """The task whose prepared rows a recipe trains on."""
+    return Path(yaml.safe_load(recipe.read_text(encoding="utf-8"))["datasets"][0]["path"]).parent.name
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--base", required=True, help="a folder with the model and a tokenizer")
-    parser.add_argument("--data", required=True, type=Path, help="folder of FinLoRA's files (test/fpb_test.jsonl ...)")
+    parser.add_argument("--base", help="a folder with the model and a tokenizer; with --tiny one is made")
+    parser.add_argument("--data", type=Path, help="folder of FinLoRA's files (test/fpb_test.jsonl ...)")
+    parser.add_argument("--rows", type=Path, help="folder of <task>/train.jsonl, as prepared or by bench.rows")
     parser.add_argument("--runs", help="names from bench/train_throughput.yaml; all without")
-    parser.add_argument("--steps", type=int, help="for trying the benchmark itself out")
+    parser.add_argument("--recipes", help="recipes in place of --runs; recipe@kind takes other rows (bench/rows.py)")
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        action="append",
+        help="key=value ... of one variant of --recipes, or a run's name for its keys",
+    )
+    parser.add_argument("--steps", type=int, help=f"of a run, the first {SKIP} not counted ({STEPS})")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the benchmark on a CPU")
     parser.add_argument("--timeout", type=float, default=240, help="seconds that one run may take")
     parser.add_argument("--profile", type=Path, help="folder for profiles; the throughput then means little")
     parser.add_argument("--logs", type=Path, help="folder for axolotl's output")
-    parser.add_argument("--out", type=Path, default=ROOT / "finlora" / "plan" / "train_throughput.json")
+    parser.add_argument("--out", type=Path, help=f"{shown(RECORD)}; with --recipes or --tiny {shown(TRIED)}")
     options = parser.parse_args()
-    runs = yaml.safe_load(RUNS.read_text(encoding="utf-8"))
-    names = options.runs.split(",") if options.runs else list(runs)
-    if unknown := [name for name in names if name not in runs]:
-        raise UserError(f"--runs {unknown[0]}: {RUNS.name} has {', '.join(runs)}")
+    runs = runs_of(options)
+    if not options.base and not options.tiny:
+        raise UserError("--base: name a folder with the model (python -m bench.random_base), or take --tiny")
+    if options.steps and options.steps <= SKIP:
+        raise UserError(f"--steps {options.steps}: the first {SKIP} are not counted; take more")
+    options.out = options.out or (TRIED if options.recipes or options.tiny else RECORD)
     about = {"what": f"python -m bench.train_throughput: {__doc__.splitlines()[0]}", "git": git_state()}
     about |= {"device": gpus()[0][0] if gpus() else "CPU", "versions": versions()}
     before = read_json(options.out)
     rows = before["rows"] if before and all(before[key] == about[key] for key in ("git", "device", "versions")) else {}
+    left = [name for name in runs if "samples_s" not in rows.get(name, {})]
     started: dict[str, Run] = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        options.base = options.base or tiny_base(Path(folder))
         try:
-            for name in names:
-                if "samples_s" not in rows.get(name, {}):
-                    started[name] = start_named(name, runs[name], Path(folder), options)
-            for name, running in started.items():
+            # All but tiny ones now, so that no import competes with a run that is timed.
+            for name in () if options.tiny else left:
+                started[name] = start_run(name, runs[name], Path(folder), options)
+            for name in left:
+                running = started.get(name) or start_run(name, runs[name], Path(folder), options)
+                started[name] = running
                 failed = finish(running, options.timeout)
                 row = {"failed": failed} if failed else read_json(running.work / "clock0")
+                if not failed:
+                    row["tokens_row"] = round(row["tokens_s"] / row["samples_s"], 1)
                 rows[name] = {key: runs[name].get(key, {}) for key in ("recipe", "set", "rows")} | row
-                print(name, json.dumps(row), flush=True)
+                machine = {key: about[key] for key in ("device", "git", "versions")}
+                print(json.dumps({"run": name} | rows[name] | machine), flush=True)
                 keep_logs(running, name, options.logs)
                 write_json(options.out, about | {"rows": rows})
         finally:
@@ -191,16 +230,29 @@ def main() -> None:
                 stop(running)
 
 
-def start_named(name: str, entry: dict[str, Any], folder: Path, options: argparse.Namespace) -> Run:
-    """Start a run of bench/train_throughput.yaml; `folder` has its rows, written at first use, and its work."""
-    kind, work = entry["rows"], folder / name
+def tiny_base(folder: Path) -> str:
+    """A model for a CPU with Llama-3's tokenizer, in the folder `base`."""
+    from bench.random_base import make_base  # late: it imports torch
+
+    make_base("llama-3", folder / "base", tiny=True)
+    return str(folder / "base")
+
+
+def start_run(name: str, entry: dict[str, Any], folder: Path, options: argparse.Namespace) -> Run:
+    """Start a run; `folder` gets its rows, at first use, and its work."""
+    kind = entry["rows"]
+    work = folder / hashlib.sha256(name.encode()).hexdigest()[:12]
     work.mkdir()
-    rows = folder / f"{kind}.jsonl"
+    rows = (options.rows or folder) / kind / "train.jsonl"
+    if options.rows and not rows.is_file():
+        raise UserError(f"{rows}: is missing; `python -m bench.rows {options.rows} --kinds {kind}` writes it")
     if not rows.exists():
-        contexts = sentiment_rows(options.data) if kind == "sentiment" else None
-        write_rows(contexts or long_rows(options.base, options.data, LONG[kind]), rows)
+        of_length = long_rows(options.base, options.data, LONG[kind]) if kind in LONG else None
+        write_rows(of_length or read_rows(kind, options.data), rows)
     changes = dict(entry.get("set", {}))
     changes |= dict.fromkeys(changes.pop("drop", [])) | {"max_steps": options.steps or entry.get("steps", STEPS)}
+    if options.tiny:
+        changes |= {"max_steps": options.steps or SKIP + 2, "gradient_accumulation_steps": 1}
     recipe = shipped_recipe(entry["recipe"], options.base, rows, work, **changes)
     recipe["plugins"] = [*recipe["plugins"], "bench.plugins.Clock"]
     profile = {"CLOCK_PROFILE": str(options.profile / f"{name}.txt")} if options.profile else {}

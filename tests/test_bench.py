@@ -1,15 +1,24 @@
 """The benchmarks' own parts: the recipes that they run, and how they start, end and report processes."""
 
+import gzip
 import json
+import os
+import re
+from types import SimpleNamespace
 
 import pytest
+import tiktoken.load
 import torch
 import yaml
+from failures import refuses
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer
 
-from bench import distributed, train_throughput
+from bench import distributed, random_base, rows, train_throughput
 from fastdora.plugin.keys import check_keys, kept_schema
 from finlora.core.paths import ROOT
+from finlora.data import tokens
+from finlora.data.test_sets import read_set
 from finlora.train.tiny import CACHE
 
 pytestmark = pytest.mark.xdist_group("axolotl")
@@ -74,3 +83,139 @@ def test_two_runs_are_compared_by_their_largest_differences(tmp_path):
         "norms_compared": 10,
         "norm_difference": 0.125,
     }
+
+
+def asked(*words):
+    given = {"recipes": None, "runs": None, "set": None} | dict(zip(words[::2], words[1::2], strict=True))
+    return train_throughput.runs_of(SimpleNamespace(**given))
+
+
+def test_recipes_are_run_with_each_set_of_keys():
+    runs = asked(
+        "recipes",
+        "sentiment_r8_dora,xbrl_extract_r8_dora@tags_made_5",
+        "set",
+        [[], ["fastdora_fp8=true", "lora_target_modules=[q_proj, v_proj]"], ["finlora", "micro_batch_size=4"]],
+    )
+    assert list(runs)[3:5] == [
+        "xbrl_extract_r8_dora@tags_made_5",
+        "xbrl_extract_r8_dora@tags_made_5 fastdora_fp8=true lora_target_modules=[q_proj, v_proj]",
+    ]
+    shipped, keys, finlora = list(runs.values())[:3]
+    assert shipped == {"recipe": "sentiment_r8_dora", "rows": "sentiment", "set": {}}
+    assert keys["set"] == {"fastdora_fp8": True, "lora_target_modules": ["q_proj", "v_proj"]}
+    assert finlora["set"] == RUNS["finlora"]["set"] | {"micro_batch_size": 4}
+    assert asked("runs", "finlora,8bit_lora") == {name: RUNS[name] for name in ("finlora", "8bit_lora")}
+    with refuses("--set fp8", "key=value"):
+        asked("recipes", "sentiment_r8_dora", "set", [["fp8"]])
+    with refuses("--recipes sentiment_r8_dorra", "sentiment_r8_dora"):
+        asked("recipes", "sentiment_r8_dorra")
+    with refuses("--runs 8bit", "8bit_dora"):
+        asked("runs", "8bit")
+
+
+def test_a_run_that_fails_is_noted_and_the_next_one_goes_on(tmp_path, monkeypatch, capsys):
+    program = "import json, os, sys; sys.stdin.readline(); fails = 'fp8: true' in open(sys.argv[2]).read(); "
+    program += "fails and sys.exit('no such kernel'); "
+    program += "json.dump({'samples_s': 2.0, 'tokens_s': 8.0}, open(os.environ['CLOCK'], 'w'))"
+    monkeypatch.setattr(train_throughput, "LATER", program)
+    rows.write_rows(rows.read_rows("finer_made", rows=2), tmp_path / "finer" / "train.jsonl")
+    command = f"x --base x --rows {tmp_path} --out {tmp_path / 'out.json'} --recipes finer_r8_dora"
+    monkeypatch.setattr("sys.argv", [*command.split(), "--set", "fastdora_fp8=true", "--set", "lora_r=4"])
+    train_throughput.main()
+    failed, done = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert failed["failed"] == "no such kernel" and failed["set"] == {"fastdora_fp8": True}
+    assert done["tokens_row"] == 4 and done["samples_s"] == 2 and done["versions"] and done["git"] and done["device"]
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert [row.get("samples_s") for row in record["rows"].values()] == [None, 2.0]
+    monkeypatch.setattr("sys.argv", [*command.split(), "--rows", str(tmp_path / "none")])
+    with refuses("is missing", "bench.rows", file=tmp_path / "none" / "finer" / "train.jsonl"):
+        train_throughput.main()
+
+
+@pytest.fixture(scope="module")
+def llama():
+    path = tokens.tokenizer_of(tokens.LLAMA)
+    if path is None:
+        pytest.skip("needs llama-models, which the dev extra has")
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind, shortest, longest, shared",
+    [
+        ("finer_made", 1600, 2600, 1 / 2),
+        ("fnxl_made", 8400, 9500, 4 / 5),
+        ("tags_made_12", 2700, 5000, 9 / 10),
+        ("value_made_12", 2700, 5000, 9 / 10),
+        ("formula_made_12", 2700, 5000, 9 / 10),
+        ("formula_calculations_made_12", 2700, 5000, 9 / 10),
+    ],
+)
+def test_made_rows_have_the_shape_of_the_real_ones(kind, shortest, longest, shared, llama):
+    """Tokens of real rows: FiNER 1,855 (at most 2,842), FNXL 9,047, XBRL extraction 3,800 and 4,500."""
+    made = rows.read_rows(kind, rows=48)
+    assert len(made) == 48 == len({context for context, _ in made})
+    assert made == rows.read_rows(kind, rows=48) != rows.read_rows(kind, rows=47)
+    lengths = tokens.counter(llama)([tokens.chat([("user", row[0]), ("assistant", row[1])]) for row in made])
+    assert shortest < sum(lengths) / 48 < longest and max(lengths) < longest * 1.2
+    contexts = sorted(context for context, _ in made)
+    common = [len(os.path.commonprefix(pair)) / len(pair[1]) for pair in zip(contexts, contexts[1:], strict=False)]
+    assert sum(part > shared for part in common) == (44 if kind[-1] == "2" else 47)  # 4 filings of 12 questions
+    for context, target in made:
+        if kind.startswith(("finer", "fnxl")):
+            assert target.count(",") == 3 and set(target.split(",")) <= set(rows.TAGS) and context.count("\n") == 5
+        else:
+            facts = dict(re.findall(r"<us-gaap:(\w+)>(\d+)</>", context))
+            named = re.findall(r"\w+", target.replace("us-gaap:", ""))
+            known = facts if kind.startswith(("tags", "formula_made")) else facts.values()
+            assert named and set(named) - {"100"} <= set(known)
+
+
+def test_rows_of_a_folder_of_finloras_files(tmp_path):
+    files = {"test/ner_test.jsonl": "open", "older/finer_test_older.jsonl.gz": "gzip"}
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        text = "".join(json.dumps({"context": f"{number} of {name}", "target": number}) + "\n" for number in range(9))
+        data = text.encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    for kind, name in zip(("ner", "finer"), files, strict=True):
+        assert sorted(rows.read_rows(kind, tmp_path)) == [(f"{number} of {name}", str(number)) for number in range(9)]
+    with refuses("is missing", "--data", file=tmp_path / "train/formula_train.jsonl"):
+        rows.read_rows("formula", tmp_path)
+    with refuses("--data"):
+        rows.read_rows("ner")
+    for kind in ("finer_maid", "ner_5", "tags_made_0"):
+        with refuses(kind, "tags_made"):
+            rows.read_rows(kind, tmp_path)
+
+
+def test_made_test_sets_are_asked_as_finloras(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["rows", str(tmp_path), "--tests", "--rows", "3"])
+    rows.main()
+    assert len(capsys.readouterr().out.splitlines()) == len(rows.TESTS)
+    for name in rows.TESTS.values():
+        assert len(read_set(name, tmp_path).rows) == 3
+    monkeypatch.setattr("sys.argv", ["rows", str(tmp_path), "--tests", "--kinds", "xbrl_extract_made"])
+    with refuses("no test set", "tags_made"):
+        rows.main()
+
+
+def test_a_base_with_llama_3s_own_tokenizer(tmp_path, llama):
+    random_base.make_base("llama-3", tmp_path, tiny=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    special = "<|begin_of_text|> <|end_of_text|> <|finetune_right_pad_id|> <|start_header_id|> <|eot_id|>".split()
+    assert tokenizer.convert_tokens_to_ids(special) == [128000, 128001, 128004, 128006, 128009]
+    assert len(tokenizer) == 128256 == AutoConfig.from_pretrained(tmp_path).vocab_size
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (128000, 128009, 128004)
+    turns = [("user", " Sales rose 10% – “über” €5.\n"), ("assistant", "positive")]
+    text = tokens.chat(turns)
+    chat = [{"role": role, "content": content} for role, content in turns]
+    ids = tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids[0] == 128000 and tokenizer("a")["input_ids"][0] == 128000 and tokenizer.decode(ids) == text
+    # llama_models/llama3/tokenizer.py, by tiktoken itself
+    merges = tiktoken.load.load_tiktoken_bpe(str(llama))
+    special = {token: len(merges) + place for place, token in enumerate(tokens.SPECIAL)}
+    own = tiktoken.Encoding("llama-3", pat_str=tokens.WORDS, mergeable_ranks=merges, special_tokens=special)
+    assert own.encode(text, allowed_special="all") == ids and own.n_vocab == 128256
