@@ -127,7 +127,7 @@ def test_in_a_pipe_progress_is_a_few_lines(monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines() == []  # less than ten seconds in all
     steps(1.0, clock)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "training: 15 of 100 steps, loss 15, 85 s left" and len(lines) == 9
+    assert lines[0] == "training: 15 of 100 steps, loss 15, 1 min left" and len(lines) == 9
     assert lines[-1] == "training: 95 of 100 steps, loss 95, 5 s left"
 
 

@@ -36,7 +36,7 @@ def progress(what: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
             tenth, shown = done * 10 // total, now
             left = (now - began) / (done - first) * (total - done)
             print(
-                f"{what}: {done} of {total} {unit}s{note and f', {note}'}, {left:.0f} s left",
+                f"{what}: {done} of {total} {unit}s{note and f', {note}'}, {duration(left)} left",
                 file=sys.stderr,
                 flush=True,
             )

@@ -96,6 +96,7 @@ def log_to(file: Path) -> None:
 
     print(f"log       {shown(file)} (VERBOSE=1 shows it)", flush=True)
     LOG.setTarget(logging.FileHandler(file, mode="w", encoding="utf-8"))
+    LOG.target.handleError = lambda record: None  # a full disk costs the log
     LOG.target.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     warnings.filterwarnings("default", module=NOISY)
     logging.captureWarnings(True)
