@@ -138,15 +138,16 @@ def test_what_it_says(monkeypatch, capsys):
     text = capsys.readouterr().out
     for line in (
         r"sentiment_r8_dora .*\b4\b.* a100-80g .*NVIDIA A100-SXM4-80GB, 80 GiB.*",
-        r".*\b4 processes .*\b1 .*\b1,152 .*\b1 .*\b4,608 .*",
+        r".*\b4 processes .*\b1 .*\b640 .*\b1 .*\b2,560 .*",
         r"  q_proj +32 +2,097,152 +131,072 +2,228,224",
         r"  all +4,718,592 +196,608 +4,915,200",
         r"  weights 8\.5, .* 0\.07, .* \d\.\d, .* 0\.\d",
         r"  peak \d+\.\d of 80\b.*",
         r"  rows +71,442 .* 1,458 .* 70 .*",
         r" +.*data/tasks.yaml.*`make data TASK=sentiment`.*",
+        r" +39 .*share prefixes.*",
         r"  samples +285,768 .*\b20\b.*",
-        r"  steps +\d,\d\d\d of 4,608 .*0\.\d+ s .*",
+        r"  steps +\d,\d\d\d of 2,560 .*0\.\d+ s .*",
         r"  time +\d+ min, .*\d+ (s|min) .*",
         r"  cost +\d+\.\d\d .*\d+\.\d\d GPU-hours .*2\.5",
         r".*\d+ runs .*h100-80g and h200\b.* \d+%.* \d+%.*a100-80g .*",
@@ -164,20 +165,22 @@ def test_the_keys_to_change_keep_a_steps_tokens_on_several_gpus(monkeypatch):
     """They are written into the recipe, which several GPUs then share."""
 
     name, count = "xbrl_extract_bf16_r8_dora", 3
-    before = recipe(name)
-    text = planned(name, "l4", count).change
+    whole = {"sequence_len": 16384, "gradient_accumulation_steps": 9, "fastdora_shared_prefixes": False}
+    before = recipe(name, **whole)
+    text = planned(name, "l4", count, **whole).change
     match = re.fullmatch(r"set (?:gradient_checkpointing: true and )?sequence_len: (\d+) and .*steps: (\d+)", text)
     length, accumulation = map(int, match.groups())
     assert length * accumulation == before["sequence_len"] * before["gradient_accumulation_steps"]
     after = {"sequence_len": length, "gradient_accumulation_steps": accumulation, "gradient_checkpointing": True}
-    assert planned(name, "l4", count, **after).fits
+    assert planned(name, "l4", count, **whole | after).fits
 
 
 def test_the_keys_to_change_leave_room_for_the_longest_row(tmp_path, monkeypatch):
     """A pack shorter than a row of the data would be refused by the next command."""
     for words, expected in ((1000, "sequence_len: 8192"), (9000, "fewer bits")):
         file = rows_file(tmp_path, ["Shares rose.", "long " * words])
-        estimate = planned("xbrl_extract_bf16_r8_dora", "l4", datasets=[{"path": file}], test_datasets=[])
+        keys = {"sequence_len": 16384, "datasets": [{"path": file}], "test_datasets": []}
+        estimate = planned("xbrl_extract_bf16_r8_dora", "l4", **keys)
         assert expected in estimate.change and (estimate.rows.longest > 8192) == (words == 9000)
 
 
@@ -248,7 +251,7 @@ def test_rows_that_are_here_are_counted(tmp_path, tiny_base, monkeypatch):
 def test_a_row_that_is_too_long_is_said(tmp_path, monkeypatch):
     file = rows_file(tmp_path, ["long " * 9000])
     text = plan.show(planned(datasets=[{"path": file}]))
-    assert re.search(r"longer .*sequence_len 4,608\b", text)
+    assert re.search(r"longer .*sequence_len 2,560\b", text)
 
 
 OWN_PATH = recipe_names.RECIPES / "sentiment_r8_dora.yaml"

@@ -83,10 +83,15 @@ class Task(_Common):
     mixture_of: ClassVar[tuple[str, ...]] = ()
     published_rows: ClassVar[None] = None
     tokens_about: int | None = None
+    packed_tokens_about: int | None = None
     labels: Labels
     metric: MetricName
     max_new_tokens: Tokens
     tests: dict[str, TestSet]
+
+    def row_tokens(self, shared: bool) -> int | None:
+        """Tokens of a train row, on average; shared: those that it adds to a pack whose rows share prefixes."""
+        return self.packed_tokens_about if shared and self.packed_tokens_about else self.tokens_about
 
     @field_validator("tests", mode="before")
     @classmethod

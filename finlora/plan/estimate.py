@@ -39,12 +39,16 @@ UNPACKED_FILL = 2 / 3  # of a padded batch, where packing is off: a guess
 
 
 class Rows(NamedTuple):
-    """A recipe's rows: how many train and how many validate, tokens of some or all of them, and where that is from."""
+    """A recipe's rows: how many train and how many validate, tokens of some or all of them, and where that is from.
+
+    share: of a row's tokens, what it adds to a pack, where rows share prefixes; else 1.
+    """
 
     train: int
     validation: int
     tokens: list[int]
     source: str
+    share: float = 1.0
 
     @property
     def mean(self) -> float:
@@ -108,7 +112,7 @@ def rows_of(path: Path, recipe: dict[str, Any]) -> Rows:
         [ROOT / entry["path"] for entry in recipe.get(kind) or []] for kind in ("datasets", "test_datasets")
     )
     if missing := [file for file in files if not file.is_file()]:
-        return rows_of_task(path, missing[0])
+        return rows_of_task(path, missing[0], recipe)
     train, validation = (
         sum(1 for file in kind if file.is_file() for _ in file.open("rb")) for kind in (files, held_out)
     )
@@ -125,7 +129,8 @@ def rows_of(path: Path, recipe: dict[str, Any]) -> Rows:
     else:
         tokens = [math.ceil(len(text) / 4) for text in texts]
         how = "a token taken as 4 characters, since the base model's tokenizer is not here"
-    return Rows(train, validation, tokens, f"{', '.join(os.path.relpath(file, ROOT) for file in files)}; {how}")
+    named = ", ".join(os.path.relpath(file, ROOT) for file in files)
+    return Rows(train, validation, tokens, f"{named}; {how}", packed_share(recipe, files[0].parent.name))
 
 
 def lines_of(file: Path, step: int) -> list[tuple[int, bytes]]:
@@ -168,7 +173,15 @@ def chat(path: Path, numbered: tuple[int, bytes], as_text: Callable[[list[dict[s
         raise UserError(text) from error
 
 
-def rows_of_task(path: Path, missing: Path) -> Rows:
+def packed_share(recipe: dict[str, Any], task: str) -> float:
+    """What share of its tokens a row adds to a pack, by data/tasks.yaml; 1 where that does not have the task."""
+    table = load_tasks()
+    parts = [table[name] for name in table[task].mixture_of or [task]] if task in table else []
+    whole, packed = (sum(part.row_tokens(shared) or 0 for part in parts) for shared in (False, True))
+    return packed / whole if recipe.get("fastdora_shared_prefixes") and whole else 1.0
+
+
+def rows_of_task(path: Path, missing: Path, recipe: dict[str, Any]) -> Rows:
     """What data/tasks.yaml says of a task's rows; a mixture as `make data` builds it from its tasks."""
     table, task = load_tasks(), missing.parent.name
     if missing.parent.parent != ROOT / "data" / "prepared" or task not in table:
@@ -179,7 +192,7 @@ def rows_of_task(path: Path, missing: Path) -> Rows:
     validation = round(rows * 0.02 / len(parts))
     tokens = [part.tokens_about for part in parts] * (SAMPLE // len(parts))
     source = f"data/tasks.yaml, about; `make data TASK={task}` brings the rows"
-    return Rows(rows - validation, validation, tokens, source)
+    return Rows(rows - validation, validation, tokens, source, packed_share(recipe, task))
 
 
 def packs(tokens: list[int], length: int) -> int:
@@ -194,9 +207,10 @@ def packs(tokens: list[int], length: int) -> int:
 
 def schedule(recipe: dict[str, Any], shape: dict[str, Any], gpu: Gpu, gpus: int, rows: Rows, factors: Work) -> Schedule:
     """recipe: as distributed.share_batch returns it. Without packing a batch is padded to its longest row."""
-    mean, micro, length = rows.mean, recipe["micro_batch_size"], recipe["sequence_len"]
+    mean, micro, length = rows.mean * rows.share, recipe["micro_batch_size"], recipe["sequence_len"]
     if recipe.get("sample_packing"):
-        fill = sum(rows.tokens) / (packs(rows.tokens, length) * length)
+        packed = [max(1, round(row * rows.share)) for row in rows.tokens]
+        fill = sum(packed) / (packs(packed, length) * length)
         batches = rows.train * mean / (length * fill) / micro
     else:
         fill, batches, length = UNPACKED_FILL, rows.train / micro, math.ceil(mean / UNPACKED_FILL)

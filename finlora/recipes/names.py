@@ -31,6 +31,8 @@ DECIDED_BY = {
         "num_epochs",
         "eval_sample_packing",
         "fastdora_graphs",
+        "fastdora_shared_prefixes",
+        "fastdora_rows_per_prefix",
     ],
     "base": ["base_model", "chat_template", "special_tokens", "eot_tokens", "learning_rate"],
     "bits": ["load_in_8bit", "load_in_4bit", "adapter"],

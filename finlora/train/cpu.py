@@ -53,13 +53,14 @@ def cpu_seconds(recipe: Recipe) -> tuple[float, float]:
 
 def train_tokens(recipe: Recipe) -> float:
     """About: four bytes each of the files that are there; what data/tasks.yaml says of the others."""
-    tokens, table = 0.0, load_tasks()
+    tokens, table, shared = 0.0, load_tasks(), bool(recipe.keys.get("fastdora_shared_prefixes"))
     for entry in recipe.keys.get("datasets") or []:
         file = ROOT / entry["path"]
+        task = table.get(file.parent.name)
+        parts = [table[name] for name in task.mixture_of or [file.parent.name]] if task else []
         if file.is_file():
-            tokens += file.stat().st_size / 4
-        elif file.parent.name in table:
-            task = table[file.parent.name]
-            parts = [table[name] for name in task.mixture_of or [file.parent.name]]
-            tokens += sum((part.train_rows or part.train_rows_about) * part.tokens_about for part in parts)
+            whole, packed = (sum(part.row_tokens(each) or 0 for part in parts) for each in (False, shared))
+            tokens += file.stat().st_size / 4 * (packed / whole if whole else 1)
+        else:
+            tokens += sum((part.train_rows or part.train_rows_about) * part.row_tokens(shared) for part in parts)
     return tokens
