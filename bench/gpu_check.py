@@ -158,7 +158,7 @@ def attention_row() -> dict[str, float]:
     return {"error": max(errors)}
 
 
-def shared_attention_row() -> dict[str, float]:
+def shared_attention_row(copy: bool) -> dict[str, float]:
     """As attention_row, in a pack of three prefixes with their suffixes, two lone rows and padding."""
     torch.manual_seed(2)
     sizes = {300: [5, 64, 1], 40: [9, 9], 2000: [130, 40], 0: [70, 7]}  # of the suffixes, by their prefix's length
@@ -166,8 +166,10 @@ def shared_attention_row() -> dict[str, float]:
     rows = [{"labels": [-100] * (length + size)} for length, suffixes in sizes.items() for size in suffixes]
     layout = prefixes.lay_out(rows, [length or -1 for length in lengths], lengths)
     total = layout.edges[-1] + 33
-    edges, longest, suffixes, within, *sizes = prefixes.tensors(layout, total)
-    segments = attention.Segments(edges.cuda(), longest, suffixes.cuda(), within.cuda(), *sizes)
+    fields = prefixes.tensors(layout, total, copy)
+    segments = attention.Segments(
+        **{name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in fields.items()}
+    )
     q, k, v = (torch.randn(total, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (32, 8, 8))
     weights = torch.randn_like(q)
     results = []
@@ -295,7 +297,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "gpu_check.json")
     options = parser.parse_args()
-    rows = {"varlen_attention": attention_row(), "shared_attention": shared_attention_row()}
+    rows = {"varlen_attention": attention_row(), "shared_attention": shared_attention_row(False)}
+    rows["copied_attention"] = shared_attention_row(True)
     for rank in (8, 64, 256):
         rows |= low_rank_rows(rank) | weight_rows(rank)
     rows |= matmul_rows() | layer_rows() | graph_rows()

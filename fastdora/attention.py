@@ -3,10 +3,11 @@
 A pack is several samples in one row; a sample starts where `position_ids` is 0. On a GPU in 16 bits torch's flash
 kernel takes the samples' boundaries, computed once a batch; elsewhere each sample attends in a call of its own.
 
-Where rows share prefixes (prefixes.py) the pack's segments are prefixes and suffixes. A suffix attends to itself and to
-its group's prefix, in two calls of the flash kernel whose results are merged by their sums of exponentials (kernels.py
-merge_attention). Both backward calls take the merged output and logsumexp, which makes their probabilities those of the
-whole softmax (as in ring attention, arXiv 2310.01889), and their gradients add up.
+Where rows share prefixes (prefixes.py) the pack's segments are prefixes and suffixes; a suffix attends to itself and to
+its group's prefix. Of short prefixes each row gets a copy of the keys and values, for one call of the flash kernel.
+Long ones are not copied: a second call attends to them, and the results are merged by their sums of exponentials
+(kernels.merge_attention). Both backward calls take the merged output and logsumexp, which makes their probabilities
+those of the whole softmax (as in ring attention, arXiv 2310.01889), and their gradients add up.
 """
 
 import weakref
@@ -31,6 +32,11 @@ class Segments(NamedTuple):
     edges: int32 (segments + 1,), cumulative lengths. suffixes and prefixes: int32 (groups + 1,), where each group's
     suffixes and its prefix begin, and where the last ones end; both contiguous, prefixes from 0. None: nothing is
     shared. The longest segment, group of suffixes and prefix size the kernels' launches.
+
+    copied: int32 (keys,), for each segment in turn the tokens whose keys it sees, a suffix's prefix first; key_edges:
+    int32 (segments + 1,), where each segment's begin. copies: int32 (4 T,), of each token where its own key is among
+    the copied ones, and for one of a prefix the first segment that it has a copy in, their number, and its place in the
+    prefix. None: prefixes are not copied.
     """
 
     edges: torch.Tensor
@@ -39,6 +45,10 @@ class Segments(NamedTuple):
     prefixes: torch.Tensor | None = None
     longest_suffixes: int = 0
     longest_prefix: int = 0
+    copied: torch.Tensor | None = None
+    key_edges: torch.Tensor | None = None
+    copies: torch.Tensor | None = None
+    longest_keys: int = 0
 
 
 def install(model: torch.nn.Module) -> None:
@@ -119,6 +129,8 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
 
 
 def _on_gpu(query, key, value, segments, scale):
+    if segments.copied is not None:
+        return _CopiedAttention.apply(query, key, value, segments, scale)
     if segments.suffixes is not None:
         return _SharedAttention.apply(query, key, value, segments, scale)
     return _flash(query, key, value, segments, scale)[0]
@@ -131,6 +143,35 @@ def _flash(query, key, value, segments, scale):
     return torch.ops.aten._flash_attention_forward(
         query, key, value, edges, edges, longest, longest, 0.0, True, False, scale=scale
     )[:4]
+
+
+class _CopiedAttention(torch.autograd.Function):
+    """Attention of segments to copied keys and values: those of its prefix, if it has one, and its own.
+
+    Copied again in the backward pass, rather than kept. Causal attention of fewer queries than keys is that of the last
+    ones: the kernel aligns them at the end.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, segments, scale):
+        edges = (segments.edges, segments.key_edges, segments.longest, segments.longest_keys)
+        out, lse, *state = torch.ops.aten._flash_attention_forward(
+            query, *(x[segments.copied] for x in (key, value)), *edges, 0.0, True, False, scale=scale
+        )[:4]
+        ctx.save_for_backward(query, key, value, out, lse, *state)
+        ctx.segments, ctx.scale, ctx.edges = segments, scale, edges
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out):
+        query, key, value, out, lse, philox, unused = ctx.saved_tensors
+        copied = [x[ctx.segments.copied] for x in (key, value)]
+        dq, *d_copied = torch.ops.aten._flash_attention_backward(
+            d_out.contiguous(), query, *copied, out, lse, *ctx.edges, 0.0, True, philox, unused, scale=ctx.scale
+        )
+        dk, dv = kernels.sum_copies(*d_copied, ctx.segments.copies, ctx.segments.key_edges, len(query))
+        return dq, dk, dv, None, None
 
 
 class _SharedAttention(torch.autograd.Function):
@@ -156,7 +197,7 @@ class _SharedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out):
         *tensors, philox, unused, part_philox, part_unused = ctx.saved_tensors
-        edges, longest, suffixes, prefixes, longest_suffixes, longest_prefix = ctx.segments
+        edges, longest, suffixes, prefixes, longest_suffixes, longest_prefix, *_ = ctx.segments
         backward = torch.ops.aten._flash_attention_backward
         d_out = d_out.contiguous()
         dq, dk, dv = backward(

@@ -141,6 +141,27 @@ def add_rows(total: torch.Tensor, part: torch.Tensor, within: torch.Tensor) -> N
     total[rows] += part[rows]
 
 
+def sum_copies(
+    dk: torch.Tensor, dv: torch.Tensor, copies: torch.Tensor, key_edges: torch.Tensor, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of keys and values from those of their copies: each token's own, and of a prefix's all copies'.
+
+    dk and dv (keys, G, D) -> (T, G, D) in their dtype, summed in sum_dtype; copies and key_edges: attention.Segments;
+    tokens: T, since the buffers of a CUDA graph may be longer.
+    """
+    if use_triton(dk):
+        return triton_kernels.sum_copies(dk, dv, copies, key_edges, tokens)
+    own, first, count, place = copies[: 4 * tokens].long().view(-1, 4).unbind(1)
+    token = torch.arange(tokens, device=dk.device).repeat_interleave(count)
+    nth = torch.arange(len(token), device=dk.device) - (count.cumsum(0) - count)[token]
+    source = key_edges.long()[first[token] + nth] + place[token]
+    sums = []
+    for part in (dk, dv):
+        wide = part.to(sum_dtype(part.dtype))
+        sums.append(wide[own].index_add(0, token, wide[source]).to(part.dtype))
+    return sums[0], sums[1]
+
+
 def dequantize_int8(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """W[n, k] = int8[n, k] * scales[n] / 127, as bitsandbytes quantizes (LLM.int8(), arXiv 2208.07339, section 2.1).
 

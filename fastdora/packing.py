@@ -25,11 +25,11 @@ class Collator:
     SEGMENTS: an entry for each field of attention.Segments, since transformers 5.16.1 moves tensors within a tuple to
     the GPU one at a time, and waits for it. ANSWERS: `label_positions`. COUNTS: int64 (2,), the rows of a pack and
     their tokens, each row with its whole prefix. Rows with the columns GROUP and PREFIX become one pack in which each
-    prefix is once.
+    prefix is once; copy: each then has a copy of its prefix's keys and values (attention.py).
     """
 
-    def __init__(self, collator: Any, packed: bool, answers: bool):
-        self.collator, self.packed, self.answers = collator, packed, answers
+    def __init__(self, collator: Any, packed: bool, answers: bool, copy: bool = False):
+        self.collator, self.packed, self.answers, self.copy = collator, packed, answers, copy
 
     def __getattr__(self, name: str) -> Any:
         if name == "collator":  # unpickling asks before __init__ has run: do not recurse
@@ -53,7 +53,7 @@ class Collator:
         own = [{name: row[name] for name in row if name not in (GROUP, PREFIX, "length")} for row in rows]
         layout = prefixes.lay_out(own, groups, lengths)
         batch = self.collator([[layout.columns]], *args, **kwargs)
-        batch.update(entries(attention.Segments(*prefixes.tensors(layout, batch["input_ids"].shape[1]))))
+        batch.update(entries(attention.Segments(**prefixes.tensors(layout, batch["input_ids"].shape[1], self.copy))))
         batch[COUNTS] = torch.tensor([layout.rows, layout.tokens])
         return batch
 
@@ -69,11 +69,11 @@ def label_positions(labels: torch.Tensor) -> torch.Tensor:
     return positions if len(positions) else positions.new_zeros(1)  # no label at all: the same loss, from one position
 
 
-def install(trainer, *, packed: bool, answers: bool) -> None:
+def install(trainer, *, packed: bool, answers: bool, copy: bool = False) -> None:
     """Wrap a transformers Trainer's collators in `Collator` and let its model read the entries."""
     for name in ("data_collator", "eval_data_collator"):
         if getattr(trainer, name, None) is not None:
-            setattr(trainer, name, Collator(getattr(trainer, name), packed, answers))
+            setattr(trainer, name, Collator(getattr(trainer, name), packed, answers, copy))
     read_label_positions(trainer.model)
 
 

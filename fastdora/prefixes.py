@@ -206,11 +206,45 @@ def lay_out(rows: list[dict[str, Any]], groups: Sequence[int], lengths: Sequence
     return Layout(columns, ends, suffixes, edges, len(rows), sum(sizes))
 
 
-def tensors(layout: Layout, size: int) -> tuple[torch.Tensor, int, torch.Tensor, torch.Tensor, int, int]:
-    """The fields of attention.Segments for a layout padded to `size` tokens, by a segment that nothing reads."""
+def tensors(layout: Layout, size: int, copy: bool) -> dict[str, torch.Tensor | int]:
+    """The fields of attention.Segments for a layout padded to `size` tokens, by a segment that nothing reads.
+
+    copy: give each row a copy of its prefix's keys and values.
+    """
     ends = [*layout.edges, *([size] if size > layout.edges[-1] else [])]
     # Where nothing is shared, one empty group: the kernels take no batch of none.
-    parts = [ends, *(part if len(part) > 1 else part * 2 for part in (layout.suffixes, layout.prefixes))]
-    edges, suffixes, prefixes = (torch.tensor(part, dtype=torch.int32) for part in parts)
-    longest = [max(2, int(part.diff().max())) for part in (edges, suffixes, prefixes)]
-    return edges, longest[0], suffixes, prefixes, longest[1], longest[2]
+    groups = (part if len(part) > 1 else part * 2 for part in (layout.suffixes, layout.prefixes))
+    fields = dict(zip(("edges", "suffixes", "prefixes"), (ends, *groups), strict=True))
+    if copy:
+        fields |= _copies(layout, np.array(ends))
+    made = {name: torch.tensor(np.asarray(part, dtype=np.int32)) for name, part in fields.items()}
+    lengths = {"edges": "longest", "suffixes": "longest_suffixes", "prefixes": "longest_prefix"}
+    lengths |= {"key_edges": "longest_keys"} if copy else {}
+    return made | {longest: max(2, int(made[name].diff().max())) for name, longest in lengths.items()}
+
+
+def _copies(layout: Layout, ends: np.ndarray) -> dict[str, np.ndarray]:
+    """The fields `copied`, `key_edges` and `copies` of attention.Segments."""
+    starts, sizes = ends[:-1], np.diff(ends)
+    shared = np.diff(layout.prefixes)  # each group's prefix, which is also its first segments'
+    count = len(shared)
+    # A suffix belongs to the group in whose part of the pack it begins.
+    group = np.searchsorted(layout.suffixes, starts, side="right") - 1
+    is_suffix = (starts >= layout.suffixes[0]) & (starts < layout.suffixes[-1]) & (np.arange(len(starts)) >= count)
+    before = np.where(is_suffix, shared[group.clip(0, max(0, count - 1))] if count else 0, 0)
+    first = np.where(is_suffix, np.asarray(layout.prefixes)[group.clip(0, max(0, count - 1))], 0)
+    key_edges = np.concatenate([[0], np.cumsum(sizes + before)])
+    within = np.arange(key_edges[-1]) - np.repeat(key_edges[:-1], sizes + before)
+    before_each = np.repeat(before, sizes + before)
+    copied = np.where(
+        within < before_each,
+        np.repeat(first, sizes + before) + within,
+        np.repeat(starts, sizes + before) + within - before_each,
+    )
+    copies = np.zeros((ends[-1], 4), dtype=np.int64)
+    copies[:, 0] = np.arange(ends[-1]) + np.repeat(key_edges[:-1] + before - starts, sizes)
+    for number in range(count):
+        members = np.flatnonzero(is_suffix & (group == number))
+        tokens = slice(layout.prefixes[number], layout.prefixes[number + 1])
+        copies[tokens, 1], copies[tokens, 2], copies[tokens, 3] = members[0], len(members), np.arange(shared[number])
+    return {"copied": copied, "key_edges": key_edges, "copies": copies.reshape(-1)}

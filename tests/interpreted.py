@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastdora import dora, kernels, packing, triton_kernels
+from fastdora import attention, dora, kernels, packing, prefixes, triton_kernels
 
 
 def both(function, *args):
@@ -135,6 +135,13 @@ def shared_prefixes() -> dict[str, float]:
             rows[f"{name} {tokens}x{heads}x{width}"] = max(
                 ((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in zip(*kept, strict=True)
             )
+    # Two prefixes of 3 and 2 tokens, with 9 and 1 suffixes of 2, and a lone row of 4.
+    labels = [{"labels": [-100] * (size + 2)} for size in [3] * 9 + [2] * 2 + [2]]
+    layout = prefixes.lay_out(labels, [0] * 9 + [1] * 2 + [-1], [3] * 9 + [2] * 2 + [0])
+    segments = attention.Segments(**prefixes.tensors(layout, layout.edges[-1], copy=True))
+    d_copied = torch.randn(2, len(segments.copied), 2, 20).half()
+    args = *d_copied, segments.copies, segments.key_edges, layout.edges[-1]
+    rows["sum_copies"] = difference(kernels.sum_copies, *args)
     return rows
 
 

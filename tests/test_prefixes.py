@@ -130,9 +130,9 @@ def pad(features):
     return {name: torch.tensor(value)[None] for name, value in joined.items()}
 
 
-def batches(rows, shared=None, packs=None):
+def batches(rows, shared=None, packs=None, copy=False):
     """A batch of each pack, with each prefix once, or whole."""
-    collator = packing.Collator(pad, packed=True, answers=True)
+    collator = packing.Collator(pad, packed=True, answers=True, copy=copy)
     for numbers in packs or [range(len(rows))]:
         features = [rows[n] | {"position_ids": list(range(len(rows[n]["labels"])))} for n in numbers]
         if shared is not None:
@@ -172,14 +172,38 @@ def test_loss_and_gradients_are_those_of_whole_rows(rows, split):
         torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10, msg=name)
 
 
+@given(rows=trees(), spare=st.integers(0, 5), seed=st.integers(0, 99))
+def test_copied_keys_are_the_prefixs_and_the_rows_own(rows, spare, seed):
+    """A segment sees what the reference sees, and the gradients of copies add up to those of the keys."""
+    shared = find(rows, 600)
+    layout = prefixes.lay_out(rows, shared.groups.tolist(), shared.lengths.tolist())
+    size = layout.edges[-1] + spare
+    segments = attention.Segments(**prefixes.tensors(layout, size, copy=True))
+    edges, key_edges, copied = (part.tolist() for part in (segments.edges, segments.key_edges, segments.copied))
+    groups = attention._groups(segments)
+    for start, end, first, last in zip(edges, edges[1:], key_edges, key_edges[1:], strict=False):
+        prefix = next((range(a, b) for begin, over, a, b in groups if begin <= start < over), range(0))
+        assert copied[first:last] == [*prefix, *range(start, end)]
+    assert segments.longest_keys == max(2, segments.key_edges.diff().max()) and key_edges[-1] == len(copied)
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(size, 2, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, len(copied) + 4, 2, 3, generator=generator, dtype=torch.float64)
+    room = torch.cat([segments.copies, segments.copies[-4:]])  # a graph's buffers are longer
+    sums = kernels.sum_copies(weights[0], weights[1], room, segments.key_edges, size)
+    for weight, actual in zip(weights, sums, strict=True):
+        (expected,) = torch.autograd.grad((keys[segments.copied] * weight[: len(copied)]).sum(), keys)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_something_is_computed_once_and_the_prefix_learns_from_all_its_rows():
     rows = [{"input_ids": [*range(5, 45), n, 3, ANSWER], "labels": [-100] * 42 + [ANSWER]} for n in range(50, 58)]
     shared = find(rows, 600)
     (batch,) = batches(rows, shared)
     assert (batch["labels"] != -100).sum() == 8 and batch["input_ids"].shape[1] == 40 + 8 * 3
     assert batch[packing.COUNTS].tolist() == [8, 8 * 43]
-    edges, longest, suffixes, within, *sizes = (batch[entry] for entry in packing.SEGMENTS.values())
-    assert within.tolist() == [0, 40] and suffixes.tolist() == [40, 64] and longest == 40 and sizes == [24, 40]
+    segments = {field: batch[entry] for field, entry in packing.SEGMENTS.items() if entry in batch}
+    assert segments["prefixes"].tolist() == [0, 40] and segments["suffixes"].tolist() == [40, 64]
+    assert [segments[f"longest{which}"] for which in ("", "_suffixes", "_prefix")] == [40, 24, 40]
 
 
 def test_evaluation_and_checkpointing_read_the_same_layout():
@@ -207,7 +231,8 @@ def test_a_label_at_a_suffixs_start_and_lost_segments_are_errors():
         model()(**batch)
 
 
-def test_graphs_replay_packs_of_other_prefixes(monkeypatch):
+@pytest.mark.parametrize("copy", [False, True])
+def test_graphs_replay_packs_of_other_prefixes(monkeypatch, copy):
     """One recording serves packs with fewer and shorter groups; its results are those without graphs."""
     monkeypatch.setattr(graphs, "record", rerun)
     made, plain = model(), model()
@@ -220,7 +245,7 @@ def test_graphs_replay_packs_of_other_prefixes(monkeypatch):
             for n in range(50, 50 + count)
         ]
         rows.append({"input_ids": [4] * (rest - 1) + [ANSWER], "labels": [-100] * (rest - 1) + [ANSWER]})
-        given = list(batches(rows, find(rows, 600)))
+        given = list(batches(rows, find(rows, 600), copy=copy))
         assert given[0]["input_ids"].shape[1] == 64
         actual, expected = gradients(made, given), gradients(plain, given)
         assert all(torch.equal(actual[name], expected[name]) for name in expected)

@@ -130,12 +130,12 @@ class FastDoraPlugin(BasePlugin):
         curves.guard(trainer)
         with one_line_errors():
             resume.guard(cfg, trainer)
-        sharing.install(cfg, trainer)
         packing.install(
             trainer,
             packed=trainer.model.config._attn_implementation == attention.NAME,
             answers=cfg.fastdora_answers_only
             and trainer.compute_metrics is None,  # metrics want every position's logits
+            copy=sharing.install(cfg, trainer),
         )
         # Each of these would make the GPU wait at every batch, and the first one hides a loss that is not a number.
         trainer.args.logging_nan_inf_filter = False
