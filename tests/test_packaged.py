@@ -112,6 +112,7 @@ def test_a_packaged_model_is_made_once_and_mended(made, alone, tmp_path, monkeyp
     assert capfd.readouterr().err.count("llm-tiny==1.0") == 1
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert {name: getattr(tokenizer, name) for name in TOKENS} == TOKENS
+    assert not tokenizer.backend_tokenizer.model.byte_fallback  # llama.cpp's converter goes by it
     assert tokenizer.chat_template == TEMPLATE and tokenizer.model_max_length == 64
     assert model.generation_config.eos_token_id == model.config.eos_token_id == 1 and model.dtype.itemsize == 2
     weights = (folder / "model.safetensors").read_bytes()

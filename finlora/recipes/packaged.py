@@ -179,6 +179,8 @@ def _convert(gguf: Path, folder: Path, package: Package, sizes: dict[str, Any]) 
     tokenizer.model_max_length = config.max_position_embeddings
     # transformers 5.16.1 takes a GGUF file's tokenizer for one that drops the space before a full stop.
     tokenizer.clean_up_tokenization_spaces = False
+    # It also says byte_fallback of a vocabulary that has no byte tokens, which llama.cpp takes for SentencePiece's.
+    tokenizer.backend_tokenizer.model.byte_fallback = False
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config.update(ids)
     model.generation_config = GenerationConfig(**ids)
