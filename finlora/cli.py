@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import click
 import typer
@@ -48,58 +48,53 @@ class Number(click.ParamType):
         return number
 
 
+def option(text: str, *names: str, kind: click.ParamType | None = None, metavar: str | None = None) -> Any:
+    """An option by its help; `names`: where it is not called as its parameter. kind: its values, by click's types."""
+    return typer.Option(*names, help=text, click_type=kind, metavar=metavar)
+
+
 Labels = Literal["corrected", "published"]
 
 # Options that several commands have.
 RecipeName = Annotated[str, typer.Argument(help="a name from `make recipes`, FinLoRA's name for a run, or a YAML file")]
-Trained = Annotated[str | None, typer.Option("--recipe", help="a trained recipe, by its name or FinLoRA's")]
-Adapter = Annotated[str | None, typer.Option(help="PEFT adapter: folder or hub id")]
-Base = Annotated[str | None, typer.Option("--model", help="its base: hub id or folder (default: the adapter's own)")]
+Trained = Annotated[str | None, option("a trained recipe, by its name or FinLoRA's", "--recipe")]
+Adapter = Annotated[str | None, option("PEFT adapter: folder or hub id")]
+Base = Annotated[str | None, option("its base: hub id or folder (default: the adapter's own)", "--model")]
 Bits = Annotated[
     int | None,
-    typer.Option(click_type=click.Choice([16, 8, 4]), help="bits of the base's weights (default: the recipe's, or 16)"),
+    option("bits of the base's weights (default: the recipe's, or 16)", kind=click.Choice([16, 8, 4])),
 ]
-Tiny = Annotated[bool, typer.Option("--tiny", help="the run of a tiny model, on any machine")]
-Force = Annotated[bool, typer.Option("--force", help="start over; earlier results are set aside")]
-Track = Annotated[
-    Literal["wandb", "mlflow", "none"] | None, typer.Option(help="log to it besides TensorBoard, or to none at all")
-]
-TestSets = Annotated[str | None, typer.Option("--tasks", help="test sets, tasks or groups (default: the recipe's)")]
-Limit = Annotated[int | None, typer.Option(click_type=Number(), help="only the first rows of each set")]
-Tests = Annotated[
-    str | None, typer.Option(help="folder with test files of your own (test/<file> as in data/tasks.yaml)")
-]
-LabelsUsed = Annotated[Labels, typer.Option(help="which labels count as right")]
-Shots = Annotated[
-    int, typer.Option(click_type=Number(or_zero=True), help="examples from the train file before each question")
-]
-Prompt = Annotated[str, typer.Option(help="chat template: saved (beside the adapter), finlora_inst or raw")]
-KeepQuantised = Annotated[
-    bool, typer.Option("--keep-quantised", help="do not dequantize 8- and 4-bit weights; slower, smaller")
-]
-Results = Annotated[Path | None, typer.Option(help="the folder that evaluations write to (default results)")]
+Tiny = Annotated[bool, option("the run of a tiny model, on any machine", "--tiny")]
+Force = Annotated[bool, option("start over; earlier results are set aside", "--force")]
+Track = Annotated[Literal["wandb", "mlflow", "none"] | None, option("log to it besides TensorBoard, or to none at all")]
+TestSets = Annotated[str | None, option("test sets, tasks or groups (default: the recipe's)", "--tasks")]
+Limit = Annotated[int | None, option("only the first rows of each set", kind=Number())]
+Tests = Annotated[str | None, option("folder with test files of your own (test/<file> as in data/tasks.yaml)")]
+LabelsUsed = Annotated[Labels, option("which labels count as right")]
+Shots = Annotated[int, option("examples from the train file before each question", kind=Number(or_zero=True))]
+Prompt = Annotated[str, option("chat template: saved (beside the adapter), finlora_inst or raw")]
+KeepQuantised = Annotated[bool, option("do not dequantize 8- and 4-bit weights; slower, smaller", "--keep-quantised")]
+Results = Annotated[Path | None, option("the folder that evaluations write to (default results)")]
 Tasks = Annotated[list[str] | None, typer.Argument(metavar="[TASK]...", help="of data/tasks.yaml (default: all)")]
-Raw = Annotated[Path | None, typer.Option(help="the folder of the fetched files (default data/raw)")]
+Raw = Annotated[Path | None, option("the folder of the fetched files (default data/raw)")]
 OwnRows = Annotated[
-    Path | None, typer.Option("--file", help="rows of your own: .jsonl, .json, .csv, .tsv (or .gz, .zst) or .parquet")
+    Path | None, option("rows of your own: .jsonl, .json, .csv, .tsv (or .gz, .zst) or .parquet", "--file")
 ]
-Columns = Annotated[
-    str | None, typer.Option(metavar="NAME=context,NAME=target", help="what the keys or columns of --file are")
-]
-ContextColumn = Annotated[str, typer.Option(help="the key or column of the question in --file")]
-TargetColumn = Annotated[str, typer.Option(help="the key or column of the answer in --file")]
-AnyLabel = Annotated[bool, typer.Option("--any-label", help="accept answers in --file outside the task's labels")]
-Out = Annotated[Path | None, typer.Option(help="the folder to write to (default data/prepared/TASK)")]
-Seed = Annotated[int, typer.Option(help="random seed of the validation split")]
-Validation = Annotated[float, typer.Option(help="the share of rows that are held out")]
+Columns = Annotated[str | None, option("what the keys or columns of --file are", metavar="NAME=context,NAME=target")]
+ContextColumn = Annotated[str, option("the key or column of the question in --file")]
+TargetColumn = Annotated[str, option("the key or column of the answer in --file")]
+AnyLabel = Annotated[bool, option("accept answers in --file outside the task's labels", "--any-label")]
+Out = Annotated[Path | None, option("the folder to write to (default data/prepared/TASK)")]
+Seed = Annotated[int, option("random seed of the validation split")]
+Validation = Annotated[float, option("the share of rows that are held out")]
 Mixture = Annotated[
     Literal["balanced", "finlora"],
-    typer.Option(help="rows of a mixture's tasks: all as many as the largest, or as FinLoRA's script has them"),
+    option("rows of a mixture's tasks: all as many as the largest, or as FinLoRA's script has them"),
 ]
-Timeout = Annotated[float, typer.Option(click_type=Number(float), help="seconds without data until a retry")]
-Retries = Annotated[int, typer.Option(help="failed attempts in a row before a file is given up")]
-Backoff = Annotated[float, typer.Option(help="seconds before the first retry")]
-Manifest = Annotated[Path | None, typer.Option(help="the pinned files (default data/manifest.json)")]
+Timeout = Annotated[float, option("seconds without data until a retry", kind=Number(float))]
+Retries = Annotated[int, option("failed attempts in a row before a file is given up")]
+Backoff = Annotated[float, option("seconds before the first retry")]
+Manifest = Annotated[Path | None, option("the pinned files (default data/manifest.json)")]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -142,30 +137,18 @@ def train(
     recipe: RecipeName,
     tiny: Tiny = False,
     force: Force = False,
-    gpus: Annotated[
-        int, typer.Option(click_type=Number(largest=4096), help="GPUs on this machine, one process each")
-    ] = 1,
-    nodes: Annotated[
-        int, typer.Option(click_type=Number(largest=4096), help="number of machines; run the same command on each")
-    ] = 1,
-    node_rank: Annotated[int, typer.Option(help="index of this machine, from 0")] = 0,
-    master: Annotated[str | None, typer.Option(help="HOST or HOST:PORT of machine 0")] = None,
-    zero: Annotated[
-        int | None, typer.Option(click_type=click.Choice([1, 2, 3]), help="DeepSpeed's ZeRO stage: 1, 2 or 3")
-    ] = None,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="with --zero 2, 3 or --fsdp 2: use the CPU's memory too")
-    ] = False,
-    fsdp: Annotated[
-        int | None, typer.Option(click_type=click.Choice([2]), help="2: shard the model with torch's FSDP2")
-    ] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="on a Ray cluster: --gpus times --nodes workers")] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", help="without a GPU, however long it takes")] = False,
-    epochs: Annotated[
-        int | None, typer.Option(click_type=Number(), help="in place of the recipe's; a run with fewer goes on")
-    ] = None,
+    gpus: Annotated[int, option("GPUs on this machine, one process each", kind=Number(largest=4096))] = 1,
+    nodes: Annotated[int, option("number of machines; run the same command on each", kind=Number(largest=4096))] = 1,
+    node_rank: Annotated[int, option("index of this machine, from 0")] = 0,
+    master: Annotated[str | None, option("HOST or HOST:PORT of machine 0")] = None,
+    zero: Annotated[int | None, option("DeepSpeed's ZeRO stage: 1, 2 or 3", kind=click.Choice([1, 2, 3]))] = None,
+    offload: Annotated[bool, option("with --zero 2, 3 or --fsdp 2: use the CPU's memory too", "--offload")] = False,
+    fsdp: Annotated[int | None, option("2: shard the model with torch's FSDP2", kind=click.Choice([2]))] = None,
+    ray: Annotated[bool, option("on a Ray cluster: --gpus times --nodes workers", "--ray")] = False,
+    cpu: Annotated[bool, option("without a GPU, however long it takes", "--cpu")] = False,
+    epochs: Annotated[int | None, option("in place of the recipe's; a run with fewer goes on", kind=Number())] = None,
     first_adapter: Annotated[
-        str | None, typer.Option("--from", help="start from this adapter: its folder, or a trained recipe")
+        str | None, option("start from this adapter: its folder, or a trained recipe", "--from")
     ] = None,
     track: Track = None,
 ) -> None:
@@ -186,19 +169,19 @@ def sweep(
     sweep: Annotated[str, typer.Argument(help="a name from recipes/sweeps, or a YAML file")],
     tiny: Tiny = False,
     force: Force = False,
-    gpus: Annotated[int, typer.Option(click_type=Number(largest=4096), help="GPUs that share the points")] = 1,
+    gpus: Annotated[int, option("GPUs that share the points", kind=Number(largest=4096))] = 1,
     points_per_gpu: Annotated[
-        int, typer.Option(click_type=Number(largest=64), help="points at a time on each GPU, for small models")
+        int, option("points at a time on each GPU, for small models", kind=Number(largest=64))
     ] = 1,
     point: Annotated[
         int | None,
-        typer.Option(click_type=Number(largest=4096), help="only this point, from 1: for a task of an array job"),
+        option("only this point, from 1: for a task of an array job", kind=Number(largest=4096)),
     ] = None,
-    list: Annotated[bool, typer.Option("--list", help="show the points and run nothing")] = False,
-    eval: Annotated[bool, typer.Option("--eval", help="evaluate each trained point")] = False,
+    list: Annotated[bool, option("show the points and run nothing", "--list")] = False,
+    eval: Annotated[bool, option("evaluate each trained point", "--eval")] = False,
     tasks: TestSets = None,
     limit: Limit = None,
-    labels: Annotated[Labels | None, typer.Option(help="with --eval: which labels count as right")] = None,
+    labels: Annotated[Labels | None, option("with --eval: which labels count as right")] = None,
     shots: Shots = 0,
     tests: Tests = None,
     track: Track = None,
@@ -221,38 +204,34 @@ def sweep(
 def evaluate(
     recipe: Trained = None,
     model: Annotated[
-        str | None, typer.Option(help="base model: hub id or folder; with --endpoint the name that is served")
+        str | None, option("base model: hub id or folder; with --endpoint the name that is served")
     ] = None,
     adapter: Adapter = None,
-    base: Annotated[bool, typer.Option("--base", help="evaluate the base model too, in the same run")] = False,
+    base: Annotated[bool, option("evaluate the base model too, in the same run", "--base")] = False,
     bits: Bits = None,
     tasks: TestSets = None,
     limit: Limit = None,
     labels: LabelsUsed = "corrected",
     lengths: Annotated[
         Literal["whole", "published"],
-        typer.Option(help="how long answers may be: as a set's longest target, or as in FinLoRA"),
+        option("how long answers may be: as a set's longest target, or as in FinLoRA"),
     ] = "whole",
     prompt: Prompt = "saved",
     shots: Shots = 0,
     tests: Tests = None,
     tiny: Tiny = False,
-    name: Annotated[
-        str | None, typer.Option(help="name of the results (default: the recipe's or the adapter's)")
-    ] = None,
+    name: Annotated[str | None, option("name of the results (default: the recipe's or the adapter's)")] = None,
     force: Force = False,
     keep_quantised: KeepQuantised = False,
     batch_tokens: Annotated[
-        int | None, typer.Option(click_type=Number(), help="prompt tokens at a time (default: what memory allows)")
+        int | None, option("prompt tokens at a time (default: what memory allows)", kind=Number())
     ] = None,
     backend: Literal["transformers", "vllm"] = "transformers",
     endpoint: Annotated[
-        str | None, typer.Option(help="base URL of an OpenAI-compatible server; its key in OPENAI_API_KEY")
+        str | None, option("base URL of an OpenAI-compatible server; its key in OPENAI_API_KEY")
     ] = None,
-    encoder: Annotated[
-        str | None, typer.Option(help="BERTScore's encoder: hub id or folder (default ProsusAI/finbert)")
-    ] = None,
-    layer: Annotated[int | None, typer.Option(help="the encoder's layer for BERTScore (default 10)")] = None,
+    encoder: Annotated[str | None, option("BERTScore's encoder: hub id or folder (default ProsusAI/finbert)")] = None,
+    layer: Annotated[int | None, option("the encoder's layer for BERTScore (default 10)")] = None,
     results: Results = None,
 ) -> None:
     """Evaluate a trained adapter, a base model, or anything behind an endpoint, on FinLoRA's test sets."""
@@ -285,13 +264,11 @@ def compare(
 @app.command()
 def plan(
     recipe: RecipeName,
-    gpu: Annotated[
-        str | None, typer.Option(help="a GPU of finlora/plan/gpus.yaml (default: the one in this machine)")
-    ] = None,
-    gpus: Annotated[int, typer.Option(click_type=Number(largest=4096), help="number of GPUs")] = 1,
+    gpu: Annotated[str | None, option("a GPU of finlora/plan/gpus.yaml (default: the one in this machine)")] = None,
+    gpus: Annotated[int, option("number of GPUs", kind=Number(largest=4096))] = 1,
     price: Annotated[
         float | None,
-        typer.Option(click_type=Number(float, or_zero=True), help="price of one GPU hour, in any currency, as 2.50"),
+        option("price of one GPU hour, in any currency, as 2.50", kind=Number(float, or_zero=True)),
     ] = None,
 ) -> None:
     """Estimate a run before it starts: parameters, memory, time, cost."""
@@ -308,9 +285,9 @@ def merge(
     bits: Bits = None,
     tiny: Tiny = False,
     into: Annotated[
-        Literal["full", "dequantised"] | None, typer.Option(help="what to merge into (default: the closer one)")
+        Literal["full", "dequantised"] | None, option("what to merge into (default: the closer one)")
     ] = None,
-    limit: Annotated[int, typer.Option(help="rows of each test set to compare answers on, 0 for none")] = 100,
+    limit: Annotated[int, option("rows of each test set to compare answers on, 0 for none")] = 100,
     prompt: Prompt = "saved",
     force: Force = False,
 ) -> None:
@@ -334,10 +311,10 @@ def serve(
     model: Base = None,
     bits: Bits = None,
     tiny: Tiny = False,
-    port: Annotated[int, typer.Option(click_type=Number(largest=65535), help="port to listen on")] = 8000,
-    host: Annotated[str, typer.Option(help="address to listen on (default: this machine alone)")] = "127.0.0.1",
+    port: Annotated[int, option("port to listen on", kind=Number(largest=65535))] = 8000,
+    host: Annotated[str, option("address to listen on (default: this machine alone)")] = "127.0.0.1",
     backend: Annotated[
-        Literal["vllm", "transformers"] | None, typer.Option(help="default: vllm with a GPU, else transformers")
+        Literal["vllm", "transformers"] | None, option("default: vllm with a GPU, else transformers")
     ] = None,
 ) -> None:
     """Serve a merged model behind an OpenAI-compatible endpoint."""
@@ -356,7 +333,7 @@ def chat(
     tiny: Tiny = False,
     keep_quantised: KeepQuantised = False,
     prompt: Prompt = "saved",
-    max_new_tokens: Annotated[int, typer.Option(click_type=Number(), help="longest answer, in tokens")] = 256,
+    max_new_tokens: Annotated[int, option("longest answer, in tokens", kind=Number())] = 256,
 ) -> None:
     """Talk to a trained adapter in the terminal, with the chat template that is saved beside it."""
     from finlora.models.trained import load_trained
@@ -371,12 +348,10 @@ def chat(
 def publish(
     recipe: Trained = None,
     tiny: Tiny = False,
-    repo: Annotated[str, typer.Option(help="<user or organisation>/<model> on the Hub")] = "",
-    merged: Annotated[bool, typer.Option("--merged", help="the merged model instead of the adapter")] = False,
-    private: Annotated[
-        bool, typer.Option("--private", help="where the repository is new: visible to you alone")
-    ] = False,
-    push: Annotated[bool, typer.Option("--push", help="push; without it nothing leaves this machine")] = False,
+    repo: Annotated[str, option("<user or organisation>/<model> on the Hub")] = "",
+    merged: Annotated[bool, option("the merged model instead of the adapter", "--merged")] = False,
+    private: Annotated[bool, option("where the repository is new: visible to you alone", "--private")] = False,
+    push: Annotated[bool, option("push; without it nothing leaves this machine", "--push")] = False,
 ) -> None:
     """Write a trained recipe's model card and list what would go to the Hub."""
     from finlora.export.publish import publish
@@ -389,7 +364,7 @@ def publish(
 
 @app.command()
 def recipes(
-    task: Annotated[str | None, typer.Option(help="only the recipes of this task")] = None,
+    task: Annotated[str | None, option("only the recipes of this task")] = None,
 ) -> None:
     """List the recipes."""
     from finlora.recipes import load
@@ -447,7 +422,6 @@ def prepare(
     mixture: Mixture = "balanced",
 ) -> None:
     from finlora.data import prepare
-    from finlora.data.layouts import parse_columns
 
     if context.info_name == "data" and not file:
         from finlora.data.tasks import task
@@ -455,32 +429,31 @@ def prepare(
         # FinLoRA's script builds a mixture from its tasks' files; its own file of the mixture is not needed then.
         parts = [part for name in tasks or [] for part in task(name).mixture_of or [name]]
         fetch(parts if mixture == "finlora" else tasks, raw=raw)
-    options = prepare.Options(
-        file=str(file.absolute()) if file else None,
-        context_column=context_column,
-        target_column=target_column,
-        columns=parse_columns(columns),
-        any_label=any_label,
-        seed=seed,
-        validation=validation,
-        labels=labels,
-        mixture=mixture,
-    )
+    rows = own_rows(file, context_column, target_column, columns, any_label)
+    options = prepare.Options(**rows, seed=seed, validation=validation, labels=labels, mixture=mixture)
     prepare.run(tasks or [], raw, out, options)
+
+
+def own_rows(file: Path | None, context_column: str, target_column: str, columns: str | None, any_label: bool) -> dict:
+    """The fields of finlora.data.prepare.Options about rows of one's own."""
+    from finlora.data.layouts import parse_columns
+
+    names = {"context_column": context_column, "target_column": target_column, "columns": parse_columns(columns)}
+    return names | {"file": str(file.absolute()) if file else None, "any_label": any_label}
 
 
 @app.command()
 def task(
-    name: Annotated[str, typer.Option(help="of the task: lower-case words, joined by _")],
-    file: Annotated[Path, typer.Option(help="the rows to train on")],
-    test: Annotated[Path, typer.Option(help="the rows to evaluate on")],
+    name: Annotated[str, option("of the task: lower-case words, joined by _")],
+    file: Annotated[Path, option("the rows to train on")],
+    test: Annotated[Path, option("the rows to evaluate on")],
     columns: Columns = None,
     labels: Annotated[
-        str | None, typer.Option(help="all answers, as good,bad (default: those of the rows, where they are few)")
+        str | None, option("all answers, as good,bad (default: those of the rows, where they are few)")
     ] = None,
     metric: Annotated[
         Literal["accuracy_f1", "tag_accuracy_f1", "accuracy", "bertscore_f1"] | None,
-        typer.Option(help="default: by the answers"),
+        option("default: by the answers"),
     ] = None,
 ) -> None:
     """Make a task of your own rows, which all commands then take by its name."""
@@ -495,9 +468,7 @@ def task(
 def audit(
     tasks: Tasks = None,
     raw: Raw = None,
-    json: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="where <task>.json goes (default data/audit)")
-    ] = None,
+    json: Annotated[Path | None, option("where <task>.json goes (default data/audit)", metavar="FOLDER")] = None,
     file: OwnRows = None,
     context_column: ContextColumn = "context",
     target_column: TargetColumn = "target",
@@ -505,37 +476,24 @@ def audit(
     any_label: AnyLabel = False,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="a folder with tokenizer.json, or Llama-3's tokenizer.model, to count tokens with"),
+        option("a folder with tokenizer.json, or Llama-3's tokenizer.model, to count tokens with"),
     ] = None,
-    sequence_len: Annotated[int | None, typer.Option(help="sequence length (default: the recipe's)")] = None,
-    no_tokens: Annotated[bool, typer.Option("--no-tokens", help="do not count tokens")] = False,
+    sequence_len: Annotated[int | None, option("sequence length (default: the recipe's)")] = None,
+    no_tokens: Annotated[bool, option("do not count tokens", "--no-tokens")] = False,
 ) -> None:
     """Report labels, duplicates, leaks and lengths of the fetched files. Exit code 1 where one needs attention."""
     from finlora.data import audit
-    from finlora.data.layouts import parse_columns
 
-    own = audit.Options(
-        file=str(file.absolute()) if file else None,
-        context_column=context_column,
-        target_column=target_column,
-        columns=parse_columns(columns),
-        any_label=any_label,
-    )
-    attention = audit.run(
-        tasks or [],
-        raw or audit.RAW,
-        json or audit.OUT,
-        own if file else None,
-        tokenizer=tokenizer,
-        sequence_len=sequence_len,
-        count_tokens=not no_tokens,
-    )
+    rows = own_rows(file, context_column, target_column, columns, any_label)
+    own = audit.Options(**rows) if file else None
+    counting = {"tokenizer": tokenizer, "sequence_len": sequence_len, "count_tokens": not no_tokens}
+    attention = audit.run(tasks or [], raw or audit.RAW, json or audit.OUT, own, **counting)
     sys.exit(bool(attention))
 
 
 @app.command()
 def doctor(
-    recipe: Annotated[str, typer.Option(help="what is to be trained")] = "sentiment_r8_dora",
+    recipe: Annotated[str, option("what is to be trained")] = "sentiment_r8_dora",
 ) -> None:
     """Print what a bug report needs. Exit code 1 where something that training needs is missing."""
     from finlora.recipes import load, names
@@ -554,9 +512,7 @@ def pictures() -> None:
 
 @app.command()
 def demo(
-    data: Annotated[
-        Path | None, typer.Option(help='rows of your own: {"context": ..., "target": ...} in each line')
-    ] = None,
+    data: Annotated[Path | None, option('rows of your own: {"context": ..., "target": ...} in each line')] = None,
     columns: Columns = None,
 ) -> None:
     """The whole path on two CPU cores: base model, DoRA through axolotl, merge, and a table on held-out rows."""
