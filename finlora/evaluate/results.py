@@ -8,10 +8,13 @@ that fixing a scorer fixes every report. Prompts can be long; they stay on disk 
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from finlora.core.errors import UserError
 from finlora.core.files import replacing, write_json
@@ -22,6 +25,7 @@ from finlora.evaluate import scorers
 
 RESULTS = ROOT / "results"
 Record = TypeVar("Record")
+OR_NONE = Field(default=None)  # of a key that earlier versions did not write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +90,11 @@ class Row(TypedDict):
     target: str
     corrected: str
     answer: str
-    seen: bool | None  # whether its context was trained on; None where that is not known
-    prompt_tokens: int | None
-    answer_tokens: int | None
-    stopped: bool | None  # False where the answer was cut
-    bertscore: int | float | None
+    seen: Annotated[bool | None, OR_NONE]  # whether its context was trained on; None where that is not known
+    prompt_tokens: Annotated[int | None, OR_NONE]
+    answer_tokens: Annotated[int | None, OR_NONE]
+    stopped: Annotated[bool | None, OR_NONE]  # False where the answer was cut
+    bertscore: Annotated[int | float | None, OR_NONE]
 
 
 class ForgettingRow(TypedDict):
@@ -363,18 +367,20 @@ def _read_set(folder: Path) -> Answers:
     about = _record(SetResult, done)
     if about.set != folder.name:
         raise _Broken(f"{shown(done)}: is of the set {about.set!r} and lies in {folder.name}/; evaluate it again")
-    types = get_type_hints(ForgettingRow if about.metric == "lm_eval" else Row)
-    name = "id" if about.metric == "lm_eval" else "row"
+    name, kind = ("id", ForgettingRow) if about.metric == "lm_eval" else ("row", Row)
     if name == "row" and about.labels_used not in ("corrected", "published"):
         raise _Broken(f"{shown(done)}: 'labels_used' is neither corrected nor published; evaluate again")
-    where, rows = shown(answers), {}
+    where, rows, check = shown(answers), {}, TypeAdapter(kind).validate_python
     for line, row in enumerate(_json_lines(answers), 1):
-        _check(f"{where}:{line}", row, types)
+        try:
+            row = check(row, strict=True)
+        except ValidationError as error:
+            raise _Broken(f"{where}:{line}: {_why(error)}; evaluate again") from error
         if row[name] in rows:
             raise _Broken(f"{where}:{line}: {name} {row[name]} is there twice; {AGAIN}")
         if about.metric == "bertscore_f1" and row["bertscore"] is None:
             raise _Broken(f"{where}:{line}: has no bertscore; {AGAIN}")
-        rows[row[name]] = {key: value for key, value in row.items() if key not in ("prompt", "context")}
+        rows[row[name]] = {key: value for key, value in row.items() if key != "prompt"}
     if len(rows) != about.evaluated or not rows:
         raise _Broken(f"{where}: has {len(rows):,} answers and set.json says {about.evaluated:,}; {AGAIN}")
     return Answers(folder, about, all_sets().get(folder.name) or tasks.unlisted_set(asdict(about)), rows)
@@ -393,33 +399,24 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                     what = "is not JSON" if text.endswith("\n") else "is cut short"
                     raise _Broken(f"{shown(path)}:{line}: {what}; {AGAIN}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise _Broken(f"{shown(path)}: cannot be read ({_why(error)}); {AGAIN}") from error
+        raise _Broken(f"{shown(path)}: {_why(error)}; {AGAIN}") from error
 
 
 def _record(kind: type[Record], path: Path) -> Record:
     """The dataclass `kind` from a JSON file; keys that it does not have are left out."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise _Broken(f"{shown(path)}: cannot be read ({_why(error)}); evaluate again") from error
-    types = {field.name: field.type for field in fields(kind)}
-    _check(shown(path), value, types)
-    return kind(**{key: value[key] for key in types})
-
-
-def _check(where: str, value: Any, types: dict[str, Any]) -> None:
-    """Raise _Broken unless the object has these keys and types; keys that may be None are set to it where missing."""
-    if not isinstance(value, dict):
-        raise _Broken(f"{where}: is not an object; evaluate again")
-    for key, kind in types.items():
-        if key not in value and isinstance(None, kind):
-            value[key] = None
-        is_bool = isinstance(value.get(key), bool)  # which Python takes for an int
-        if not isinstance(value.get(key), kind) or (is_bool and bool not in (kind, *get_args(kind))):
-            raise _Broken(f"{where}: {key!r} is {'wrong' if key in value else 'missing'}; evaluate again")
+        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+    except (OSError, ValidationError) as error:
+        raise _Broken(f"{shown(path)}: {_why(error)}; evaluate again") from error
 
 
 def _why(error: Exception) -> str:
+    """What is wrong, in a few words: with the file, or with the first key that is missing or not as it must be."""
     if isinstance(error, FileNotFoundError):
-        return "it is not there"
-    return " ".join((getattr(error, "strerror", None) or str(error)).split())[:120]
+        return "is not there"
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        if first["loc"]:
+            return f"{first['loc'][0]!r} is {'missing' if first['type'] == 'missing' else 'wrong'}"
+        error = first["msg"]
+    return f"cannot be read ({' '.join((getattr(error, 'strerror', None) or str(error)).split())[:120]})"
