@@ -1,20 +1,26 @@
 """Samples a second of `make eval` against FinLoRA's way of testing, in one run, on the same model, adapter and prompts.
 
     python -m bench.eval_throughput --model <folder of the 8B shape> --tests <folder> [--sets fpb,fiqa,tfns,nwgi]
+    python -m bench.eval_throughput --model <folder of the 8B shape> --made finer_made,tags_made_20 [--made-rows 320]
 
 FinLoRA's way: 8-bit weights, PEFT's DoRA unmerged, one prompt at a time, `generate` with up to 10 new tokens. It is
 timed on rows drawn evenly from the same sets, since all of them would take hours. Ours: the runner itself
 (finlora/evaluate/runner.py) on every row, merged and with --keep-quantised. The adapter is DoRA r8 on q, k, v with
 random weights, so answers mean nothing and never end early.
+
+The second compares prompts of bench/rows.py, shared prefixes computed once (finlora/models/shared.py), with padded
+batches of similar length, which compute once what the whole batch begins with.
 """
 
 import argparse
 import gc
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +28,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from bench.rows import TESTS, read_rows
 from fastdora.plugin import peft_int8
-from finlora.core.errors import run
+from finlora.core.errors import UserError, run
 from finlora.core.files import write_json
 from finlora.core.machine import gpus
 from finlora.core.paths import ROOT
 from finlora.core.provenance import git_state, versions
-from finlora.data.test_sets import read_set
+from finlora.data.test_sets import all_sets, read_set
 
 NEW_TOKENS, SEED, WARM_UP = 10, 0, 2
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -96,21 +103,69 @@ def ours(model: str, adapter: Path, tests: str, sets: str, *options: str) -> dic
     }
 
 
+def shared_and_padded(lm, kind: str, count: int, longest: float) -> dict[str, Any]:
+    """Both ways on the same prompts. longest: seconds that padded batches may take; they stop after one that passes."""
+    from finlora.evaluate.harness import batch_size, batch_tokens
+    from finlora.models.generate import padded
+    from finlora.models.shared import supports
+
+    model, tokenizer = lm.model, lm.tokenizer
+    new = all_sets()[TESTS[re.sub(r"_\d+$", "", kind)]].max_new_tokens
+    chats = [[{"role": "user", "content": context}] for context, _ in read_rows(kind, rows=count)]
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    prompts = dict(enumerate(tokenizer(texts, add_special_tokens=False)["input_ids"]))
+
+    def by_prefix() -> Iterator[dict[int, Any]]:
+        yield from lm.answers(prompts, {"max_gen_toks": new, "until": []})
+
+    def by_length() -> Iterator[dict[int, Any]]:
+        left = sorted(prompts, key=lambda index: -len(prompts[index]))
+        budget = lm.batch_tokens or batch_tokens(model)
+        while left:
+            batch = left[: batch_size(budget, len(prompts[left[0]]) + new)]
+            yield dict(zip(batch, padded(model, tokenizer, [prompts[index] for index in batch], new), strict=True))
+            left = left[len(batch) :]
+
+    row: dict[str, Any] = {"tokens_a_prompt": round(sum(map(len, prompts.values())) / len(prompts), 1)}
+    row["supported"] = supports(model)  # else both ways are the same
+    answered: dict[str, dict[int, Any]] = {}
+    for name, way, limit in (("shared", by_prefix, float("inf")), ("padded", by_length, longest)):
+        padded(model, tokenizer, [prompts[0][:64]], 4)  # kernels are loaded
+        if DEVICE != "cpu":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        started, answers = time.perf_counter(), {}
+        for batch in way():
+            answers |= batch
+            seconds = time.perf_counter() - started
+            if seconds > limit:
+                break
+        row[name] = {"samples": len(answers), "seconds": round(seconds, 3)}
+        row[name]["samples_per_second"] = round(len(answers) / seconds, 3)
+        if DEVICE != "cpu":
+            row[name]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        answered[name] = answers
+    row["times_as_fast"] = round(row["shared"]["samples_per_second"] / row["padded"]["samples_per_second"], 2)
+    row["equal_answers"] = sum(answered["shared"][index] == answer for index, answer in answered["padded"].items())
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True, help="a folder with the model and a tokenizer")
-    parser.add_argument("--tests", required=True, help="folder of the test files (test/fpb_test.jsonl ...)")
+    parser.add_argument("--tests", help="folder of the test files (test/fpb_test.jsonl ...)")
     parser.add_argument("--sets", default="fpb,fiqa,tfns,nwgi")
     parser.add_argument("--rows", type=int, default=32, help="rows that FinLoRA's way is timed on")
-    parser.add_argument("--seconds", type=float, default=60, help="and the longest it may take")
+    parser.add_argument("--seconds", type=float, default=60, help="and the longest it, or padded batches, may take")
+    parser.add_argument("--made", help=f"kinds of bench/rows.py: {', '.join(TESTS)}, with questions (tags_made_20)")
+    parser.add_argument("--made-rows", type=int, default=320, help="of each kind")
+    parser.add_argument("--batch-tokens", type=int, help="of --made; the free memory decides without")
     parser.add_argument("--quantised-rows", type=int, default=256, help="rows a set for --keep-quantised")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "eval_throughput.json")
     options = parser.parse_args()
-    contexts = [row.context for name in options.sets.split(",") for row in read_set(name, Path(options.tests)).rows]
-    drawn = contexts[:: max(1, len(contexts) // options.rows)][: options.rows]
-    adapter = ROOT / ".cache" / "bench-adapter"
-    make_adapter(options.model, adapter)
-    record = {"what": f"python -m bench.eval_throughput: {__doc__.splitlines()[0]}", "sets": options.sets}
+    if bool(options.tests) == bool(options.made):
+        raise UserError("give --tests <folder of the test files>, or --made finer_made,tags_made_20")
+    record = {"what": f"python -m bench.eval_throughput: {__doc__.splitlines()[0]}"}
     record |= {"device": gpus()[0][0] if gpus() else "CPU", "versions": versions(), "git": git_state()}
 
     def note(key: str, value: Any) -> None:
@@ -119,6 +174,20 @@ def main() -> None:
         # As each row comes: a run on a rented machine may be cut short.
         write_json(options.out, record)
 
+    if options.made:
+        from finlora.evaluate.harness import BatchedHFLM
+        from finlora.models.load import load_base
+
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        lm = BatchedHFLM(load_base(options.model, 16, fast=True), tokenizer, options.batch_tokens)
+        for kind in options.made.split(","):
+            note(kind, shared_and_padded(lm, kind, options.made_rows, options.seconds))
+        return
+    record["sets"] = options.sets
+    contexts = [row.context for name in options.sets.split(",") for row in read_set(name, Path(options.tests)).rows]
+    drawn = contexts[:: max(1, len(contexts) // options.rows)][: options.rows]
+    adapter = ROOT / ".cache" / "bench-adapter"
+    make_adapter(options.model, adapter)
     arguments = options.model, adapter, options.tests, options.sets
     note("ours", ours(*arguments))
     note("finlora", finloras_way(options.model, adapter, drawn, options.seconds))

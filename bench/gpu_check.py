@@ -26,6 +26,7 @@ from fastdora.plugin import peft_int8
 from finlora.core.machine import gpus
 from finlora.core.paths import ROOT
 from finlora.core.provenance import git_state, versions
+from finlora.models import shared
 
 T, K, N = 5120, 4096, 4096
 SEED = (2**30 + 1, 4242)
@@ -180,6 +181,47 @@ def shared_attention_row(copy: bool) -> dict[str, float]:
     return {"error": max(relative(actual, expected) for actual, expected in zip(*results, strict=True))}
 
 
+def answers_row() -> dict[str, float]:
+    """Logits of answers whose prompts share prefixes (finlora/models/shared.py), in bf16: against float64.
+
+    Three prefixes with one to 21 prompts, and prompts without. again: the error of one prompt at a time.
+    """
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=4000,
+        hidden_size=1024,
+        intermediate_size=2048,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).cuda().bfloat16().eval()
+    exact = copy.deepcopy(model).double()
+    ids = torch.randint(4000, (50_000,)).tolist()
+    owns = {1500: [50] * 21, 700: [1, 3, 200, 17], 90: [9], 0: [33, 4, 1]}
+    prompts, prefixes, place = [], [], 5000
+    for start, (prefix, sizes) in enumerate(owns.items()):
+        for own in sizes:
+            prompts.append(ids[1500 * start :][:prefix] + ids[place : place + own])
+            prefixes.append(prefix)
+            place += own
+    logits: list[torch.Tensor] = []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, out: logits.append(out[0]))
+    written = shared.answer(model, prompts, prefixes, 6, lambda ids: False)
+    hook.remove()
+    order = sorted(
+        range(len(prompts)), key=lambda index: (not prefixes[index], prompts[index][: prefixes[index]], index)
+    )
+    answered = torch.stack(logits[1:], 1)  # without the pass over prefixes: (prompts, steps, vocabulary)
+    errors = []
+    with torch.no_grad():
+        for row, index in enumerate(order):
+            tokens = torch.tensor([prompts[index] + written[index][:-1]], device="cuda")
+            expected, alone = (one(tokens, use_cache=False, logits_to_keep=6).logits[0] for one in (exact, model))
+            errors.append((relative(answered[row], expected), relative(alone, expected)))
+    return dict(zip(("error", "again"), map(max, zip(*errors, strict=True)), strict=True))
+
+
 def layer_rows() -> dict[str, dict[str, float]]:
     """A DoRA layer with a bias on each base, in bf16 with a float32 adapter as in training: against float64.
 
@@ -299,6 +341,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = {"varlen_attention": attention_row(), "shared_attention": shared_attention_row(False)}
     rows["copied_attention"] = shared_attention_row(True)
+    rows["shared_answers"] = answers_row()
     for rank in (8, 64, 256):
         rows |= low_rank_rows(rank) | weight_rows(rank)
     rows |= matmul_rows() | layer_rows() | graph_rows()

@@ -14,7 +14,7 @@ from failures import refuses
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from bench import distributed, random_base, rows, train_throughput
+from bench import distributed, eval_throughput, random_base, rows, train_throughput
 from fastdora.plugin.keys import check_keys, kept_schema
 from finlora.core.paths import ROOT
 from finlora.data import tokens
@@ -219,3 +219,21 @@ def test_a_base_with_llama_3s_own_tokenizer(tmp_path, llama):
     special = {token: len(merges) + place for place, token in enumerate(tokens.SPECIAL)}
     own = tiktoken.Encoding("llama-3", pat_str=tokens.WORDS, mergeable_ranks=merges, special_tokens=special)
     assert own.encode(text, allowed_special="all") == ids and own.n_vocab == 128256
+
+
+def test_shared_and_padded_prompts_get_equal_answers(tmp_path, llama, monkeypatch):
+    random_base.make_base("llama-3", tmp_path / "base", tiny=True)
+    command = f"x --model {tmp_path / 'base'} --out {tmp_path / 'out.json'} --made-rows 6 --batch-tokens 30000"
+    monkeypatch.setattr("sys.argv", [*command.split(), "--made", "finer_made,tags_made_3"])
+    eval_throughput.main()
+    record = json.loads((tmp_path / "out.json").read_text())
+    for kind in ("finer_made", "tags_made_3"):
+        assert (
+            record[kind]["equal_answers"] == record[kind]["padded"]["samples"] == record[kind]["shared"]["samples"] == 6
+        )
+        assert (
+            record[kind]["supported"] and record[kind]["tokens_a_prompt"] > 1500 and record[kind]["times_as_fast"] > 0
+        )
+    monkeypatch.setattr("sys.argv", command.split())
+    with refuses("--tests", "--made"):
+        eval_throughput.main()

@@ -3,22 +3,26 @@
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from fastdora import prefixes
 from finlora.core.errors import UserError
 from finlora.core.progress import progress
+from finlora.models import shared
 from finlora.models.generate import Answer, generate
 
-CPU_BATCH_TOKENS = 8192  # padded tokens at a time, prompts and answers: 2 GiB of an 8B model's float32 cache
+CPU_BATCH_TOKENS = 8192  # tokens at a time, prompts and answers: 2 GiB of an 8B model's float32 cache
 LARGEST_BATCH = 1024
 
 
 class BatchedHFLM(HFLM):
-    """HFLM on a loaded model: prompts go in order of length, as many at a time as `batch_tokens` tokens take.
+    """HFLM on a loaded model: prompts of one prefix go together, as many at a time as `batch_tokens` tokens take.
 
     lm-eval's own batch_size "auto" tries out batches of the full context length first, which takes 100 times as long
     as the answer to a short prompt. `tokens` maps a prompt to (its tokens, its answer's tokens, whether the answer
@@ -46,31 +50,21 @@ class BatchedHFLM(HFLM):
             )
         self.warn_of_bos(ids[0])
         answers = [""] * len(asked)
-        # Requests with equal options stand together, the longest first: what does not fit fails at once.
-        left = sorted(range(len(asked)), key=lambda index: (json.dumps(asked[index][1]), -len(ids[index])))
-        budget = self.batch_tokens or batch_tokens(self.model)
+        alike: dict[str, list[int]] = {}
+        for index, (_, options) in enumerate(asked):
+            alike.setdefault(json.dumps(options), []).append(index)
         with progress("answers", "row") as show:
-            show(0, len(asked))
-            while left:
-                options = normalize_gen_kwargs(asked[left[0]][1])
-                longest = len(ids[left[0]]) + options["max_gen_toks"]
-                if longest > self.max_length:
-                    raise UserError(
-                        f"a prompt and its answer take {longest:,} tokens and the model {self.max_length:,}; give "
-                        "fewer SHOTS=, or leave the set out with TASKS="
-                    )
-                batch = [index for index in left[: batch_size(budget, longest)] if asked[index][1] == asked[left[0]][1]]
-                answered = self.answers([ids[index] for index in batch], options)
-                if answered is None:
-                    budget = longest * len(batch) // 2
-                    torch.cuda.empty_cache()
-                    continue
-                for index, answer in zip(batch, answered, strict=True):
-                    answers[index] = answer.text
-                    self.tokens[asked[index][0]] = len(ids[index]), answer.tokens, answer.ended
-                    self.cache_hook.add_partial("generate_until", asked[index], answer.text)
-                left = left[len(batch) :]
-                show(len(asked) - len(left), len(asked))
+            done = 0
+            show(done, len(asked))
+            for indices in alike.values():
+                options = normalize_gen_kwargs(asked[indices[0]][1])
+                for batch in self.answers({index: ids[index] for index in indices}, options):
+                    for index, answer in batch.items():
+                        answers[index] = answer.text
+                        self.tokens[asked[index][0]] = len(ids[index]), answer.tokens, answer.ended
+                        self.cache_hook.add_partial("generate_until", asked[index], answer.text)
+                    done += len(batch)
+                    show(done, len(asked))
         return answers
 
     def warn_of_bos(self, ids: list[int]) -> None:
@@ -85,14 +79,40 @@ class BatchedHFLM(HFLM):
                 file=sys.stderr,
             )
 
-    def answers(self, ids: list[list[int]], options: dict) -> list[Answer] | None:
-        """One batch's answers; None where several prompts do not fit in memory.
+    def answers(self, ids: dict[int, list[int]], options: dict) -> Iterator[dict[int, Answer]]:
+        """The answers to prompts by their indices, a batch at a time. UserError for a prompt that is too long."""
+        new, budget = options["max_gen_toks"], self.batch_tokens or batch_tokens(self.model)
+        longest = max(map(len, ids.values())) + new
+        if longest > self.max_length:
+            raise UserError(
+                f"a prompt and its answer take {longest:,} tokens and the model {self.max_length:,}; give fewer "
+                "SHOTS=, or leave the set out with TASKS="
+            )
+        left, kept = order_by_prefix(ids, budget, shared.supports(self.model)), {}
+        while left:
+            rows, tokens = fill_batch(left, new, budget)
+            answered = self.batch_answers([(ids[one.index], one.prefix) for one in left[:rows]], options, kept)
+            if answered is None:
+                budget = tokens // 2
+                torch.cuda.empty_cache()
+                continue
+            yield {one.index: answer for one, answer in zip(left[:rows], answered, strict=True)}
+            left = left[rows:]
+
+    def batch_answers(
+        self, prompts: list[tuple[list[int], int]], options: dict, kept: shared.Kept
+    ) -> list[Answer] | None:
+        """One batch's answers; None where several prompts do not fit in memory. prompts: tokens, and how many of them
+        are a shared prefix.
 
         The caller tries again outside of the except block, whose traceback would keep the tensors in memory.
         """
+        ids, prefixes = zip(*prompts, strict=True)
+        limits = options["max_gen_toks"], options["until"], self.eot_tokens
         try:
-            return generate(self.model, self.tokenizer, ids, options["max_gen_toks"], options["until"], self.eot_tokens)
+            return generate(self.model, self.tokenizer, ids, *limits, prefixes, kept)
         except torch.OutOfMemoryError:
+            kept.clear()
             if len(ids) == 1:
                 raise
             return None
@@ -122,6 +142,50 @@ class BatchedHFLM(HFLM):
                 left = left[len(group) :]
                 show(len(requests) - len(left), len(requests))
         return answers
+
+
+class Asked(NamedTuple):
+    """A prompt by its index: the group that it shares a prefix with (-1: none), its tokens in it and beyond it."""
+
+    index: int
+    group: int
+    prefix: int
+    own: int
+
+
+def order_by_prefix(ids: dict[int, list[int]], budget: int, sharing: bool) -> list[Asked]:
+    """Prompts in the order in which they are asked: those of one prefix together, and else the longest first, since
+    what does not fit should fail at once. budget: tokens of a batch. sharing: whether the model can share prefixes.
+    """
+    rows = [np.asarray(row) for row in ids.values()]
+    found = prefixes.Shared(np.full(len(rows), -1), np.zeros(len(rows), dtype=np.int64))
+    if sharing:
+        found = prefixes.find(rows, [len(row) - 1 for row in rows], budget, len(rows))
+    asked = [
+        Asked(index, int(group), int(length), len(row) - int(length))
+        for index, row, group, length in zip(ids, rows, found.groups, found.lengths, strict=True)
+    ]
+    longest: dict[int, int] = {}
+    for one in asked:
+        longest[one.group] = max(longest.get(one.group, 0), one.prefix + one.own)
+    return sorted(asked, key=lambda one: (-longest[one.group], one.group, -one.own))
+
+
+def fill_batch(left: list[Asked], new: int, budget: int) -> tuple[int, int]:
+    """The rows from the first on that `budget` tokens take, at least one, and the tokens that these take.
+
+    Those are of each prefix once, and for each row those of the longest beyond its prefix, with `new` of the answer.
+    """
+    taken, rows, before, longest, groups = 0, 0, 0, 0, {-1}
+    for one in left[:LARGEST_BATCH]:
+        before += 0 if one.group in groups else one.prefix
+        groups.add(one.group)
+        longest = max(longest, one.own)
+        tokens = before + (rows + 1) * (longest + new)
+        if rows and tokens > budget:
+            break
+        taken, rows = tokens, rows + 1
+    return rows, taken
 
 
 def batch_size(budget: int, longest: int) -> int:

@@ -59,7 +59,7 @@ def chat(model, tokenizer, max_new_tokens: int, eot_tokens: Sequence[str] = ()) 
 
     The prompt is the whole conversation, tokenized anew for each answer; /new starts another conversation.
     """
-    from finlora.models.generate import generate  # late: it imports lm_eval, which takes seconds, and bitsandbytes
+    from finlora.models.generate import padded  # late: it imports lm_eval, which takes seconds, and bitsandbytes
 
     ends = models.end_tokens(model, tokenizer, eot_tokens)
     terminal = sys.stdin.isatty()
@@ -88,7 +88,7 @@ def chat(model, tokenizer, max_new_tokens: int, eot_tokens: Sequence[str] = ()) 
             continue
         try:
             streamer = AnswerStreamer(tokenizer, ends)
-            (answer,) = generate(model, tokenizer, [prompt], max_new_tokens, eot_tokens=eot_tokens, streamer=streamer)
+            (answer,) = padded(model, tokenizer, [prompt], max_new_tokens, eot_tokens=eot_tokens, streamer=streamer)
         except KeyboardInterrupt:
             print()
             turns.pop()

@@ -8,6 +8,7 @@ import torch
 from lm_eval.models.utils_hf import stop_sequences_criteria
 from transformers import DynamicCache, TextStreamer
 
+from finlora.models import shared
 from finlora.models.load import end_tokens
 
 
@@ -26,31 +27,56 @@ def generate(
     max_new_tokens: int,
     stop: Sequence[str] = (),
     eot_tokens: Sequence[str] = (),
-    streamer: TextStreamer | None = None,
+    prefixes: Sequence[int] | None = None,
+    kept: shared.Kept | None = None,
 ) -> list[Answer]:
     """One greedy answer for each prompt, given as token ids; texts are cut before the first of the `stop` strings.
 
-    eot_tokens: the recipe's, which end an answer too (`end_tokens`). The beginning that all prompts share, mostly an
-    instruction, is computed once; padding goes between it and the rest. streamer: prints the answer to one prompt.
+    eot_tokens: the recipe's, which end an answer too (`end_tokens`). prefixes, kept: see `shared.answer`; without them
+    what all prompts begin with is computed once. Models that `shared` does not support get padded prompts.
     """
-    width = max(map(len, prompts))
-    # At least one token of each prompt is left over: generate needs an input.
-    shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    ends = end_tokens(model, tokenizer, eot_tokens)
+    if not shared.supports(model):
+        return padded(model, tokenizer, prompts, max_new_tokens, stop, eot_tokens)
+    if prefixes is None:
+        prefixes = [_common(prompts)] * len(prompts)
+
+    def ended(ids: list[int]) -> bool:
+        return ids[-1] in ends or (bool(stop) and any(text in tokenizer.decode(ids) for text in stop))
+
+    rows = shared.answer(model, prompts, prefixes, max_new_tokens, ended, kept)
+    return [_answer(tokenizer, row, ends, stop) for row in rows]
+
+
+def padded(
+    model,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    eot_tokens: Sequence[str] = (),
+    streamer: TextStreamer | None = None,
+) -> list[Answer]:
+    """The same by transformers' own generation, for any model; what all prompts begin with is computed once.
+
+    streamer: prints the answer to one prompt.
+    """
+    width, common = max(map(len, prompts)), _common(prompts)
     gaps = [width - len(prompt) for prompt in prompts]
     ids = [
-        [*prompt[:shared], *[tokenizer.pad_token_id] * gap, *prompt[shared:]]
+        [*prompt[:common], *[tokenizer.pad_token_id] * gap, *prompt[common:]]
         for prompt, gap in zip(prompts, gaps, strict=True)
     ]
-    mask = [[1] * shared + [0] * gap + [1] * (width - shared - gap) for gap in gaps]
+    mask = [[1] * common + [0] * gap + [1] * (width - common - gap) for gap in gaps]
     inputs = {
         "input_ids": torch.tensor(ids, device=model.device),
         "attention_mask": torch.tensor(mask, device=model.device),
     }
     ends = end_tokens(model, tokenizer, eot_tokens)
     with torch.no_grad():
-        if shared:
+        if common:
             cache = DynamicCache(config=model.config)
-            model(inputs["input_ids"][:1, :shared], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(inputs["input_ids"][:1, :common], past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache.batch_repeat_interleave(len(prompts))
             inputs["past_key_values"] = cache
         out = model.generate(
@@ -65,6 +91,11 @@ def generate(
             stopping_criteria=stop_sequences_criteria(tokenizer, stop, width, len(prompts)) if stop else None,
         )
     return [_answer(tokenizer, row, ends, stop) for row in out[:, width:].tolist()]
+
+
+def _common(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; at least one token of each is left over, and all of a single one."""
+    return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
 
 
 def _answer(tokenizer, ids: list[int], ends: list[int], stop: Sequence[str]) -> Answer:
