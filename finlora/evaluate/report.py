@@ -418,16 +418,12 @@ def confusion_matrix(answers: Answers, labels: str) -> Table | None:
 def answers_page(answers: Answers) -> str:
     """The page that lists all answers of a model to one set, right and wrong."""
     labels, scorings = answers.labels()[0], list(answers.scorings()) or [answers.about.metric]
-    right, predicted = {}, {}
-    for scoring in scorings:
-        items = answers.items(labels, scoring)
-        by_row: dict[int, list[int]] = {}
-        for place, row in enumerate(items["row"]):
-            by_row.setdefault(row, []).append(place)
-        right[scoring] = [math.fsum(items["right"][i] for i in places) / len(places) for places in by_row.values()]
-        predicted[scoring] = [", ".join(items["predicted"][i] for i in places) for places in by_row.values()]
+    items = {scoring: answers.items(labels, scoring) for scoring in scorings}
+    places: dict[int, list[int]] = {}  # of each row's items, which are the same under every scoring
+    for place, row in enumerate(items[scorings[0]]["row"]):
+        places.setdefault(row, []).append(place)
     rows = []
-    for place, row in enumerate(results.kept_rows(answers.folder)):
+    for own, row in zip(places.values(), results.kept_rows(answers.folder), strict=True):
         line = row["id" if answers.forgetting else "row"]
         (target,) = answers.targets(labels, [line])
         marks = ["cut at max_new_tokens"] if row.get("stopped") is False else []
@@ -435,18 +431,11 @@ def answers_page(answers: Answers) -> str:
         marks += ["seen in training"] if row.get("seen") else []
         marks += [f"published label: {visible(row['target'])}"] if target != row["target"] else []
         texts = [visible(text) for text in (row["prompt"], target, row["answer"])]
-        prediction = predicted["strict"][place] if "strict" in predicted else ""
-        rows.append(
-            [line, *texts, visible(prediction, 80, 20), [round(right[one][place], 4) for one in scorings], marks]
-        )
-    return render(
-        "evaluate/answers.html.jinja",
-        model=answers.folder.parent.name,
-        set=answers.name,
-        labels=labels,
-        scorings=scorings,
-        rows=rows,
-    )
+        predicted = ", ".join(items["strict"]["predicted"][i] for i in own) if "strict" in items else ""
+        right = [round(math.fsum(each["right"][i] for i in own) / len(own), 4) for each in items.values()]
+        rows.append([line, *texts, visible(predicted, 80, 20), right, marks])
+    names = {"model": answers.folder.parent.name, "set": answers.name}
+    return render("evaluate/answers.html.jinja", **names, labels=labels, scorings=scorings, rows=rows)
 
 
 def corrected_sets(models: list[Model]) -> dict[str, str]:
@@ -492,30 +481,22 @@ def format_table(name: str, tests: list[Answers]) -> Table:
     body = []
     for answers in tests:
         rows, about = list(answers.rows.values()), answers.about
-        unparsed = Cell("–")
-        if "strict" in answers.scorings():
-            strict = score(answers.items(answers.labels()[0], "strict"))
-            unparsed = Cell(number(strict.unparsed), f"{percent(strict.unparsed / strict.items, 1)}%")
-        cut = sum(row["stopped"] is False for row in rows)
-        limit = Cell(number(about.max_new_tokens), LENGTHS.get(about.lengths, ""))
+        strict = score(answers.items(answers.labels()[0], "strict")) if "strict" in answers.scorings() else None
+        cells = [share_cell(strict.unparsed, strict.items) if strict else "–"]
+        cells += [Cell(number(about.max_new_tokens), LENGTHS.get(about.lengths, "")), number(about.targets_cut)]
+        cells += [share_cell(sum(row["stopped"] is False for row in rows), len(rows))]
         empty = sum(not row["answer"].strip() for row in rows)
         speed = len(rows) / about.seconds if about.seconds else None
         figures = (empty, about.seconds, speed, about.prompt_tokens, about.answer_tokens)
-        cut_cell = Cell(number(cut), f"{percent(cut / len(rows), 1)}%")
-        body.append(
-            [
-                answers.name,
-                unparsed,
-                limit,
-                number(about.targets_cut),
-                cut_cell,
-                *(number(figure) for figure in figures),
-            ]
-        )
+        body.append([answers.name, *cells, *map(number, figures)])
     heads = ["data set", "unparsed", "most tokens", "targets cut", "answers cut", "empty", "seconds", "rows/s"]
     heads += ["prompt tokens", "answer tokens"]
     caption = "Unparsed: no valid answer under strict scoring. Cut: longer than an answer's most tokens."
     return Table(heads, body, f"Format and time, {name}", caption)
+
+
+def share_cell(count: int, of: int) -> Cell:
+    return Cell(number(count), f"{percent(count / of, 1)}%")
 
 
 def set_cell(row: ScoreRow) -> Cell:

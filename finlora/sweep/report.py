@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,13 +43,18 @@ class Outcome:
         """What finlora.evaluate.runner calls the point."""
         return named(Request(shots=self.shots), self.point.name + (".tiny" if self.run and self.run["tiny"] else ""))
 
-    def metric(self, key: str) -> Any:
-        return self.run["metrics"].get(key) if self.run else None
+    def figure(self, key: str) -> Any:
+        """Of the training's metrics. Its seconds, where it was interrupted, are those since, scaled up to all steps."""
+        metrics = self.run["metrics"] if self.run else {}
+        if key != "seconds":
+            return metrics.get(key)
+        here = metrics.get("steps_this_run")
+        return metrics["seconds"] * metrics["steps"] / here if here else None
 
     @property
     def note(self) -> str:
         note = f"failed: {self.failed}" if self.failed else "" if self.run else "not finished"
-        resumed = bool(seconds(self)) and self.metric("steps_this_run") < self.metric("steps")
+        resumed = bool(self.figure("seconds")) and self.figure("steps_this_run") < self.figure("steps")
         scaled = "resumed after an interruption: its time is that of the steps since, scaled up"
         return "; ".join(filter(None, [note, scaled * resumed]))
 
@@ -84,9 +89,9 @@ class Setting:
         """On all sets together, over the seeds."""
         return mean_score(common_items(list(self.scored.values()))) if self.scored else None
 
-    def mean(self, figure: Callable[[Outcome], float | None]) -> float | None:
+    def mean(self, key: str) -> float | None:
         """Of a figure of the runs that have it."""
-        values = [value for outcome in self.outcomes if (value := figure(outcome)) is not None]
+        values = [value for outcome in self.outcomes if (value := outcome.figure(key)) is not None]
         return math.fsum(values) / len(values) if values else None
 
     @property
@@ -152,6 +157,7 @@ def evaluated(outcomes: list[Outcome], folder: Path) -> tuple[list[Outcome], lis
     Sets in which answers are right or wrong are one pool of rows; BERTScores, and then general tasks, make one where
     there is nothing else.
     """
+    outcomes = list(outcomes)
     try:
         models, warnings = read(folder, [outcome.results_name for outcome in outcomes])
     except UserError:  # nothing is evaluated
@@ -170,13 +176,10 @@ def evaluated(outcomes: list[Outcome], folder: Path) -> tuple[list[Outcome], lis
     sets = [name for name in first if all(name in model.sets for model in usable.values())]
     counted = [name for name in sets if not first[name].forgetting]
     sets = [name for name in counted if not first[name].bertscore] or counted or sets
-    scored = []
-    for outcome in outcomes:
+    for place, outcome in enumerate(outcomes):
         if sets and (model := usable.get(outcome.point.name)):
-            answers = tuple(model.sets[name] for name in sets)
-            outcome = replace(outcome, model=model, answers=answers)
-        scored.append(outcome)
-    return scored, sets, warnings
+            outcomes[place] = replace(outcome, model=model, answers=tuple(model.sets[name] for name in sets))
+    return outcomes, sets, warnings
 
 
 def verdict_of(settings: list[Setting], sets: list[str]) -> tuple[str, dict[str, dict[str, Any]], list[str]]:
@@ -187,7 +190,7 @@ def verdict_of(settings: list[Setting], sets: list[str]) -> tuple[str, dict[str,
     """
     scored = [setting for setting in settings if setting.score]
     if not scored:
-        losses = [(loss, setting.name) for setting in settings if (loss := setting.mean(final_loss)) is not None]
+        losses = [(loss, setting.name) for setting in settings if (loss := setting.mean("final_eval_loss")) is not None]
         if not losses:
             return "No point has a score or a validation loss yet.", {}, []
         loss = "{:.4g} ({})".format(*min(losses))
@@ -279,7 +282,7 @@ def table_of(
     heads += ["seconds", "samples/s", "peak GiB", "note"]
     body = []
     for one in settings:
-        difference, loss = differences.get(one.name), one.mean(final_loss)
+        difference, loss = differences.get(one.name), one.mean("final_eval_loss")
         line = [one.number, one.name, *(as_text(column, one.recipe) for column in columns)]
         line += [str(sum(outcome.run is not None for outcome in one.outcomes)) if len(one.outcomes) > 1 else ""]
         line += [score_cell(one.score) if one.score else "", difference_cell(difference) if difference else ""]
@@ -287,30 +290,12 @@ def table_of(
             right = [score(run.answers[place].items(run.answers[place].labels()[0])) for run in one.scored.values()]
             line += [percent(math.fsum(each.accuracy for each in right) / len(right)) if right else ""]
         line += ["" if loss is None else f"{loss:.4g}"]
-        figures = one.trainable, *(one.mean(figure) for figure in (seconds, samples_per_second, peak_memory))
+        figures = one.trainable, *map(one.mean, ("seconds", "samples_per_second", "peak_memory_gib"))
         line += ["" if value is None else number(value) for value in figures]
         body.append([*line, Cell(one.note, kind="words")])
     kept = [column for column in range(len(heads)) if any(str(line[column]) for line in body)]
     heads, *body = [[line[column] for column in kept] for line in [heads, *body]]
     return Table(heads, body, "All points", left=2)
-
-
-def final_loss(outcome: Outcome) -> float | None:
-    return outcome.metric("final_eval_loss")
-
-
-def seconds(outcome: Outcome) -> float | None:
-    """Of the training; where it was interrupted those since, scaled up to all steps."""
-    here = outcome.metric("steps_this_run")
-    return outcome.metric("seconds") * outcome.metric("steps") / here if here else None
-
-
-def samples_per_second(outcome: Outcome) -> float | None:
-    return outcome.metric("samples_per_second")
-
-
-def peak_memory(outcome: Outcome) -> float | None:
-    return outcome.metric("peak_memory_gib")
 
 
 def plot_of(done: list[Setting], columns: list[str]) -> Plot | None:
@@ -339,11 +324,11 @@ def plot_of(done: list[Setting], columns: list[str]) -> Plot | None:
     free = [name for name in rest if not follows(texts, [as_text(name, setting.recipe) for setting in done])]
     names = [", ".join(f"{name} {as_text(name, setting.recipe)}" for name in free) for setting in done]
     panels = []
-    for title, value in FIGURES.items():
+    for title, key in FIGURES.items():
         series: dict[str, list[Point]] = {name: [] for name in names}
         for setting, place, name in zip(done, x, names, strict=True):
-            if (y := value(setting)) is not None:
-                series[name].append(point(setting, y, place, title))
+            if drawn := point(setting, place, title, key):
+                series[name].append(drawn)
         panels += [Panel(title, [Series(*one, line=numeric) for one in series.items()])] if any(series.values()) else []
     if any(setting.score for setting in done):
         panels = [panel for panel in panels if panel.title != "validation loss"]
@@ -351,19 +336,24 @@ def plot_of(done: list[Setting], columns: list[str]) -> Plot | None:
     return Plot(panels, Axis(min(x), max(x), sorted(labels.items()), log), title) if panels else None
 
 
+# By the title of their panels.
 FIGURES = {
-    SCORE: lambda setting: 100 * setting.score.accuracy if setting.score else None,
-    "validation loss": lambda setting: setting.mean(final_loss),
-    "training, s": lambda setting: setting.mean(seconds),
-    "peak memory, GiB": lambda setting: setting.mean(peak_memory),
+    SCORE: "",
+    "validation loss": "final_eval_loss",
+    "training, s": "seconds",
+    "peak memory, GiB": "peak_memory_gib",
 }
 
 
-def point(setting: Setting, y: float, x: float, title: str) -> Point:
-    if title != SCORE:
-        return Point(y, x, title=f"{setting.name}: {number(y)}")
-    low, high = 100 * setting.score.low, 100 * setting.score.high
-    return Point(y, x, low, high, f"{setting.name}: {score_cell(setting.score)}")
+def point(setting: Setting, x: float, title: str, key: str) -> Point | None:
+    """A setting's place in a panel; None where it lacks the figure."""
+    if title == SCORE:
+        if not (score := setting.score):
+            return None
+        text = f"{setting.name}: {score_cell(score)}"
+        return Point(100 * score.accuracy, x, 100 * score.low, 100 * score.high, text)
+    y = setting.mean(key)
+    return None if y is None else Point(y, x, title=f"{setting.name}: {number(y)}")
 
 
 def on_axis(column: str, recipe: dict[str, Any]) -> float | None:
