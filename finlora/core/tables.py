@@ -21,6 +21,8 @@ class Record(BaseModel):
     @classmethod
     def _check_keys(cls, entry: Any) -> Any:
         required = sorted(name for name, field in cls.model_fields.items() if field.is_required())
+        if isinstance(entry, cls):
+            return entry
         if not isinstance(entry, dict):
             keys = ", ".join(required)
             raise ValueError(f"is not a mapping of keys ({keys}); see the comment at the top of the file")

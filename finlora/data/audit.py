@@ -44,6 +44,7 @@ NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(\.\d+)?([eE][-+]?\d+)?%?")
 # ("Boeing鈥檚"), and characters that are lost for good.
 GARBLED = re.compile(r"\+(?!£\d)[¡-ÿ]|-¦|鈥|\ufffd")
 AROUND = re.compile(r"[\x00-\x7f]{0,5}[^\x00-\x7f]+[\x00-\x7f]{0,5}")
+REPEATS = {"exact": "prompt", "same_words": "same", "near": "near"}  # and the column that is the same
 CORRECTED = "corrected as rows are read (data/corrections.yaml); LABELS=published leaves them"
 
 
@@ -216,7 +217,9 @@ def is_garbled(text: str) -> bool:
 def _summary(file: File, conflicts: int, sequence_len: int | None) -> dict[str, Any]:
     """The file's entry in the table."""
     rows = file.rows
-    answers = rows.target.value_counts().sort_index().to_dict()
+    answers, corrected = (
+        rows[name].value_counts().sort_index().to_dict() if name in rows else None for name in ("target", "corrected")
+    )
     listed = file.labels is not None or len(answers) <= FEW
     summary = {
         "file": file.name,
@@ -224,17 +227,11 @@ def _summary(file: File, conflicts: int, sequence_len: int | None) -> dict[str, 
         "status": file.status,
         "rows": len(rows),
         "labels": answers if listed else None,
-        "labels_corrected": rows.corrected.value_counts().sort_index().to_dict()
-        if listed and "corrected" in rows
-        else None,
+        "labels_corrected": corrected if listed else None,
         "different_answers": len(answers),
         "answers_that_are_numbers": sum(times for answer, times in answers.items() if NUMBER.fullmatch(answer)),
         # Rows that repeat an earlier one: letter for letter; in the same words, those included; nearly, all included.
-        "repeats": {
-            "exact": int(rows.prompt.duplicated().sum()),
-            "same_words": int(rows.same.duplicated().sum()),
-            "near": int(rows.near.duplicated().sum()),
-        },
+        "repeats": {name: int(rows[column].duplicated().sum()) for name, column in REPEATS.items()},
         "conflicts": conflicts,
         "garbled": int(rows.garbled.sum()),
         "longest": dict.fromkeys(("bytes", "words", "line"), 0),
@@ -412,21 +409,18 @@ def render(report: dict[str, Any]) -> str:
     for file in report["files"]:
         name = Path(file["file"]).name
         if file["status"] == "absent":
-            notes.append(f"{name}  absent: {_how_to_get(report)}")
+            command = f"make data TASK={report['task']}"
+            own = f"not released; bring your own: {command} FILE=your_rows.jsonl"
+            notes.append(f"{name}  absent: {command if report['released'] else own}")
             continue
-        overlap, longest = file.get("in_train"), f"{file['longest']['words']:,} words"
+        in_train, longest = "-", f"{file['longest']['words']:,} words"
+        if overlap := file.get("in_train"):
+            in_train = f"{overlap['same_words']:,}/{overlap['near']:,}"
         if file.get("tokens"):
             longest = f"{file['tokens']['longest']:,} tokens"
         counts = [file["rows"], file["different_answers"], *file["repeats"].values(), file["conflicts"]]
-        lines.append(
-            [
-                name,
-                *(f"{count:,}" for count in counts),
-                f"{overlap['same_words']:,}/{overlap['near']:,}" if overlap else "-",
-                f"{file['garbled']:,}",
-                f"{longest}, {file['longest']['bytes']:,} bytes",
-            ]
-        )
+        cells = [name, *(f"{count:,}" for count in counts), in_train, f"{file['garbled']:,}"]
+        lines.append([*cells, f"{longest}, {file['longest']['bytes']:,} bytes"])
         if file["labels"]:
             notes.append(f"{name}: {_listed(file['labels'])}")
         if file["labels_corrected"] and file["labels_corrected"] != file["labels"]:
@@ -442,12 +436,6 @@ def render(report: dict[str, Any]) -> str:
         text.append(f"  {mark} {Path(finding['file']).name}: {finding['finding']}{shown}")
         text.append(f"      {finding['done']}")
     return "\n".join(text)
-
-
-def _how_to_get(report: dict[str, Any]) -> str:
-    if report["released"]:
-        return f"make data TASK={report['task']}"
-    return f"not released; bring your own: make data TASK={report['task']} FILE=your_rows.jsonl"
 
 
 def _rows(count: int) -> str:

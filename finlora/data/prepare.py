@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from finlora.core.errors import UserError, typed
 from finlora.core.files import read_json, replacing, sha256, write_json
 from finlora.core.paths import PREPARED, RAW
+from finlora.core.tables import Record
 from finlora.data.corrections import TABLE as CORRECTIONS
 from finlora.data.corrections import applies, corrected_target, standing
 from finlora.data.layouts import Reading
@@ -43,11 +44,7 @@ LINES_SHOWN = 10
 _encode = json.JSONEncoder().encode  # escapes all but ASCII, so that no reader takes U+2028 for the end of a line
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class Options(_Record):
+class Options(Record):
     """How a task is prepared.
 
     file: one's own rows in place of FinLoRA's; columns: what its keys or columns are (layouts.LAYOUTS), as
@@ -77,14 +74,14 @@ class Options(_Record):
         return {name: meant for name, meant in named.items() if name != meant} | self.columns
 
 
-class LeftOutRows(_Record):
+class LeftOutRows(Record):
     """How many rows are left out for one reason, and the first lines."""
 
     rows: int
     first_lines: list[int]
 
 
-class Source(_Record):
+class Source(Record):
     """A file that rows come from. corrected: rows whose label was exchanged; unsure: rows that may have the defect that
     corrections.yaml describes, kept as published; unused: columns that are not read."""
 
@@ -100,7 +97,7 @@ class Source(_Record):
     notes: list[str] = []
 
 
-class InTest(_Record):
+class InTest(Record):
     """Own rows that a test set holds too: in the same words, and nearly (those included) with the first lines."""
 
     same_words: int
@@ -108,7 +105,7 @@ class InTest(_Record):
     first_lines: list[int]
 
 
-class Prepared(_Record):
+class Prepared(Record):
     """prepared.json: what went in and came out. outputs: the files' SHA-256 by name. absent_tests: the files of test
     sets that own rows were not compared with."""
 
@@ -157,7 +154,7 @@ def prepare(task: str, raw: Path | None = None, out: Path | None = None, options
         near_duplicate_groups=len(set(groups)),
         outputs={name: _sha256(out / name) for name in ("train.jsonl", "validation.jsonl")[: 1 + bool(held_out)]},
         in_tests=in_tests,
-        absent_tests=_absent_tests(entry, raw) if options.file else [],
+        absent_tests=[test.file for test in entry.tests.values() if options.file and not (raw / test.file).exists()],
     )
     write_json(out / "prepared.json", record.model_dump())
     return record
@@ -307,10 +304,6 @@ def _in_tests(entry: Task | Mixture, raw: Path, rows: list[Row]) -> dict[str, In
     return overlaps
 
 
-def _absent_tests(entry: Task | Mixture, raw: Path) -> list[str]:
-    return [test.file for test in entry.tests.values() if not (raw / test.file).exists()]
-
-
 def _choose_groups(task: str, groups: list[int], share: float, seed: int) -> set[int]:
     """Choose whole near-duplicate groups, in a seeded order, that together hold at most this share of the rows."""
     sizes = Counter(groups)
@@ -324,8 +317,6 @@ def _choose_groups(task: str, groups: list[int], share: float, seed: int) -> set
         if sizes[group] <= room:
             chosen.add(group)
             room -= sizes[group]
-            if not room:
-                break
     if not chosen:
         # Every group is larger than the share: hold out the smallest if that leaves most rows to train on.
         smallest = min(order, key=sizes.__getitem__)

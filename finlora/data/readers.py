@@ -223,7 +223,8 @@ def _parquet(path: Path, check: Check, notes: list[str]) -> Iterator[Record]:
                     values = dict(zip(used, row, strict=True))
                     for column in classes.keys() & values.keys():
                         values[column] = _class_name(where, column, values[column], classes[column])
-                    yield Record(number, where, {key: _as_written(value) for key, value in values.items()})
+                    numbers = {key: Number(one) for key, one in values.items() if type(one) in (int, Decimal)}
+                    yield Record(number, where, values | numbers)  # floats have no one text
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: row {number + 1}: is not UTF-8 text; save it as UTF-8") from error
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
@@ -239,10 +240,6 @@ def _values(column: Any) -> Any:
         return column.to_pylist()
     except UnicodeDecodeError:
         return (value.as_py() for value in column)
-
-
-def _as_written(value: Any) -> Any:
-    return Number(value) if type(value) in (int, Decimal) else value  # floats have no one text
 
 
 def _class_names(schema: Any) -> dict[str, list[str]]:

@@ -238,6 +238,7 @@ def model_card(
     tests = entry.tests
     base = public_name(recipe["base_model"])
     sources = [load_tasks()[part].source for part in parts] + [test.source for test in tests.values()]
+    files = [load_tasks()[part].train for part in parts] + [test.file for test in tests.values()]
     hub = "https://huggingface.co/datasets/"
     rows = prepared(record)
     names = sorted({source.removeprefix(hub) for source in sources if source.startswith(hub)}) or None
@@ -269,7 +270,7 @@ def model_card(
         tests=tests,
         prepared=rows,
         defects=defects(tests),
-        corrections={file: load_corrections()[file] for file in files_of(parts, tests) if file in load_corrections()},
+        corrections={file: load_corrections()[file] for file in files if file in load_corrections()},
         # A sweep keeps its points' evaluations beside them.
         evaluations=evaluations(trained.facts.sha256, results.RESULTS, trained.folder.parent / "results"),
         facts=report.facts,
@@ -292,10 +293,6 @@ def text_without_paths(text: str, recipe: dict[str, Any]) -> str:
         text = text.replace(path, Path(path).name)
     text = text.replace(f"{ROOT}/", "")
     return MACHINE_PATH.sub(lambda path: re.split(r"[/\\]+", path[0].rstrip("/\\"))[-1], text)
-
-
-def files_of(parts: list[str], tests: dict[str, Any]) -> list[str]:
-    return [load_tasks()[part].train for part in parts] + [test.file for test in tests.values()]
 
 
 def prepared(record: dict[str, Any]) -> dict[str, Any] | None:
