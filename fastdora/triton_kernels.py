@@ -515,17 +515,14 @@ def add_rows(total: torch.Tensor, part: torch.Tensor, within: torch.Tensor) -> N
 
 
 @triton.jit
-def _sum_copies_kernel(
-    dk, dv, dk_sum, dv_sum, copies, key_edges, columns, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _sum_copies_kernel(source, target, copies, key_edges, columns, BLOCK_ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """sum = the gradient of a token's own key, and of its copies': (keys, columns) -> (T, columns).
 
-    One program per token, BLOCK columns, and keys or values; it sums BLOCK_ROWS copies at a time.
+    One program per token and BLOCK columns, which sums BLOCK_ROWS copies at a time.
     """
     token = tl.program_id(0).to(tl.int64)
     own, first = tl.load(copies + 4 * token).to(tl.int64), tl.load(copies + 4 * token + 1)
     count, place = tl.load(copies + 4 * token + 2), tl.load(copies + 4 * token + 3)
-    source, target = (dk, dk_sum) if tl.program_id(2) == 0 else (dv, dv_sum)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(source + own * columns + column, mask=column < columns, other=0.0).to(tl.float32)
     for start in range(0, count, BLOCK_ROWS):
@@ -541,12 +538,13 @@ def sum_copies(
     dk: torch.Tensor, dv: torch.Tensor, copies: torch.Tensor, key_edges: torch.Tensor, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """kernels.sum_copies."""
-    dk, dv, columns = dk.contiguous(), dv.contiguous(), dk[0].numel()
-    dk_sum, dv_sum = (x.new_empty(tokens, *x.shape[1:]) for x in (dk, dv))
-    _sum_copies_kernel[(tokens, triton.cdiv(columns, 512), 2)](
-        dk, dv, dk_sum, dv_sum, copies, key_edges, columns, BLOCK_ROWS=8, BLOCK=512, num_warps=4
-    )
-    return dk_sum, dv_sum
+    sums = [x.new_empty(tokens, *x.shape[1:]) for x in (dk, dv)]
+    for source, target in zip((dk, dv), sums, strict=True):
+        columns = target[0].numel()
+        _sum_copies_kernel[(tokens, triton.cdiv(columns, 512))](
+            source.contiguous(), target, copies, key_edges, columns, BLOCK_ROWS=8, BLOCK=512, num_warps=4
+        )
+    return sums[0], sums[1]
 
 
 # -- fp8 ---------------------------------------------------------------------------------------------------------------

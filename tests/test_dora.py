@@ -900,6 +900,11 @@ def kernel_signatures(block_r: int, read: bool):
         yield "_row_norms", table, dict(KIND=kind, BLOCK_N=32, BLOCK_K=128, BLOCK_R=block_r, SCALES=kind == "int8")
     nested = dict(packed="*u8", code=P, scales="*u8", code2=P, scales2=P, offset=P, out=H, count=INT)
     yield "_dequantize_4bit", nested, dict(NESTED=True, SIZE=64, SIZE2=256, BLOCK=1024)
+    merged = dict(out=H, lse=P, part=H, part_lse=P, within="*i32", last=INT, tokens=INT, heads=INT, width=INT)
+    yield "_merge_attention", merged, dict(BLOCK_H=32, BLOCK_D=128)
+    yield "_add_rows", dict(total=H, part=H, within="*i32", last=INT, columns=INT), dict(BLOCK=1024)
+    copies = dict(source=H, target=H, copies="*i32", key_edges="*i32", columns=INT)
+    yield "_sum_copies", copies, dict(BLOCK_ROWS=8, BLOCK=512)
     yield "_dequantize_int8", dict(weight="*i8", scales=P, out=H, columns=INT), dict(BLOCK=4096)
 
 
