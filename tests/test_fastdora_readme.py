@@ -35,8 +35,25 @@ def test_the_keys_are_the_plugins_with_their_defaults():
     assert shown == FastDoraArgs().model_dump()
 
 
+def test_the_figures_with_shared_prefixes_are_the_recorded_ones():
+    record = json.loads((ROOT / "finlora" / "plan" / "train_throughput_shared.json").read_text(encoding="utf-8"))
+    rows, shown = record["rows"], README.partition("### With shared prefixes")[2]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines() if line.startswith("| ")]
+    tabled = {line[0].split()[0]: line[1:] for line in lines[2:]}
+    assert tabled.keys() == {name for name in rows if not name.endswith("_whole")}
+    for name, (a_step, rate, whole, peak, whole_peak) in tabled.items():
+        row, other = rows[name], rows.get(f"{name}_whole")
+        assert a_step == f"{row['samples_s'] * row['step_s']:.0f}" and peak == f"{row['peak_gib']:.1f}"
+        assert rate.split()[0] == f"{row['samples_s']:.3g}"
+        assert bool(whole) == bool(other) == ("times" in rate)
+        if other:
+            assert whole == f"{other['samples_s']:.3g}" and whole_peak == f"{other['peak_gib']:.1f}"
+            assert f"({row['samples_s'] / other['samples_s']:.2f} times)" in rate
+
+
 def test_the_figures_are_the_recorded_ones():
-    lines = [line.split("|")[2:5] for line in README.splitlines() if line.startswith("| ") and "GiB" not in line]
+    lines = README.partition("### With shared prefixes")[0].splitlines()
+    lines = [line.split("|")[2:5] for line in lines if line.startswith("| ") and "GiB" not in line]
     shown = [cells for cells in lines if cells[0].strip()[0].isdigit()]
     for column, record in enumerate(("train_throughput.json", "train_throughput_h200.json")):
         rows = json.loads((ROOT / "finlora" / "plan" / record).read_text(encoding="utf-8"))["rows"]

@@ -50,8 +50,7 @@ def test_a_plan_is_near_what_was_measured(run):
     """Within 20% of the time and 10% of the peak memory of each recorded run."""
     name, device, keys, row = run
     _, gpu = gpus.find_gpu(device)
-    length, fill = row["tokens_s"] / row["samples_s"], row["tokens_s"] / row["slots_s"]
-    step = step_time.work(keys, SHAPE, gpu, length, fill).seconds(step_time.committed_fit().factors)
+    step = run.work(SHAPE, gpu).seconds(step_time.committed_fit().factors)
     assert step == pytest.approx(row["step_s"], rel=0.2), f"{name}: a step takes {row['step_s']} s, planned {step:.3f}"
     peak = memory.memory_estimate(keys, SHAPE)
     assert peak == pytest.approx(row["peak_gib"], rel=0.1), f"{name}: {row['peak_gib']} GiB at the peak, planned {peak}"

@@ -212,7 +212,7 @@ def test_a_row_that_is_longer_than_the_bases_positions_is_refused(axolotl, recip
 def test_rows_that_fill_no_batch_are_refused(axolotl, recipe, tmp_path):
     """Axolotl would end with exit code 0, and with an adapter that was not trained."""
     write_rows(tmp_path / "train.jsonl", 3)
-    code, output = train(axolotl, path := recipe(micro_batch_size=4, sequence_len=256))
+    code, output = train(axolotl, path := recipe(micro_batch_size=4, sequence_len=256, fastdora_shared_prefixes=False))
     assert code == 1 and not (tmp_path / "out" / "adapter_model.safetensors").exists()
     refused(output, "fill no batch of 4 packs", "lower it", file=path, key="micro_batch_size")
 
@@ -324,7 +324,7 @@ def test_rows_and_tokens_are_stated(axolotl, recipe):
 
 
 def test_metrics(axolotl, recipe, tmp_path):
-    code, output = train(axolotl, recipe())
+    code, output = train(axolotl, recipe(fastdora_shared_prefixes=False))
     assert code == 0, output[-3000:]
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["steps"] == 3 and metrics["base_layers"] == {"Linear8bitLt": 12} and not metrics["interrupted"]

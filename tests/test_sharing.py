@@ -71,20 +71,23 @@ def dataset(rows: int) -> Dataset:
 @pytest.mark.parametrize("together", [None, 3])
 def test_each_epoch_has_every_row_once_in_as_many_packs(monkeypatch, world, together):
     monkeypatch.setenv("WORLD_SIZE", str(world))
-    packs = Packs(config(fastdora_rows_per_prefix=together), dataset(101))
+    keys = config(fastdora_rows_per_prefix=together, gradient_accumulation_steps=12 // world)
+    packs = Packs(keys, dataset(101))
     epochs = []
     for epoch in range(5):
         packs.set_epoch(epoch)
         batches = list(packs)
-        assert len(batches) == len(packs) and len(packs) % world == 0 and all(len(batch) == 1 for batch in batches)
+        assert len(batches) == len(packs) and len(packs) % 12 == 0 and all(len(batch) == 1 for batch in batches)
         assert sorted(row for (pack,) in batches for row in pack) == list(range(101))
         epochs.append(batches)
     assert all(epochs[0] != other for other in epochs[1:])
-    again = Packs(config(fastdora_rows_per_prefix=together), dataset(101))
+    again = Packs(keys, dataset(101))
     again.set_epoch(4)
     assert list(again) == epochs[4], "drawn from the seed and the epoch alone, as after a resume"
-    kept = Packs(config(fastdora_rows_per_prefix=together), dataset(101), shuffled=False)
-    assert list(kept) == list(kept)
+    kept = Packs(keys, dataset(101), shuffled=False)
+    assert list(kept) == list(kept) and len(kept) % world == 0
+    few = Packs(keys, dataset(5))
+    assert len(few) % world == 0 and sorted(row for (pack,) in few for row in pack) == list(range(5))
 
 
 def test_fewer_rows_than_processes_is_an_error(monkeypatch):

@@ -126,13 +126,13 @@ def test_the_next_command_names_a_recipe_of_ones_own_by_its_path(tiny, tmp_path,
 def test_a_gpu_that_is_too_small_names_the_keys_to_change(monkeypatch):
     # No GPU is here; everything around its three figures is real.
     monkeypatch.setattr(machine, "gpus", lambda: [("NVIDIA T4", 15.0, 14.5)])
-    path = recipe_names.RECIPES / "xbrl_extract_r8_dora.yaml"
+    path = recipe_names.RECIPES / "analysis_multi_r8_dora.yaml"
     with pytest.raises(UserError) as error:
         preflight.check_device(recipes.load(path))
     line = str(error.value)
-    assert "xbrl_extract_r8_dora.yaml" in line and "NVIDIA T4" in line
+    assert "analysis_multi_r8_dora.yaml" in line and "NVIDIA T4" in line
     assert re.findall(r"\d+", line.partition("yaml")[2].partition("set ")[0])[-2:] == ["14", "15"], line  # GiB free
-    for change in "gradient_checkpointing: true", "sequence_len: 8192", "gradient_accumulation_steps: 18":
+    for change in "gradient_checkpointing: true", "sequence_len: 8192", "gradient_accumulation_steps: 2":
         assert change in line
 
 

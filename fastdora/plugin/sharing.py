@@ -23,6 +23,8 @@ def check(cfg, source: str) -> None:
         if cfg.get("fastdora_rows_per_prefix") is not None:
             raise RecipeError(f"{source}: key 'fastdora_rows_per_prefix': needs fastdora_shared_prefixes: true")
         return
+    if cfg.get("merge_lora"):  # `axolotl merge-lora` takes attention and packing out of the recipe
+        return
     together = cfg.get("fastdora_rows_per_prefix")
     needs = {
         "sample_packing": (cfg.get("sample_packing"), "set it to true"),
@@ -46,7 +48,7 @@ def find(cfg, meta: TrainDatasetMeta) -> TrainDatasetMeta:
     packed = meta.eval_dataset is not None and cfg.eval_sample_packing is not False
     validation = _with_columns(cfg, meta.eval_dataset, "validation") if packed else meta.eval_dataset
     world = int(os.environ.get("WORLD_SIZE", 1))
-    steps = math.ceil(len(Packs(cfg, train)) / world / cfg.gradient_accumulation_steps)
+    steps = math.ceil(len(Packs(cfg, train)) / (world * cfg.gradient_accumulation_steps))
     total = math.ceil(steps * cfg.num_epochs)
     return dataclasses.replace(meta, train_dataset=train, eval_dataset=validation, total_num_steps=total)
 
@@ -61,11 +63,12 @@ def install(cfg, trainer) -> bool:
     if not cfg.fastdora_shared_prefixes:
         return False
 
+    packs = Packs(cfg, trainer.train_dataset)
+
     def sampler(base_sampler: Sampler, dataset) -> Packs:
-        return Packs(cfg, dataset, shuffled=dataset is trainer.train_dataset, sampler=base_sampler)
+        return packs if dataset is trainer.train_dataset else Packs(cfg, dataset, shuffled=False)
 
     trainer._create_multipack_sampler = sampler
-    packs = sampler(None, trainer.train_dataset)
     return packs.lengths.sum() <= MOST_COPIES * len(packs) * packs.capacity
 
 
@@ -91,17 +94,19 @@ def _capacity(cfg) -> int:
 class Packs(BatchSampler):
     """Packs as batches of one, drawn by the seed and the epoch: each row once an epoch, in as many packs every epoch.
 
-    The number of packs is a multiple of the processes', so that all take as many steps.
+    The number of packs is a multiple of those of a step, so that every step is whole and has the same packs on any
+    number of processes; of the processes' alone, so that all take as many steps, where there are too few rows for that.
     """
 
-    def __init__(self, cfg, dataset, shuffled: bool = True, sampler: Sampler | None = None):
-        super().__init__(sampler or range(len(dataset)), batch_size=1, drop_last=False)
+    def __init__(self, cfg, dataset, shuffled: bool = True):
+        super().__init__(range(len(dataset)), batch_size=1, drop_last=False)
         columns = dataset.select_columns([GROUP, PREFIX]).with_format("numpy")
         self.lengths = np.asarray(get_dataset_lengths(dataset), dtype=np.int64)
         self.shared = prefixes.Shared(np.asarray(columns[GROUP]), np.asarray(columns[PREFIX]))
         self.capacity, self.together = _capacity(cfg), cfg.fastdora_rows_per_prefix
         self.most_rows, self.seed, self.shuffled = cfg.sample_packing_bin_size, cfg.seed or 0, shuffled
         self.world, self.epoch = int(os.environ.get("WORLD_SIZE", 1)), 0
+        self.a_step = self.world * cfg.gradient_accumulation_steps if shuffled else self.world
         self.count = self._count(cfg)
         if self.count % self.world:
             raise RecipeError(
@@ -113,9 +118,10 @@ class Packs(BatchSampler):
         first = len(self._drawn(0))
         epochs = math.ceil(cfg.num_epochs) if self.shuffled else 1
         if cfg.max_steps:
-            epochs = min(epochs, 1 + cfg.max_steps * cfg.gradient_accumulation_steps * self.world // first)
+            epochs = min(epochs, 1 + cfg.max_steps * self.a_step // first)
         most = max([first, *(len(self._drawn(epoch)) for epoch in range(1, epochs))])
-        return len(prefixes.split(self._drawn(0), math.ceil(most / self.world) * self.world))
+        multiple = self.a_step if math.ceil(most / self.a_step) * self.a_step <= len(self.lengths) else self.world
+        return len(prefixes.split(self._drawn(0), math.ceil(most / multiple) * multiple))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

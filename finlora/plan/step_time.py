@@ -86,6 +86,12 @@ class Measured(NamedTuple):
     row: dict[str, Any]
 
 
+    def work(self, shape: dict[str, Any], gpu: Gpu) -> Work:
+        """Its work. Where rows share prefixes they have more tokens than their packs, which have no padding then."""
+        fill = min(1.0, self.row["tokens_s"] / self.row["slots_s"])
+        return work(self.recipe, shape, gpu, self.row["tokens_s"] / self.row["samples_s"], fill)
+
+
 class Fit(NamedTuple):
     """Factors, the GPUs and the number of runs that they were fitted to, and the largest relative errors on those.
 
@@ -166,11 +172,11 @@ def fit(rows: list[Work], seconds: list[float]) -> Work:
 def fit_records() -> Fit:
     """Factors fitted to the recorded runs, all of the 8B shape. UserError where a record is damaged or missing."""
     runs, rows, memory_errors, keys = measured_runs(), [], [], []
-    for _, device, recipe, row in runs:
-        key, gpu = find_gpu(device)
-        shape = bases.shape(recipe["base_model"])
-        rows.append(work(recipe, shape, gpu, row["tokens_s"] / row["samples_s"], row["tokens_s"] / row["slots_s"]))
-        memory_errors.append(abs(memory.memory_estimate(recipe, shape) / row["peak_gib"] - 1))
+    for run in runs:
+        key, gpu = find_gpu(run.device)
+        shape = bases.shape(run.recipe["base_model"])
+        rows.append(run.work(shape, gpu))
+        memory_errors.append(abs(memory.memory_estimate(run.recipe, shape) / run.row["peak_gib"] - 1))
         keys.append(key)
     seconds = [run.row["step_s"] for run in runs]
     errors = []
