@@ -6,7 +6,7 @@
 FinLoRA's test files are split anew, with corrected labels; rows about one text are on one side. Besides train.jsonl,
 validation.jsonl and test/<set>_test.jsonl there are two files for what FinLoRA's own runs differ by:
 published_labels.jsonl has TFNS's exchanged labels, third.jsonl a third of the rows. The recipe is RECIPE on these
-files, with one validation an epoch.
+files, with one validation an epoch, and with each row whole in packs of 4,608 tokens, as the recorded runs had it.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finlora.core.errors import run
+from finlora.core.errors import UserError, run
 from finlora.core.files import write_text
 from finlora.core.paths import RAW, ROOT, shown
 from finlora.data.groups import row_groups
@@ -51,8 +51,11 @@ def make(data: Path, out: Path) -> None:
         write(out / "test" / f"{name}_test.jsonl", lines)
     recipe = (RECIPES / f"{RECIPE}.yaml").read_text(encoding="utf-8")
     recipe = recipe.replace("data/prepared/sentiment", shown(out))
-    for key in ("evals_per_epoch", "saves_per_epoch"):
-        recipe = recipe.replace(f"{key}: 4", f"{key}: 1")
+    changes = {"evals_per_epoch": (4, 1), "saves_per_epoch": (4, 1), "sequence_len": (2560, 4608)}
+    for key, (value, own) in (changes | {"fastdora_shared_prefixes": ("true", "false")}).items():
+        if f"\n{key}: {value} " not in recipe:
+            raise UserError(f"recipes/{RECIPE}.yaml: key '{key}' is not {value}; correct bench/study/rows.py")
+        recipe = recipe.replace(f"\n{key}: {value} ", f"\n{key}: {own} ")
     write_text(out / f"{RECIPE}.yaml", recipe)
 
 

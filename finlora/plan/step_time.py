@@ -85,7 +85,6 @@ class Measured(NamedTuple):
     recipe: dict[str, Any]
     row: dict[str, Any]
 
-
     def work(self, shape: dict[str, Any], gpu: Gpu) -> Work:
         """Its work. Where rows share prefixes they have more tokens than their packs, which have no padding then."""
         fill = min(1.0, self.row["tokens_s"] / self.row["slots_s"])
