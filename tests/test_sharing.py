@@ -104,6 +104,7 @@ def test_fewer_rows_than_processes_is_an_error(monkeypatch):
         ({"sample_packing": False}, "sample_packing"),
         ({"attn_implementation": "eager"}, "attn_implementation"),
         ({"curriculum_sampling": True}, "curriculum_sampling"),
+        ({"streaming": True}, "streaming"),
         ({"fastdora_rows_per_prefix": 0}, "fastdora_rows_per_prefix"),
         ({"fastdora_rows_per_prefix": 4, "fastdora_shared_prefixes": False}, "fastdora_rows_per_prefix"),
     ],

@@ -32,6 +32,7 @@ def check(cfg, source: str) -> None:
         "context_parallel_size": ((cfg.get("context_parallel_size") or 1) == 1, "remove it"),
         "curriculum_sampling": (not cfg.get("curriculum_sampling"), "remove it"),
         "sample_packing_sequentially": (not cfg.get("sample_packing_sequentially"), "remove it"),
+        "streaming": (not cfg.get("streaming"), "remove it"),
         "multipack_real_batches": (not cfg.get("multipack_real_batches"), "remove it"),
         "fastdora_rows_per_prefix": (together is None or together > 0, "set it to 1 or more, or to null"),
     }
