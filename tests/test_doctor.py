@@ -61,7 +61,7 @@ GATED = GatedRepoError("gated", response=requests.Response())
 # What is missing: the attribute that says so, its value, the line that tells it, words of the remedy.
 MISSING = {
     "a GPU": (machine, "gpus", lambda: [], "GPU", ["none is here", "make demo", "TINY=1"]),
-    "memory": (machine, "gpus", lambda: [(CARD[0], 80.0, 3.0)], "GPU", ["needs about 25 GiB", "free the GPU"]),
+    "memory": (machine, "gpus", lambda: [(CARD[0], 80.0, 3.0)], "GPU", ["needs about 18 GiB", "free the GPU"]),
     "a new driver": (machine, "driver", lambda: "570.86.10", "GPU", ["570.86.10", "580", "TORCH=2.11.0"]),
     "torch for a GPU": (machine, "torch_cuda", lambda: None, "GPU", ["without CUDA", "make setup TORCH="]),
     "disk": (doctor, "free_space", lambda folder: 10**9, "disk", ["2 GiB", "free some"]),
