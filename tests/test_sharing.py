@@ -84,6 +84,12 @@ def test_each_epoch_has_every_row_once_in_as_many_packs(monkeypatch, world, toge
     again = Packs(keys, dataset(101))
     again.set_epoch(4)
     assert list(again) == epochs[4], "drawn from the seed and the epoch alone, as after a resume"
+    longer = Packs(SimpleNamespace(**vars(keys) | {"num_epochs": 60}), dataset(101))
+    assert len(longer) == len(packs)
+    for epoch in range(60):
+        longer.set_epoch(epoch)
+        assert sorted(row for (pack,) in longer for row in pack) == list(range(101))
+        assert len(list(longer)) == len(longer)
     kept = Packs(keys, dataset(101), shuffled=False)
     assert list(kept) == list(kept) and len(kept) % world == 0
     few = Packs(keys, dataset(5))

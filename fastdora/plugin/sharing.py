@@ -1,6 +1,7 @@
 """`fastdora_shared_prefixes`: rows that begin with the same tokens meet in packs, and each prefix is computed once."""
 
 import dataclasses
+import itertools
 import math
 import os
 
@@ -57,6 +58,7 @@ def find(cfg, meta: TrainDatasetMeta) -> TrainDatasetMeta:
 # A row's copy of its prefix's keys and values saves the second attention, and costs memory and its own gradients: up to
 # so many keys a token of a pack they are copied (1.8 for sentiment rows, 4 for FiNER's, 9 for XBRL's).
 MOST_COPIES = 3
+DRAWS = 3  # an epoch's packs are as many as the largest of so many draws needs
 
 
 def install(cfg, trainer) -> bool:
@@ -95,6 +97,7 @@ def _capacity(cfg) -> int:
 class Packs(BatchSampler):
     """Packs as batches of one, drawn by the seed and the epoch: each row once an epoch, in as many packs every epoch.
 
+    Their number does not depend on how many epochs there are, so that a finished run can go on to more.
     The number of packs is a multiple of those of a step, so that every step is whole and has the same packs on any
     number of processes; of the processes' alone, so that all take as many steps, where there are too few rows for that.
     """
@@ -108,31 +111,31 @@ class Packs(BatchSampler):
         self.most_rows, self.seed, self.shuffled = cfg.sample_packing_bin_size, cfg.seed or 0, shuffled
         self.world, self.epoch = int(os.environ.get("WORLD_SIZE", 1)), 0
         self.a_step = self.world * cfg.gradient_accumulation_steps if shuffled else self.world
-        self.count = self._count(cfg)
+        self.count = self._count()
         if self.count % self.world:
             raise RecipeError(
                 f"{cfg.axolotl_config_path}: key 'datasets': {len(dataset)} rows for {self.world} processes; take fewer"
             )
 
-    def _count(self, cfg) -> int:
-        """Packs of an epoch: those of the epoch that needs the most, on every process."""
-        first = len(self._drawn(0))
-        epochs = math.ceil(cfg.num_epochs) if self.shuffled else 1
-        if cfg.max_steps:
-            epochs = min(epochs, 1 + cfg.max_steps * self.a_step // first)
-        most = max([first, *(len(self._drawn(epoch)) for epoch in range(1, epochs))])
+    def _count(self) -> int:
+        """Packs of an epoch: the most of a few draws."""
+        draws = [self._drawn(0, attempt) for attempt in range(DRAWS if self.shuffled else 1)]
+        most = max(map(len, draws))
         multiple = self.a_step if math.ceil(most / self.a_step) * self.a_step <= len(self.lengths) else self.world
-        return len(prefixes.split(self._drawn(0), math.ceil(most / multiple) * multiple))
+        return len(prefixes.split(draws[0], math.ceil(most / multiple) * multiple))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def _drawn(self, epoch: int) -> list[list[int]]:
-        generator = np.random.default_rng((self.seed, epoch)) if self.shuffled else None
+    def _drawn(self, epoch: int, attempt: int) -> list[list[int]]:
+        generator = np.random.default_rng((self.seed, epoch, attempt)) if self.shuffled else None
         return prefixes.pack(self.lengths, self.shared, self.capacity, self.together, self.most_rows, generator)
 
     def __iter__(self):
-        return iter([[rows] for rows in prefixes.split(self._drawn(self.epoch), self.count)])
+        # A draw that needs more packs than an epoch has is drawn again, about one in four.
+        draws = (self._drawn(self.epoch, attempt) for attempt in itertools.count())
+        packs = next(packs for packs in draws if len(packs) <= self.count)
+        return iter([[rows] for rows in prefixes.split(packs, self.count)])
 
     def __len__(self) -> int:
         return self.count
