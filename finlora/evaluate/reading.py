@@ -34,6 +34,7 @@ STATED = re.compile(
     r"(?:\b(?:is|are|was|were|be|equals?)|[=:≈])\s*(?:(?:about|approximately|around|roughly|equal to|thus)\s)*\(?$",
     re.I,
 )
+YEAR = re.compile(r"(?:19|20)\d\d")
 TAG = r"[A-Z][A-Za-z]*[a-z][A-Z][A-Za-z0-9]*"
 OPERAND = rf"(?:{TAG}|[A-Z]\w+|{DIGITS})"
 FORMULA = re.compile(rf"\(*\s*{OPERAND}(?:[\s)]*[-+*/][\s(]*{OPERAND})+\s*\)*")
@@ -78,7 +79,7 @@ def read_number(text: str, equals: Callable[[Number], bool]) -> bool | None:
     """Whether the one number that a text states, or has, is the target; None where it is not one."""
     mentions = numbers(text)
     # "the value for 2023 is ..."; and what is still being calculated is not stated.
-    mentions = [each for each in mentions if not _year(*each)] or mentions
+    mentions = [each for each in mentions if not YEAR.fullmatch(each[0][0].strip())] or mentions
     stated = [
         value
         for match, value in mentions
@@ -108,7 +109,3 @@ def _formula(text: str) -> str:
     while text.count(")") > text.count("(") and text.endswith(")"):
         text = text[:-1]
     return text
-
-
-def _year(match: re.Match, value: Number) -> bool:
-    return bool(re.fullmatch(r"(?:19|20)\d\d", match[0].strip()))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
 from finlora.core.errors import UserError
@@ -39,12 +39,84 @@ class Rows(BaseModel):
     type: Any
 
 
+def one_precision(four_bit: bool, info: ValidationInfo) -> bool:
+    if four_bit and info.data.get("load_in_8bit"):
+        raise ValueError("load_in_8bit is true as well; keep one")
+    return four_bit
+
+
+def adapter_for_bits(adapter: str, info: ValidationInfo) -> str:
+    # With load_in_4bit and `adapter: lora` axolotl (0.19.0) trains a base that is not quantized.
+    if adapter != (expected := "qlora" if info.data.get("load_in_4bit") else "lora"):
+        raise ValueError(f"set {expected}: it is qlora with load_in_4bit: true and lora without")
+    return adapter
+
+
+def layers_of_the_base(targets: Any, info: ValidationInfo) -> list[str]:
+    layers = info.context["layers"]
+    if info.data.get("lora_target_linear"):
+        if targets:
+            raise ValueError("lora_target_linear is true as well; keep one")
+        return layers
+    if not isinstance(targets, list) or not targets:
+        raise ValueError("write a list, as in [q_proj, v_proj], or set lora_target_linear: true for all of them")
+    for number, target in enumerate(targets):
+        if target in targets[:number]:
+            raise ValueError(f"{target} is listed twice; keep one")
+        if layers and target not in layers:
+            raise ValueError(f"{target} is none of {', '.join(layers)}")
+    return targets
+
+
+def groups_of_trained_parameters(groups: Any, info: ValidationInfo) -> Any:
+    """Axolotl ignores a module of `lr_groups` that no trained parameter has in its name."""
+    targets, dora = info.data.get("lora_target_modules"), info.data.get("peft_use_dora")
+    if not targets:
+        return groups  # that key's own error comes first
+    parts = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(dora)]
+    names = itertools.product(range(MOST_LAYERS), ("self_attn", "mlp"), targets, parts)
+    trained = ["base_model.model.model.layers.{}.{}.{}.{}.default.weight".format(*name) for name in names]
+    saved = info.data.get("lora_modules_to_save") or []
+    trained += [f"base_model.model.{name}.modules_to_save.default.weight" for name in saved]
+    for module in (module for group in groups or [] for module in group["modules"]):
+        if not any(module in name for name in trained):
+            if "magnitude" in module and not dora:
+                raise ValueError(f"LoRA has no {module}; take a recipe with DoRA")
+            some = ", ".join([*targets, *parts])
+            raise ValueError(
+                f"{module} is in the name of nothing that is trained; take a part of {trained[0]}, say {some}"
+            )
+    return groups
+
+
+def initial_weights_that_are_set(value: Any) -> Any:
+    if value is False:
+        raise ValueError("axolotl (0.19.0) ignores it, and B begins at zero as with true; remove it")
+    return value
+
+
+def template_that_is_read(template: Any, info: ValidationInfo) -> Any:
+    if template and info.data.get("chat_template") not in (None, "jinja"):
+        raise ValueError(f"axolotl takes chat_template: {info.data['chat_template']} instead; set that to jinja")
+    return template
+
+
+def kernel_is_off(on: Any, info: ValidationInfo) -> Any:
+    """With DoRA axolotl's own kernels must be off; left out, it switches them on by itself."""
+    if info.data.get("peft_use_dora") and on is not False:
+        raise ValueError("axolotl's LoRA kernels train DoRA with a stale norm (0.19.0); set it to false")
+    return on
+
+
+Kernel = Annotated[Any, Field(validate_default=True), AfterValidator(kernel_is_off)]
+
+
 class Keys(BaseModel):
     """What checks, evaluation and merging read. Axolotl has a default for most; a recipe states them."""
 
     load_in_8bit: bool
-    load_in_4bit: bool
-    adapter: str
+    load_in_4bit: Annotated[bool, AfterValidator(one_precision)]
+    adapter: Annotated[str, AfterValidator(adapter_for_bits)]
     peft_use_dora: bool
     peft_use_rslora: bool
     output_dir: str
@@ -53,12 +125,12 @@ class Keys(BaseModel):
     lora_alpha: AboveZero
     lora_dropout: Annotated[float, Field(ge=0, lt=1)]
     lora_target_linear: bool | None = None
-    lora_target_modules: Annotated[Any, Field(validate_default=True)] = None
+    lora_target_modules: Annotated[Any, Field(validate_default=True), AfterValidator(layers_of_the_base)] = None
     lora_modules_to_save: Any = None
-    lr_groups: Any = None
-    peft_init_lora_weights: Any = None
+    lr_groups: Annotated[Any, AfterValidator(groups_of_trained_parameters)] = None
+    peft_init_lora_weights: Annotated[Any, AfterValidator(initial_weights_that_are_set)] = None
     chat_template: Any = None
-    chat_template_jinja: Any = None
+    chat_template_jinja: Annotated[Any, AfterValidator(template_that_is_read)] = None
     datasets: list[Rows]
     test_datasets: list[Rows] | None = None
     sequence_len: AboveZero
@@ -66,92 +138,10 @@ class Keys(BaseModel):
     gradient_accumulation_steps: AboveZero
     num_epochs: AboveZero
     learning_rate: AboveZero
-
-    @field_validator("load_in_4bit")
-    @classmethod
-    def one_precision(cls, four_bit: bool, info: ValidationInfo) -> bool:
-        if four_bit and info.data.get("load_in_8bit"):
-            raise ValueError("load_in_8bit is true as well; keep one")
-        return four_bit
-
-    @field_validator("adapter")
-    @classmethod
-    def adapter_for_bits(cls, adapter: str, info: ValidationInfo) -> str:
-        # With load_in_4bit and `adapter: lora` axolotl (0.19.0) trains a base that is not quantized.
-        if adapter != (expected := "qlora" if info.data.get("load_in_4bit") else "lora"):
-            raise ValueError(f"set {expected}: it is qlora with load_in_4bit: true and lora without")
-        return adapter
-
-    @field_validator("lora_target_modules")
-    @classmethod
-    def layers_of_the_base(cls, targets: Any, info: ValidationInfo) -> list[str]:
-        layers = info.context["layers"]
-        if info.data.get("lora_target_linear"):
-            if targets:
-                raise ValueError("lora_target_linear is true as well; keep one")
-            return layers
-        if not isinstance(targets, list) or not targets:
-            raise ValueError("write a list, as in [q_proj, v_proj], or set lora_target_linear: true for all of them")
-        for number, target in enumerate(targets):
-            if target in targets[:number]:
-                raise ValueError(f"{target} is listed twice; keep one")
-            if layers and target not in layers:
-                raise ValueError(f"{target} is none of {', '.join(layers)}")
-        return targets
-
-    @field_validator("peft_init_lora_weights")
-    @classmethod
-    def initial_weights_that_are_set(cls, value: Any) -> Any:
-        if value is False:
-            raise ValueError("axolotl (0.19.0) ignores it, and B begins at zero as with true; remove it")
-        return value
-
-    @field_validator("chat_template_jinja")
-    @classmethod
-    def template_that_is_read(cls, template: Any, info: ValidationInfo) -> Any:
-        if template and info.data.get("chat_template") not in (None, "jinja"):
-            raise ValueError(f"axolotl takes chat_template: {info.data['chat_template']} instead; set that to jinja")
-        return template
-
-    @field_validator("lr_groups")
-    @classmethod
-    def groups_of_trained_parameters(cls, groups: Any, info: ValidationInfo) -> Any:
-        """Axolotl ignores a module of `lr_groups` that no trained parameter has in its name."""
-        targets, dora = info.data.get("lora_target_modules"), info.data.get("peft_use_dora")
-        if not targets:
-            return groups  # that key's own error comes first
-        parts = ["lora_A", "lora_B", *["lora_magnitude_vector"] * bool(dora)]
-        names = itertools.product(range(MOST_LAYERS), ("self_attn", "mlp"), targets, parts)
-        trained = ["base_model.model.model.layers.{}.{}.{}.{}.default.weight".format(*name) for name in names]
-        saved = info.data.get("lora_modules_to_save") or []
-        trained += [f"base_model.model.{name}.modules_to_save.default.weight" for name in saved]
-        for module in (module for group in groups or [] for module in group["modules"]):
-            if not any(module in name for name in trained):
-                if "magnitude" in module and not dora:
-                    raise ValueError(f"LoRA has no {module}; take a recipe with DoRA")
-                raise ValueError(
-                    f"{module} is in the name of nothing that is trained; take a part of {trained[0]}, say "
-                    f"{', '.join([*targets, *parts])}"
-                )
-        return groups
-
-
-class DoraKeys(Keys):
-    """With DoRA axolotl's own kernels must be off; left out, it switches them on by itself."""
-
-    model_config = ConfigDict(validate_default=True)
-
-    lora_qkv_kernel: Any = None
-    lora_mlp_kernel: Any = None
-    lora_o_kernel: Any = None
-    lora_embedding_kernel: Any = None
-
-    @field_validator("lora_qkv_kernel", "lora_mlp_kernel", "lora_o_kernel", "lora_embedding_kernel")
-    @classmethod
-    def kernel_is_off(cls, on: Any) -> Any:
-        if on is not False:
-            raise ValueError("axolotl's LoRA kernels train DoRA with a stale norm (0.19.0); set it to false")
-        return on
+    lora_qkv_kernel: Kernel = None
+    lora_mlp_kernel: Kernel = None
+    lora_o_kernel: Kernel = None
+    lora_embedding_kernel: Kernel = None
 
 
 def check_values(recipe: Recipe) -> None:
@@ -165,8 +155,7 @@ def check_values(recipe: Recipe) -> None:
         if reason := why_refused(kind, key, value):
             raise UserError(f"{recipe.where(name)}{reason}")
     try:
-        model = DoraKeys if keys.get("peft_use_dora") else Keys
-        model.model_validate(keys, context={"layers": recipe.layers})
+        Keys.model_validate(keys, context={"layers": recipe.layers})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(f"{recipe.where('.'.join(map(str, first['loc'])))}{_fault(first)}") from None
