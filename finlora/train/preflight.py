@@ -169,16 +169,15 @@ def check_messages(path: Path, file: Path) -> None:
         for number, line in enumerate(lines, 1):
             where = f"{shown(file)}:{number}"
             try:
-                messages = json.loads(line.decode("utf-8"))["messages"]
-                turns = [(turn["role"], turn["content"]) for turn in messages]
+                turns = [(turn["role"], turn["content"]) for turn in json.loads(line.decode("utf-8"))["messages"]]
+                right = turns[-1][0] == "assistant" and all(isinstance(text, str) for _, text in turns)
             except UnicodeDecodeError as error:
                 raise UserError(f"{where}: not UTF-8 at byte {error.start}; save the file as UTF-8") from error
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(
-                    f'{where}: not a row of {{"messages": [{{"role", "content"}}, ...]}}; fix it'
-                ) from error
-            if not turns or turns[-1][0] != "assistant" or any(not isinstance(text, str) for _, text in turns):
-                raise UserError(f"{where}: the last message must be the assistant's, and every content a string")
+            except (ValueError, LookupError, TypeError, RecursionError):
+                right = False
+            if not right:
+                form = """{"messages": [{"role", "content"}, ...]} whose last message is the assistant's"""
+                raise UserError(f"{where}: not a row of {form}, and every content a string; fix it")
             if fault := rows.fault_of("answer", turns[-1][1], labels):
                 raise UserError(f"{where}: {fault}; correct it or remove the row")
     if not number:
