@@ -191,6 +191,8 @@ def test_keys_that_differ_are_named_with_both_values():
     assert changed() is None
     says(changed({"lora_r": 16}), "was 8", "is 16", key="lora_r")
     says(changed({"seed": 1}), "was None", "is 1", key="seed")
+    estimated = ({"recipe": {"sample_packing_eff_est": each}} for each in (0.94, 0.95))
+    assert checkpoints.difference(*estimated) is None, "axolotl estimates it anew at each start"
     says(checkpoints.difference({"recipe": {"seed": 1}}, {"recipe": {}}), "was 1", "is None", key="seed")
     says(checkpoints.difference({}, {"recipe": {"seed": 1}}), "was None", "is 1", key="seed")
     says(checkpoints.difference({"recipe": {"seed": 1}}, {}), "was 1", "is None", key="seed")

@@ -16,11 +16,12 @@ from typing import Any
 from fastdora.plugin.checksums import changed_files, sha256
 
 SEAL, PREFIX = "seal.json", "checkpoint-"
-# Keys that may change between a run and its resumption: paths and devices, logging, how often it saves.
+# Keys that may change between a run and its resumption: paths and devices, logging, how often it saves; and what
+# axolotl (0.19.0) estimates anew at each start, from an order of rows that no seed has drawn (sample_packing_eff_est).
 MAY_CHANGE = re.compile(
     r"axolotl_config_path|output_dir|dataset_prepared_path|dataset_num_proc|dataset_processes|capabilities|"
     r"env_capabilities|device|device_map|local_rank|resume_from_checkpoint|auto_resume_from_checkpoints|logging_.*|"
-    r"include_tkps|include_tokens_per_second|saves?_.*|dataloader_.*|ddp_timeout|"
+    r"include_tkps|include_tokens_per_second|sample_packing_eff_est|saves?_.*|dataloader_.*|ddp_timeout|"
     r"use_(tensorboard|wandb|mlflow|comet|trackio)|wandb_.*|(hf_)?mlflow_.*|comet_.*|trackio_.*|.*(token|api_key|password|secret)"
 )
 # Keys that follow from how many epochs a run has; and schedules whose checkpoints hold the number of steps they began
