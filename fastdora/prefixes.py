@@ -30,8 +30,9 @@ def find(rows: Sequence[np.ndarray], limits: Iterable[int], capacity: int, toget
     tree. A row joins one of its ancestors, where tokens that packs leave out by it are the most (one level: rows do not
     share a part of their prefix with a second group).
     """
-    keys = [np.ascontiguousarray(row[: max(limit, 0)], dtype=">u4") for row, limit in zip(rows, limits, strict=True)]
-    order = sorted(range(len(keys)), key=lambda row: keys[row].tobytes())
+    # Big-endian bytes sort as the numbers do, and are there once: the sort and the comparisons read these.
+    keys = [np.asarray(row[: max(limit, 0)], dtype=">u4").tobytes() for row, limit in zip(rows, limits, strict=True)]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
     lengths = [len(row) for row in rows]
     packs = max(1.0, sum(lengths) / capacity)
     mean = sum(lengths) / max(1, len(lengths))
@@ -55,7 +56,7 @@ def find(rows: Sequence[np.ndarray], limits: Iterable[int], capacity: int, toget
         return inside, deeper
 
     for position, row in enumerate(order):
-        after = keys[order[position + 1]] if position + 1 < len(order) else keys[row][:0]
+        after = keys[order[position + 1]] if position + 1 < len(order) else b""
         common = _common(keys[row], after)
         if common > stack[-1][0]:
             stack.append((common, [row], 0.0))
@@ -72,10 +73,12 @@ def find(rows: Sequence[np.ndarray], limits: Iterable[int], capacity: int, toget
     return Shared(groups, depths)
 
 
-def _common(first: np.ndarray, second: np.ndarray) -> int:
+def _common(first: bytes, second: bytes) -> int:
     """How many tokens two rows begin with in common."""
-    size = min(len(first), len(second))
-    differs = first[:size] != second[:size]
+    size = min(len(first), len(second)) // 4
+    if not size:
+        return 0
+    differs = np.frombuffer(first, np.uint32, size) != np.frombuffer(second, np.uint32, size)
     return int(differs.argmax()) if differs.any() else size
 
 

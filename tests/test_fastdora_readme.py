@@ -51,6 +51,20 @@ def test_the_figures_with_shared_prefixes_are_the_recorded_ones():
             assert f"({row['samples_s'] / other['samples_s']:.2f} times)" in rate
 
 
+def test_the_front_page_has_the_recorded_gains():
+    record = json.loads((ROOT / "finlora" / "plan" / "train_throughput_shared.json").read_text(encoding="utf-8"))
+    front = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rows = record["rows"]
+    times = {
+        name: rows[name]["samples_s"] / rows[f"{name}_whole"]["samples_s"] for name in ("8bit_dora", "finer", "tags")
+    }
+    assert (
+        f"adds {times['8bit_dora']:.2f} times for `sentiment_r8_dora` ({rows['8bit_dora']['samples_s']:.0f} real"
+        in front
+    )
+    assert f"{times['finer']:.1f} for FiNER, {times['tags']:.1f} for XBRL tags" in front
+
+
 def test_the_figures_are_the_recorded_ones():
     lines = README.partition("### With shared prefixes")[0].splitlines()
     lines = [line.split("|")[2:5] for line in lines if line.startswith("| ") and "GiB" not in line]

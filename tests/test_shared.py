@@ -149,7 +149,7 @@ def test_other_models_are_answered_by_transformers(tiny_base, monkeypatch, chang
     assert changed == generate.padded(model, tokenizer, prompts, 8) != plain
 
 
-def test_a_kernel_that_is_missing_or_wrong_is_noticed(monkeypatch):
+def test_a_kernel_that_is_missing_or_wrong_is_noticed(monkeypatch, capsys):
     """On the CPU in bfloat16, which stands in for a GPU."""
 
     def works(kernel):
@@ -171,6 +171,17 @@ def test_a_kernel_that_is_missing_or_wrong_is_noticed(monkeypatch):
         less = run.seen and query.dtype == torch.bfloat16
         return kernel(query, new, replace(run, used=run.used + 1) if less else run, *rest)
 
-    assert works(kernel)
-    assert not works(missing) and not works(without_prefixes) and not works(seeing_one_more)
+    def other_arguments(query, *rest):
+        return missing(query, *rest) if query.dtype != torch.bfloat16 else kernel()
+
+    assert works(kernel) and not capsys.readouterr().err
+    for fault, words in (
+        (missing, "no kernel image"),
+        (other_arguments, "missing"),
+        (without_prefixes, "float32"),
+        (seeing_one_more, "float32"),
+    ):
+        assert not works(fault)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "padded" in line and words in line
     shared.kernel_works.cache_clear()

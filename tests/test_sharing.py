@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
+from rounding import FACTOR
 from safetensors.torch import load_file
 from test_plugin import axolotl, recipe, refused, train, write_rows  # noqa: F401 (fixtures)
 
@@ -14,7 +16,7 @@ from fastdora.plugin.sharing import Packs
 
 pytestmark = pytest.mark.xdist_group("axolotl")
 # All rows in one pack: a step is then the same with and without sharing.
-EXACT = {"fastdora_answers_only": True, "lora_dropout": 0.0, "bf16": False, "sequence_len": 2048, "num_epochs": 6}
+EXACT = {"fastdora_shared_prefixes": False, "lora_dropout": 0.0, "bf16": False, "sequence_len": 2048, "num_epochs": 6}
 
 
 def trained(axolotl, recipe, tmp_path, **changes) -> tuple[dict, dict, str]:  # noqa: F811
@@ -37,20 +39,31 @@ def trained(axolotl, recipe, tmp_path, **changes) -> tuple[dict, dict, str]:  # 
     ],
 )
 def test_training_is_the_same(axolotl, recipe, tmp_path, changes):  # noqa: F811
-    """In float32 without dropout, all rows in each step: the adapter moves as without sharing, validation too."""
-    changes = EXACT | {"eval_sample_packing": True, "seed": 7} | changes
+    """In float32 without dropout, all rows in each step: the adapter moves as without sharing, validation too.
+
+    Adam divides by the gradient's size, so a rounding may turn a step around where that is near zero. The bound is what
+    one rounding of the start changes.
+    """
+    plugins = [*yaml.safe_load(open(recipe(), encoding="utf-8"))["plugins"], "nudged.Nudged"]
+    changes = EXACT | {"eval_sample_packing": True, "seed": 7, "plugins": plugins} | changes
     plain, expected, _ = trained(axolotl, recipe, tmp_path, **changes)
-    shared, actual, output = trained(axolotl, recipe, tmp_path, fastdora_shared_prefixes=True, **changes)
+    shared, actual, output = trained(axolotl, recipe, tmp_path, **changes | {"fastdora_shared_prefixes": True})
+    nudged, other, _ = trained(axolotl, recipe, tmp_path, nudge=1, **changes)
     assert "train: 40 of 40 rows share" in output and "validation: 12 of 12 rows share" in output
     assert [shared[key] for key in ("samples", "tokens", "steps")] == [240, plain["tokens"], 6]
     assert plain["samples"] == 240
-    start = trained(axolotl, recipe, tmp_path, **changes | {"learning_rate": 0.0})[1]
+    start = load_file(tmp_path / "out-0" / "start.safetensors")
+
+    def apart(adapter: dict[str, torch.Tensor], from_adapter: dict[str, torch.Tensor]) -> float:
+        return torch.cat([(adapter[name] - from_adapter[name]).flatten() for name in expected]).norm().item()
+
+    moved = apart(expected, start)
+    least = torch.finfo(torch.float32).eps * torch.cat([one.flatten() for one in expected.values()]).norm().item()
+    bound = FACTOR * max(apart(other, expected), least)
+    assert apart(actual, expected) <= bound < 0.1 * moved
     for key in ("final_loss", "final_eval_loss"):
-        assert shared[key] == pytest.approx(plain[key], rel=1e-4)
-    moved = torch.cat([(expected[name] - start[name]).flatten() for name in expected]).norm()
-    apart = torch.cat([(actual[name] - expected[name]).flatten() for name in expected]).norm()
-    # Adam divides by the gradient's size: where it is near zero, a rounding turns a whole step around.
-    assert moved > 0 and apart < 0.05 * moved
+        terms = plain["tokens"] / 6 * torch.finfo(torch.float32).eps  # a mean over so many tokens, each rounded
+        assert abs(shared[key] - plain[key]) <= FACTOR * max(abs(nudged[key] - plain[key]), terms * plain[key])
 
 
 def config(**changes):

@@ -78,7 +78,7 @@ def install(cfg, trainer) -> bool:
 def _with_columns(cfg, dataset, split: str):
     rows, limits = [], []
     for batch in dataset.select_columns(["input_ids", "labels"]).with_format("numpy").iter(batch_size=1000):
-        rows += [np.asarray(ids) for ids in batch["input_ids"]]
+        rows += [np.asarray(ids, dtype=np.int32) for ids in batch["input_ids"]]  # datasets gives eight bytes a token
         for labels in batch["labels"]:
             labelled = np.asarray(labels) != IGNORED
             # The last token of the prompt predicts the first label, and stays with its row.

@@ -6,6 +6,7 @@ prompt's other tokens in a row of a cache. A token attends to its prompt's prefi
 in two calls of torch's flash kernel, joined by their sums of exponentials (fastdora/kernels.py merge_attention).
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from fastdora import attention, kernels
 from fastdora.dora import Unsupported
+from fastdora.plugin.errors import first_line
 
 NAME = "finlora_shared"
 # What a model's generation_config may say: greedy decoding does nothing else with it. Penalties would change answers.
@@ -100,9 +102,13 @@ def kernel_works(device, dtype: torch.dtype, heads: int, groups: int, width: int
     """
     try:
         outputs = _trial(device, dtype, heads, groups, width)
-    except RuntimeError:
-        return False
-    return (outputs - _trial("cpu", dtype, heads, groups, width, torch.float32)).abs().max().item() < 0.05
+        error = (outputs - _trial("cpu", dtype, heads, groups, width, torch.float32)).abs().max().item()
+        fault = f"its attention is {error:.2g} from float32's" if not error < 0.05 else ""
+    except Exception as reason:  # an operator that is not there, other arguments, a kernel that does not compile
+        fault = first_line(reason)
+    if fault:
+        print(f"prompts are padded, not grouped by what they share: {fault}", file=sys.stderr, flush=True)
+    return not fault
 
 
 def _trial(device, rounded: torch.dtype, heads: int, groups: int, width: int, dtype: torch.dtype | None = None):
