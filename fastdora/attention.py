@@ -220,9 +220,10 @@ def _one_by_one(query, key, value, segments, scale):
         first, last = next(((a, b) for begin, over, a, b in groups if begin <= start < over), (start, start))
         q = query[start:end].transpose(0, 1).unsqueeze(0)
         k, v = (torch.cat([x[first:last], x[start:end]]).transpose(0, 1).unsqueeze(0) for x in (key, value))
-        # The whole prefix, and what of the segment is not later. is_causal would align queries with the first keys.
-        seen = q.new_ones(end - start, last - first + end - start, dtype=torch.bool).tril(last - first)
-        mask = {"is_causal": True} if first == last else {"attn_mask": seen}
+        mask = {"is_causal": True}
+        if first < last:  # the whole prefix, and what is not later: is_causal would align queries with the first keys
+            seen = q.new_ones(end - start, last - first + end - start, dtype=torch.bool)
+            mask = {"attn_mask": seen.tril(last - first)}
         part = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True, **mask)
         parts.append(part.squeeze(0).transpose(0, 1))
     return torch.cat(parts)
