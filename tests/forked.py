@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import torch.utils.tensorboard  # noqa: F401 (every recipe logs to it)
 import torchao  # noqa: F401
+import tqdm
 import wandb
 from accelerate.state import AcceleratorState
 from axolotl.cli import main as axolotl_cli
@@ -85,6 +87,8 @@ def start(
     os.environ["TMPDIR"] = tempfile.tempdir = folder
     os.environ |= {key: str(value) for key, value in (env or {}).items()}
     os.environ["AXOLOTL_DATASET_NUM_PROC"] = "0"
+    # tqdm's own lock is one semaphore of all forked processes: a child that was killed with it would stop all others.
+    tqdm.tqdm.set_lock(threading.RLock())
     # accelerate keeps for its lifetime how a process takes part in training: here how pytest's process did.
     AcceleratorState._reset_state(reset_partial_state=True)
     os.dup2(output.fileno(), 1)

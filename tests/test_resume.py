@@ -1,8 +1,11 @@
 """A run survives: kill -9, damaged checkpoints, a full disk; and never resumes as another run."""
 
 import json
+import os
 import random
 import shutil
+import signal
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 import yaml
 from failures import refuses, says
 from kills import damage, digest, killed, recipe
+from tqdm import tqdm
 
 from fastdora.plugin import checkpoints
 from finlora.core import provenance
@@ -44,6 +48,27 @@ def train(path: Path) -> str:
 def error_of(output: str) -> str:
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     return line.removeprefix("error: ")
+
+
+def test_a_killed_child_takes_no_lock_with_it():
+    """Of tqdm, whose lock is one of all forked processes: the next child shows a bar all the same."""
+    from forked import finish, start
+
+    tqdm.get_lock()  # as the first bar in this process makes it
+
+    def hold():
+        tqdm.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert finish(start([], main=hold))[0] == -signal.SIGKILL
+    child = start([], main=lambda: print(sum(tqdm([1, 2]))))
+    end = time.monotonic() + 20
+    while not (done := os.waitpid(child[0], os.WNOHANG))[0] and time.monotonic() < end:
+        time.sleep(0.05)
+    if not done[0]:
+        os.kill(child[0], signal.SIGKILL)
+    code, output = finish(child, done[1] if done[0] else None)
+    assert code == 0 and "3" in output.splitlines(), output
 
 
 def test_killed_runs_end_with_the_same_adapter(runs):
