@@ -138,6 +138,11 @@ class Graphs:
         return bool(sizes) and all((new is None) == (own is None) and (new or 0) <= (own or 0) for new, own in sizes)
 
     def _allocate(self, ids, positions, segments, norms) -> None:
+        if ids.is_cuda and self.recording is not None:
+            # Before its memory is freed: with expandable segments, which axolotl turns on, torch 2.11 waits only for
+            # the stream that recorded, and not for the replay of the backward pass that may still be running
+            # (c10/cuda/CUDACachingAllocator.cpp, unmapHandles): with several packs a step, an illegal memory access.
+            torch.cuda.synchronize()
         self.recording = None  # freed first: it may hold most of the memory
         before = self.room or [None] * len(segments)
         self.room = attention.Segments(*map(_roomier, segments, before))
