@@ -191,9 +191,9 @@ def test_options_pass_the_checks_of_the_keys_that_they_set(args, key, words, che
         checked({}, load_and_check, **changes)
 
     with refuses(*words, file=f"ARGS={shlex.join(args)}", key=key):
-        check(args, sample_packing=False, sequence_len=512)
-    check(["--learning-rate", "1e-3", "--sequence-len", "4096", "--debug", "--no-sample-packing"])
-    check(["--special-tokens.pad-token", "<|eot_id|>", "--no-sample-packing"])
+        check(args, sample_packing=False, fastdora_shared_prefixes=False, sequence_len=512)
+    check(["--learning-rate", "1e-3", "--sequence-len", "4096", "--debug", "--no-eval-sample-packing"])
+    check(["--special-tokens.pad-token", "<|eot_id|>", "--no-eval-sample-packing"])
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ BASES = {
     ),
     "rows longer than the positions": (
         {"max_position_embeddings": 2048},
-        {"sample_packing": False},
+        {"sample_packing": False, "fastdora_shared_prefixes": False},
         "sequence_len",
         [f"is {DORA['sequence_len']}", "2048 positions", "set it"],
     ),

@@ -185,6 +185,11 @@ BAD = {
     "not YAML": ("lora_r: [4", None, ["YAML"]),
     "a number for a key": ("8: [4]\nlora_r: [4]", "8", ["unknown", "remove"]),
     "what a run is held against, left out": ("lora_dropout: [null]", "lora_dropout", ["point 1", "missing"]),
+    "a limit on prefixes that are not shared": (
+        "fastdora_shared_prefixes: [false]\nfastdora_rows_per_prefix: [4]",
+        "fastdora_rows_per_prefix",
+        ["point 1", "fastdora_shared_prefixes: true"],
+    ),
     "a secret": ("wandb_project: [hf_abcdefghijklmnopqrstuvwx]", "wandb_project", ["secret", "remove", "set"]),
 }
 BAD_LINES = {"twice": 2, "not YAML": 1}
@@ -459,7 +464,9 @@ def test_points_that_share_a_gpu_share_the_cores(stand_in, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert sweep.work([stand_in(f"p{number}") for number in range(4)], [None] * 4, None) == {}
-    assert {(note["threads"], note["tokenizing"]) for note in stand_in.notes()} == {("2", "2")}
+    assert {(note["threads"], note["tokenizing"]) for note in stand_in.notes()} == {("2", "0")}
+    assert sweep.work([stand_in("p4"), stand_in("p5")], [None, None], None) == {}
+    assert {(note["threads"], note["tokenizing"]) for note in stand_in.notes()[4:]} == {("4", "4")}
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert sweep.work([stand_in("own")], [None, None], None) == {} and stand_in.notes()[-1]["threads"] == "3"
 

@@ -231,3 +231,25 @@ def _is_nested(branch: list) -> bool:
 
 def _unknown_keys(error) -> list[str]:
     return [key for key in error.instance if key not in error.schema["properties"]]
+
+
+def sharing_fault(recipe: dict[str, Any]) -> tuple[str, str] | None:
+    """The key that a recipe with shared prefixes cannot have as it is, and the remedy; None where there is none."""
+    if not recipe.get("fastdora_shared_prefixes"):
+        limited = recipe.get("fastdora_rows_per_prefix") is not None
+        return ("fastdora_rows_per_prefix", "needs fastdora_shared_prefixes: true") if limited else None
+    if recipe.get("merge_lora"):  # `axolotl merge-lora` takes attention and packing out of the recipe
+        return None
+    together = recipe.get("fastdora_rows_per_prefix")
+    needs = {
+        "sample_packing": (recipe.get("sample_packing"), "set it to true"),
+        "attn_implementation": (recipe.get("attn_implementation") == "sdpa", "set it to sdpa, which fastdora extends"),
+        "context_parallel_size": ((recipe.get("context_parallel_size") or 1) == 1, "remove it"),
+        "curriculum_sampling": (not recipe.get("curriculum_sampling"), "remove it"),
+        "sample_packing_sequentially": (not recipe.get("sample_packing_sequentially"), "remove it"),
+        "streaming": (not recipe.get("streaming"), "remove it"),
+        "multipack_real_batches": (not recipe.get("multipack_real_batches"), "remove it"),
+        "fastdora_rows_per_prefix": (together is None or together > 0, "set it to 1 or more, or to null"),
+    }
+    fault = next(((key, remedy) for key, (holds, remedy) in needs.items() if not holds), None)
+    return fault and (fault[0], f"{fault[1]}, or set fastdora_shared_prefixes: false")

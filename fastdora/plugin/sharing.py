@@ -18,30 +18,6 @@ from fastdora.plugin.keys import RecipeError
 LOG = get_logger("axolotl.fastdora.sharing")
 
 
-def check(cfg, source: str) -> None:
-    """Raise RecipeError naming the key that a recipe with shared prefixes cannot have."""
-    if not cfg.get("fastdora_shared_prefixes"):
-        if cfg.get("fastdora_rows_per_prefix") is not None:
-            raise RecipeError(f"{source}: key 'fastdora_rows_per_prefix': needs fastdora_shared_prefixes: true")
-        return
-    if cfg.get("merge_lora"):  # `axolotl merge-lora` takes attention and packing out of the recipe
-        return
-    together = cfg.get("fastdora_rows_per_prefix")
-    needs = {
-        "sample_packing": (cfg.get("sample_packing"), "set it to true"),
-        "attn_implementation": (cfg.get("attn_implementation") == "sdpa", "set it to sdpa, which fastdora extends"),
-        "context_parallel_size": ((cfg.get("context_parallel_size") or 1) == 1, "remove it"),
-        "curriculum_sampling": (not cfg.get("curriculum_sampling"), "remove it"),
-        "sample_packing_sequentially": (not cfg.get("sample_packing_sequentially"), "remove it"),
-        "streaming": (not cfg.get("streaming"), "remove it"),
-        "multipack_real_batches": (not cfg.get("multipack_real_batches"), "remove it"),
-        "fastdora_rows_per_prefix": (together is None or together > 0, "set it to 1 or more, or to null"),
-    }
-    for key, (holds, remedy) in needs.items():
-        if not holds:
-            raise RecipeError(f"{source}: key '{key}': {remedy}, or set fastdora_shared_prefixes: false")
-
-
 def find(cfg, meta: TrainDatasetMeta) -> TrainDatasetMeta:
     """The datasets with each row's group and prefix as columns, and the number of steps that their packs give."""
     if not cfg.fastdora_shared_prefixes:

@@ -37,8 +37,8 @@ from finlora.sweep.report import Outcome, SweepReport, report
 from finlora.train import run as train
 from finlora.train import runs, tracking
 
-# How many threads and processes torch, tokenizers and axolotl's tokenization take.
-THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "AXOLOTL_DATASET_NUM_PROC")
+THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")  # of torch and tokenizers
+PROCESSES = "AXOLOTL_DATASET_NUM_PROC"  # that axolotl starts to tokenize; 0: none, it does so itself
 FINLORA = (sys.executable, "-m", "finlora")  # what trains and evaluates a point, in a process of its own
 
 
@@ -227,9 +227,10 @@ def start(argv: list[str], gpu: str | None, log: Path, lock: IO | None, threads:
     """`finlora argv...` with its output in the log. Ctrl-C reaches it from `work` alone; the lock goes with it.
 
     threads: its share of the cores, unless the environment says otherwise; None leaves all of them to it. axolotl
-    starts a process for each core to tokenize: with 16 points at a time on 16 cores that took three minutes.
+    starts a process for each core to tokenize: with 16 points at a time on 16 cores that took three minutes. Each
+    imports axolotl anew, ten seconds of a core, so for two or fewer it does not pay.
     """
-    env = dict.fromkeys(THREADS, str(threads)) if threads else {}
+    env = dict.fromkeys(THREADS, str(threads)) | {PROCESSES: str(threads if threads > 2 else 0)} if threads else {}
     env |= os.environ | {"PYTHONUNBUFFERED": "1"}
     if gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpu
