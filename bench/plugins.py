@@ -3,86 +3,30 @@
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
 from axolotl.integrations.base import BasePlugin
-from transformers import TrainerCallback
 
-from bench.train_throughput import SKIP
+from bench.clock import clock
 from fastdora import packing
 
 
 class Clock(BasePlugin):
-    """Measures a run.
-
-    Writes one JSON row to the file that $CLOCK names when training ends: samples, useful (not padding) tokens and slots
-    a second from the end of step SKIP to the end of the last, and the peak of allocated memory. The GPU is waited for
-    at those two moments only. $CLOCK_PROFILE names a file for a profile of steps SKIP + 1 to SKIP + 3; the row's
-    throughput then means little.
-    """
+    """Measures a run (bench/clock.py)."""
 
     def add_callbacks_post_trainer(self, cfg, trainer):
-        callback, step, pad = _Callback(), trainer.training_step, trainer.processing_class.pad_token_id
+        pad = trainer.processing_class.pad_token_id
 
-        def counted(model, inputs, *args, **kwargs):
+        def count(inputs):
             ids, positions = inputs["input_ids"], inputs.get("position_ids")
             real = ids != pad
             packed = cfg.sample_packing and positions is not None
             samples = ((positions == 0) & real).sum() if packed else real.new_full((), ids.shape[0], dtype=torch.long)
             counts = inputs.get(packing.COUNTS)  # where rows share prefixes
-            counts = torch.stack([samples, real.sum()]) if counts is None else counts.to(ids.device)
-            callback.counts.append(counts)  # on the GPU: .item() would wait for it
-            callback.slots.append(ids.numel())
-            return step(model, inputs, *args, **kwargs)
+            return torch.stack([samples, real.sum()]) if counts is None else counts.to(ids.device)
 
-        trainer.training_step = counted
-        return [callback]
-
-
-class _Callback(TrainerCallback):
-    def __init__(self):
-        self.counts, self.slots = [], []
-        self.peak, self.profiler, self.started = 0, None, None
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if torch.cuda.is_available():
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
-        if state.global_step == SKIP:
-            _synchronize()
-            self.started, self.first = time.perf_counter(), len(self.counts)
-            if os.environ.get("CLOCK_PROFILE"):
-                kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-                self.profiler = torch.profiler.profile(activities=kinds)
-                self.profiler.start()
-        if state.global_step == SKIP + 3 and self.profiler:
-            _synchronize()
-            self.profiler.stop()
-            averages = self.profiler.key_averages()
-            table = averages.table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=70)
-            host = averages.table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=70)
-            Path(os.environ["CLOCK_PROFILE"]).write_text(table + host)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        _synchronize()
-        seconds = time.perf_counter() - self.started
-        samples, tokens = (torch.stack(self.counts[self.first :]).sum(0) / seconds).tolist()
-        row = {
-            "steps": state.global_step - SKIP,
-            "step_s": round(seconds / (state.global_step - SKIP), 4),
-            "samples_s": round(samples, 2),
-            "tokens_s": round(tokens, 1),
-            "slots_s": round(sum(self.slots[self.first :]) / seconds, 1),
-            "peak_gib": round(self.peak / 2**30, 2),
-            "loss": next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), None),
-        }
-        Path(os.environ["CLOCK"]).write_text(json.dumps(row))
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+        return [clock(trainer, count)]
 
 
 class NormCheck(BasePlugin):

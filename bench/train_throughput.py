@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -88,8 +89,11 @@ class Run(NamedTuple):
     children: list[subprocess.Popen]
 
 
-def start(recipe: dict[str, Any], work: Path, processes: int = 1, **env: str) -> Run:
-    """Start `axolotl train` in so many processes, with the environment that torchrun would give them."""
+def start(recipe: dict[str, Any], work: Path, processes: int = 1, command: list[str] | None = None, **env: str) -> Run:
+    """Start `axolotl train` in so many processes, with the environment that torchrun would give them.
+
+    command: another program that takes recipe.yaml as its last argument, and waits as LATER does.
+    """
     path = work / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     env = os.environ | {"AXOLOTL_DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "AXOLOTL_DATASET_NUM_PROC": "0"} | env
@@ -99,19 +103,20 @@ def start(recipe: dict[str, Any], work: Path, processes: int = 1, **env: str) ->
             env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
         env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     children = []
+    axolotl = [sys.executable, "-c", LATER, "train", str(path), "--launcher", "python"]
     for rank in range(processes):
         own = {"CLOCK": str(work / f"clock{rank}")}
         own |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        command = [sys.executable, "-c", LATER, "train", str(path), "--launcher", "python"]
+        program = [*command, str(path)] if command else axolotl
         with (work / f"log{rank}").open("wb") as log:
             # In ROOT, where Python imports `bench` from.
-            child = subprocess.Popen(command, cwd=ROOT, env=env | own, stdin=subprocess.PIPE, stdout=log, stderr=log)
+            child = subprocess.Popen(program, cwd=ROOT, env=env | own, stdin=subprocess.PIPE, stdout=log, stderr=log)
         children.append(child)
     return Run(work, children)
 
 
 def finish(running: Run, timeout: float) -> str | None:
-    """Let the processes train; None, or why there is no result: the last line of the one that failed first."""
+    """Let the processes train; None, or why there is no result: the error of the one that failed first."""
     work, children = running
     for child in children:
         child.stdin.write(b"now\n")
@@ -127,7 +132,8 @@ def finish(running: Run, timeout: float) -> str | None:
     if failed is None:
         return None
     lines = [line for line in (work / f"log{failed}").read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][-400:] if lines else f"exit code {children[failed].returncode}"
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]  # a bar may follow it
+    return (errors or lines)[-1][-400:] if lines else f"exit code {children[failed].returncode}"
 
 
 def stop(running: Run) -> None:
@@ -238,7 +244,7 @@ def tiny_base(folder: Path) -> str:
     return str(folder / "base")
 
 
-def start_run(name: str, entry: dict[str, Any], folder: Path, options: argparse.Namespace) -> Run:
+def start_run(name: str, entry: dict[str, Any], folder: Path, options: argparse.Namespace, **env: str) -> Run:
     """Start a run; `folder` gets its rows, at first use, and its work."""
     kind = entry["rows"]
     work = folder / hashlib.sha256(name.encode()).hexdigest()[:12]
@@ -256,7 +262,7 @@ def start_run(name: str, entry: dict[str, Any], folder: Path, options: argparse.
     recipe = shipped_recipe(entry["recipe"], options.base, rows, work, **changes)
     recipe["plugins"] = [*recipe["plugins"], "bench.plugins.Clock"]
     profile = {"CLOCK_PROFILE": str(options.profile / f"{name}.txt")} if options.profile else {}
-    return start(recipe, work, **profile)
+    return start(recipe, work, **profile | env)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from failures import refuses
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from bench import distributed, eval_throughput, random_base, rows, train_throughput
+from bench import distributed, eval_throughput, peers, random_base, rows, train_throughput
 from fastdora.plugin.keys import check_keys, kept_schema
 from finlora.core.paths import ROOT
 from finlora.data import tokens
@@ -45,6 +45,7 @@ PROGRAM = "import os, sys, time; sys.stdin.readline(); print('rank', os.environ.
     [
         ("open(os.environ['CLOCK'], 'w').close()", 60, None),
         ("sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(60)", 60, "rank 1"),
+        ("print('pkg.OwnError: no memory', flush=True); print('1/8'); sys.exit(3)", 60, "pkg.OwnError: no memory"),
         ("time.sleep(60)", 2, "not done after 2 s"),
     ],
 )
@@ -237,3 +238,70 @@ def test_shared_and_padded_prompts_get_equal_answers(tmp_path, llama, monkeypatc
     monkeypatch.setattr("sys.argv", command.split())
     with refuses("--tests", "--made"):
         eval_throughput.main()
+
+
+@pytest.mark.parametrize("cce", [True, False])
+def test_a_peers_keys_are_axolotls_own(cce, tmp_path):
+    entries = [entry for name, entry in peers.all_runs(cce).items() if name.startswith("axolotl")]
+    assert len(entries) == 10
+    for entry in entries:
+        changes = dict(entry["set"])
+        changes |= dict.fromkeys(changes.pop("drop"))
+        recipe = train_throughput.shipped_recipe(entry["recipe"], "base", tmp_path / "rows", tmp_path, **changes)
+        check_keys(recipe, entry["recipe"], kept_schema(recipe["plugins"], CACHE))
+        assert not any(key.startswith("fastdora") for key in recipe) and recipe["lora_r"] == 8
+        # Fused AdamW moves no version counter, by which the kernels know that DoRA's norm is stale.
+        assert recipe["optimizer"] == ("adamw_torch" if recipe["peft_use_dora"] else "adamw_torch_fused")
+
+
+def test_fused_adamw_moves_no_version_counter():
+    """Why axolotl's DoRA kernels are measured with another AdamW; where this fails, they need it no more."""
+    moved = {}
+    for fused in (True, False):
+        weight = torch.nn.Parameter(torch.ones(4))
+        weight.grad = torch.ones(4)
+        before = weight._version
+        torch.optim.AdamW([weight], fused=fused, foreach=not fused).step()
+        moved[fused] = weight._version > before
+    assert moved == {True: False, False: True}
+
+
+@pytest.fixture
+def peers_run(tmp_path, monkeypatch):
+    """Runs bench.peers on the tiny model and 60 rows of FinLoRA's shape; returns its rows."""
+    (tmp_path / "test").mkdir()
+    for place, name in enumerate(rows.REAL["sentiment"]):
+        lines = ({"context": f"News {place} {i}: sales rose.\nAnswer: ", "target": "positive"} for i in range(20))
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def ran(*words):
+        command = f"x --tiny --data {tmp_path} --out {tmp_path / 'out.json'}".split()
+        monkeypatch.setattr("sys.argv", [*command, *words])
+        peers.main()
+        return json.loads((tmp_path / "out.json").read_text())["rows"]
+
+    return ran
+
+
+def test_peers_are_run_by_name_and_a_failure_noted(peers_run, monkeypatch):
+    program = "import json, os, sys; sys.stdin.readline(); whole = 'prefixes: false' in open(sys.argv[2]).read(); "
+    program += "whole and sys.exit('no such kernel'); "
+    program += "json.dump({'samples_s': 2.0, 'tokens_s': 8.0}, open(os.environ['CLOCK'], 'w'))"
+    monkeypatch.setattr(train_throughput, "LATER", program)
+    found = peers_run("--runs", "ours 4-bit LoRA", "ours 8-bit D")
+    assert list(found) == ["ours 4-bit LoRA", "ours 8-bit DoRA", "ours 8-bit DoRA whole"]
+    assert found["ours 8-bit DoRA"]["tokens_row"] == 4 and found["ours 8-bit DoRA whole"]["failed"] == "no such kernel"
+    with refuses("--runs 'theirs'", "--list"):
+        peers_run("--runs", "theirs")
+
+
+@pytest.mark.slow
+def test_peers_train_on_a_cpu(peers_run, llama):
+    """axolotl with its own kernels, and TRL; a row counts once, whether packed or padded."""
+    names = ["axolotl bf16 DoRA", "TRL bf16 DoRA", "TRL 8-bit LoRA"]
+    found = peers_run("--steps", "8", "--runs", *names)
+    assert list(found) == names
+    for row in found.values():
+        assert row["steps"] == 2 and 20 < row["tokens_row"] < 40
+    # Two rows a step.
+    assert found["TRL bf16 DoRA"]["samples_s"] * found["TRL bf16 DoRA"]["step_s"] == pytest.approx(2, rel=0.01)
