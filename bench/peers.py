@@ -54,12 +54,11 @@ def recipe(bits: int, dora: bool, **keys: Any) -> dict[str, Any]:
     return {"recipe": LORA[bits], "rows": "sentiment", "set": {"lora_r": 8, "peft_use_dora": dora} | keys}
 
 
-def axolotl(
-    bits: int, dora: bool, kernels: bool, cce: bool, tokens: int = PACK, padded: bool = False
-) -> dict[str, Any]:
+def axolotl(bits: int, dora: bool, kernels: bool, cce: bool, tokens: int = PACK, short: bool = False) -> dict[str, Any]:
     """axolotl's own: LoRA kernels (it refuses them at 8 bits), varlen attention in packs, Liger, cut cross entropy.
 
-    cce: the loss at label positions alone, by axolotl's fork of cut-cross-entropy; else Liger's fused one.
+    cce: the loss at label positions alone, by axolotl's fork of cut-cross-entropy; else Liger's fused one. short: padded
+    batches of rows in place of packs.
     Its kernels cache DoRA's norm by version counters that fused AdamW never moves, so that the norm would stay as at
     the first step; AdamW in separate operations moves them.
     """
@@ -67,16 +66,16 @@ def axolotl(
     keys |= {"cut_cross_entropy" if cce else "liger_fused_linear_cross_entropy": True}
     keys |= {"optimizer": "adamw_torch" if dora else "adamw_torch_fused", "sequence_len": tokens}
     steps = SLOW if dora and not kernels else STEPS
-    if padded:
+    if short:
         keys |= {"sample_packing": False, "eval_sample_packing": False, "group_by_length": True}
         keys, steps = keys | {"micro_batch_size": PADDED[dora]}, PADDED_STEPS[dora]
     entry = recipe(bits, dora, **keys, drop=[f"fastdora_{key}" for key in OURS])
-    return entry | {"steps": steps} | ({"rows": f"sentiment_{20 * PADDED[dora]}"} if padded else {})
+    return entry | {"steps": steps} | ({"rows": f"sentiment_{20 * PADDED[dora]}"} if short else {})
 
 
-def trl(bits: int, dora: bool) -> dict[str, Any]:
+def padded(tool: str, bits: int, dora: bool) -> dict[str, Any]:
     """What bench/sft.py takes."""
-    entry = {"tool": "trl", "bits": bits, "dora": dora, "batch": PADDED[dora], "steps": PADDED_STEPS[dora]}
+    entry = {"tool": tool, "bits": bits, "dora": dora, "batch": PADDED[dora], "steps": PADDED_STEPS[dora]}
     return entry | {"rows": f"sentiment_{20 * PADDED[dora]}"}
 
 
@@ -93,13 +92,14 @@ def all_runs(cce: bool) -> dict[str, dict[str, Any]]:
     runs |= {f"ours {name}": recipe(bits, dora) for bits, dora, name in pairs}
     runs |= {f"axolotl {name}": axolotl(bits, dora, bits != 8, cce) for bits, dora, name in pairs}
     runs |= {f"Unsloth {name}": unsloth(bits, dora) for bits, dora, name in pairs if bits != 8}
-    runs |= {f"TRL {name}": trl(bits, dora) for bits, dora, name in pairs}
+    runs |= {f"TRL {name}": padded("trl", bits, dora) for bits, dora, name in pairs}
     runs |= {f"ours {name} whole": recipe(bits, dora, **whole) for bits, dora, name in pairs}
     for dora, method in METHODS.items():
         runs[f"axolotl bf16 {method} large"] = axolotl(16, dora, True, cce, tokens=LARGE)
     runs["Unsloth bf16 LoRA large"] = unsloth(16, False, tokens=LARGE)
-    for bits in (8, 4):  # PEFT's DoRA returns float32, which varlen attention does not take
-        runs[f"axolotl {BITS[bits]} DoRA padded"] = axolotl(bits, True, False, cce, padded=True)
+    # PEFT's DoRA returns float32, which varlen attention does not take: in packs it may be slower than padded.
+    runs |= {f"axolotl {BITS[bits]} DoRA padded": axolotl(bits, True, False, cce, short=True) for bits in (8, 4)}
+    runs |= {f"Unsloth {BITS[bits]} DoRA padded": padded("unsloth", bits, True) for bits in (16, 4)}
     runs |= {f"Unsloth {name}": unsloth(bits, dora) for bits, dora, name in pairs if bits == 8}
     return runs
 
@@ -125,7 +125,8 @@ def begin(name: str, entry: dict[str, Any], folder: Path, options: argparse.Name
     work.mkdir()
     rows = str(folder / entry["rows"] / "train.jsonl")
     settings = entry | {"base": options.base, "rows": rows, "output_dir": str(work / "out")}
-    settings |= {"steps": options.steps or entry["steps"]} | ({"batch": 2, "tokens": 256} if options.tiny else {})
+    small = {"batch": 2} if "batch" in entry else {"tokens": 256}
+    settings |= {"steps": options.steps or entry["steps"]} | (small if options.tiny else {})
     # Unsloth compiles in one thread where the driver's variable names a GPU, unless this is 0.
     env |= {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_FORCE_SINGLE_COMPILE_WORKER": "0"}
     env |= {"UNSLOTH_COMPILE_LOCATION": str(work / "compiled")}

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+LONGEST = 4096  # tokens, of a row; none is as long
 LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": ["q_proj", "k_proj", "v_proj"]}
 
 
@@ -68,16 +69,9 @@ def of_trl(settings: dict[str, Any]):
         quantization_config=quantization,
         device_map="cuda" if torch.cuda.is_available() else "cpu",
     )
-    config = of_both(
-        settings,
-        max_length=4096,
-        per_device_train_batch_size=settings["batch"],
-        train_sampling_strategy="group_by_length",
-        gradient_checkpointing=False,
-    )
     return SFTTrainer(
         model,
-        args=config,
+        args=of_both(settings, **by_length(settings), gradient_checkpointing=False),
         train_dataset=rows(settings),
         processing_class=AutoTokenizer.from_pretrained(settings["base"]),
         peft_config=LoraConfig(**LORA, use_dora=settings["dora"], task_type="CAUSAL_LM"),
@@ -85,14 +79,14 @@ def of_trl(settings: dict[str, Any]):
 
 
 def of_unsloth(settings: dict[str, Any]):
-    """Packs, which Unsloth runs through torch's varlen attention."""
+    """Packs, which Unsloth runs through torch's varlen attention, or padded batches where `batch` says of how many."""
     import torch
     from trl import SFTTrainer
     from unsloth import FastLanguageModel
 
     model, tokenizer = FastLanguageModel.from_pretrained(
         settings["base"],
-        max_seq_length=settings["tokens"],
+        max_seq_length=settings.get("tokens", LONGEST),
         dtype=torch.bfloat16,
         load_in_4bit=settings["bits"] == 4,
         load_in_8bit=settings["bits"] == 8,
@@ -101,8 +95,17 @@ def of_unsloth(settings: dict[str, Any]):
     )
     adapter = LORA | ({"use_dora": True} if settings["dora"] else {})
     model = FastLanguageModel.get_peft_model(model, **adapter, bias="none", use_gradient_checkpointing=False)
-    config = of_both(settings, max_length=settings["tokens"], packing=True, per_device_train_batch_size=1)
+    if "batch" in settings:
+        config = of_both(settings, **by_length(settings), padding_free=False)
+    else:
+        config = of_both(settings, max_length=settings["tokens"], packing=True, per_device_train_batch_size=1)
     return SFTTrainer(model, args=config, train_dataset=rows(settings), processing_class=tokenizer)
+
+
+def by_length(settings: dict[str, Any]) -> dict[str, Any]:
+    """Padded batches of rows of about one length."""
+    batch = {"per_device_train_batch_size": settings["batch"], "train_sampling_strategy": "group_by_length"}
+    return batch | {"max_length": LONGEST}
 
 
 def of_both(settings: dict[str, Any], **own: Any):
