@@ -57,8 +57,8 @@ def recipe(bits: int, dora: bool, **keys: Any) -> dict[str, Any]:
 def axolotl(bits: int, dora: bool, kernels: bool, cce: bool, tokens: int = PACK, short: bool = False) -> dict[str, Any]:
     """axolotl's own: LoRA kernels (it refuses them at 8 bits), varlen attention in packs, Liger, cut cross entropy.
 
-    cce: the loss at label positions alone, by axolotl's fork of cut-cross-entropy; else Liger's fused one. short: padded
-    batches of rows in place of packs.
+    cce: the loss at label positions alone, by axolotl's fork of cut-cross-entropy; else Liger's fused one. short:
+    padded batches of rows in place of packs.
     Its kernels cache DoRA's norm by version counters that fused AdamW never moves, so that the norm would stay as at
     the first step; AdamW in separate operations moves them.
     """
