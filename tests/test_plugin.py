@@ -12,7 +12,9 @@ import yaml
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 from failures import refuses, says
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastdora.plugin import rows
 from fastdora.plugin.keys import RecipeError
@@ -399,3 +401,16 @@ def test_what_is_unfrozen_after_loading_is_looked_at(axolotl, recipe, pattern, w
     code, output = train(axolotl, path)
     assert code == 1
     refused(output, *words, file=path)
+
+
+@pytest.mark.parametrize("keys", [{}, {"gradient_checkpointing": True}, {"deepspeed": "zero2.json"}])
+def test_the_embeddings_output_has_no_gradient_where_nobody_reads_it(keys):
+    from fastdora.plugin.plugin import FastDoraPlugin
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=32, intermediate_size=8, num_hidden_layers=1))
+    model.enable_input_require_grads()  # as axolotl does for every adapter
+    model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"]))
+    recipe = dict(adapter="lora", lora_target_modules=["q_proj"], lora_r=2, lora_alpha=4, fastdora_layers="fast")
+    FastDoraPlugin().post_model_load(DictDefault(recipe | keys), model)
+    out = model.get_input_embeddings()(torch.tensor([1]))
+    assert out.requires_grad == bool(keys)

@@ -97,6 +97,9 @@ class FastDoraPlugin(BasePlugin):
         with one_line_errors():
             adapted.check_model(cfg, model)
         zero3.restore_frequencies(model)
+        if not (cfg.gradient_checkpointing or cfg.deepspeed or cfg.fsdp_config):
+            # axolotl turns it on for every adapter: the first layer would compute an input gradient that nobody reads.
+            model.get_base_model().disable_input_require_grads()
         if cfg.fastdora_layers == "fast":
             LOG.info(f"fastdora: {dora.accelerate(model, cfg.fastdora_fp8)}")
         if cfg.sample_packing and cfg.attn_implementation == "sdpa":
