@@ -37,6 +37,9 @@ class Segments(NamedTuple):
     int32 (segments + 1,), where each segment's begin. copies: int32 (4 T,), of each token where its own key is among
     the copied ones, and for one of a prefix the first segment that it has a copy in, their number, and its place in the
     prefix. None: prefixes are not copied.
+
+    kept: int64, the positions in a row whose outputs are read, and at its end the row's last, which no loss reads: a
+    CUDA graph repeats it to fill its buffer. None: all are read.
     """
 
     edges: torch.Tensor
@@ -49,6 +52,7 @@ class Segments(NamedTuple):
     key_edges: torch.Tensor | None = None
     copies: torch.Tensor | None = None
     longest_keys: int = 0
+    kept: torch.Tensor | None = None
 
 
 def install(model: torch.nn.Module) -> None:
@@ -67,6 +71,39 @@ def install(model: torch.nn.Module) -> None:
     AttentionInterface.register(NAME, varlen_attention)
     AttentionMaskInterface.register(NAME, _mask)
     model.config._attn_implementation = NAME
+    if getattr(model.get_decoder(), "layers", None):
+        _skip_what_nobody_reads(model.get_decoder().layers[-1])
+
+
+def _skip_what_nobody_reads(layer: torch.nn.Module) -> None:
+    """Apply the last decoder layer's output projection and MLP at `Segments.kept` alone; elsewhere they give zeros.
+
+    By hooks, so that any decoder whose layer has these modules is served: they work on each position by itself. A
+    second call does nothing.
+    """
+    output, mlp = getattr(getattr(layer, "self_attn", None), "o_proj", None), getattr(layer, "mlp", None)
+    # A mixture of experts, which has no down_proj itself, counts its tokens.
+    if output is None or not hasattr(mlp, "down_proj") or hasattr(layer, "fastdora_skips"):
+        return
+    layer.fastdora_skips = True
+    kept, length = None, 0
+
+    def begin(module, args, kwargs):
+        nonlocal kept, length
+        positions = kwargs.get("position_ids")
+        kept = _last[2].kept if _is_cached(positions) else None
+        length = 0 if kept is None else positions.shape[1]
+
+    def select(module, args):
+        return args if kept is None else (args[0].index_select(1, kept), *args[1:])
+
+    def scatter(module, args, out):
+        return out if kept is None else out.new_zeros(len(out), length, out.shape[2]).index_copy(1, kept, out)
+
+    layer.register_forward_pre_hook(begin, with_kwargs=True)
+    for module in (output, mlp):
+        module.register_forward_pre_hook(select)
+        module.register_forward_hook(scatter)
 
 
 def boundaries(position_ids: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -91,14 +128,17 @@ def cached_segments(position_ids: torch.Tensor, rows: int) -> Segments:
 
     Raises ValueError for a segment that goes on from a shared prefix: its positions do not tell which.
     """
-    version = _version(position_ids)
-    # The tensor itself, not its id or address, which a later tensor may have again.
-    if _last[0]() is not position_ids or version is None or _last[1] != version:
+    if not _is_cached(position_ids):
         later = position_ids[:, 1:]
         if ((later != 0) & (later != position_ids[:, :-1] + 1)).any():
             raise ValueError("rows share prefixes, but this copy of the positions came without its segments")
         cache_segments(position_ids, Segments(*boundaries(position_ids.expand(rows, -1))))
     return _last[2]
+
+
+def _is_cached(position_ids: torch.Tensor | None) -> bool:
+    # The tensor itself, not its id or address, which a later tensor may have again.
+    return position_ids is not None and _last[0]() is position_ids and _last[1] == _version(position_ids) is not None
 
 
 def _version(position_ids: torch.Tensor) -> int | None:

@@ -88,8 +88,6 @@ def read_label_positions(model: torch.nn.Module, answers: bool = False) -> Remov
         positions, _ = (kwargs.pop(name, None) for name in (ANSWERS, COUNTS))
         segments = {field: kwargs.pop(entry) for field, entry in SEGMENTS.items() if entry in kwargs}
         labels = kwargs.get("labels")
-        if segments:  # here, since the decoder's layers see the positions alone
-            attention.cache_segments(kwargs["position_ids"], attention.Segments(**segments))
         if positions is None and answers and labels is not None:
             positions = label_positions(labels)
         # Without labels the loss is computed elsewhere (label smoothing, say), from the logits of all positions.
@@ -101,6 +99,10 @@ def read_label_positions(model: torch.nn.Module, answers: bool = False) -> Remov
         ):
             # shift_labels: transformers' loss would otherwise shift the labels that are kept by one position.
             kwargs |= {"logits_to_keep": positions, "shift_labels": _shifted(labels)[:, positions].contiguous()}
+            if segments and not kwargs.get("output_hidden_states"):
+                segments["kept"] = F.pad(positions, (0, 1), value=labels.shape[1] - 1)
+        if segments:  # here, since the decoder's layers see the positions alone
+            attention.cache_segments(kwargs["position_ids"], attention.Segments(**segments))
         return args, kwargs
 
     return model.register_forward_pre_hook(read, with_kwargs=True)

@@ -1,5 +1,6 @@
 """Packed attention and the loss on answers only: what they leave out changes nothing."""
 
+import copy
 import pickle
 from types import SimpleNamespace
 
@@ -172,6 +173,37 @@ def test_the_loss_on_answers_only_is_the_loss(model, items, collated):
         assert sizes[:2] == [kept, 20]
 
 
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+@pytest.mark.parametrize("labelled", [[4, 12, 18], [0, 19], []])
+def test_the_last_layer_goes_on_where_a_label_is_alone(model, checkpointing, labelled):
+    """The output projection and the MLP see the kept positions; loss and gradients are those of all positions."""
+    model = copy.deepcopy(model).train()
+    attention.install(model)  # as an evaluation of a model that was trained does
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    labels = torch.full((1, 20), -100)
+    labels[0, labelled] = 7
+    batch = {"input_ids": torch.randint(0, 97, (1, 20)), "position_ids": packed([9, 11]), "labels": labels}
+    batch |= {"num_items_in_batch": torch.tensor(3)}
+    collated = packing.Collator(dict, packed=True, answers=True)(batch)
+    packing.read_label_positions(model)
+    sizes: list[int] = []
+    mlp, projection = model.model.layers[-1].mlp, model.model.layers[-1].self_attn.o_proj
+    for module in (mlp.down_proj, projection):
+        module.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[1]))
+
+    def trained(model, batch=batch):
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    actual = trained(model, collated)
+    assert {*sizes} == {max(1, len({*labelled} - {0})) + 1}
+    assert not beyond_rounding(actual, model, trained)
+
+
 def test_the_collator_adds_places_and_keeps_the_rest():
     inner = SimpleNamespace(tokenizer="kept")
     collator = packing.Collator(inner, packed=True, answers=True)
@@ -257,5 +289,8 @@ def test_models_that_attend_otherwise_are_refused_at_once(config, kind):
 
 def test_models_that_attend_to_all_before_are_taken():
     for config in (MistralConfig(sliding_window=None), Qwen2Config(), Qwen3Config(), LlamaConfig()):
-        attention.install(SimpleNamespace(config=config))
+        layer = SimpleNamespace(self_attn=None)
+        attention.install(
+            SimpleNamespace(config=config, get_decoder=lambda layer=layer: SimpleNamespace(layers=[layer]))
+        )
         assert config._attn_implementation == attention.NAME

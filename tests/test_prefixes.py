@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from rounding import apart, beyond, nudged_model, shaken
 from test_graphs import rerun
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -248,7 +249,9 @@ def test_graphs_replay_packs_of_other_prefixes(monkeypatch, copy):
         given = list(batches(rows, find(rows, 600), copy=copy))
         assert given[0]["input_ids"].shape[1] == 64
         actual, expected = gradients(made, given), gradients(plain, given)
-        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+        # Not bit for bit: the graph's buffer of kept positions is longer, and another number of rows is another matmul.
+        moved = lambda seed: apart(gradients(nudged_model(plain, seed), given), expected)  # noqa: E731, B023
+        assert not beyond(actual, expected, shaken(moved, torch.float64, terms=64))
     assert installed.recorded == 1 and installed.replays == 4
 
 
