@@ -93,11 +93,12 @@ def weight_rows(rank: int) -> dict[str, Row]:
     exact = weight.double() * (scales.double() / 127).unsqueeze(1)
     half = exact.bfloat16()
     packed, state = bnb.functional.quantize_4bit(half, quant_type="nf4", compress_statistics=True)
+    out = torch.empty_like(half)
     rows = {
-        "dequantize_int8": measured(N * K * 3, lambda: kernels.dequantize_int8(weight, scales, torch.bfloat16), exact),
+        "dequantize_int8": measured(N * K * 3, lambda: kernels.dequantize_int8(weight, scales, out), exact),
         "dequantize_4bit": measured(
             N * K * 2.5,
-            lambda: kernels.dequantize_4bit(packed, state, torch.bfloat16),
+            lambda: kernels.dequantize_4bit(packed, state, out),
             bnb.functional.dequantize_4bit(packed, state),
         ),
     }
@@ -120,9 +121,9 @@ def weight_rows(rank: int) -> dict[str, Row]:
         # e4m3 rounds by up to 1/28 of a row's largest value, far more than the 1e-2 that main() allows: scaled down.
         rows["quantize_rows"] = {"error": worst / 40} | measured(T * K * 3, lambda: kernels.quantize_rows(x))
         for transpose in (False, True):
-            expected = (weight.t() if transpose else weight).float().to(kernels.FP8)
-            cast = functools.partial(kernels.int8_to_fp8, weight, transpose)
-            rows[f"int8_to_fp8 {transpose}"] = measured(N * K * 2, cast, expected)
+            out = torch.empty(K, N, dtype=kernels.FP8, device="cuda").t() if transpose else half.to(kernels.FP8)
+            cast = functools.partial(kernels.int8_to_fp8, weight, out)
+            rows[f"int8_to_fp8 {transpose}"] = measured(N * K * 2, cast, weight.float().to(kernels.FP8))
     return {f"{name} r{rank}": row for name, row in rows.items()}
 
 

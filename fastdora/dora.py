@@ -12,8 +12,9 @@ and g = m / ||W0 + s B A|| (`mag_scale` in the code), forward and backward are
     dz = g dy      dm = sum_T(dy z) / ||W0 + s B A||      dt = s dz B      dA = dt^T dropout(x)      dB = s dz^T t
     dx = dz W0 + dropout(dt A)
 
-Dropout is applied on the low-rank path only (PEFT's DoRA applies it before the matmul with W0 too). Neither B A nor
-W0 + s B A is built; with w_i and b_i row i of W0 and B, the norm is expanded into
+Dropout is applied on the low-rank path only (PEFT's DoRA applies it before the matmul with W0 too). Layers that read
+the same input, as q, k and v do, are computed together, with one dropout mask for all. Neither B A nor W0 + s B A is
+built; with w_i and b_i row i of W0 and B, the norm is expanded into
 
     ||w_i + s b_i A||^2 = ||w_i||^2 + 2 s (W0 A^T)_i . b_i + s^2 b_i (A A^T) b_i^T      (float64; float32 on a GPU)
 
@@ -28,6 +29,7 @@ optimizers and ZeRO write to weights without moving them.
 import operator
 import types
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -43,6 +45,11 @@ from fastdora import dropout, kernels, quantized
 
 # 4-bit weights that may be dequantized at once for their norms: 512 MiB, a few of an 8B model's largest layers.
 DEQUANTIZED_BYTES = 2**29
+
+# Layers of a module that read the same input, and the sum of ranks up to which they are computed together: the kernels'
+# tiles for more are small.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+JOINED_RANKS = 64
 
 # Optimizer steps in this process. One counter for all models: another model's step recomputes some norms too often.
 _steps = 0
@@ -89,41 +96,69 @@ def norm_and_scale(
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """The module docstring's formulas for x (T, K) -> y (T, N); `m`, `norm` and `mag_scale` are None for LoRA.
+    """The module docstring's formulas for x (T, K) -> y (T, N) of each of several layers with the same input.
 
-    An autograd Function sees only positional tensors, hence the long list of parameters.
+    `parts`: for each layer in turn the layer, s, A, B, m, norm and mag_scale, the last three None for LoRA. An autograd
+    Function sees only positional tensors, hence the flat list. The layers' W0 are one matrix, of one matmul forward and
+    one backward (dx is then no sum of three); so are their A's, for which x is read once.
     """
 
     @staticmethod
-    def forward(ctx, x, a, b, m, norm, mag_scale, layer, s, p, seed, fp8):
-        base = quantized.base_matmul(x, layer, fp8)
-        a16, b16 = a.to(x.dtype), b.to(x.dtype).contiguous()
-        t = kernels.low_rank(x, a16, 1.0, p, seed)
-        y = kernels.epilogue(base, t, b16, s, mag_scale, layer.bias)
+    def forward(ctx, x, p, seed, fp8, *parts):
+        layers, scales, a, b, m, norms, mag_scales = (parts[n::7] for n in range(7))
+        ctx.dtypes = [[None if x is None else x.dtype for x in each] for each in (a, b, m)]
+        ctx.ranks, ctx.widths = [len(each) for each in a], [len(each) for each in b]
+        base = quantized.base_matmul(x, layers, fp8)
+        a = quantized.joined(a).to(x.dtype)
+        b = [each.to(x.dtype).contiguous() for each in b]
+        t = kernels.low_rank(x, a, 1.0, p, seed)
+        columns = _columns(base, ctx.widths), _columns(t, ctx.ranks)
+        ys = tuple(
+            kernels.epilogue(z, low, up, s, mag_scale, layer.bias)
+            for z, low, up, s, mag_scale, layer in zip(*columns, b, scales, mag_scales, layers, strict=True)
+        )
         # A and B as they were multiplied, 16 bits under autocast. z is neither written nor saved: the backward pass
         # computes it again from `base` and t.
-        ctx.save_for_backward(x, a16, b16, norm, mag_scale, t, None if m is None else base)
-        ctx.layer, ctx.s, ctx.p, ctx.seed, ctx.fp8 = layer, s, p, seed, fp8
-        ctx.dtypes = a.dtype, b.dtype, None if m is None else m.dtype
-        return y
+        ctx.save_for_backward(x, a, t, None if not any(ctx.dtypes[2]) else base, *b, *norms, *mag_scales)
+        ctx.layers, ctx.scales, ctx.p, ctx.seed, ctx.fp8 = layers, scales, p, seed, fp8
+        return ys
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        x, a, b, norm, mag_scale, t, base = ctx.saved_tensors
-        s, p, seed = ctx.s, ctx.p, ctx.seed
-        a_dtype, b_dtype, m_dtype = ctx.dtypes
+    def backward(ctx, *dys):
+        (x, a, t, base, *rest), count = ctx.saved_tensors, len(dys)
+        b, norms, mag_scales = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        together = dys[0].new_empty(len(x), sum(ctx.widths)) if count > 1 else None
+        bases, lows, dzs = _columns(base, ctx.widths), _columns(t, ctx.ranks), _columns(together, ctx.widths)
         # Contiguous: a gradient from expand() or a transposed view has strides that the kernels do not read.
-        dz, dm, db = kernels.epilogue_backward(dy.contiguous(), base, t, b, s, mag_scale, norm)
-        dt = kernels.low_rank(dz, b.t(), s, 0.0, seed)  # s dz B is the same formula, with B^T for A
-        dx = quantized.base_matmul_backward(dz, ctx.layer, ctx.fp8) if ctx.needs_input_grad[0] else None
-        da = kernels.low_rank_backward(dt, x, a, dx, p, seed)
-        dm = None if dm is None else dm.to(m_dtype)
-        # No gradient for the norm, the fifth: the paper's section 4.3 treats it as a constant.
-        return dx, da.to(a_dtype), db.to(b_dtype), dm, None, None, None, None, None, None, None
+        backward = [
+            kernels.epilogue_backward(dy.contiguous(), *each)
+            for dy, *each in zip(dys, bases, lows, b, ctx.scales, mag_scales, norms, dzs, strict=True)
+        ]
+        # s dz B is the same formula as t's, with B^T for A.
+        dts = [
+            kernels.low_rank(dz, up.t(), s, 0.0, ctx.seed)
+            for (dz, _, _), up, s in zip(backward, b, ctx.scales, strict=True)
+        ]
+        dz, dt = backward[0][0] if together is None else together, quantized.joined(dts, 1)
+        dx = quantized.base_matmul_backward(dz, ctx.layers, ctx.fp8) if ctx.needs_input_grad[0] else None
+        da = kernels.low_rank_backward(dt, x, a, dx, ctx.p, ctx.seed)
+        gradients = []
+        for part, (_, dm, db), to in zip(da.split(ctx.ranks), backward, zip(*ctx.dtypes, strict=True), strict=True):
+            own = [None if each is None else each.to(dtype) for each, dtype in zip((part, db, dm), to, strict=True)]
+            # No gradient for the norm: the paper's section 4.3 treats it as a constant.
+            gradients += [None, None, *own, None, None]
+        return dx, None, None, None, *gradients
 
 
-def _adapted_linear(*args) -> torch.Tensor:
+def _columns(matrix: torch.Tensor | None, sizes: list[int]) -> Sequence[torch.Tensor | None]:
+    """A matrix in parts of so many columns each; Nones of a None."""
+    if matrix is None or len(sizes) == 1:
+        return [matrix] * len(sizes)
+    return matrix.split(sizes, 1)
+
+
+def _adapted_linear(*args) -> tuple[torch.Tensor, ...]:
     return _AdaptedLinear.apply(*args)
 
 
@@ -133,27 +168,61 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
     _adapted_linear = torch.compiler.disable(_adapted_linear)
 
 
+def _outputs(x: torch.Tensor, layers: Sequence["Fast"], name: str, p: float) -> list[torch.Tensor]:
+    """What layers with the same input x (..., K) return for it, with adapter `name` and dropout's probability p."""
+    parts = []
+    for layer in layers:
+        m = norm = mag_scale = None
+        if layer.use_dora[name]:
+            m, cached = layer.lora_magnitude_vector[name].weight, layer.cached_norm(name)
+            norm, mag_scale = cached.norm, cached.mag_scale
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        parts += [layer.base_layer, layer.scaling[name], a, b, m, norm, mag_scale]
+    x = quantized.in_compute_dtype(x)
+    # The kernels take one matrix of tokens, whatever the batch's shape.
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    # Without dropout none is read. One is drawn for each layer, together or not, as many as a CUDA graph has room for.
+    seed = [dropout.draw_seed() for _ in layers][0] if p else (1, 0)
+    ys = _adapted_linear(flat, p, seed, getattr(layers[0].base_layer, "fp8_matmul", False), *parts)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
 class Fast:
     """Mixed into PEFT's LoRA layers by `accelerate`. Merged, disabled or several adapters at once take PEFT's path."""
 
+    # An input, and this layer's output for it, where a sibling has computed it already.
+    _computed: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    _siblings: Sequence["Fast"] = ()  # other layers with the same input
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or len(names) != 1 or args or kwargs:
+        (source, y), self._computed = self._computed, (None, None)
+        if source is x:
+            return y
+        kind = self._kind()
+        if kind is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        name = names[0]
-        s, layer = self.scaling[name], self.base_layer
-        p = self.dropout_probability(name)
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        m = norm = mag_scale = None
-        if self.use_dora[name]:
-            m, cached = self.lora_magnitude_vector[name].weight, self.cached_norm(name)
-            norm, mag_scale = cached.norm, cached.mag_scale
-        x = quantized.in_compute_dtype(x)
-        # The kernels take one matrix of tokens, whatever the batch's shape.
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
-        seed = dropout.draw_seed() if p else (1, 0)  # without dropout it is not read
-        y = _adapted_linear(flat, a, b, m, norm, mag_scale, layer, s, p, seed, getattr(layer, "fp8_matmul", False))
-        return y.view(*x.shape[:-1], y.shape[-1])
+        layers = [self, *(layer for layer in self._siblings if layer._kind() == kind)]
+        name, p, here, *_ = kind
+        if not here or torch.compiler.is_compiling() or sum(layer.r[name] for layer in layers) > JOINED_RANKS:
+            layers = [self]
+        y, *others = _outputs(x, layers, name, p)
+        for layer, other in zip(layers[1:], others, strict=True):
+            layer._computed = x, other
+        return y
+
+    def _kind(self) -> tuple | None:
+        """The adapter's name, dropout, whether weights are here, and all else in which layers computed together agree.
+
+        None: PEFT's path. ZeRO-3 gathers a layer's weights in that layer's own forward, so that they are never here for
+        another one; FSDP2 gathers those of a block.
+        """
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(names) != 1:
+            return None
+        layer, weights = self.base_layer, (self.base_layer.weight, self.lora_A[names[0]].weight)
+        here = not any(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in weights)
+        like = type(layer), layer.in_features, layer.weight.device, getattr(layer, "fp8_matmul", False)
+        return names[0], self.dropout_probability(names[0]), here, *like
 
     def dropout_probability(self, name: str) -> float:
         """The probability of dropout in the adapter's low-rank path; 0 in evaluation mode."""
@@ -331,6 +400,10 @@ def accelerate(model: nn.Module, fp8: bool = False) -> str:
         paths[f"{BASE_BITS[type(module.base_layer)]} {method}"] += 1
     bases = {id(module.base_layer) for module in group}
     for module in model.modules():
+        for names in SIBLINGS:
+            siblings = [layer for name in names if isinstance(layer := getattr(module, name, None), Fast)]
+            for layer in siblings:
+                layer._siblings = [other for other in siblings if other is not layer]
         if isinstance(module, bnb.nn.Linear8bitLt | bnb.nn.Linear4bit):
             module.forward = types.MethodType(quantized.frozen_forward, module)
             module.fp8_matmul = fp8 and isinstance(module, bnb.nn.Linear8bitLt)

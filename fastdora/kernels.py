@@ -73,8 +73,9 @@ def epilogue(
 ) -> torch.Tensor:
     """y = mag_scale * (base + s t B^T) + bias, with base = x W0^T from the matmul before.
 
-    base (T, N), t (T, R), b (N, R), mag_scale and bias (N,) -> (T, N) in base's dtype, computed in sum_dtype.
-    mag_scale: None for LoRA; the kernel overwrites `base` then, since the backward pass does not need it.
+    base (T, N), t (T, R), b (N, R), mag_scale and bias (N,) -> (T, N) in base's dtype, computed in sum_dtype. base and
+    t may be columns of wider matrices. mag_scale: None for LoRA; the kernel overwrites a whole `base` then, since the
+    backward pass does not need it.
     """
     if use_triton(base):
         return triton_kernels.epilogue(base, t, b, s, mag_scale, bias)
@@ -92,19 +93,22 @@ def epilogue_backward(
     s: float,
     mag_scale: torch.Tensor | None,
     norm: torch.Tensor | None,
+    dz: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """(dz, dm, dB): dz = mag_scale * dy, dm = sum_T(dy * z) / norm and dB = s dz^T t, with z = base + s t B^T.
 
     dy and base (T, N), t (T, R), b (N, R), mag_scale and norm (N,) -> dz (T, N) in dy's dtype, dm (N,) and dB (N, R) in
-    sum_dtype. For LoRA base, mag_scale and norm are None, dz is dy and dm None.
+    sum_dtype. For LoRA base, mag_scale, norm and dm are None. base and t may be columns of wider matrices. dz: where it
+    is written, with base's strides; None: a new tensor, or for LoRA dy itself.
     """
     if use_triton(dy):
-        return triton_kernels.epilogue_backward(dy, base, t, b, s, mag_scale, norm)
+        return triton_kernels.epilogue_backward(dy, base, t, b, s, mag_scale, norm, dz)
     to = sum_dtype(dy.dtype)
-    dm, dz = None, dy
+    dm, value = None, dy
     if mag_scale is not None:
         dm = (dy.to(to) * _z(base, t, b, s, to)).sum(0) / norm
-        dz = (dy.to(to) * mag_scale).to(dy.dtype)
+        value = (dy.to(to) * mag_scale).to(dy.dtype)
+    dz = value if dz is None else dz.copy_(value)
     with _without_autocast(dz):
         return dz, dm, s * (dz.to(to).t() @ t.to(to))
 
@@ -162,26 +166,26 @@ def sum_copies(
     return sums[0], sums[1]
 
 
-def dequantize_int8(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_int8(weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """W[n, k] = int8[n, k] * scales[n] / 127, as bitsandbytes quantizes (LLM.int8(), arXiv 2208.07339, section 2.1).
 
-    weight int8 (N, K), scales float32 (N,) -> (N, K) in `dtype`.
+    weight int8 (N, K), scales float32 (N,) -> out, contiguous (N, K).
     """
     if use_triton(weight):
-        return triton_kernels.dequantize_int8(weight, scales, dtype)
-    to = sum_dtype(dtype)
-    return (weight.to(to) * (scales.to(to) / 127).unsqueeze(1)).to(dtype)
+        return triton_kernels.dequantize_int8(weight, scales, out)
+    to = sum_dtype(out.dtype)
+    return out.copy_(weight.to(to) * (scales.to(to) / 127).unsqueeze(1))
 
 
-def dequantize_4bit(packed: torch.Tensor, state: bnb.functional.QuantState, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_4bit(packed: torch.Tensor, state: bnb.functional.QuantState, out: torch.Tensor) -> torch.Tensor:
     """bitsandbytes' NF4 or FP4 weight (QLoRA, arXiv 2305.14314, section 3): W = code[nibble] * scale of its block.
 
-    packed: two values a byte, the high half first; state: shape (N, K), code and scales -> (N, K) in `dtype`. With
-    double quantization the scale is code2[scales[block]] * scales2[block of blocks] + offset.
+    packed: two values a byte, the high half first; state: code and scales -> out, contiguous (N, K). With double
+    quantization the scale is code2[scales[block]] * scales2[block of blocks] + offset.
     """
     if use_triton(as_bytes := packed.view(torch.uint8)):  # bitsandbytes may store the bytes as another dtype
-        return triton_kernels.dequantize_4bit(as_bytes, state, dtype)
-    return bnb.functional.dequantize_4bit(packed, state).to(dtype)
+        return triton_kernels.dequantize_4bit(as_bytes, state, out)
+    return out.copy_(bnb.functional.dequantize_4bit(packed, state))
 
 
 class NormInputs(NamedTuple):
@@ -210,8 +214,8 @@ def quantize_rows(x: torch.Tensor, factors: torch.Tensor | None = None) -> tuple
     return (value / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
 
 
-def int8_to_fp8(weight: torch.Tensor, transpose: bool = False) -> torch.Tensor:
-    """int8 values rounded to e4m3, which keeps four significant bits; (N, K) -> (N, K), or (K, N) with transpose."""
+def int8_to_fp8(weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """int8 values rounded to e4m3, which keeps four significant bits; (N, K) -> out (N, K), which may be transposed."""
     if use_triton(weight):
-        return triton_kernels.int8_to_fp8(weight, transpose)
-    return (weight.t() if transpose else weight).float().to(FP8).contiguous()
+        return triton_kernels.int8_to_fp8(weight, out)
+    return out.copy_(weight.float())

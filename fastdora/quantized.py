@@ -7,6 +7,7 @@ would have to reach 93% of the library matmul's throughput to win, and was not t
 """
 
 import functools
+from collections.abc import Sequence
 
 import bitsandbytes as bnb
 import torch
@@ -46,30 +47,72 @@ def quantization_tensors(layer: nn.Module) -> list[torch.Tensor]:
 
 def dequantize(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     """The weight (N, K) of an nn.Linear, Linear8bitLt or Linear4bit in `dtype`; not copied where it has it."""
-    weight = layer.weight
-    if is_int8(layer):
-        return kernels.dequantize_int8(weight.data, int8_scales(layer), dtype)
-    if isinstance(weight, bnb.nn.Params4bit):
-        return kernels.dequantize_4bit(weight.data, weight.quant_state, dtype)
-    return weight.detach().to(dtype)
+    return _weights([layer], dtype) if is_quantized(layer) else layer.weight.detach().to(dtype)
 
 
-def base_matmul(x: torch.Tensor, layer: nn.Module, fp8: bool = False) -> torch.Tensor:
-    """x W^T; x (T, K) -> (T, N) in x's dtype. fp8: int8 layers in e4m3, with one scale per row of x and of W."""
-    if fp8 and is_int8(layer) and x.numel():  # torch._scaled_mm refuses empty matrices
-        scales = _fp8_scales(layer).view(1, -1)
-        return _scaled_matmul(*kernels.quantize_rows(x), kernels.int8_to_fp8(layer.weight.data), scales, x.dtype)
-    return F.linear(x, dequantize(layer, x.dtype))
+def is_quantized(layer: nn.Module) -> bool:
+    return is_int8(layer) or isinstance(layer.weight, bnb.nn.Params4bit)
 
 
-def base_matmul_backward(dy: torch.Tensor, layer: nn.Module, fp8: bool = False) -> torch.Tensor:
+def _weights(layers: Sequence[nn.Module], dtype: torch.dtype) -> torch.Tensor:
+    """The weights of quantized layers one below the other, dequantized."""
+    sizes = [layer.out_features for layer in layers]
+    weights = torch.empty(sum(sizes), layers[0].in_features, dtype=dtype, device=layers[0].weight.device)
+    for layer, out in zip(layers, weights.split(sizes), strict=True):
+        if is_int8(layer):
+            kernels.dequantize_int8(layer.weight.data, int8_scales(layer), out)
+        else:
+            kernels.dequantize_4bit(layer.weight.data, layer.weight.quant_state, out)
+    return weights
+
+
+def base_matmul(x: torch.Tensor, layers: Sequence[nn.Module], fp8: bool = False) -> torch.Tensor:
+    """x W^T, W being the weights of layers of one kind one below the other; x (T, K) -> (T, N) in x's dtype.
+
+    fp8: int8 layers in e4m3, with one scale per row of x and of W.
+    """
+    if fp8 and is_int8(layers[0]) and x.numel():  # torch._scaled_mm refuses empty matrices
+        scales, weights = _fp8_weights(layers)
+        return _scaled_matmul(*kernels.quantize_rows(x), weights, scales.view(1, -1), x.dtype)
+    if is_quantized(layers[0]):
+        return F.linear(x, _weights(layers, x.dtype))
+    if len(layers) == 1:
+        return F.linear(x, dequantize(layers[0], x.dtype))
+    sizes = [layer.out_features for layer in layers]
+    y = x.new_empty(len(x), sum(sizes))
+    for layer, part in zip(layers, y.split(sizes, 1), strict=True):  # copying 16-bit weights would cost more
+        torch.mm(x, dequantize(layer, x.dtype).t(), out=part)
+    return y
+
+
+def base_matmul_backward(dy: torch.Tensor, layers: Sequence[nn.Module], fp8: bool = False) -> torch.Tensor:
     """dy W; dy (T, N) -> (T, K) in dy's dtype. fp8: W's row scales are multiplied into dy before it is quantized."""
-    if fp8 and is_int8(layer) and dy.numel():
-        # A transposed copy: torch._scaled_mm takes its second operand in column-major order only.
-        weight = kernels.int8_to_fp8(layer.weight.data, transpose=True)
-        q, scale = kernels.quantize_rows(dy, _fp8_scales(layer))
-        return _scaled_matmul(q, scale, weight, _ones(weight.shape[0], dy.device), dy.dtype)
-    return dy @ dequantize(layer, dy.dtype)
+    if fp8 and is_int8(layers[0]) and dy.numel():
+        scales, weights = _fp8_weights(layers, transpose=True)
+        return _scaled_matmul(*kernels.quantize_rows(dy, scales), weights, _ones(len(weights), dy.device), dy.dtype)
+    if is_quantized(layers[0]):
+        return dy @ _weights(layers, dy.dtype)
+    first, *others = zip(dy.split([layer.out_features for layer in layers], 1), layers, strict=True)
+    dx = first[0] @ dequantize(first[1], dy.dtype)
+    for part, layer in others:
+        dx.addmm_(part, dequantize(layer, dy.dtype))
+    return dx
+
+
+def _fp8_weights(layers: Sequence[nn.Module], transpose: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The row scales (N,) of int8 layers, and their weights one below the other in e4m3: (N, K), or (K, N)."""
+    sizes, inputs = [layer.out_features for layer in layers], layers[0].in_features
+    # Transposed, since torch._scaled_mm takes its second operand in column-major order only.
+    shape = (inputs, sum(sizes)) if transpose else (sum(sizes), inputs)
+    weights = torch.empty(shape, dtype=kernels.FP8, device=layers[0].weight.device)
+    for layer, out in zip(layers, (weights.t() if transpose else weights).split(sizes), strict=True):
+        kernels.int8_to_fp8(layer.weight.data, out)
+    return joined([_fp8_scales(layer) for layer in layers]), weights
+
+
+def joined(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """The tensors as one; not copied where there is one."""
+    return torch.cat(list(tensors), dim) if len(tensors) > 1 else tensors[0]
 
 
 def _fp8_scales(layer: nn.Module) -> torch.Tensor:
@@ -101,12 +144,12 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, fp8):
         ctx.layer, ctx.fp8 = layer, fp8
-        return base_matmul(x, layer, fp8)
+        return base_matmul(x, [layer], fp8)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return base_matmul_backward(dy.contiguous(), ctx.layer, ctx.fp8), None, None
+        return base_matmul_backward(dy.contiguous(), [ctx.layer], ctx.fp8), None, None
 
 
 def frozen_forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -55,10 +55,10 @@ def _load(matrix, rows, columns, height, width, stride_r, stride_c):
 
 
 @triton.jit
-def _store(matrix, rows, columns, height, width, value):
-    """Write a tile of a row-major matrix (height, width), in the matrix's dtype; nothing outside of it."""
+def _store(matrix, rows, columns, height, width, stride, value):
+    """Write a tile of a matrix (height, width) with rows `stride` apart, in its dtype; nothing outside of it."""
     inside = (rows < height)[:, None] & (columns < width)[None, :]
-    tl.store(matrix + rows[:, None] * width + columns[None, :], value.to(matrix.dtype.element_ty), mask=inside)
+    tl.store(matrix + rows[:, None] * stride + columns[None, :], value.to(matrix.dtype.element_ty), mask=inside)
 
 
 # -- the low-rank path -------------------------------------------------------------------------------------------------
@@ -79,11 +79,11 @@ def _keep(rows, columns, width, threshold, multiplier, offset):
 # Numbers that differ at each call: Triton would compile anew where one happens to be 1 or a multiple of 16.
 @triton.jit(do_not_specialize=["threshold", "multiplier", "offset"])
 def _low_rank_kernel(
-    x, a, t, tokens, inputs, rank, stride_r, stride_k, scale, threshold, seed,
+    x, a, t, tokens, inputs, rank, stride, stride_r, stride_k, scale, threshold, seed,
     READ: tl.constexpr, multiplier, offset,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """t = scale * dropout(x) A^T: x (T, K), a (R, K) by strides -> t (T, R). One program per BLOCK_T rows."""
+    """t = scale * dropout(x) A^T: x (T, K) and a (R, K) by strides -> t (T, R). One program per BLOCK_T rows."""
     if DROPOUT and READ:
         multiplier, offset = tl.load(seed).to(tl.uint32), tl.load(seed + 1).to(tl.uint32)
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -91,13 +91,13 @@ def _low_rank_kernel(
     total = tl.zeros((BLOCK_T, BLOCK_R), dtype=tl.float32)
     for start in range(0, inputs, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        value = _load(x, rows.to(tl.int64), columns, tokens, inputs, inputs, 1)
+        value = _load(x, rows.to(tl.int64), columns, tokens, inputs, stride, 1)
         if DROPOUT:
             value = tl.where(_keep(rows, columns, inputs, threshold, multiplier, offset), value, 0.0)
         factor = _load(a, columns, ranks, inputs, rank, stride_k, stride_r)
         total = tl.dot(value, factor.to(value.dtype), total)
     # Dropout's 1 / (1 - p) is part of `scale`: one multiplication per result, not one per element of x.
-    _store(t, rows, ranks, tokens, rank, total * scale)
+    _store(t, rows, ranks, tokens, rank, rank, total * scale)
 
 
 def low_rank(
@@ -110,7 +110,7 @@ def low_rank(
         return t.zero_()
     tiles = tiles_of("low_rank", rank, tiles)
     _low_rank_kernel[(triton.cdiv(tokens, tiles["BLOCK_T"]),)](
-        x, a, t, tokens, inputs, rank, a.stride(0), a.stride(1), scale / (1 - p), threshold(p),
+        x, a, t, tokens, inputs, rank, x.stride(0), a.stride(0), a.stride(1), scale / (1 - p), threshold(p),
         *_seed_arguments(seed, x),
         DROPOUT=p > 0, **tiles,
     )  # fmt: skip
@@ -151,8 +151,8 @@ def _low_rank_backward_kernel(
                 added = tl.where(keep, added, 0.0)
             # Read and written without atomics: no other program has this tile.
             before = _load(dx, rows.to(tl.int64), columns, end, inputs, inputs, 1)
-            _store(dx, rows.to(tl.int64), columns, end, inputs, before + added)
-    _store(parts + split * rank * inputs, ranks, columns, rank, inputs, total * scale)
+            _store(dx, rows.to(tl.int64), columns, end, inputs, inputs, before + added)
+    _store(parts + split * rank * inputs, ranks, columns, rank, inputs, inputs, total * scale)
 
 
 def low_rank_backward(
@@ -184,25 +184,26 @@ def low_rank_backward(
 
 @triton.jit
 def _epilogue_kernel(
-    base, t, b, mag_scale, bias, y, tokens, outputs, rank, s,
+    base, t, b, mag_scale, bias, y, tokens, outputs, rank, stride, stride_t, s,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DORA: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """y = mag_scale * (base + s t B^T) + bias: base and y (T, N), t (T, R), b (N, R), mag_scale and bias (N,).
 
-    Without DORA mag_scale is not read and y may be base itself.
+    The rows of base are `stride` and those of t `stride_t` apart. Without DORA mag_scale is not read and y may be base
+    itself.
     """
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
-    small = _load(t, rows, ranks, tokens, rank, rank, 1)
+    small = _load(t, rows, ranks, tokens, rank, stride_t, 1)
     factor = _load(b, ranks, columns, rank, outputs, 1, rank)  # B^T
-    value = _load(base, rows.to(tl.int64), columns, tokens, outputs, outputs, 1)
+    value = _load(base, rows.to(tl.int64), columns, tokens, outputs, stride, 1)
     value = value + s * tl.dot(small, factor.to(small.dtype))
     if DORA:
         value *= tl.load(mag_scale + columns, mask=columns < outputs, other=0.0).to(tl.float32)[None, :]
     if BIAS:
         value += tl.load(bias + columns, mask=columns < outputs, other=0.0).to(tl.float32)[None, :]
-    _store(y, rows.to(tl.int64), columns, tokens, outputs, value)
+    _store(y, rows.to(tl.int64), columns, tokens, outputs, outputs, value)
 
 
 def epilogue(
@@ -216,12 +217,13 @@ def epilogue(
 ) -> torch.Tensor:
     """kernels.epilogue."""
     (tokens, outputs), rank = base.shape, b.shape[1]
-    y = base if mag_scale is None else torch.empty_like(base)  # DoRA's backward pass reads base again
+    # DoRA's backward pass reads base again, and what is one of several layers' is not y's memory layout.
+    y = base if mag_scale is None and base.stride(0) == outputs else base.new_empty(tokens, outputs)
     if not base.numel():
         return y
     tiles = tiles_of("epilogue", rank, tiles)
     _epilogue_kernel[(triton.cdiv(tokens, tiles["BLOCK_T"]), triton.cdiv(outputs, tiles["BLOCK_N"]))](
-        base, t, b, mag_scale, bias, y, tokens, outputs, rank, s,
+        base, t, b, mag_scale, bias, y, tokens, outputs, rank, base.stride(0), t.stride(0), s,
         DORA=mag_scale is not None, BIAS=bias is not None, **tiles,
     )  # fmt: skip
     return y
@@ -229,13 +231,14 @@ def epilogue(
 
 @triton.jit
 def _epilogue_backward_kernel(
-    dy, base, t, b, mag_scale, norm, dz, parts, tokens, outputs, rank, share, size, s,
+    dy, base, t, b, mag_scale, norm, dz, parts, tokens, outputs, rank, stride, stride_t, share, size, s,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, DORA: tl.constexpr,
 ):  # fmt: skip
     """dz = mag_scale * dy, dB = s dz^T t and dm = sum_T(dy * z) / norm, with z = base + s t B^T.
 
     dy, base and dz (T, N), t (T, R), b (N, R), mag_scale and norm (N,); parts[split]: dB (N, R), then dm (N,), over
-    `share` tokens. Without DORA dz is dy and only dB is computed. One program per BLOCK_N columns and split.
+    `share` tokens. The rows of base and dz are `stride`, those of t `stride_t` apart. Without DORA dz is dy and only dB
+    is computed. One program per BLOCK_N columns and split.
     """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
@@ -248,19 +251,19 @@ def _epilogue_backward_kernel(
     end = tl.minimum((split + 1) * share, tokens)
     for start in range(split * share, end, BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
-        small = _load(t, rows, ranks, end, rank, rank, 1)
+        small = _load(t, rows, ranks, end, rank, stride_t, 1)
         value = _load(dy, rows.to(tl.int64), columns, end, outputs, outputs, 1)
         if DORA:
             # z is computed again from t, which is N / R times smaller: writing it would cost the forward pass T * N.
-            z = _load(base, rows.to(tl.int64), columns, end, outputs, outputs, 1)
+            z = _load(base, rows.to(tl.int64), columns, end, outputs, stride, 1)
             z = z + s * tl.dot(small, factor.to(small.dtype))
             total_dm += tl.sum(value.to(tl.float32) * z, axis=0)
             # Rounded before it enters dB, so that dA, dB and dx are of the same dz.
             value = (value.to(tl.float32) * mag_scales[None, :]).to(dz.dtype.element_ty)
-            _store(dz, rows.to(tl.int64), columns, end, outputs, value)
+            _store(dz, rows.to(tl.int64), columns, end, outputs, stride, value)
         total = tl.dot(tl.trans(value), small, total)
     own = parts + split * size
-    _store(own, columns, ranks, outputs, rank, total * s)
+    _store(own, columns, ranks, outputs, rank, rank, total * s)
     if DORA:
         norms = tl.load(norm + columns, mask=columns < outputs, other=1.0).to(tl.float32)
         tl.store(own + outputs * rank + columns, total_dm / norms, mask=columns < outputs)
@@ -274,17 +277,22 @@ def epilogue_backward(
     s: float,
     mag_scale: torch.Tensor | None,
     norm: torch.Tensor | None,
+    dz: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """kernels.epilogue_backward."""
     (tokens, outputs), rank = dy.shape, b.shape[1]
     tiles = tiles_of("epilogue_backward", rank, tiles)
     splits = tiles.pop("SPLITS")
-    dz = dy if mag_scale is None else torch.empty_like(dy)
+    if mag_scale is None:
+        dz = dy if dz is None else dz.copy_(dy)
+    elif dz is None:
+        dz = torch.empty_like(dy)
     size = outputs * (rank + (mag_scale is not None))
     parts = torch.empty(splits, size, dtype=torch.float32, device=dy.device)
     _epilogue_backward_kernel[(triton.cdiv(outputs, tiles["BLOCK_N"]), splits)](
-        dy, base, t, b, mag_scale, norm, dz, parts, tokens, outputs, rank, triton.cdiv(tokens, splits), size, s,
+        dy, base, t, b, mag_scale, norm, dz, parts, tokens, outputs, rank, dz.stride(0), t.stride(0),
+        triton.cdiv(tokens, splits), size, s,
         DORA=mag_scale is not None, **tiles,
     )  # fmt: skip
     total = parts.sum(0)
@@ -306,9 +314,8 @@ def _dequantize_int8_kernel(weight, scales, out, columns, BLOCK: tl.constexpr):
     tl.store(out + row * columns + offsets, value, mask=offsets < columns)
 
 
-def dequantize_int8(weight: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_int8(weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """kernels.dequantize_int8."""
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     weight, (rows, columns) = weight.contiguous(), weight.shape
     _dequantize_int8_kernel[(rows, triton.cdiv(columns, 4096))](weight, scales, out, columns, BLOCK=4096)
     return out
@@ -339,9 +346,8 @@ def _dequantize_4bit_kernel(
     tl.store(out + both, tl.interleave(high, low).to(out.dtype.element_ty), mask=both < count)
 
 
-def dequantize_4bit(packed: torch.Tensor, state, dtype: torch.dtype) -> torch.Tensor:
+def dequantize_4bit(packed: torch.Tensor, state, out: torch.Tensor) -> torch.Tensor:
     """kernels.dequantize_4bit, packed in uint8: one launch, where bitsandbytes takes three."""
-    out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     nested = state.state2 if state.nested else None
     second = (None, None, None) if nested is None else (nested.code, nested.absmax, state.offset)
     _dequantize_4bit_kernel[(triton.cdiv(packed.numel(), 1024),)](
@@ -369,7 +375,7 @@ def _grams_kernel(table, grams, rank, BLOCK_K: tl.constexpr, BLOCK_R: tl.constex
     for start in range(0, inputs, BLOCK_K):
         factor = _load(a, ranks, start + tl.arange(0, BLOCK_K), rank, inputs, inputs, 1)
         total = tl.dot(factor, tl.trans(factor), total, input_precision="tf32x3")
-    _store(grams + layer * rank * rank, ranks, ranks, rank, rank, total)
+    _store(grams + layer * rank * rank, ranks, ranks, rank, rank, rank, total)
 
 
 @triton.jit
@@ -481,7 +487,7 @@ def _merge_attention_kernel(
         a = _load(out, rows, column, (token + 1) * heads, width, width, 1).to(tl.float32)
         b = _load(part, rows, column, (token + 1) * heads, width, width, 1).to(tl.float32)
         merged = a * (first / total)[:, None] + b * (second / total)[:, None]
-        _store(out, rows, column, (token + 1) * heads, width, merged)
+        _store(out, rows, column, (token + 1) * heads, width, width, merged)
 
 
 def merge_attention(
@@ -592,12 +598,10 @@ def _int8_to_fp8_kernel(weight, q, rows, columns, stride_n, stride_k, BLOCK_N: t
     tl.store(q + n[:, None] * stride_n + k[None, :] * stride_k, value, mask=inside)
 
 
-def int8_to_fp8(weight: torch.Tensor, transpose: bool = False) -> torch.Tensor:
+def int8_to_fp8(weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """kernels.int8_to_fp8."""
     weight, (rows, columns) = weight.contiguous(), weight.shape
-    q = torch.empty((columns, rows) if transpose else (rows, columns), dtype=torch.float8_e4m3fn, device=weight.device)
-    strides = (1, rows) if transpose else (columns, 1)
     _int8_to_fp8_kernel[(triton.cdiv(rows, 64), triton.cdiv(columns, 128))](
-        weight, q, rows, columns, *strides, BLOCK_N=64, BLOCK_K=128, num_warps=4
+        weight, out, rows, columns, *out.stride(), BLOCK_N=64, BLOCK_K=128, num_warps=4
     )
-    return q
+    return out

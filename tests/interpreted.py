@@ -4,6 +4,7 @@ A process of its own, since the interpreter is chosen when the kernels are defin
 relative difference of each kernel's results.
 """
 
+import itertools
 import json
 import os
 
@@ -74,13 +75,15 @@ def main() -> None:
         rows[f"epilogue_backward lora {shape}"] = difference(kernels.epilogue_backward, dy, None, t, b, 0.5, None, None)
         weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
         scales = torch.rand(outputs) + 0.1
-        rows[f"dequantize_int8 {shape}"] = difference(kernels.dequantize_int8, weight, scales, torch.float16)
+        rows[f"dequantize_int8 {shape}"] = difference(
+            kernels.dequantize_int8, weight, scales, x.new_empty(weight.shape)
+        )
         for name, kind, nested in (("nf4", "nf4", True), ("fp4", "fp4", False)):
             quantised, state = bnb.functional.quantize_4bit(
                 torch.randn(outputs + 1, 192), quant_type=kind, compress_statistics=nested
             )
             expected = bnb.functional.dequantize_4bit(quantised, state)
-            actual = kernels.dequantize_4bit(quantised, state, torch.float32)
+            actual = kernels.dequantize_4bit(quantised, state, torch.empty(state.shape))
             rows[f"dequantize_4bit {name} {shape}"] = ((actual - expected).abs().max() / expected.abs().max()).item()
         a32, b32 = torch.randn(rank, inputs), torch.randn(outputs, rank)
         kernels.use_triton = lambda _: True
@@ -109,6 +112,7 @@ def main() -> None:
         past_the_end_of_4_bits,
         what_is_not_contiguous,
         whole_layers,
+        layers_of_one_input,
         answers_with_liger,
         shared_prefixes,
     ):
@@ -169,12 +173,8 @@ def past_the_end_of_4_bits() -> dict[str, float]:
     kernels.use_triton = lambda _: True
     weight = torch.randn(33, 17)
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
-    room, empty = torch.full((weight.numel() + 1,), 7.5), torch.empty
-    torch.empty = lambda *_, **__: room[:-1].view(33, 17)
-    try:
-        actual = kernels.dequantize_4bit(packed.view(torch.uint8), state, torch.float32)
-    finally:
-        torch.empty = empty
+    room = torch.full((weight.numel() + 1,), 7.5)
+    actual = kernels.dequantize_4bit(packed.view(torch.uint8), state, room[:-1].view(33, 17))
     expected = bnb.functional.dequantize_4bit(packed, state).view(33, 17)
     return {"4 bits norms past the end": (actual - expected).abs().max().item() + abs(room[-1].item() - 7.5)}
 
@@ -253,6 +253,34 @@ def whole_layers() -> dict[str, float]:
     assert on and len(together) == 1, "the norms of the three layers were not taken together"
     pairs = zip(*actual.values(), strict=True)
     return {"layers": max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)}
+
+
+def layers_of_one_input() -> dict[str, float]:
+    """q, k and v computed together, on both paths; e4m3 weights into columns of a wider matrix."""
+    from test_dora import attention_adapter
+
+    rows = {}
+    methods = {"DoRA": {}, "LoRA": {"use_dora": False}, "dropout": {"lora_dropout": 0.3}}
+    for bits, (name, how) in itertools.product((16, 8), methods.items()):
+        model, actual = attention_adapter(bits, torch.float16, **how), []
+        for on in (False, True):
+            kernels.use_triton = lambda x, on=on: on and x.dtype in kernels.TRITON_DTYPES
+            dora.accelerate(model)
+            torch.manual_seed(5)
+            x, weights = torch.randn(37, 64).half().requires_grad_(), torch.randn(37, 80).half()
+            model.zero_grad()
+            y = model(x)
+            (y * weights).sum().backward()
+            actual.append([y, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)])
+        pairs = zip(*actual, strict=True)
+        wrong = [((a.float() - b.float()).norm() / a.float().norm()).item() for a, b in pairs]
+        rows[f"together {bits} bits {name}"] = max(wrong)
+    weight, wide = torch.randint(-127, 128, (20, 70), dtype=torch.int8), torch.zeros(70, 50).to(kernels.FP8)
+    whole = kernels.int8_to_fp8(weight, torch.empty(20, 70, dtype=kernels.FP8)).float()
+    kernels.int8_to_fp8(weight, wide[:, 5:25].t())
+    wide = wide.float()
+    rows["int8_to_fp8 columns"] = (wide[:, 5:25].t() - whole).abs().max().item() + wide[:, :5].sum().item()
+    return rows
 
 
 def answers_with_liger() -> dict[str, float]:

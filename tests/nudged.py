@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 class NudgedArgs(BaseModel):
     nudge: int | None = Field(default=None, json_schema_extra={"description": "the seed of tests/rounding.py's nudges"})
+    alone: bool = Field(default=False, json_schema_extra={"description": "compute no layers together, as under ZeRO-3"})
 
 
 class Nudged(BasePlugin):
@@ -20,6 +21,8 @@ class Nudged(BasePlugin):
 
     @torch.no_grad()
     def post_model_load(self, cfg, model) -> None:
+        for module in model.modules() if cfg.alone else ():
+            module._siblings = ()
         if cfg.nudge is not None:
             for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
                 parameter.copy_(nudged(parameter, 1000 * cfg.nudge + number))
