@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -450,3 +451,16 @@ def test_4bit_weights_are_not_repacked_under_an_adapter(tiny_base, adapters, mon
     assert layers and all(torch.equal(layer.weight, before) for layer, before in zip(layers, packed, strict=True))
     merged = models.attach(models.load_base(tiny_base, 4), adapters["dora"])
     assert (first - logits(merged)).abs().max() < rounding_of(merged, 4) and torch.equal(first, logits(kept))
+
+
+def test_evaluations_that_share_a_gpu_take_their_part_of_its_memory(monkeypatch):
+    """Two bytes a number; of Qwen3's head_dim, which is not its width over its heads: 2 x 36 x 8 x 128 in the cache."""
+    config = dict(num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    model = SimpleNamespace(config=SimpleNamespace(**config, hidden_size=2560, intermediate_size=9728, vocab_size=9))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (40 * 2**30, 80 * 2**30))
+    a_token = 2 * (2 * 36 * 8 * 128 + 10 * 2560 + 3 * 9728)
+    assert harness.batch_tokens(model) == 20 * 2**30 // a_token
+    monkeypatch.setenv("FINLORA_POINTS_PER_GPU", "8")
+    assert harness.batch_tokens(model) == 20 * 2**30 // 8 // a_token

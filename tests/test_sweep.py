@@ -402,6 +402,7 @@ name, ends, *more = sys.argv[1:]
 note = {"name": name, "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "began": time.monotonic()}
 note["threads"] = os.environ.get("OMP_NUM_THREADS")
 note["tokenizing"] = os.environ.get("AXOLOTL_DATASET_NUM_PROC")
+note["share"] = os.environ.get("FINLORA_POINTS_PER_GPU")
 time.sleep(0.15)
 with open(os.path.join(os.path.dirname(__file__), "notes.jsonl"), "a") as file:
     file.write(json.dumps(note | {"ended": time.monotonic()}) + "\\n")
@@ -467,6 +468,7 @@ def test_points_that_share_a_gpu_share_the_cores(stand_in, monkeypatch):
     assert {(note["threads"], note["tokenizing"]) for note in stand_in.notes()} == {("2", "0")}
     assert sweep.work([stand_in("p4"), stand_in("p5")], [None, None], None) == {}
     assert {(note["threads"], note["tokenizing"]) for note in stand_in.notes()[4:]} == {("4", "4")}
+    assert [note["share"] for note in stand_in.notes()] == ["4"] * 4 + ["2"] * 2
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert sweep.work([stand_in("own")], [None, None], None) == {} and stand_in.notes()[-1]["threads"] == "3"
 

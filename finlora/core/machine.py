@@ -11,6 +11,8 @@ GIB = 2**30
 # The oldest driver that runs programs of a CUDA version (table 2 of the CUDA 13.0 toolkit's release notes).
 DRIVERS = {12: 525, 13: 580}
 
+POINTS_PER_GPU = "FINLORA_POINTS_PER_GPU"  # set by `finlora sweep` for its points: how many share this one's GPU
+
 
 def gpus() -> list[tuple[str, float, float]]:
     """(name, total GiB, free GiB) of each visible GPU; an empty list without one."""

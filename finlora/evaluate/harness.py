@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from fastdora import prefixes
+from finlora.core import machine
 from finlora.core.errors import UserError
 from finlora.core.progress import progress
 from finlora.models import shared
@@ -195,6 +197,7 @@ def batch_size(budget: int, longest: int) -> int:
 def batch_tokens(model, logits: bool = False) -> int:
     """Tokens that fit in half of the free GPU memory, at two bytes a number; CPU_BATCH_TOKENS without a GPU.
 
+    Where a sweep's points share the GPU each takes its part of that half: several that fill it leave none to the rest.
     A token takes 2 (keys, values) x layers x heads x head size in the cache, and while a layer is computed about ten
     activations of the hidden size and three of the MLP's; with `logits` also three of the vocabulary's size (logits,
     their float32 copy).
@@ -204,6 +207,8 @@ def batch_tokens(model, logits: bool = False) -> int:
     torch.cuda.empty_cache()
     config = model.config
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    cached = 2 * config.num_hidden_layers * heads * (config.hidden_size // config.num_attention_heads)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * heads * head_size
     activations = 10 * config.hidden_size + 3 * config.intermediate_size + 3 * logits * config.vocab_size
-    return max(1024, int(torch.cuda.mem_get_info()[0] / 2 / (2 * (cached + activations))))
+    free = torch.cuda.mem_get_info()[0] / int(os.environ.get(machine.POINTS_PER_GPU, 1))
+    return max(1024, int(free / 2 / (2 * (cached + activations))))

@@ -187,7 +187,12 @@ def work(jobs: list[Job], free: list[str | None], lock: IO | None) -> dict[str, 
     """
     waiting, running, failed = list(jobs), [], {}
     alone = len(free) == 1
-    threads = None if alone else max(1, (os.cpu_count() or 1) // len(free))
+    share = {machine.POINTS_PER_GPU: str(free.count(free[0]))}
+    if not alone:
+        threads = max(1, (os.cpu_count() or 1) // len(free))
+        # axolotl starts a process for each core to tokenize: with 16 points at a time on 16 cores that took three
+        # minutes. Each imports axolotl anew, ten seconds of a core, so for two or fewer it does not pay.
+        share |= dict.fromkeys(THREADS, str(threads)) | {PROCESSES: str(threads if threads > 2 else 0)}
     try:
         while waiting or running:
             while waiting and free:
@@ -198,14 +203,14 @@ def work(jobs: list[Job], free: list[str | None], lock: IO | None) -> dict[str, 
                 place = f" on GPU {job.gpu}" if job.gpu is not None else ""
                 print(f"[{len(jobs) - len(waiting)}/{len(jobs)}] {job.name}{place}: {shown(job.log)}", flush=True)
                 running.append(job)
-                job.process = start(job.commands.pop(0), job.gpu, job.log, lock, threads)
+                job.process = start(job.commands.pop(0), job.gpu, job.log, lock, share)
             time.sleep(0.1)
             for job in list(running):
                 code = job.process.poll()
                 if alone:
                     job.bytes_shown += echo(job.log, job.bytes_shown)
                 if code == 0 and job.commands:
-                    job.process = start(job.commands.pop(0), job.gpu, job.log, lock, threads)
+                    job.process = start(job.commands.pop(0), job.gpu, job.log, lock, share)
                 elif code is not None:
                     running.remove(job)
                     free.append(job.gpu)
@@ -223,15 +228,12 @@ def work(jobs: list[Job], free: list[str | None], lock: IO | None) -> dict[str, 
     return failed
 
 
-def start(argv: list[str], gpu: str | None, log: Path, lock: IO | None, threads: int | None) -> subprocess.Popen:
+def start(argv: list[str], gpu: str | None, log: Path, lock: IO | None, share: dict[str, str]) -> subprocess.Popen:
     """`finlora argv...` with its output in the log. Ctrl-C reaches it from `work` alone; the lock goes with it.
 
-    threads: its share of the cores, unless the environment says otherwise; None leaves all of them to it. axolotl
-    starts a process for each core to tokenize: with 16 points at a time on 16 cores that took three minutes. Each
-    imports axolotl anew, ten seconds of a core, so for two or fewer it does not pay.
+    share: variables that say what share of the machine it has, unless the environment says otherwise.
     """
-    env = dict.fromkeys(THREADS, str(threads)) | {PROCESSES: str(threads if threads > 2 else 0)} if threads else {}
-    env |= os.environ | {"PYTHONUNBUFFERED": "1"}
+    env = share | os.environ | {"PYTHONUNBUFFERED": "1"}
     if gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpu
     with log.open("ab") as output:
