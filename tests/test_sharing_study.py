@@ -77,3 +77,13 @@ def test_the_difference_is_taken_seed_by_seed():
     lines = sharing.table(found).splitlines()
     assert lines[2] == "| filings | whole rows | 10 | 2 | 75.0 |  |  |"
     assert lines[3].startswith("| filings | shared, 5 rows a prefix | 10 | 3 | 33.3 | -25.0 |")
+
+
+def test_the_readmes_table_is_that_of_the_record_and_its_words_hold():
+    found = json.loads(sharing.RECORD.read_text(encoding="utf-8"))
+    assert sharing.text_of(found) == sharing.RECORD.read_text(encoding="utf-8")
+    text = sharing.README.read_text(encoding="utf-8")
+    assert f"{sharing.BEGIN}{sharing.table(found)}{sharing.END}" in text
+    for task, reach in (("sentiment", 0.013), ("filings", 0.05)):
+        differences = [arm.difference for arm in sharing.arms(found["tasks"][task])[1:]]
+        assert len(differences) == 3 and all(-reach <= one["low"] <= 0 <= one["high"] <= reach for one in differences)

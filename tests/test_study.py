@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from bench.study import page, rows
+from finlora.core.errors import UserError
 from finlora.data.groups import row_groups
 from finlora.data.rows import read_rows
 from finlora.sweep import points
@@ -81,6 +82,17 @@ def test_page_and_record_are_what_the_runs_give():
     assert page.page(FOUND) == page.PAGE.read_text(encoding="utf-8")
 
 
+def test_recorded_runs_of_sweeps_that_are_not_here_are_kept():
+    bits = [one for one in FOUND["runs"] if one["sweep"] == "bits"]
+    found = page.with_recorded({"about": FOUND["about"], "runs": [one | {"loss": 9} for one in bits[:2]]})
+    assert [one for one in found["runs"] if one["sweep"] != "bits"] == [
+        one for one in FOUND["runs"] if one["sweep"] != "bits"
+    ]
+    assert [one["loss"] for one in found["runs"] if one["sweep"] == "bits"] == [9, 9]
+    with pytest.raises(UserError, match="other rows"):
+        page.with_recorded({"about": FOUND["about"] | {"targets": "g"}, "runs": bits})
+
+
 def test_the_plain_words_of_the_page_hold():
     compared = {
         sweep: page.compare(page.pairs_of(sweep, BY_SWEEP), FOUND["about"]) for sweep in BY_SWEEP if sweep != "base"
@@ -88,6 +100,10 @@ def test_the_plain_words_of_the_page_hold():
     assert not any(one.distinguishable for one in compared["methods"] + compared["magnitude"])
     assert max(abs(one.difference["difference"]) for one in compared["methods"]) < 0.01
     assert all(-0.025 < one.difference["low"] and one.difference["high"] < 0.025 for one in compared["methods"])
+    bits = {page.label(one.b): one.difference for one in compared["bits"]}
+    assert not any(one.distinguishable for one in compared["bits"])
+    assert round(100 * bits["4 bits"]["difference"], 1) == -1.2
+    assert all(-0.012 < bits[name]["low"] and bits[name]["high"] < 0.012 for name in bits.keys() - {"4 bits"})
     (rank,) = [one for one in compared["ranks"] if one.distinguishable]
     assert (page.label(rank.a), page.label(rank.b)) == ("LoRA, rank 64", "rsLoRA, rank 64")
     confounds = {page.label(one.b): one for one in compared["confounds"]}

@@ -1,6 +1,6 @@
 """The study's record and page: bench/study/results.json from the sweeps, docs/dora.md and its picture from that.
 
-    python -m bench.study.page --record    # where the sweeps ran, then the page
+    python -m bench.study.page --record    # where sweeps ran, then the page; recorded runs of other sweeps are kept
     python -m bench.study.page             # the page again, from the record
 
 results.json:
@@ -103,6 +103,20 @@ def record() -> dict[str, Any]:
     counts = {name: sum(1 for _ in (OUT / f"{name}.jsonl").open()) for name in ("train", "validation")}
     about |= {"recipe": RECIPE, "rows": counts | {"test": len(about["sets"])}}
     return {"about": about, "runs": runs}
+
+
+def with_recorded(found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, and of the record the runs of sweeps that are not here. UserError where their rows differ."""
+    if not RECORD.is_file():
+        return found
+    before = json.loads(RECORD.read_text(encoding="utf-8"))
+    if any(before["about"][key] != found["about"][key] for key in ("sets", "targets", "group")):
+        raise UserError(f"{RECORD}: its runs were tested on other rows; remove it to record all sweeps anew")
+    here = {one["sweep"] for one in found["runs"]}
+    kept = [one for one in before["runs"] if one["sweep"] not in here]
+    order = ["base", "full", *SWEEPS]
+    runs = sorted(kept + found["runs"], key=lambda one: order.index(one["sweep"]))
+    return {"about": found["about"], "runs": runs}
 
 
 def with_means(found: dict[str, Any]) -> dict[str, Any]:
@@ -320,7 +334,7 @@ def differences_table(comparisons: list[Comparison]) -> str:
 
 
 def main(recording: bool) -> None:
-    found = with_means(record() if recording else json.loads(RECORD.read_text(encoding="utf-8")))
+    found = with_means(with_recorded(record()) if recording else json.loads(RECORD.read_text(encoding="utf-8")))
     write_text(RECORD, text_of(found))
     write_text(PAGE, page(found))
 
