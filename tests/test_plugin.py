@@ -120,6 +120,13 @@ def test_unknown_key_stops_axolotl_itself(axolotl, recipe):
         ({"lora_target_modules": ["q_proj", "k_prj"]}, "lora_target_modules", ["'k_prj'", "not a layer"]),
         ({"load_in_8bit": False, "load_in_4bit": True}, "load_in_4bit", ["not Linear4bit", "4-bit"]),
         ({"lora_rank_pattern": {"o_proj": 4}}, "lora_rank_pattern", ["o_proj", "no adapted layer", "fix"]),
+        ({"context_parallel_size": 2}, "context_parallel_size", ["whole rows", "remove it"]),
+        (
+            {"context_parallel_size": 2, "attn_implementation": "flash_attention_2", "fastdora_shared_prefixes": False},
+            "context_parallel_size",
+            ["whole rows", "remove it"],
+        ),
+        ({"sequence_parallel_degree": 2}, "sequence_parallel_degree", ["whole rows", "remove it"]),
         ({"fastdora_layers": "slow"}, "fastdora_layers", ["'slow'", "'fast', 'peft'"]),
         (
             {"fastdora_fp8": True, "load_in_8bit": False},

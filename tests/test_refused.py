@@ -82,6 +82,8 @@ KEYS = {
     "new tokens": ({"tokens": ["<a>"]}, "tokens", ["embeddings", "remove"]),
     "another tokenizer": ({"tokenizer_config": "a/b"}, "tokenizer_config", ["tokenizer", "remove"]),
     "a tokenizer's class": ({"tokenizer_type": "LlamaTokenizer"}, "tokenizer_type", ["own tokenizer", "remove"]),
+    "rows over GPUs": ({"context_parallel_size": 2}, "context_parallel_size", ["is 2", "whole rows", "remove it"]),
+    "rows over GPUs, as it was": ({"sequence_parallel_degree": 4}, "sequence_parallel_degree", ["whole rows"]),
     "a system message": ({"default_system_message": "Be brief."}, "default_system_message", ["template"]),
     "a template that is not read": ({"chat_template_jinja": "{{ x }}"}, "chat_template_jinja", ["llama3", "jinja"]),
     "rows of instructions": (
@@ -138,6 +140,7 @@ def test_the_page_on_refusals_lists_the_keys_as_the_errors_do():
 
 def test_keys_that_change_nothing_are_no_trouble(tmp_path):
     same = {"base_model_config": DORA["base_model"], "tokenizer_type": "AutoTokenizer", "val_set_size": 0, "rl": None}
+    same |= {"context_parallel_size": 1}
     assert recipes.load(written(tmp_path, **same)).keys["val_set_size"] == 0
 
 

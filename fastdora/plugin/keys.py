@@ -233,8 +233,11 @@ def _unknown_keys(error) -> list[str]:
     return [key for key in error.instance if key not in error.schema["properties"]]
 
 
-def sharing_fault(recipe: dict[str, Any]) -> tuple[str, str] | None:
-    """The key that a recipe with shared prefixes cannot have as it is, and the remedy; None where there is none."""
+def layout_fault(recipe: dict[str, Any]) -> tuple[str, str] | None:
+    """The key by which rows would lie otherwise than the layers read them, and the remedy; None where there is none."""
+    for key in ("context_parallel_size", "sequence_parallel_degree"):
+        if (recipe.get(key) or 1) != 1:
+            return key, "label and segment positions are those of whole rows, not of a process's part; remove it"
     if not recipe.get("fastdora_shared_prefixes"):
         limited = recipe.get("fastdora_rows_per_prefix") is not None
         return ("fastdora_rows_per_prefix", "needs fastdora_shared_prefixes: true") if limited else None
@@ -244,7 +247,6 @@ def sharing_fault(recipe: dict[str, Any]) -> tuple[str, str] | None:
     needs = {
         "sample_packing": (recipe.get("sample_packing"), "set it to true"),
         "attn_implementation": (recipe.get("attn_implementation") == "sdpa", "set it to sdpa, which fastdora extends"),
-        "context_parallel_size": ((recipe.get("context_parallel_size") or 1) == 1, "remove it"),
         "curriculum_sampling": (not recipe.get("curriculum_sampling"), "remove it"),
         "sample_packing_sequentially": (not recipe.get("sample_packing_sequentially"), "remove it"),
         "streaming": (not recipe.get("streaming"), "remove it"),

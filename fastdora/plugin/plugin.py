@@ -37,7 +37,7 @@ from fastdora.plugin import (
     watchdog,
     zero3,
 )
-from fastdora.plugin.keys import RecipeError, check_keys, input_schema, read_recipe, sharing_fault
+from fastdora.plugin.keys import RecipeError, check_keys, input_schema, layout_fault, read_recipe
 
 LOG = get_logger("axolotl.fastdora")
 LIGER = [f"liger_{part}" for part in ("rope", "rms_norm", "glu_activation", "fused_linear_cross_entropy")]
@@ -55,10 +55,10 @@ class FastDoraPlugin(BasePlugin):
             recipe = read_recipe(source)
             safety.check(recipe, source)
             check_keys(recipe, source, input_schema(tuple(recipe.get("plugins") or ())))
+            if fault := layout_fault(cfg):
+                raise RecipeError("{}: key '{}': {}".format(source, *fault))
             _validate(cfg, source)
             _check_fp8(cfg, source)
-            if fault := sharing_fault(cfg):
-                raise RecipeError("{}: key '{}': {}".format(source, *fault))
             if cfg.get("fastdora_layers") != "peft":
                 dora.check_versions()
         if not torch.cuda.is_available():

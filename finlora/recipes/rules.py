@@ -11,7 +11,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
-from fastdora.plugin.keys import sharing_fault
+from fastdora.plugin.keys import layout_fault
 from finlora.core.errors import UserError
 from finlora.core.paths import ROOT
 from finlora.recipes.bases import layer_names, value_for
@@ -160,7 +160,7 @@ def check_values(recipe: Recipe) -> None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(f"{recipe.where('.'.join(map(str, first['loc'])))}{_fault(first)}") from None
-    if fault := sharing_fault(keys):
+    if fault := layout_fault(keys):
         key, remedy = fault
         raise UserError(f"{recipe.where(key)}: {remedy}")
     for key in ("lora_rank_pattern", "lora_alpha_pattern"):
