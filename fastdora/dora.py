@@ -29,7 +29,8 @@ optimizers and ZeRO write to weights without moving them.
 import operator
 import types
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -61,6 +62,20 @@ def _count_step(*_) -> None:
 
 
 register_optimizer_step_post_hook(_count_step)
+
+
+_as_cached = False
+
+
+@contextmanager
+def norms_as_cached() -> Iterator[None]:
+    """Within it no cached norm is stale, whatever has become of the parameters: a CUDA graph reads it where it lies."""
+    global _as_cached
+    _as_cached = True
+    try:
+        yield
+    finally:
+        _as_cached = False
 
 
 class Unsupported(Exception):
@@ -247,6 +262,8 @@ class Fast:
     def _is_cached(self, name: str) -> bool:
         if (cached := self._norm_cache.get(name)) is None:
             return False
+        if _as_cached:
+            return True
         key, tensors = self._cache_key(name)
         return cached.key == key and all(map(operator.is_, cached.tensors, tensors))
 

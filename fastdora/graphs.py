@@ -7,10 +7,16 @@ are updated before a replay where a step has made them stale. The buffers have r
 the recorded batch has (an empty sample costs nothing); a batch that needs more room has the graphs recorded anew.
 Batches of another shape, evaluation, gradient checkpointing and all else that is no plain training pass run without
 graphs, through the same kernels.
+
+Under DDP each process records its own graphs, when its packs need it. No collective lies in a recording: DDP reduces
+the gradients that a replay hands to the parameters, in its buckets' order, so that one process may replay while another
+runs without graphs or records.
 """
 
+import contextlib
 import functools
 import gc
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -105,7 +111,7 @@ class Graphs:
         if fixed != self.fixed or not self._has_room(segments):
             self._allocate(ids, positions, segments, norms)
             self._copy_inputs(ids, positions, segments, norms)
-            self.recording, self.fixed = record(self._run, self.parameters), fixed
+            self.recording, self.fixed = record(self._run, self.leaves), fixed
             self.recorded += 1
         else:
             self._copy_inputs(ids, positions, segments, norms)
@@ -149,6 +155,7 @@ class Graphs:
         self.ids, self.positions = torch.empty_like(ids), torch.empty_like(positions)
         self.norms = self.latest = norms
         self.parameters = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
+        self.leaves = [nn.Parameter(parameter.detach()) for parameter in self.parameters]
         drops = sum(layer.dropout_probability(name) > 0 for layer, name in self._active())
         self.seeds = dropout.Seeds(drops, ids.device)
 
@@ -164,12 +171,36 @@ class Graphs:
             self.latest = norms
         self.seeds.draw()
 
+    @contextlib.contextmanager
+    def _leaves_in_place(self) -> Iterator[None]:
+        """Within it the modules have `leaves` for their trained parameters, over the same memory.
+
+        DDP keeps the parameters' own accumulators of gradients, which belong to the stream that it was made on: torch
+        would make that stream wait for the one that records, which ends the recording. Gradients reach the parameters,
+        and DDP's hooks, through `_Replay`.
+        """
+        leaf_of = {id(parameter): leaf for parameter, leaf in zip(self.parameters, self.leaves, strict=True)}
+        places = [
+            (module._parameters, name, parameter)
+            for module in self.decoder.modules()
+            for name, parameter in module._parameters.items()
+            if id(parameter) in leaf_of
+        ]
+        for parameters, name, parameter in places:
+            parameters[name] = leaf_of[id(parameter)]
+        try:
+            yield
+        finally:
+            for parameters, name, parameter in places:
+                parameters[name] = parameter
+
     def _run(self) -> torch.Tensor:
         attention.cache_segments(self.positions, self.room)
         device = self.ids.device.type
         enabled = torch.is_autocast_enabled(device)
         # Without autocast's cache of casts: those made in a recording have no values outside it.
-        with self.seeds, torch.autocast(device, torch.get_autocast_dtype(device), enabled, cache_enabled=False):
+        autocast = torch.autocast(device, torch.get_autocast_dtype(device), enabled, cache_enabled=False)
+        with self._leaves_in_place(), dora.norms_as_cached(), self.seeds, autocast:
             output = self.plain(input_ids=self.ids, position_ids=self.positions, use_cache=False)
         self.output_class = type(output)
         return output.last_hidden_state

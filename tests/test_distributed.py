@@ -10,6 +10,7 @@ import torch
 import yaml
 from rounding import FACTOR, apart, beyond, nudged, nudged_model, shaken
 
+from fastdora import graphs
 from fastdora.plugin import fsdp2 as checked_fsdp2
 from fastdora.plugin import zero3
 from fastdora.plugin.keys import RecipeError
@@ -99,6 +100,9 @@ def train(tmp_path_factory, tiny_base):
     return run
 
 
+LIGER = "axolotl.integrations.liger.LigerPlugin"
+OURS = ["bench.plugins.CpuProcesses", "bench.plugins.NormCheck", "nudged.Nudged"]
+GRAPHS = {"plugins": ["fastdora.FastDoraPlugin", LIGER, *OURS, "rerun_graphs.Rerun"]}
 SLOW_16, SLOW_8 = (pytest.param(number, marks=pytest.mark.slow) for number in (16, 8))
 
 
@@ -154,9 +158,28 @@ def test_two_processes_train_what_one_trains(train):
     assert one.losses[-1] < one.losses[0] and len({round(loss, 3) for loss in one.losses}) == STEPS
 
 
-LIGER = "axolotl.integrations.liger.LigerPlugin"
-OURS = ["bench.plugins.CpuProcesses", "cpu_bf16.Bf16", "bench.plugins.NormCheck", "nudged.Nudged"]
-BF16 = {"plugins": ["fastdora.FastDoraPlugin", LIGER, *OURS], **bits(16)}
+@pytest.mark.parametrize("number", [SLOW_16, 8, pytest.param(4, marks=pytest.mark.slow)])
+def test_two_processes_with_graphs_train_what_one_trains_without(train, number):
+    """Bit for bit, although one of them records anew at every pass and the other once (tests/rerun_graphs.py)."""
+    packs, passes = 2, STEPS - graphs.WARM_UP
+    assert not any(difference(train(1, **bits(number)), train(2, **bits(number), **GRAPHS)).values())
+    assert counted(train, bits(number)) == [{"recorded": 1, "replays": passes}, {"recorded": passes, "replays": passes}]
+    # Of two packs a process DDP reduces the gradients of the second.
+    accumulated = {"gradient_accumulation_steps": packs, **bits(number)}
+    plain, other = train(2, **accumulated), train(2, **accumulated, **GRAPHS)
+    assert plain.losses == other.losses and all(plain.adapter[key].equal(other.adapter[key]) for key in plain.adapter)
+    passes = packs * STEPS - graphs.WARM_UP
+    assert [each["replays"] for each in counted(train, accumulated)] == [passes, passes]
+
+
+def counted(train, changes: dict) -> list[dict]:
+    """What Rerun counted in each process of a run."""
+    path = next(path for key, path in train.recipes.items() if json.loads(key) == [2, changes | GRAPHS])
+    out = Path(yaml.safe_load(path.read_text(encoding="utf-8"))["output_dir"])
+    return [json.loads((out / f"graphs-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+
+
+BF16 = {"plugins": ["fastdora.FastDoraPlugin", LIGER, "cpu_bf16.Bf16", *OURS], **bits(16)}
 WAYS = {"ddp": {}, "zero1": zero(1), "zero2": zero(2), "zero3": zero(3) | {"alone": True}, "fsdp2": fsdp2(16)}
 
 

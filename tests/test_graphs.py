@@ -146,6 +146,37 @@ def test_recorded_anew_only_where_something_that_it_holds_fast_has_changed(monke
     assert both(batch(20, 40)) >= 5
 
 
+def test_a_recording_has_no_accumulator_of_the_models_parameters(monkeypatch):
+    """DDP keeps those alive, on the stream of its own making: gradients on their way there would end a recording."""
+    seen = []
+
+    def looked_at(run, parameters):
+        with torch.enable_grad():
+            out = run()
+        nodes, met = [out.grad_fn], set()
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in met:
+                met.add(node)
+                nodes += [following for following, _ in node.next_functions]
+        seen.extend(node.variable for node in met if hasattr(node, "variable"))
+        return rerun(run, parameters)
+
+    monkeypatch.setattr(graphs, "record", looked_at)
+    model = made()
+    own = {parameter.data_ptr(): parameter for parameter in model.parameters() if parameter.requires_grad}
+    kept = [torch.autograd.graph.get_gradient_edge(parameter) for parameter in own.values()]
+    graphs.install(model)
+    norms = [layer.cached_norm("default").norm for layer in dora_layers(model)]
+    for _ in range(graphs.WARM_UP + 1):
+        model(**batch(20, 40)).loss.backward()
+    assert len(seen) == len(own) == len(kept)
+    assert all(leaf is not own[leaf.data_ptr()] for leaf in seen)
+    assert all(parameter.grad is not None for parameter in own.values())
+    assert all(layer.cached_norm("default").norm is norm for layer, norm in zip(dora_layers(model), norms, strict=True))
+    assert {id(parameter) for parameter in model.parameters() if parameter.requires_grad} == set(map(id, own.values()))
+
+
 def after_bitsandbytes_own_forward(layer):
     layer.init_8bit_state()
     times_two(layer.state, "SCB")

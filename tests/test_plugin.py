@@ -374,7 +374,7 @@ def test_the_8b_recipe_is_accepted_up_to_the_missing_base_model(axolotl, tmp_pat
     "why, changes",
     [
         (None, {}),
-        ("several processes", {"WORLD_SIZE": "2"}),
+        (None, {"WORLD_SIZE": "2"}),
         ("gradient_checkpointing", {"gradient_checkpointing": True}),
         ("deepspeed", {"deepspeed": "zero2.json"}),
         ("fsdp_config", {"fsdp_config": {"offload_params": False}}),

@@ -3,7 +3,6 @@
 import copy
 import gc
 import logging
-import os
 import sys
 from contextlib import contextmanager
 
@@ -195,8 +194,6 @@ def _why_no_graphs(cfg) -> str | None:
         return "fastdora_layers: peft"
     if not cfg.sample_packing or cfg.attn_implementation != "sdpa":
         return "without sample_packing and attn_implementation: sdpa"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # DDP's hooks synchronize streams, which a graph's capture forbids
-        return "several processes"
     return next((key for key in ("gradient_checkpointing", "deepspeed", "fsdp_config", "fsdp") if cfg.get(key)), None)
 
 

@@ -225,7 +225,7 @@ def schedule(recipe: dict[str, Any], shape: dict[str, Any], gpu: Gpu, gpus: int,
     evaluations *= bool(recipe.get("test_datasets"))
     beside = sum(row * row for row in rows.tokens) / sum(rows.tokens)  # tokens in the row of a token
     as_run = recipe | {"sequence_len": length}
-    if gpus > 1:
+    if recipe.get("deepspeed") or recipe.get("fsdp_config"):
         as_run["fastdora_graphs"] = False  # as fastdora's plugin does
     forward = work(as_run, shape, gpu, beside, fill, train=False).seconds(factors)
     return Schedule(
