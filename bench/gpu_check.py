@@ -9,6 +9,7 @@ interpreter (tests/interpreted.py).
 import argparse
 import copy
 import functools
+import itertools
 import json
 import os
 import sys
@@ -262,6 +263,45 @@ def layer_rows() -> dict[str, dict[str, float]]:
     return rows
 
 
+class Projections(nn.Module):
+    """q, k and v of 8B's widths, quantized."""
+
+    def __init__(self, bits: int):
+        super().__init__()
+        self.is_loaded_in_8bit, self.is_loaded_in_4bit = bits == 8, bits == 4
+        for name, width in (("q_proj", K), ("k_proj", 1024), ("v_proj", 1024)):
+            setattr(self, name, quantized_linear(nn.Linear(K, width, bias=False).bfloat16(), bits))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], 1)
+
+
+def together_rows() -> dict[str, dict[str, float]]:
+    """q, k and v computed together, against each by itself: output and gradients, and both passes' milliseconds."""
+    rows = {}
+    for bits, use_dora in itertools.product((16, 8, 4), (True, False)):
+        torch.manual_seed(bits)
+        names = ["q_proj", "k_proj", "v_proj"]
+        config = LoraConfig(r=8, use_dora=use_dora, target_modules=names, init_lora_weights=False)
+        together = get_peft_model(Projections(bits).cuda(), config)
+        dora.accelerate(together)
+        alone = copy.deepcopy(together)
+        for module in alone.modules():
+            module._siblings = ()
+        x, weights = (torch.randn(T, width, device="cuda").bfloat16() for width in (K, K + 2048))
+        expected = gradients(alone, x, weights)
+        for fp8 in (False, True)[: 1 + (bits == 8 and quantized.has_fp8())]:
+            if fp8:
+                dora.accelerate(together, fp8=True)
+            errors = [relative(r, e) for r, e in zip(gradients(together, x, weights), expected, strict=True)]
+            row = {"fp8_error" if fp8 else "error": max(errors)}
+            if not fp8:
+                for name, model in (("ms", together), ("ms_alone", alone)):
+                    row[name] = do_bench(lambda: gradients(model, x, weights), return_mode="median")  # noqa: B023
+            rows[f"together {bits} bits {'DoRA' if use_dora else 'LoRA'}{' fp8' * fp8}"] = row
+    return rows
+
+
 def quantized_linear(layer: nn.Linear, bits: int) -> nn.Linear:
     """The layer with 8- or 4-bit weights, which bitsandbytes quantizes when they move to the GPU; itself for 16."""
     if bits == 16:
@@ -355,7 +395,7 @@ def main() -> None:
     rows["shared_answers"] = answers_row()
     for rank in (8, 64, 256):
         rows |= low_rank_rows(rank) | weight_rows(rank)
-    rows |= matmul_rows() | layer_rows() | graph_rows()
+    rows |= matmul_rows() | layer_rows() | together_rows() | graph_rows()
     record = {"what": "python -m bench.gpu_check", "device": gpus()[0][0], "versions": versions(), "git": git_state()}
     options.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
     for name, row in rows.items():
