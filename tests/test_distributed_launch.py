@@ -96,6 +96,22 @@ def test_a_row_too_long_for_shorter_packs_names_the_way_out():
     assert "longer" not in distributed.distribute(whole, Launch(gpus=4)).batch_kept
 
 
+@pytest.mark.parametrize(
+    "micro, accumulation, gpus, proposed, times",
+    [(1, 1, 2, 2, "2"), (1, 3, 2, 4, "1.33333"), (2, 1, 4, 2, "2"), (2, 3, 2, None, None), (1, 4, 2, None, None)],
+)
+def test_packs_that_would_be_shortened_are_proposed_whole_in_a_larger_batch(micro, accumulation, gpus, proposed, times):
+    keys = RECIPE | {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
+    assert distributed.whole_packs(keys, gpus) == proposed
+    after, message = distributed.share_batch(PATH, keys, gpus, 1)
+    assert (after["sequence_len"] < keys["sequence_len"]) == ("faster" in message) == (proposed is not None)
+    if proposed:
+        words = rf"steps: {proposed} .* 2,560 tokens on each, {times} times the batch"
+        assert re.search(words, message)
+        whole, _ = distributed.share_batch(PATH, keys | {"gradient_accumulation_steps": proposed}, gpus, 1)
+        assert whole["sequence_len"] == keys["sequence_len"]
+
+
 def test_a_launch_makes_of_a_recipe_what_its_options_say():
     recipe = recipes.Recipe(PATH, RECIPE | {"gradient_accumulation_steps": 8})
     assert distributed.distribute(recipe, Launch()).recipe.keys == recipe.keys

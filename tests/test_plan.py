@@ -174,6 +174,17 @@ def test_the_keys_to_change_keep_a_steps_tokens_on_several_gpus(monkeypatch):
     assert planned(name, "l4", count, **whole | after).fits
 
 
+def test_a_plan_for_several_gpus_has_the_time_of_whole_packs_beside_that_of_shortened_ones():
+    kept = planned(gpus=2)
+    steps, whole = kept.whole
+    assert steps == 2 and whole == planned(gpus=2, gradient_accumulation_steps=2).schedule
+    assert whole.seconds < kept.schedule.seconds and whole.step_tokens == 2 * kept.schedule.step_tokens
+    assert re.search(r"^  faster +\d+ .*gradient_accumulation_steps: 2 in the recipe", plan.show(kept), re.M)
+    assert planned().whole is None and planned(gpus=2, gradient_accumulation_steps=4).whole is None
+    large = planned("xbrl_extract_bf16_r8_dora", "l4", 2, gradient_accumulation_steps=1, sequence_len=16384)
+    assert large.whole is None  # it would not fit
+
+
 def test_the_keys_to_change_leave_room_for_the_longest_row(tmp_path, monkeypatch):
     """A pack shorter than a row of the data would be refused by the next command."""
     for words, expected in ((1000, "sequence_len: 8192"), (9000, "fewer bits")):

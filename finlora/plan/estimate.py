@@ -86,6 +86,7 @@ class Plan:
     rows: Rows
     length: int  # sequence_len as run
     schedule: Schedule
+    whole: tuple[int, Schedule] | None  # accumulation steps with which no pack is shortened, and the run with them
     modelled: bool
     fit: Fit
     price: float | None
@@ -258,7 +259,11 @@ def make_plan(
     if recipe.get("peft_layers_to_transform"):
         raise UserError(f"{path}: key 'peft_layers_to_transform' is not planned for; remove it to plan without")
     shared, how_shared = distributed.share_batch(path, recipe, gpus, 1)
-    rows, fit = rows_of(path, shared), committed_fit()
+    rows, fit, whole = rows_of(path, shared), committed_fit(), None
+    if more := distributed.whole_packs(recipe, gpus):
+        keys, _ = distributed.share_batch(path, recipe | {"gradient_accumulation_steps": more}, gpus, 1)
+        if memory.memory_estimate(keys, shape) <= gpu.memory * memory.SPARE:
+            whole = more, schedule(keys, shape, gpu, gpus, rows, fit.factors)
     return Plan(
         recipe=path.stem,
         key=key,
@@ -270,6 +275,7 @@ def make_plan(
         change=memory.what_fits(shared, shape, gpu.memory * memory.SPARE, recipe, rows.longest),
         rows=rows,
         length=shared["sequence_len"],
+        whole=whole,
         schedule=schedule(shared, shape, gpu, gpus, rows, fit.factors),
         modelled=is_modelled(recipe),
         fit=fit,

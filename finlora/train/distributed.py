@@ -1,6 +1,7 @@
 """Distributed runs: what a recipe becomes on GPUs and nodes, what cannot work there, and how torchrun is called."""
 
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -82,7 +83,10 @@ def share_batch(path: Path, recipe: dict[str, Any], gpus: int, nodes: int) -> tu
         each = batch // processes
         micro = math.gcd(micro, each)
     elif packed:
-        on_one, longer = f"{batch} of {length:,}", "; a row that is longer needs fewer GPUs"
+        on_one, longer = (
+            f"{batch} of {length:,}",
+            "; a row that is longer needs fewer GPUs" + _faster(recipe, processes),
+        )
         micro, each, tokens = 1, -(-batch // processes), batch * length
         length = tokens // (each * processes)
         if length < MIN_PACK:
@@ -99,6 +103,24 @@ def share_batch(path: Path, recipe: dict[str, Any], gpus: int, nodes: int) -> tu
         f"global batch kept: {processes} processes x {each} {unit} a step, as the recipe's {on_one} on one{longer}"
     )
     return recipe | changed, message
+
+
+def whole_packs(recipe: dict[str, Any], processes: int) -> int | None:
+    """The fewest accumulation steps, not below the recipe's, with which no pack is shortened; None where none is."""
+    micro, steps = recipe["micro_batch_size"], recipe["gradient_accumulation_steps"]
+    if not recipe.get("sample_packing") or micro * steps % processes == 0:
+        return None
+    return next(more for more in itertools.count(steps) if micro * more % processes == 0)
+
+
+def _faster(recipe: dict[str, Any], processes: int) -> str:
+    """What else `make train` proposes where packs are shortened, which uses GPUs less well."""
+    more, length = whole_packs(recipe, processes), recipe["sequence_len"]
+    times = f"{more / recipe['gradient_accumulation_steps']:g}"
+    return (
+        f"\nfaster, but another training: gradient_accumulation_steps: {more} in the recipe, packs of {length:,} "
+        f"tokens on each, {times} times the batch and as many times fewer steps; `make plan` has the time of both"
+    )
 
 
 def shard(
