@@ -60,6 +60,14 @@ class NormCheck(BasePlugin):
                 module.register_forward_hook(compare)
 
 
+class Replays(BasePlugin):
+    """Process r writes replays-r.json to the output folder: how often its CUDA graphs were replayed (0: no graphs)."""
+
+    def post_train(self, cfg, model) -> None:
+        replays = getattr(model.get_base_model().get_decoder().forward, "replays", 0)
+        (Path(cfg.output_dir) / f"replays-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(replays))
+
+
 class CpuProcesses(BasePlugin):
     """Lets several processes train on a CPU, where accelerate, axolotl and DeepSpeed expect GPUs.
 

@@ -19,6 +19,7 @@ from fastdora.plugin.keys import check_keys, kept_schema
 from finlora.core.paths import ROOT
 from finlora.data import tokens
 from finlora.data.test_sets import read_set
+from finlora.plan import step_time
 from finlora.train.tiny import CACHE
 
 pytestmark = pytest.mark.xdist_group("axolotl")
@@ -84,6 +85,35 @@ def test_two_runs_are_compared_by_their_largest_differences(tmp_path):
         "norms_compared": 10,
         "norm_difference": 0.125,
     }
+
+
+def test_rows_are_asked_for_by_patterns_and_run_in_one_order():
+    names = distributed.asked_rows(["bf16_dora ddp*", "*-bit dora, ddp with graphs"])
+    assert names[:3] == [f"{bits}-bit dora, ddp with graphs" for bits in (16, 8, 4)]
+    assert names[3:] == ["bf16_dora ddp, batch kept", "bf16_dora ddp, batch times GPUs"]
+    every = distributed.asked_rows([])
+    assert set(distributed.RATES) < set(every) and every[-1].endswith("offload") and "8-bit peft, ddp" not in every
+    with refuses("--list"):
+        distributed.asked_rows(["8-bit dora"])
+
+
+def test_what_one_of_several_gpus_did_is_a_run_that_plans_are_fitted_to(tmp_path, monkeypatch):
+    row = {"recipe": "sentiment_r8_dora", "processes": 2, "strategy": "ddp", "set": {"sequence_len": 1280}, "steps": 16}
+    row |= {"samples_s": 800.0, "tokens_s": 50000.0, "slots_s": 30000.0, "step_s": 0.09, "peak_gib": 13.0}
+    rates = {"kept": row, "sharded": row | {"strategy": "zero3"}, "one": row | {"processes": 1}}
+    record = {
+        "what": "",
+        "git": {},
+        "versions": {},
+        "device": "2 x NVIDIA H200",
+        "rates": rates | {"none": {"failed": ""}},
+    }
+    path = tmp_path / "train_throughput_two.json"
+    path.write_text(json.dumps(distributed.for_plan(record)), encoding="utf-8")
+    monkeypatch.setattr(step_time, "MEASURED", [*step_time.MEASURED, path])
+    (run,) = [run for run in step_time.measured_runs() if run.name in rates]
+    assert (run.name, run.device, run.row["samples_s"], run.row["step_s"]) == ("kept", "NVIDIA H200", 400.0, 0.09)
+    assert run.recipe["sequence_len"] == 1280
 
 
 def asked(*words):
