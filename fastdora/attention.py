@@ -162,7 +162,8 @@ def varlen_attention(module, query, key, value, attention_mask, dropout=0.0, sca
         raise ValueError(f"{NAME} has neither attention dropout nor a sliding window; set another attn_implementation")
     segments = cached_segments(position_ids, query.shape[0])
     batch, heads, length, width = query.shape
-    flat = [x.transpose(1, 2).reshape(batch * length, x.shape[1], width) for x in (query, key, value)]
+    # Contiguous: of one row the reshaped tensor is a view, and the flash kernel gives its output the query's strides.
+    flat = [x.transpose(1, 2).reshape(batch * length, x.shape[1], width).contiguous() for x in (query, key, value)]
     attend = _on_gpu if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else _one_by_one
     scale = width**-0.5 if scaling is None else scaling
     return attend(*flat, segments, scale).view(batch, length, heads, width), None

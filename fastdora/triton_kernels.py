@@ -494,11 +494,18 @@ def merge_attention(
     out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor, within: torch.Tensor
 ) -> None:
     """kernels.merge_attention."""
+    _refuse_strided(out, lse, part, part_lse)
     tokens, heads, width = out.shape
     _merge_attention_kernel[(tokens,)](
         out, lse, part, part_lse, within, len(within) - 1, tokens, heads, width,
         BLOCK_H=triton.next_power_of_2(heads), BLOCK_D=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip
+
+
+def _refuse_strided(*tensors: torch.Tensor) -> None:
+    """ValueError for tensors that a kernel writes in place, or would read at other places: no copy would do."""
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("strides of a transposed tensor; call contiguous() before")
 
 
 @triton.jit
@@ -514,6 +521,7 @@ def _add_rows_kernel(total, part, within, last, columns, BLOCK: tl.constexpr):
 
 def add_rows(total: torch.Tensor, part: torch.Tensor, within: torch.Tensor) -> None:
     """kernels.add_rows."""
+    _refuse_strided(total, part)
     tokens, columns = total.shape[0], total[0].numel()
     _add_rows_kernel[(tokens, triton.cdiv(columns, 1024))](
         total, part, within, len(within) - 1, columns, BLOCK=1024, num_warps=4

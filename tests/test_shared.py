@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rounding import FACTOR
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastdora import triton_kernels
 from finlora.evaluate import harness
 from finlora.models import generate, shared
 
@@ -185,3 +186,23 @@ def test_a_kernel_that_is_missing_or_wrong_is_noticed(monkeypatch, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert "padded" in line and words in line
     shared.kernel_works.cache_clear()
+
+
+def test_the_query_has_the_layout_that_merging_reads(model, monkeypatch):
+    """The flash kernel gives its output the query's strides; kernels.merge_attention reads (T, H, D) as it is written.
+
+    Random tokens in (1, H, T, D), as `kernel_works` tries the GPU's kernel with, are a transposed view of that.
+    """
+    seen = []
+    attend = shared._flash_cpu
+    monkeypatch.setattr(shared, "_flash_cpu", lambda query, *args: seen.append(query) or attend(query, *args))
+    shared._trial("cpu", torch.bfloat16, 4, 2, 8, torch.float32)
+    assert len(seen) == 2 and all(query.is_contiguous() for query in seen)
+
+
+def test_strides_that_a_kernel_would_misread_are_refused():
+    out, lse, within = torch.zeros(2, 5, 8).transpose(0, 1), torch.zeros(2, 5), torch.tensor([0, 5])
+    with pytest.raises(ValueError, match="contiguous"):
+        triton_kernels.merge_attention(out, lse, out, lse, within)
+    with pytest.raises(ValueError, match="contiguous"):
+        triton_kernels.add_rows(out.contiguous(), out, within)

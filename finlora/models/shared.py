@@ -250,7 +250,8 @@ def _attention(model) -> Iterator[None]:
 
 def _attend(module, query, key, value, attention_mask, *, shared_pass: Pass, scaling=None, **kwargs):
     """query (1, H, T, D), key and value (1, G, T, D) -> (1, T, H, D); see the module's docstring."""
-    run, query = shared_pass, query[0].transpose(0, 1)
+    # Contiguous: the flash kernel gives its output the query's strides (empty_like), and merging reads rows of (H, D).
+    run, query = shared_pass, query[0].transpose(0, 1).contiguous()
     new = torch.cat([key, value]).transpose(1, 2)  # (2, T, G, D)
     if run.cache is None:
         run.kept.append(new)
