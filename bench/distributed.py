@@ -26,6 +26,7 @@ import yaml
 from bench.rows import read_rows, write_rows
 from bench.train_throughput import STEPS as RATE_STEPS
 from bench.train_throughput import Run, finish, keep_logs, shipped_recipe, start, stop
+from fastdora.plugin.keys import GRAPHS_UNDER_DDP
 from finlora.core.errors import UserError, run
 from finlora.core.files import read_json, write_json
 from finlora.core.machine import gpus
@@ -136,7 +137,7 @@ def start_one(options, folder: Path, name: str, processes: int, recipe_for: Call
     """Start the run whose recipe is recipe_for(options, its folder, processes, *args)."""
     work = folder / name.replace(" ", "_").replace(",", "")
     work.mkdir()
-    env = {"CUDA_VISIBLE_DEVICES": "0"} if processes == 1 else {}
+    env = {"CUDA_VISIBLE_DEVICES": "0"} if processes == 1 else {GRAPHS_UNDER_DDP: "1"}
     return start(recipe_for(options, work, processes, *args), work, processes, OMP_NUM_THREADS="1", **env)
 
 

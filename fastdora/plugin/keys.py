@@ -14,6 +14,9 @@ import yaml
 from pydantic import create_model
 from pydantic.json_schema import GenerateJsonSchema
 
+# An environment variable: record CUDA graphs in every process of DDP too. Off by default until it has run on GPUs.
+GRAPHS_UNDER_DDP = "FASTDORA_DDP_GRAPHS"
+
 
 class RecipeError(Exception):
     """A recipe that cannot be trusted. Its text is one line that names the file, the key and what to do."""

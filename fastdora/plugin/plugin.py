@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import os
 import sys
 from contextlib import contextmanager
 
@@ -36,7 +37,7 @@ from fastdora.plugin import (
     watchdog,
     zero3,
 )
-from fastdora.plugin.keys import RecipeError, check_keys, input_schema, layout_fault, read_recipe
+from fastdora.plugin.keys import GRAPHS_UNDER_DDP, RecipeError, check_keys, input_schema, layout_fault, read_recipe
 
 LOG = get_logger("axolotl.fastdora")
 LIGER = [f"liger_{part}" for part in ("rope", "rms_norm", "glu_activation", "fused_linear_cross_entropy")]
@@ -194,7 +195,13 @@ def _why_no_graphs(cfg) -> str | None:
         return "fastdora_layers: peft"
     if not cfg.sample_packing or cfg.attn_implementation != "sdpa":
         return "without sample_packing and attn_implementation: sdpa"
-    return next((key for key in ("gradient_checkpointing", "deepspeed", "fsdp_config", "fsdp") if cfg.get(key)), None)
+    if key := next(
+        (key for key in ("gradient_checkpointing", "deepspeed", "fsdp_config", "fsdp") if cfg.get(key)), None
+    ):
+        return key
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not os.environ.get(GRAPHS_UNDER_DDP):
+        return f"several processes, under which they were tried on CPUs alone; {GRAPHS_UNDER_DDP}=1 records them"
+    return None
 
 
 def _check_fp8(cfg, source: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
+from fastdora.plugin.keys import GRAPHS_UNDER_DDP
 from finlora.core import machine
 from finlora.core.errors import UserError
 from finlora.core.files import read_json
@@ -226,7 +227,7 @@ def schedule(recipe: dict[str, Any], shape: dict[str, Any], gpu: Gpu, gpus: int,
     evaluations *= bool(recipe.get("test_datasets"))
     beside = sum(row * row for row in rows.tokens) / sum(rows.tokens)  # tokens in the row of a token
     as_run = recipe | {"sequence_len": length}
-    if recipe.get("deepspeed") or recipe.get("fsdp_config"):
+    if gpus > 1 and (recipe.get("deepspeed") or recipe.get("fsdp_config") or not os.environ.get(GRAPHS_UNDER_DDP)):
         as_run["fastdora_graphs"] = False  # as fastdora's plugin does
     forward = work(as_run, shape, gpu, beside, fill, train=False).seconds(factors)
     return Schedule(
