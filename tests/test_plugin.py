@@ -425,3 +425,16 @@ def test_the_embeddings_output_has_no_gradient_where_nobody_reads_it(keys):
     FastDoraPlugin().post_model_load(DictDefault(recipe | keys), model)
     out = model.get_input_embeddings()(torch.tensor([1]))
     assert out.requires_grad == bool(keys)
+
+
+@pytest.mark.parametrize("workers", [None, 1])
+def test_on_a_cpu_no_process_is_forked_for_the_data(recipe, monkeypatch, workers):
+    from axolotl.utils.dict import DictDefault
+
+    from fastdora import FastDoraPlugin
+
+    path = recipe(**{"dataloader_num_workers": workers} if workers else {})
+    cfg = DictDefault(yaml.safe_load(Path(path).read_text(encoding="utf-8")) | {"axolotl_config_path": str(path)})
+    monkeypatch.setattr("gc.freeze", lambda: None)
+    FastDoraPlugin().register(cfg)
+    assert cfg.dataloader_num_workers == (workers or 0)

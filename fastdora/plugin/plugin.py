@@ -65,6 +65,10 @@ class FastDoraPlugin(BasePlugin):
             if cfg.get("bf16") == "auto":
                 # axolotl's `auto` means float16 on a CPU: slow there, and without loss scaling.
                 cfg["bf16"], cfg["fp16"] = _bf16_on_cpu(cfg["base_model"]), False
+            if cfg.get("dataloader_num_workers") is None:
+                # axolotl's data loader is a process that takes a core from the training. It is forked from one with
+                # threads, and in one of some thousand runs never went on (Python 3.10, torch 2.13).
+                cfg["dataloader_num_workers"] = 0
             if enabled := [key for key in LIGER if cfg.get(key)]:
                 cfg.update(dict.fromkeys(enabled, False))
                 LOG.info(f"fastdora: off without a GPU: {', '.join(enabled)}")
