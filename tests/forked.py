@@ -16,11 +16,18 @@ from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import axolotl.cli.preprocess  # noqa: F401 (imported before forking, as below)
+import axolotl.cli.train  # noqa: F401
 import axolotl.core.builders  # noqa: F401
+import axolotl.integrations.liger.plugin  # noqa: F401
+import axolotl.monkeypatch.attention.sdpa_varlen  # noqa: F401
+import axolotl.prompt_strategies.chat_template  # noqa: F401
 import axolotl.train  # noqa: F401
+import deepspeed  # noqa: F401 (accelerate imports it at the end of every run, and it MLflow)
+import jsonschema  # noqa: F401
 import liger_kernel.transformers.monkey_patch  # noqa: F401 (axolotl's Liger plugin imports it at each start)
 import numpy as np
 import torch
+import torch.nn.attention.varlen  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401 (every recipe logs to it)
 import torchao  # noqa: F401
 import tqdm
@@ -32,9 +39,12 @@ from axolotl.logging_config import configure_logging
 from axolotl.utils.samplers.multipack import pack_parallel
 
 import fastdora.plugin.plugin  # noqa: F401
+from fastdora.plugin.keys import input_schema
 
 torch.set_num_threads(1)
-pack_parallel(np.array([3, 5, 2]), 8, 100, 8, num_processes=1)  # compiled once, before forking
+# Compiled and put together once, before forking.
+pack_parallel(np.array([3, 5, 2], dtype=np.int32), 8, 100, 8, num_processes=1)
+input_schema(("fastdora.FastDoraPlugin", "axolotl.integrations.liger.LigerPlugin"))
 
 # Where each child has its temporary files: it ends without Python's own clearing up, or is killed.
 _temporary: dict[int, str] = {}
