@@ -29,6 +29,7 @@ class Trained:
     adapter: dict[str, torch.Tensor]
     losses: list[float]
     start: dict[str, torch.Tensor] | None  # of one process
+    recipe: Path
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +52,10 @@ def train(tmp_path_factory, tiny_base):
     kept = {}
 
     def run(processes: int, **changes):
-        key = json.dumps([processes, changes], sort_keys=True)
+        recipe = yaml.safe_load((ROOT / "recipes" / "sentiment_r8_dora.yaml").read_text(encoding="utf-8"))
+        key = json.dumps([processes, recipe | changes], sort_keys=True)
         if key in kept:
             return kept[key]
-        recipe = yaml.safe_load((ROOT / "recipes" / "sentiment_r8_dora.yaml").read_text(encoding="utf-8"))
         name = f"{len(kept)}"
         recipe |= {
             "plugins": [*recipe["plugins"], "bench.plugins.CpuProcesses", "bench.plugins.NormCheck", "nudged.Nudged"],
@@ -92,10 +93,8 @@ def train(tmp_path_factory, tiny_base):
                 assert norms["compared"] >= LAYERS * len(log)
                 assert len(log) == 1 or norms["moved"] > 1e-5
         start = load_file(folder / name / "start.safetensors") if processes == 1 else None
-        kept[key], run.recipes[key] = Trained(adapter, [entry["loss"] for entry in log], start), path
+        kept[key] = Trained(adapter, [entry["loss"] for entry in log], start, path)
         return kept[key]
-
-    run.recipes = {}
 
     return run
 
@@ -161,21 +160,24 @@ def test_two_processes_train_what_one_trains(train):
 @pytest.mark.parametrize("number", [SLOW_16, 8, pytest.param(4, marks=pytest.mark.slow)])
 def test_two_processes_with_graphs_train_what_one_trains_without(train, number):
     """Bit for bit, although one of them records anew at every pass and the other once (tests/rerun_graphs.py)."""
-    packs, passes = 2, STEPS - graphs.WARM_UP
-    assert not any(difference(train(1, **bits(number)), train(2, **bits(number), **GRAPHS)).values())
-    assert counted(train, bits(number)) == [{"recorded": 1, "replays": passes}, {"recorded": passes, "replays": passes}]
-    # Of two packs a process DDP reduces the gradients of the second.
-    accumulated = {"gradient_accumulation_steps": packs, **bits(number)}
+    passes, other = STEPS - graphs.WARM_UP, train(2, **bits(number), **GRAPHS)
+    assert not any(difference(train(1, **bits(number)), other).values())
+    assert counted(other) == [{"recorded": 1, "replays": passes}, {"recorded": passes, "replays": passes}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [16, 8, 4])
+def test_two_packs_a_process_with_graphs_train_what_they_train_without(train, number):
+    """DDP reduces the gradients of the second one."""
+    accumulated = {"gradient_accumulation_steps": 2, **bits(number)}
     plain, other = train(2, **accumulated), train(2, **accumulated, **GRAPHS)
     assert plain.losses == other.losses and all(plain.adapter[key].equal(other.adapter[key]) for key in plain.adapter)
-    passes = packs * STEPS - graphs.WARM_UP
-    assert [each["replays"] for each in counted(train, accumulated)] == [passes, passes]
+    assert [each["replays"] for each in counted(other)] == [2 * STEPS - graphs.WARM_UP] * 2
 
 
-def counted(train, changes: dict) -> list[dict]:
+def counted(trained: Trained) -> list[dict]:
     """What Rerun counted in each process of a run."""
-    path = next(path for key, path in train.recipes.items() if json.loads(key) == [2, changes | GRAPHS])
-    out = Path(yaml.safe_load(path.read_text(encoding="utf-8"))["output_dir"])
+    out = Path(yaml.safe_load(trained.recipe.read_text(encoding="utf-8"))["output_dir"])
     return [json.loads((out / f"graphs-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
 
 
@@ -183,7 +185,7 @@ BF16 = {"plugins": ["fastdora.FastDoraPlugin", LIGER, "cpu_bf16.Bf16", *OURS], *
 WAYS = {"ddp": {}, "zero1": zero(1), "zero2": zero(2), "zero3": zero(3) | {"alone": True}, "fsdp2": fsdp2(16)}
 
 
-@pytest.mark.parametrize("way", ["zero1", "zero2", "zero3", "fsdp2"])
+@pytest.mark.parametrize("way", [pytest.param("zero1", marks=pytest.mark.slow), "zero2", "zero3", "fsdp2"])
 def test_the_first_step_under_bf16_where_deepspeed_would_round_adapter_and_positions(train, way):
     """All gradients of one step, with B away from zero: SGD moves each weight in proportion to its own.
 
@@ -337,24 +339,23 @@ def test_norms_under_optimizers_that_move_no_version(train, optimizer):
     train(1, optimizer=optimizer)
 
 
-@pytest.mark.parametrize("number", [SLOW_16, SLOW_8, 4])
-@pytest.mark.parametrize("method", [pytest.param("lora", marks=pytest.mark.slow), "rslora"])
+@pytest.mark.slow  # tests/test_all_recipes.py trains some
+@pytest.mark.parametrize("number", [16, 8, 4])
+@pytest.mark.parametrize("method", ["lora", "rslora"])
 def test_every_kind_of_base_trains_without_dora_too(train, number, method):
     changes = {"peft_use_dora": False, "peft_use_rslora": method == "rslora"}
     losses = train(1, **bits(number), **changes).losses
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow  # tests/test_merge.py has our own merge, which `make merge` calls
 def test_axolotls_merge_is_what_was_trained(train):
     """`axolotl merge-lora` on what the fast layers trained: the logits of PEFT's unmerged model, loaded without us."""
     from forked import axolotl_command
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    train(1, learning_rate=0.02, **bits(16))
-    path = next(
-        path for key, path in train.recipes.items() if json.loads(key) == [1, {"learning_rate": 0.02, **bits(16)}]
-    )
+    path = train(1, learning_rate=0.02, **bits(16)).recipe
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     code, output = axolotl_command("merge-lora", str(path), "--lora-model-dir", recipe["output_dir"])
     assert code == 0, output[-3000:]

@@ -29,12 +29,12 @@ def make(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
 def made(command, house):
     """A function that runs what `make ARGS...` would in the copy of the house, in a forked process."""
 
-    def run(*args: str) -> subprocess.CompletedProcess:
+    def run(*args: str, may_say: str | None = None) -> subprocess.CompletedProcess:
         (line,) = make("-n", *args, VENV, cwd=house).stdout.splitlines()
         words = shlex.split(line)
         assert not {"&&", "||", "|", ";"} & set(words), line
         done = command(*words[words.index("-m") + 1 :])
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0 or may_say and may_say in done.stderr.splitlines()[-1], done.stderr[-3000:]
         return done
 
     return run
@@ -63,14 +63,15 @@ def test_demo(house, off_the_net):
 
 
 @pytest.mark.long
-def test_a_demo_of_fewer_steps(house, off_the_net):
-    """The same with a twentieth of the steps, so that the adapter need not be better."""
-    recipe = house / "recipes" / "demo_r8_dora.yaml"
+def test_a_demo_of_fewer_steps(house, off_the_net, made):
+    """The same with a twentieth of the steps and a fifth of the rows, so that the adapter need not be better."""
+    recipe, held_out = house / "recipes" / "demo_r8_dora.yaml", house / "data" / "sample" / "test" / "fpb_test.jsonl"
     text = recipe.read_text(encoding="utf-8")
     recipe.write_text(text.replace("num_epochs: 4", "num_epochs: 1\nmax_steps: 16"), encoding="utf-8")
-    done = make("demo", VENV, cwd=house)
-    assert done.returncode == 0 or "no better than" in done.stderr.splitlines()[-2], done.stderr[-3000:]
-    check_demo(done, house / "outputs" / "demo_r8_dora", "200 held-out rows of data/sample/test/fpb_test.jsonl", -100)
+    lines = held_out.read_text(encoding="utf-8").splitlines(keepends=True)
+    held_out.write_text("".join(lines[::5]), encoding="utf-8")
+    done = made("demo", may_say="no better than")
+    check_demo(done, house / "outputs" / "demo_r8_dora", "40 held-out rows of data/sample/test/fpb_test.jsonl", -100)
 
 
 @pytest.mark.slow

@@ -760,7 +760,7 @@ def test_a_sweep_at_work_keeps_the_recipes_that_it_still_has_to_train(house, com
     assert not list(folder.iterdir())
 
 
-def real_sweep(house: Path, ranks: str) -> Path:
+def real_sweep(house: Path, command, ranks: str) -> Path:
     """own/sentiment_bf16_r8_dora.yaml, with a card that is too small for rank 8, and ranks.yaml; their folder."""
     recipe = yaml.safe_load((recipe_names.RECIPES / "sentiment_bf16_r8_dora.yaml").read_text(encoding="utf-8"))
     recipe["plugins"].insert(0, "faults.OutOfMemoryFromRank8")
@@ -768,14 +768,14 @@ def real_sweep(house: Path, ranks: str) -> Path:
     (house / "own").mkdir()
     (house / "own" / "sentiment_bf16_r8_dora.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     (house / "ranks.yaml").write_text(f"lora_r: {ranks}", encoding="utf-8")
-    # In a process of its own: near-duplicates are looked for by threads, which a fork of this process may lack.
+    # In another process: near-duplicates are looked for by threads, which a fork of this process may lack.
     prepared = (
-        "from pathlib import Path; from finlora.recipes import load as recipes; from finlora.train "
-        "import preflight; import sys; from dataclasses import replace; path = Path(sys.argv[1]); "
+        "from dataclasses import replace; from pathlib import Path; from finlora.recipes import load as recipes; "
+        f"from finlora.train import preflight; path = Path({OWN[0]!r}); "
+        "preflight.prepare_data(replace(recipes.load(path), tiny=True))"
     )
-    prepared += "preflight.prepare_data(replace(recipes.load(path), tiny=True))"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(house), str(ROOT / "tests")])}
-    subprocess.run([sys.executable, "-c", prepared, OWN[0]], cwd=house, env=env, check=True)
+    done = command("-c", prepared, env={"PYTHONPATH": os.pathsep.join([str(house), str(ROOT / "tests")])})
+    assert done.returncode == 0, done.stderr
     return house / "outputs" / "tiny" / "sweeps" / "sentiment_bf16_r8_dora.ranks"
 
 
@@ -783,11 +783,11 @@ OWN = ("own/sentiment_bf16_r8_dora.yaml", "ranks.yaml", "--tiny")
 
 
 @pytest.mark.xdist_group("axolotl")
-def test_a_real_sweep_trains_what_it_can_and_is_done_once(house):
+def test_a_real_sweep_trains_what_it_can_and_is_done_once(house, command):
     """On the tiny model, through axolotl: one of two points fails alone, and without it nothing is left to run."""
     from forked import finish
 
-    folder = real_sweep(house, "[4, 8]")
+    folder = real_sweep(house, command, "[4, 8]")
     code, output = finish(swept(house, *OWN, "--gpus", "2", "--", "--max-steps", "4"))
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert code == 1
@@ -804,12 +804,12 @@ def test_a_real_sweep_trains_what_it_can_and_is_done_once(house):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("axolotl")
-def test_a_real_sweep_is_killed_goes_on_fails_in_part_and_grows(house):
+def test_a_real_sweep_is_killed_goes_on_fails_in_part_and_grows(house, command):
     """On the tiny model, through axolotl: kill -9, a card that is too small for rank 8, a point more in the file."""
     import psutil
     from forked import finish
 
-    folder, ranks = real_sweep(house, "[2, 4, 8]"), house / "ranks.yaml"
+    folder, ranks = real_sweep(house, command, "[2, 4, 8]"), house / "ranks.yaml"
     options = ("--", "--max-steps", "8", "--learning-rate", "0.001")
     two, four, eight, one = (folder / f"sentiment_bf16_r{rank}_dora" for rank in (2, 4, 8, 1))
 
