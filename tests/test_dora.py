@@ -1010,8 +1010,8 @@ def kernel_signatures(block_r: int, read: bool):
     yield "_dequantize_int8", dict(weight="*i8", scales=P, out=H, columns=INT), dict(BLOCK=4096)
 
 
-CARDS = [(80, 16), (90, 32), (90, 256)]
-OTHER_CARDS = [(80, 32), (80, 64), (80, 256), (90, 16), (90, 64)]
+CARDS = [(80, 256), (90, 32)]
+OTHER_CARDS = [(80, 16), (80, 32), (80, 64), (90, 16), (90, 64), (90, 256)]
 
 
 @pytest.mark.parametrize(
