@@ -12,7 +12,7 @@ import pytest
 from failures import refuses
 from pydantic import BaseModel
 
-from fastdora.plugin.keys import RecipeError, check_keys, input_schema, read_recipe, strict_schema
+from fastdora.plugin.keys import RecipeError, check_keys, input_schema, layout_fault, read_recipe, strict_schema
 
 
 @pytest.fixture
@@ -294,3 +294,40 @@ def test_a_fault_of_the_whole_recipe_names_no_key():
     with refuses("{} should be non-empty", error=RecipeError, file="r.yaml") as caught:
         check_keys({}, "r.yaml", {"minProperties": 1})
     assert "key" not in str(caught.value)
+
+
+SHARED = {"fastdora_shared_prefixes": True, "sample_packing": True, "attn_implementation": "sdpa"}
+OFF = "set fastdora_shared_prefixes: false"
+
+
+@pytest.mark.parametrize(
+    "changes, key, remedy",
+    [
+        ({}, None, None),
+        ({"fastdora_rows_per_prefix": 1, "streaming": False}, None, None),
+        ({"sample_packing": False}, "sample_packing", "set it to true"),
+        ({"sample_packing": None}, "sample_packing", "set it to true"),
+        ({"attn_implementation": "eager"}, "attn_implementation", "set it to sdpa"),
+        ({"curriculum_sampling": True}, "curriculum_sampling", "remove it"),
+        ({"sample_packing_sequentially": True}, "sample_packing_sequentially", "remove it"),
+        ({"streaming": True}, "streaming", "remove it"),
+        ({"multipack_real_batches": True}, "multipack_real_batches", "remove it"),
+        ({"fastdora_rows_per_prefix": 0}, "fastdora_rows_per_prefix", "1 or more, or to null"),
+        ({"merge_lora": True, "sample_packing": None}, None, None),  # `axolotl merge-lora` takes it out of the recipe
+    ],
+)
+def test_what_rows_that_share_prefixes_need(changes, key, remedy):
+    fault = layout_fault(SHARED | changes)
+    assert (fault and fault[0]) == key and (fault is None or (remedy in fault[1] and fault[1].endswith(OFF)))
+    limit = (SHARED | changes).get("fastdora_rows_per_prefix")
+    unshared = layout_fault(SHARED | changes | {"fastdora_shared_prefixes": False})
+    assert (unshared and unshared[0]) == (None if limit is None else "fastdora_rows_per_prefix")
+    assert unshared is None or "fastdora_shared_prefixes: true" in unshared[1]
+
+
+@pytest.mark.parametrize("key", ["context_parallel_size", "sequence_parallel_degree"])
+@pytest.mark.parametrize("shared", [SHARED, {}])
+def test_rows_are_not_shared_out_over_processes(key, shared):
+    assert layout_fault(shared | {key: 1}) is None and layout_fault(shared | {key: None}) is None
+    fault = layout_fault(shared | {key: 2})
+    assert fault[0] == key and "of whole rows" in fault[1] and fault[1].endswith("remove it")
