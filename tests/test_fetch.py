@@ -26,6 +26,7 @@ import pytest
 from failures import failed, refuses, says
 from hypothesis import given
 from hypothesis import strategies as st
+from terminals import all_of
 
 from finlora import cli
 from finlora.core.errors import UserError
@@ -758,8 +759,7 @@ def test_progress_on_a_terminal(tmp_path):
         )
         assert subprocess.run(**options, stderr=end, stdout=subprocess.DEVNULL).returncode == 0
     os.close(end)
-    shown = os.read(terminal, 1 << 16).decode()
-    os.close(terminal)
+    shown = all_of(terminal)
     assert "data:   0%" in shown and "data: 100%" in shown and "3.00k/3.00k" in shown
 
 

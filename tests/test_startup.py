@@ -10,6 +10,7 @@ import termios
 from pathlib import Path
 
 import pytest
+from terminals import all_of
 
 from finlora.core import progress as progress_module
 from finlora.core import startup
@@ -152,6 +153,5 @@ def test_a_terminal_that_says_no_size_has_a_bar_as_well(monkeypatch):
         with progress("training", "step") as show:
             for _ in range(3):
                 show(1, 4, "loss 0.5")
-    text = os.read(leader, 4096).decode()
-    os.close(leader)
+    text = all_of(leader)
     assert "1/4" in text and text.count("loss 0.5") == 2  # drawn once, and when it ends
