@@ -5,7 +5,7 @@ import os
 
 
 def all_of(terminal: int) -> str:
-    """All that was written, and the terminal closed. A single read may return a part: a kernel's thread passes it on."""
+    """All that was written; closes the terminal. A read may return a part of it: a kernel thread passes it on."""
     text = b""
     with contextlib.suppress(OSError):  # once everything is read
         while chunk := os.read(terminal, 4096):
