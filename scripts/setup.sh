@@ -69,7 +69,7 @@ fi
 bar() {
   local total collected installed share filled next=30
   total=$(grep -c '==' "$venv/constraints.txt")
-  while sleep 1; do
+  while sleep 1 >/dev/null 2>&1; do # the last one outlives this script, whose output must end
     collected=$(sed -En 's/^ *(Collecting|Requirement already satisfied:) ([A-Za-z0-9_.-]*).*/\2/p' "$log" | sort -u | wc -l)
     installed=$(find "$venv/lib" -maxdepth 3 -name '*.dist-info' | wc -l)
     share=$((50 * (collected + installed) / total))
