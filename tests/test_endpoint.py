@@ -51,10 +51,11 @@ def server(monkeypatch):
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)  # seconds
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket.listen(endpoint.AT_ONCE)  # by default 5 wait; who finds no room asks again a second later
     server.script, server.log, server.lock = [], [], threading.Lock()
     server.models, server.refused = None, {}  # the path of its list of models; parameters that it does not take
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()

@@ -201,7 +201,7 @@ def index(made, alone, monkeypatch):
     """The address of an index that has the wheel, which pip asks; its handler."""
     handler = type("Handler", (Index,), {"wheel": (made[0] / WHEEL).read_bytes(), "ranges": []})
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", f"{address}/simple")
