@@ -188,6 +188,7 @@ def test_fsdp_keys_are_axolotls(name, offload):
     recipe = distributed.shard(path, recipes.load(path).keys, None, offload, 2, 2)
     check_keys(recipe, str(path), input_schema(tuple(recipe["plugins"])))
     validated = validate_config(DictDefault(recipe))
+    assert distributed.weight_share(path, recipe, 4) == (0 if offload else 0.25)
     assert validated.fsdp_version == 2 and validated.fsdp_config.offload_params == offload
     assert validated.fsdp_config.cpu_ram_efficient_loading == ("bf16" in name)
 
@@ -199,6 +200,7 @@ def test_every_stage_has_its_file(zero, offload):
 
     recipe = distributed.shard(PATH, RECIPE | {"gradient_checkpointing": True}, zero, offload)
     assert distributed.stage(PATH, recipe) == zero
+    assert distributed.weight_share(PATH, recipe, 4) == (1 if zero < 3 else 0 if offload else 0.25)
     assert recipe["gradient_checkpointing_kwargs"]["use_reentrant"] == (zero == 3)
     config = json.loads((ROOT / recipe["deepspeed"]).read_text(encoding="utf-8"))
     section = config["zero_optimization"]

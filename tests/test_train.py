@@ -23,7 +23,7 @@ from finlora.data.tasks import load_tasks
 from finlora.recipes import bases, memory
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
-from finlora.train import preflight, run, runs
+from finlora.train import distributed, preflight, run, runs
 from finlora.train.runs import Identity, RunFolder
 
 ROW = '{"context": "Instruction: Say it.\\nInput: sales rose\\nAnswer: ", "target": "positive"}\n'
@@ -134,6 +134,20 @@ def test_a_gpu_that_is_too_small_names_the_keys_to_change(monkeypatch):
     assert re.findall(r"\d+", line.partition("yaml")[2].partition("set ")[0])[-2:] == ["14", "15"], line  # GiB free
     for change in "gradient_checkpointing: true", "sequence_len: 8192", "gradient_accumulation_steps: 2":
         assert change in line
+
+
+def test_a_model_too_large_for_one_gpu_trains_where_several_share_its_weights(monkeypatch):
+    monkeypatch.setattr(machine, "gpus", lambda: [("NVIDIA H100 80GB HBM3", 80.0, 79.0)] * 4)
+    loaded = recipes.load(recipe_names.RECIPES / "sentiment_bf16_r8_dora.yaml")
+    large = replace(loaded, keys=loaded.keys | {"base_model": "meta-llama/Llama-3.3-70B-Instruct"})
+
+    def needs_gpu(**way) -> bool:
+        launch = distributed.Launch(4, **way)
+        return preflight.check_device(distributed.distribute(large, launch).recipe, 4, processes=launch.processes)
+
+    assert needs_gpu(fsdp=2) and needs_gpu(zero=3)
+    with refuses("GiB", "FSDP=2"):
+        needs_gpu()
 
 
 def test_a_full_disk_is_seen_before_training(tmp_path, monkeypatch):

@@ -46,6 +46,9 @@ class Launch:
         return self.gpus if self.processes > 1 or self.zero else 0
 
 
+ONE_PROCESS = Launch()
+
+
 @dataclass(frozen=True)
 class Distributed:
     """A recipe as some processes run it."""
@@ -207,12 +210,27 @@ def launcher(launch: Launch) -> tuple[list[str], list[str]]:
     return ["--launcher", "torchrun"], ["--", *place, f"--nproc_per_node={launch.gpus}"]
 
 
+def weight_share(path: Path, recipe: dict[str, Any], processes: int) -> float:
+    """Of the base's weights, what each of so many processes keeps on its GPU. UserError as `stage`."""
+    fsdp, zero = recipe.get("fsdp_config"), zero_section(path, recipe) or {}
+    if not fsdp and zero.get("stage") != 3:
+        return 1.0
+    offloaded = fsdp.get("offload_params") if fsdp else zero.get("offload_param")
+    return 0.0 if offloaded else 1 / processes
+
+
 def stage(path: Path, recipe: dict[str, Any]) -> int | None:
     """The ZeRO stage of a recipe's `deepspeed:`, or None without one."""
+    section = zero_section(path, recipe)
+    return None if section is None else section.get("stage", 0)
+
+
+def zero_section(path: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """`zero_optimization` of a recipe's `deepspeed:`, or None without one."""
     config = recipe.get("deepspeed")
     if isinstance(config, str):
         try:
             config = dict(json.loads((ROOT / config).read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path}: key 'deepspeed': {recipe['deepspeed']} is no JSON object; fix it") from error
-    return config.get("zero_optimization", {}).get("stage", 0) if config else None
+    return config.get("zero_optimization", {}) if config else None

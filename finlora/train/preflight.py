@@ -22,11 +22,11 @@ from finlora.data import prepare, rows
 from finlora.data.readers import check_regular_file
 from finlora.data.tasks import load_tasks
 from finlora.recipes.bases import EMBEDDINGS, layers_of, modules_of, parameters
-from finlora.recipes.memory import what_fits
+from finlora.recipes.memory import memory_estimate, what_fits
 from finlora.recipes.recipe import Recipe
 from finlora.recipes.rules import ROWS
 from finlora.train.cpu import check_cpu
-from finlora.train.distributed import Launch
+from finlora.train.distributed import Launch, weight_share
 from finlora.train.runs import RunFolder
 
 BASE_SIZE = 17  # GiB, Llama-3.1-8B's files in 16 bits with a little to spare: for a base model of unknown sizes
@@ -54,7 +54,7 @@ def preflight(recipe: Recipe, launch: Launch, trained: bool) -> tuple[Recipe, bo
     origin: of the rows, as `prepare_data` says.
     """
     # Ray's GPUs may be on other machines; it waits until it has them.
-    needs_gpu = launch.ray or check_device(recipe, launch.gpus_needed, launch.cpu)
+    needs_gpu = launch.ray or check_device(recipe, launch.gpus_needed, launch.cpu, launch.processes)
     if not trained:
         check_base(recipe)
     recipe, origin = prepare_data(recipe)
@@ -63,11 +63,12 @@ def preflight(recipe: Recipe, launch: Launch, trained: bool) -> tuple[Recipe, bo
     return recipe, needs_gpu, origin
 
 
-def check_device(recipe: Recipe, gpus_needed: int = 0, cpu: bool = False) -> bool:
+def check_device(recipe: Recipe, gpus_needed: int = 0, cpu: bool = False, processes: int = 1) -> bool:
     """Whether the recipe takes a GPU; UserError where there is none with enough memory, or a CPU would take too long.
 
     gpus_needed: how many there must be whatever the model's size. On a CPU accelerate would start every process of a
-    distributed run for itself, without a message. cpu: it may take as long as it takes.
+    distributed run for itself, without a message. cpu: it may take as long as it takes. processes: on all nodes, among
+    which ZeRO-3 and FSDP2 share out the weights.
     """
     gpus = machine.gpus()
     if gpus_needed > len(gpus):
@@ -80,15 +81,16 @@ def check_device(recipe: Recipe, gpus_needed: int = 0, cpu: bool = False) -> boo
         raise UserError(f"{recipe.path}: {fault}")
     if recipe.shape is None:
         return bool(gpus)
-    need = recipe.memory
     if not gpus:
         check_cpu(recipe, cpu)
         return False
+    share = weight_share(recipe.path, recipe.settings, processes)
+    need = memory_estimate(recipe.settings, recipe.shape, share)
     name, total, free = min(gpus[: gpus_needed or 1], key=lambda gpu: gpu[2])
     if free < need:
         raise UserError(
             f"{recipe.path}: needs about {need:.0f} GiB and {name} has {free:.0f} of {total:.0f} free; free the GPU, "
-            f"or {what_fits(recipe.settings, recipe.shape, free)}"
+            f"or {what_fits(recipe.settings, recipe.shape, free, share=share)}"
         )
     return True
 

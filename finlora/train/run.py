@@ -21,12 +21,10 @@ from finlora.recipes.bases import rank_of
 from finlora.recipes.recipe import TINY_STEPS, Recipe, on_tiny_base
 from finlora.train import runs, tiny, tracking
 from finlora.train.curves import curves, picture
-from finlora.train.distributed import Launch, distribute
+from finlora.train.distributed import ONE_PROCESS, Launch, distribute
 from finlora.train.launch import preprocess_and_train
 from finlora.train.preflight import adapter_difference, preflight, prepare_data
 from finlora.train.runs import Identity, RunFolder, folder_lock
-
-ONE_PROCESS = Launch()
 
 
 def train(
