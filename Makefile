@@ -55,8 +55,8 @@ report: $(READY) ## results/index.html and results/README.md from all evaluation
 compare: $(READY) ## are A= and B= distinguishable? paired, on the same rows
 	@$(FINLORA) compare $(call quote,$(A)) $(call quote,$(B)) $(ARGS)
 
-plan: $(READY) ## what RECIPE= will take: parameters, memory, time, cost; GPU=a100-80g GPUS=4 PRICE=<a GPU-hour>
-	@$(FINLORA) plan $(call quote,$(RECIPE)) $(call options,GPU GPUS PRICE)
+plan: $(READY) ## what RECIPE= will take: parameters, memory, time, cost; GPU=a100-80g GPUS=4 FSDP=2 PRICE=<a GPU-hour>
+	@$(FINLORA) plan $(call quote,$(RECIPE)) $(call options,GPU GPUS ZERO OFFLOAD FSDP PRICE)
 
 merge: $(READY) ## merge RECIPE='s adapter into its base and verify it; INTO=full or dequantised, ADAPTER= MODEL= BITS=, LIMIT=
 	@$(FINLORA) merge $(call options,RECIPE ADAPTER MODEL BITS TINY INTO LIMIT PROMPT FORCE)

@@ -79,13 +79,21 @@ def all_rates() -> dict[str, Rate]:
     rates = {}
     for kind, (recipe, changes) in KINDS.items():
         ways = {"1 GPU": (1,), "ddp, batch kept": (0, "ddp", False), "ddp, batch times GPUs": (0,)}
-        if kind != "8bit_dora":
+        if kind == "8bit_dora":
+            plain = {"fastdora_graphs": False}
+            rates |= {
+                f"{kind} ddp without graphs, {name.partition(', ')[2]}": Rate(kind, recipe, changes | plain, *way)
+                for name, way in ways.items()
+                if name != "1 GPU"
+            }
+        else:
             ways |= {f"{strategy}, batch times GPUs": (0, strategy) for strategy in ("zero3", "fsdp2")}
         rates |= {f"{kind} {name}": Rate(kind, recipe, changes, *way) for name, way in ways.items()}
     return rates
 
 
 RATES = all_rates()
+AS_RUN = ("sequence_len", "gradient_accumulation_steps", "deepspeed", "fsdp_version", "fsdp_config")
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
@@ -218,7 +226,7 @@ def rate_rows(options, runs: dict[str, Run], before: dict[str, dict[str, Any]]) 
         entry, processes = RATES[name], len(running.children)
         recipe = yaml.safe_load((running.work / "recipe.yaml").read_text(encoding="utf-8"))
         row = {"recipe": entry.recipe, "processes": processes, "strategy": entry.strategy}
-        row["set"] = entry.set | {key: recipe[key] for key in ("sequence_len", "gradient_accumulation_steps")}
+        row["set"] = entry.set | {key: recipe[key] for key in AS_RUN if key in recipe}
         if not failed:
             clocks = [read_json(running.work / f"clock{rank}") for rank in range(processes)]
             row |= {key: round(sum(clock[key] for clock in clocks), 2) for key in ("samples_s", "tokens_s", "slots_s")}
@@ -230,10 +238,10 @@ def rate_rows(options, runs: dict[str, Run], before: dict[str, dict[str, Any]]) 
 
 
 def for_plan(record: dict[str, Any]) -> dict[str, Any]:
-    """DDP's rates on several GPUs as finlora/plan/train_throughput*.json have a run: what one of the GPUs did."""
+    """Rates on several GPUs as finlora/plan/train_throughput*.json have a run: what one of the GPUs did."""
     rows = {}
     for name, row in record["rates"].items():
-        if "step_s" in row and row["strategy"] == "ddp" and (count := row["processes"]) > 1:
+        if "step_s" in row and (count := row["processes"]) > 1:
             own = {key: round(row[key] / count, 2) for key in ("samples_s", "tokens_s", "slots_s")}
             rows[name] = {"rows": "sentiment"} | row | own
     device = record["device"].partition(" x ")[2]

@@ -71,6 +71,9 @@ TestSets = Annotated[str | None, option("test sets, tasks or groups (default: th
 Limit = Annotated[int | None, option("only the first rows of each set", kind=Number())]
 Tests = Annotated[str | None, option("folder with test files of your own (test/<file> as in data/tasks.yaml)")]
 LabelsUsed = Annotated[Labels, option("which labels count as right")]
+Zero = Annotated[int | None, option("DeepSpeed's ZeRO stage: 1, 2 or 3", kind=click.Choice([1, 2, 3]))]
+Offload = Annotated[bool, option("with --zero 2, 3 or --fsdp 2: use the CPU's memory too", "--offload")]
+Fsdp = Annotated[int | None, option("2: shard the model with torch's FSDP2", kind=click.Choice([2]))]
 Shots = Annotated[int, option("examples from the train file before each question", kind=Number(or_zero=True))]
 Prompt = Annotated[str, option("chat template: saved (beside the adapter), finlora_inst or raw")]
 KeepQuantised = Annotated[bool, option("do not dequantize 8- and 4-bit weights; slower, smaller", "--keep-quantised")]
@@ -141,9 +144,9 @@ def train(
     nodes: Annotated[int, option("number of machines; run the same command on each", kind=Number(largest=4096))] = 1,
     node_rank: Annotated[int, option("index of this machine, from 0")] = 0,
     master: Annotated[str | None, option("HOST or HOST:PORT of machine 0")] = None,
-    zero: Annotated[int | None, option("DeepSpeed's ZeRO stage: 1, 2 or 3", kind=click.Choice([1, 2, 3]))] = None,
-    offload: Annotated[bool, option("with --zero 2, 3 or --fsdp 2: use the CPU's memory too", "--offload")] = False,
-    fsdp: Annotated[int | None, option("2: shard the model with torch's FSDP2", kind=click.Choice([2]))] = None,
+    zero: Zero = None,
+    offload: Offload = False,
+    fsdp: Fsdp = None,
     ray: Annotated[bool, option("on a Ray cluster: --gpus times --nodes workers", "--ray")] = False,
     cpu: Annotated[bool, option("without a GPU, however long it takes", "--cpu")] = False,
     epochs: Annotated[int | None, option("in place of the recipe's; a run with fewer goes on", kind=Number())] = None,
@@ -266,6 +269,9 @@ def plan(
     recipe: RecipeName,
     gpu: Annotated[str | None, option("a GPU of finlora/plan/gpus.yaml (default: the one in this machine)")] = None,
     gpus: Annotated[int, option("number of GPUs", kind=Number(largest=4096))] = 1,
+    zero: Zero = None,
+    offload: Offload = False,
+    fsdp: Fsdp = None,
     price: Annotated[
         float | None,
         option("price of one GPU hour, in any currency, as 2.50", kind=Number(float, or_zero=True)),
@@ -273,8 +279,9 @@ def plan(
 ) -> None:
     """Estimate a run before it starts: parameters, memory, time, cost."""
     from finlora.plan import estimate
+    from finlora.train.distributed import Launch
 
-    estimate.run(recipe, gpu, gpus, price)
+    estimate.run(recipe, gpu, Launch(gpus, zero=zero, offload=offload, fsdp=fsdp), price)
 
 
 @app.command()

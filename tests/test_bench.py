@@ -20,6 +20,8 @@ from finlora.core.paths import ROOT
 from finlora.data import tokens
 from finlora.data.test_sets import read_set
 from finlora.plan import step_time
+from finlora.plan.gpus import find_gpu
+from finlora.recipes import bases
 from finlora.train.tiny import CACHE
 
 pytestmark = pytest.mark.xdist_group("axolotl")
@@ -100,7 +102,8 @@ def test_rows_are_asked_for_by_patterns_and_run_in_one_order():
 def test_what_one_of_several_gpus_did_is_a_run_that_plans_are_fitted_to(tmp_path, monkeypatch):
     row = {"recipe": "sentiment_r8_dora", "processes": 2, "strategy": "ddp", "set": {"sequence_len": 1280}, "steps": 16}
     row |= {"samples_s": 800.0, "tokens_s": 50000.0, "slots_s": 30000.0, "step_s": 0.09, "peak_gib": 13.0}
-    rates = {"kept": row, "sharded": row | {"strategy": "zero3"}, "one": row | {"processes": 1}}
+    keys = {"fsdp_version": 2, "fsdp_config": {"offload_params": False}}
+    rates = {"kept": row, "sharded": row | {"set": row["set"] | keys}, "one": row | {"processes": 1}}
     record = {
         "what": "",
         "git": {},
@@ -111,9 +114,11 @@ def test_what_one_of_several_gpus_did_is_a_run_that_plans_are_fitted_to(tmp_path
     path = tmp_path / "train_throughput_two.json"
     path.write_text(json.dumps(distributed.for_plan(record)), encoding="utf-8")
     monkeypatch.setattr(step_time, "MEASURED", [*step_time.MEASURED, path])
-    (run,) = [run for run in step_time.measured_runs() if run.name in rates]
-    assert (run.name, run.device, run.row["samples_s"], run.row["step_s"]) == ("kept", "NVIDIA H200", 400.0, 0.09)
-    assert run.recipe["sequence_len"] == 1280
+    kept, sharded = [run for run in step_time.measured_runs() if run.name in rates]
+    assert (kept.name, kept.device, kept.row["samples_s"], kept.row["step_s"]) == ("kept", "NVIDIA H200", 400.0, 0.09)
+    assert kept.recipe["sequence_len"] == 1280 and (kept.share, sharded.share) == (1.0, 0.5)
+    shape, (_, gpu) = bases.shape(kept.recipe["base_model"]), find_gpu(kept.device)
+    assert kept.work(shape, gpu).exchange == kept.work(shape, gpu).launches == 0 < sharded.work(shape, gpu).exchange
 
 
 def asked(*words):

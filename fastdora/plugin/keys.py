@@ -16,6 +16,7 @@ from pydantic.json_schema import GenerateJsonSchema
 
 # An environment variable: record CUDA graphs in every process of DDP too. Off by default until it has run on GPUs.
 GRAPHS_UNDER_DDP = "FASTDORA_DDP_GRAPHS"
+WITHOUT_GRAPHS = ("gradient_checkpointing", "deepspeed", "fsdp_config", "fsdp")  # keys under which none are recorded
 
 
 class RecipeError(Exception):

@@ -37,7 +37,15 @@ from fastdora.plugin import (
     watchdog,
     zero3,
 )
-from fastdora.plugin.keys import GRAPHS_UNDER_DDP, RecipeError, check_keys, input_schema, layout_fault, read_recipe
+from fastdora.plugin.keys import (
+    GRAPHS_UNDER_DDP,
+    WITHOUT_GRAPHS,
+    RecipeError,
+    check_keys,
+    input_schema,
+    layout_fault,
+    read_recipe,
+)
 
 LOG = get_logger("axolotl.fastdora")
 LIGER = [f"liger_{part}" for part in ("rope", "rms_norm", "glu_activation", "fused_linear_cross_entropy")]
@@ -199,9 +207,7 @@ def _why_no_graphs(cfg) -> str | None:
         return "fastdora_layers: peft"
     if not cfg.sample_packing or cfg.attn_implementation != "sdpa":
         return "without sample_packing and attn_implementation: sdpa"
-    if key := next(
-        (key for key in ("gradient_checkpointing", "deepspeed", "fsdp_config", "fsdp") if cfg.get(key)), None
-    ):
+    if key := next((key for key in WITHOUT_GRAPHS if cfg.get(key)), None):
         return key
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not os.environ.get(GRAPHS_UNDER_DDP):
         return f"several processes, under which they were tried on CPUs alone; {GRAPHS_UNDER_DDP}=1 records them"

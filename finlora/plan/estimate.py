@@ -1,6 +1,6 @@
 """What a run will take, before it begins: parameters, memory, samples, tokens, steps, time and cost (`make plan`).
 
-    finlora plan sentiment_r8_dora [--gpu a100-80g] [--gpus 4] [--price 2.50]
+    finlora plan sentiment_r8_dora [--gpu a100-80g] [--gpus 4 --fsdp 2] [--price 2.50]
 
 Parameters are counted by finlora/recipes/bases.py, memory by finlora/recipes/memory.py, time by
 finlora/plan/step_time.py.
@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from finlora.plan.step_time import Fit, Work, committed_fit, is_modelled, measur
 from finlora.recipes import bases, memory
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
+from finlora.recipes.recipe import Recipe
 from finlora.train import distributed
 from finlora.train.cpu import cpu_seconds
 
@@ -81,6 +82,7 @@ class Plan:
     gpu: Gpu
     gpus: int
     shared: str | None  # how GPUs share the batch
+    share: float  # of the base's weights, what each GPU keeps
     parameters: dict[str, bases.Adapted]
     memory: dict[str, float]  # GiB by what takes them
     change: str  # what to set so that it fits
@@ -207,8 +209,10 @@ def packs(tokens: list[int], length: int) -> int:
     return len(room)
 
 
-def schedule(recipe: dict[str, Any], shape: dict[str, Any], gpu: Gpu, gpus: int, rows: Rows, factors: Work) -> Schedule:
-    """recipe: as distributed.share_batch returns it. Without packing a batch is padded to its longest row."""
+def schedule(
+    recipe: dict[str, Any], shape: dict[str, Any], gpu: Gpu, gpus: int, rows: Rows, factors: Work, share: float = 1.0
+) -> Schedule:
+    """recipe: as distributed.distribute returns it. Without packing a batch is padded to its longest row."""
     mean, micro, length = rows.mean * rows.share, recipe["micro_batch_size"], recipe["sequence_len"]
     if recipe.get("sample_packing"):
         packed = [max(1, round(row * rows.share)) for row in rows.tokens]
@@ -227,22 +231,26 @@ def schedule(recipe: dict[str, Any], shape: dict[str, Any], gpu: Gpu, gpus: int,
     evaluations *= bool(recipe.get("test_datasets"))
     beside = sum(row * row for row in rows.tokens) / sum(rows.tokens)  # tokens in the row of a token
     as_run = recipe | {"sequence_len": length}
-    if gpus > 1 and (recipe.get("deepspeed") or recipe.get("fsdp_config") or not os.environ.get(GRAPHS_UNDER_DDP)):
+    if gpus > 1 and not os.environ.get(GRAPHS_UNDER_DDP):
         as_run["fastdora_graphs"] = False  # as fastdora's plugin does
-    forward = work(as_run, shape, gpu, beside, fill, train=False).seconds(factors)
+    forward = work(as_run, shape, gpu, beside, fill, train=False, share=share).seconds(factors)
     return Schedule(
         samples=round(rows.train * epochs),
         steps=steps,
         step_tokens=each * micro * length,
-        step=work(as_run, shape, gpu, beside, fill).seconds(factors),
+        step=work(as_run, shape, gpu, beside, fill, share=share).seconds(factors),
         validation=evaluations * rows.validation * mean / (length * fill * micro * gpus) * forward,
     )
 
 
 def make_plan(
-    path: Path, recipe: dict[str, Any], gpu_name: str | None = None, gpus: int = 1, price: float | None = None
+    path: Path,
+    recipe: dict[str, Any],
+    gpu_name: str | None = None,
+    launch: distributed.Launch = distributed.ONE_PROCESS,
+    price: float | None = None,
 ) -> Plan:
-    """UserError where the recipe cannot be planned, or GPUs cannot share its batch."""
+    """UserError where the recipe cannot be planned, or not trained by these GPUs together."""
     for key in ("adapter", "lora_r", "lora_target_modules"):
         if not (recipe.get(key) or key == "lora_target_modules" and recipe.get("lora_target_linear")):
             raise UserError(f"{path}: key '{key}' is missing: plans are for recipes that train an adapter")
@@ -259,25 +267,29 @@ def make_plan(
         )
     if recipe.get("peft_layers_to_transform"):
         raise UserError(f"{path}: key 'peft_layers_to_transform' is not planned for; remove it to plan without")
-    shared, how_shared = distributed.share_batch(path, recipe, gpus, 1)
+    gpus, written = launch.gpus, Recipe(path, recipe)
+    run = distributed.distribute(written, launch)
+    shared, share = run.recipe.keys, distributed.weight_share(path, run.recipe.keys, gpus)
     rows, fit, whole = rows_of(path, shared), committed_fit(), None
     if more := distributed.whole_packs(recipe, gpus):
-        keys, _ = distributed.share_batch(path, recipe | {"gradient_accumulation_steps": more}, gpus, 1)
-        if memory.memory_estimate(keys, shape) <= gpu.memory * memory.SPARE:
-            whole = more, schedule(keys, shape, gpu, gpus, rows, fit.factors)
+        larger = replace(written, keys=recipe | {"gradient_accumulation_steps": more})
+        keys = distributed.distribute(larger, launch).recipe.keys
+        if memory.memory_estimate(keys, shape, share) <= gpu.memory * memory.SPARE:
+            whole = more, schedule(keys, shape, gpu, gpus, rows, fit.factors, share)
     return Plan(
         recipe=path.stem,
         key=key,
         gpu=gpu,
         gpus=gpus,
-        shared=how_shared,
+        shared=run.batch_kept,
+        share=share,
         parameters=bases.adapter_parameters(recipe, shape),
-        memory=memory.memory_parts(shared, shape),
-        change=memory.what_fits(shared, shape, gpu.memory * memory.SPARE, recipe, rows.longest),
+        memory=memory.memory_parts(shared, shape, share),
+        change=memory.what_fits(shared, shape, gpu.memory * memory.SPARE, recipe, rows.longest, share),
         rows=rows,
         length=shared["sequence_len"],
         whole=whole,
-        schedule=schedule(shared, shape, gpu, gpus, rows, fit.factors),
+        schedule=schedule(shared, shape, gpu, gpus, rows, fit.factors, share),
         modelled=is_modelled(recipe),
         fit=fit,
         price=price,
@@ -299,11 +311,11 @@ def show(plan: Plan) -> str:
     return text.strip("\n")
 
 
-def run(recipe: str, gpu: str | None, gpus: int, price: float | None) -> None:
+def run(recipe: str, gpu: str | None, launch: distributed.Launch, price: float | None) -> None:
     """Print the plan of a recipe."""
     path = recipe_names.find(recipe)
     loaded = recipes.load(path)
-    plan = make_plan(path, loaded.keys, gpu, gpus, price)
+    plan = make_plan(path, loaded.keys, gpu, launch, price)
     if gpu and gpu.lower() == plan.gpu.usual_of:
         others = [key for key in known_gpus() if key.startswith(gpu.lower()) and key != plan.key]
         print(f"GPU={gpu} is taken as {plan.key}, the usual one; there is {', '.join(others)}\n")

@@ -15,11 +15,12 @@ Positive = Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)], expecti
 
 
 class Gpu(Record):
-    """memory in GiB, tflops of dense bfloat16 matmuls, bandwidth of the memory in GB/s."""
+    """memory in GiB, tflops of dense bfloat16 matmuls, bandwidth of the memory and link to each other in GB/s."""
 
     memory: Positive
     tflops: Positive
     bandwidth: Positive
+    link: Positive
     fp8: Annotated[bool, expecting("true or false")]  # whether its matmuls run in 8 bits, twice as fast
     names: Annotated[Annotated[list[str], Field(min_length=1)], expecting("a list, as the driver says them")]
     usual_of: str | None = None

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from fastdora.plugin.keys import RecipeError, read_recipe
+from fastdora.plugin.keys import WITHOUT_GRAPHS, RecipeError, read_recipe
 from finlora.core.errors import UserError
 from finlora.core.files import write_text
 from finlora.plan.gpus import Gpu, find_gpu
 from finlora.recipes import bases, memory
 from finlora.recipes.names import RECIPES, bits_of
+from finlora.train import distributed
 
 MEASURED = sorted(Path(__file__).parent.glob("train_throughput*.json"))  # one machine each
 FIGURES = ("step_s", "peak_gib", "tokens_s", "slots_s", "samples_s")  # of a recorded run
@@ -30,6 +31,7 @@ HEADER = """\
 """
 
 # The model of a step's work. Traffic is what a token reads and writes outside the matmuls, in numbers of 16 bits.
+ROUNDS = 20  # of a fit, at most
 ATTENTION_BACKWARD = 2.5  # flash attention's backward pass has five matmuls where the forward pass has two
 LABEL_SHARE = 1 / 32  # of the positions have a label, and with fastdora_answers_only these alone meet the head
 FP8_SPEEDUP = 2  # of a matmul, by the data sheets
@@ -60,21 +62,31 @@ DORA_BACKWARD = BACKWARD._replace(adapted_outputs=4)  # they are read again for 
 
 
 class Work(NamedTuple):
-    """A step's work: seconds at the data sheet's figures of matmuls, attention and memory traffic, and thousands of
-    layers launched. As factors: seconds for one of each."""
+    """A step's work: seconds at the data sheet's figures of matmuls, attention, memory traffic and of weights that come
+    from other GPUs, and thousands of layers launched. As factors: seconds for one of each."""
 
     matmul: float
     attention: float
     traffic: float
     launches: float
+    exchange: float
 
     def seconds(self, factors: "Work") -> float:
-        return sum(one * factor for one, factor in zip(self, factors, strict=True))
+        return sum(one * factor for one, factor in zip(self.limiting(factors), factors, strict=True))
+
+    def limiting(self, factors: "Work") -> "Work":
+        """Without what runs beside the rest and is done before it: the GPU's work, or the CPU's launches."""
+        on_gpu = self._replace(launches=0.0)
+        cpu = self.launches * factors.launches
+        if cpu > sum(one * factor for one, factor in zip(on_gpu[:3], factors[:3], strict=True)):
+            return Work(0.0, 0.0, 0.0, self.launches, self.exchange)
+        return on_gpu
 
 
-# About what a profile of one step on an H100 showed. A factor of twice that weighs as much in the fit as a recorded run
-# whose time is off by FIRM, so that a few runs cannot pull the factors to where no GPU is.
-EXPECTED, FIRM = Work(matmul=1.33, attention=3.0, traffic=1.3, launches=0.3), 0.1
+# About what a profile of one step on an H100 showed (launches: of two processes without graphs). A factor of twice that
+# weighs as much in the fit as a recorded run whose time is off by FIRM, so that a few runs cannot pull the factors to
+# where no GPU is. No record has weights that come from other GPUs: half of that time beside the rest is a guess.
+EXPECTED, FIRM = Work(matmul=1.33, attention=3.0, traffic=1.3, launches=3.0, exchange=0.5), 0.1
 
 
 class Measured(NamedTuple):
@@ -85,10 +97,17 @@ class Measured(NamedTuple):
     recipe: dict[str, Any]
     row: dict[str, Any]
 
+    @property
+    def share(self) -> float:
+        """Of the base's weights, what the GPU kept."""
+        return distributed.weight_share(
+            RECIPES / f"{self.row['recipe']}.yaml", self.recipe, self.row.get("processes", 1)
+        )
+
     def work(self, shape: dict[str, Any], gpu: Gpu) -> Work:
         """Its work. Where rows share prefixes they have more tokens than their packs, which have no padding then."""
         fill = min(1.0, self.row["tokens_s"] / self.row["slots_s"])
-        return work(self.recipe, shape, gpu, self.row["tokens_s"] / self.row["samples_s"], fill)
+        return work(self.recipe, shape, gpu, self.row["tokens_s"] / self.row["samples_s"], fill, share=self.share)
 
 
 class Fit(NamedTuple):
@@ -110,11 +129,18 @@ def is_modelled(recipe: dict[str, Any]) -> bool:
 
 
 def work(
-    recipe: dict[str, Any], shape: dict[str, Any], gpu: Gpu, length: float, fill: float, train: bool = True
+    recipe: dict[str, Any],
+    shape: dict[str, Any],
+    gpu: Gpu,
+    length: float,
+    fill: float,
+    train: bool = True,
+    share: float = 1.0,
 ) -> Work:
     """A step's work, or that of one forward pass (train=False). A step is gradient_accumulation_steps micro-batches.
 
-    length: tokens that a token's row has, on average. fill: the share of a pack that is not padding.
+    length: tokens that a token's row has, on average. fill: the share of a pack that is not padding. share: of the
+    weights that the GPU keeps; the rest comes in each direction of a step.
     """
     layers, hidden = shape["num_hidden_layers"], shape["hidden_size"]
     weights = bases.linear_parameters(shape)
@@ -132,10 +158,12 @@ def work(
     numbers = FORWARD.numbers(recipe, shape) * forwards + backward.numbers(recipe, shape) * backwards
     traffic = 2 * tokens * layers * numbers + DEQUANTIZE_BYTES[bits_of(recipe)] * weights * passes  # bytes
     # Two CUDA graphs launch all layers at once.
-    launches = 0 if recipe.get("fastdora_graphs") and train and not checkpointing else layers * passes
+    has_graphs = recipe.get("fastdora_graphs") and train and not any(recipe.get(key) for key in WITHOUT_GRAPHS)
+    launches = 0 if has_graphs else layers * (forwards + 2 * backwards)  # a backward pass has about twice as many
+    exchange = sum(memory.weight_bytes(recipe, shape)) * (1 - share) * (1 + backwards)
     micro_batches = recipe["gradient_accumulation_steps"] if train else 1
-    flops, bandwidth = gpu.tflops * 1e12, gpu.bandwidth * 1e9
-    once = (matmul / flops, attention / flops, traffic / bandwidth, launches / 1e3)
+    flops, bandwidth, link = gpu.tflops * 1e12, gpu.bandwidth * 1e9, gpu.link * 1e9
+    once = (matmul / flops, attention / flops, traffic / bandwidth, launches / 1e3, exchange / link)
     return Work(*(micro_batches * part for part in once))
 
 
@@ -161,11 +189,20 @@ def measured_runs() -> list[Measured]:
 
 
 def fit(rows: list[Work], seconds: list[float]) -> Work:
-    """The factors that make `work` the measured seconds, relative errors squared, drawn to EXPECTED by FIRM."""
-    shares = np.array(rows) / np.array(seconds)[:, None]
-    left = np.vstack([shares, np.diag(FIRM / np.array(EXPECTED))])
-    right = np.concatenate([np.ones(len(shares)), np.full(len(EXPECTED), FIRM)])
-    return Work(*map(float, np.linalg.lstsq(left, right, rcond=None)[0].clip(min=0)))
+    """The factors that make `work` the measured seconds, relative errors squared, drawn to EXPECTED by FIRM.
+
+    What limits a run depends on the factors, so they are fitted again until none changes sides, or ROUNDS times.
+    """
+    factors, before = EXPECTED, None
+    for _ in range(ROUNDS):
+        limiting = [row.limiting(factors) for row in rows]
+        if limiting == before:
+            break
+        shares, before = np.array(limiting) / np.array(seconds)[:, None], limiting
+        left = np.vstack([shares, np.diag(FIRM / np.array(EXPECTED))])
+        right = np.concatenate([np.ones(len(shares)), np.full(len(EXPECTED), FIRM)])
+        factors = Work(*map(float, np.linalg.lstsq(left, right, rcond=None)[0].clip(min=0)))
+    return factors
 
 
 def fit_records() -> Fit:
@@ -175,7 +212,7 @@ def fit_records() -> Fit:
         key, gpu = find_gpu(run.device)
         shape = bases.shape(run.recipe["base_model"])
         rows.append(run.work(shape, gpu))
-        memory_errors.append(abs(memory.memory_estimate(run.recipe, shape) / run.row["peak_gib"] - 1))
+        memory_errors.append(abs(memory.memory_estimate(run.recipe, shape, run.share) / run.row["peak_gib"] - 1))
         keys.append(key)
     seconds = [run.row["step_s"] for run in runs]
     errors = []
