@@ -1,5 +1,6 @@
 """Shared by the tests: a copy of the house to run commands in, and the real FinLoRA rows where they are at hand."""
 
+import bisect
 import contextlib
 import fcntl
 import gc
@@ -64,15 +65,23 @@ def pytest_configure(config):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
+    """Leave most short tests to the end: whichever worker is done with the others takes the next of them."""
     items.sort(key=start_order)
+    ranks = [start_order(item) for item in items]
+    begin, end = bisect.bisect_left(ranks, SHORT) + SHORT_FIRST, bisect.bisect_right(ranks, SHORT)
+    items.extend(items[begin:end])
+    del items[begin:end]
 
 
-def start_order(item: pytest.Item) -> tuple[int, bool]:
-    """First what does not wait for the tiny base model, then long tests and groups: no worker waits at either end."""
+SHORT, SHORT_FIRST = 1, 500  # so many short tests take as long as the tiny base model, which the others wait for
+
+
+def start_order(item: pytest.Item) -> int:
+    """First what does not wait for the tiny base model, of that and of the rest what takes long; then groups."""
     long, grouped = item.get_closest_marker("long"), item.get_closest_marker("xdist_group")
     if not grouped and "tiny_base" not in item.fixturenames:
-        return 0, long is None
-    return (1 if long else 2 if grouped else 3), True
+        return 0 if long else SHORT
+    return 2 if long else 3 if grouped else 4
 
 
 def pytest_collection_finish(session):
