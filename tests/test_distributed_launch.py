@@ -175,6 +175,7 @@ def test_a_stage_that_there_is_not_is_refused(options):
     assert error.value.param.opts == [options[0]]
 
 
+@pytest.mark.xdist_group("axolotl")
 @pytest.mark.parametrize("name", ["sentiment_bf16_r8_dora", "sentiment_r8_dora", "sentiment_4bit_r4_lora"])
 @pytest.mark.parametrize("offload", [False, True])
 def test_fsdp_keys_are_axolotls(name, offload):
@@ -193,6 +194,7 @@ def test_fsdp_keys_are_axolotls(name, offload):
     assert validated.fsdp_config.cpu_ram_efficient_loading == ("bf16" in name)
 
 
+@pytest.mark.xdist_group("axolotl")
 @pytest.mark.parametrize("zero, offload", [(1, False), (2, False), (3, False), (2, True), (3, True)])
 def test_every_stage_has_its_file(zero, offload):
     """And DeepSpeed's own model of its configuration takes every key of it: a misspelt one would be ignored."""
