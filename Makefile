@@ -28,7 +28,7 @@ help: ## what `make` can do
 demo: $(READY) ## the whole path on a CPU in five minutes; DATA=rows.jsonl for your own rows; VERBOSE=1 (any target) shows all
 	@$(FINLORA) demo $(call options,DATA COLUMNS)
 
-test: $(READY) ## lint and the tests, 6 to 12 minutes on two cores; ARGS= for pytest
+test: $(READY) ## lint and the tests, 6 to 8 minutes on two cores; ARGS= for pytest
 	@$(PY) tests/surroundings.py && $(PY) -m ruff check . && $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not slow" $(ARGS)
 
 test-all: $(READY) ## all tests: every recipe, every way of distributing, more drawn examples
