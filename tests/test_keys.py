@@ -4,6 +4,8 @@ What these faults look like in a whole recipe is in test_recipes.py.
 """
 
 import copy
+import json
+import re
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,17 @@ import pytest
 from failures import refuses
 from pydantic import BaseModel
 
-from fastdora.plugin.keys import RecipeError, check_keys, input_schema, layout_fault, read_recipe, strict_schema
+from fastdora.plugin import keys
+from fastdora.plugin.keys import (
+    RecipeError,
+    check_keys,
+    input_schema,
+    kept_schema,
+    layout_fault,
+    read_checked,
+    read_recipe,
+    strict_schema,
+)
 
 
 @pytest.fixture
@@ -305,24 +317,24 @@ OFF = "set fastdora_shared_prefixes: false"
     [
         ({}, None, None),
         ({"fastdora_rows_per_prefix": 1, "streaming": False}, None, None),
-        ({"sample_packing": False}, "sample_packing", "set it to true"),
-        ({"sample_packing": None}, "sample_packing", "set it to true"),
-        ({"attn_implementation": "eager"}, "attn_implementation", "set it to sdpa"),
-        ({"curriculum_sampling": True}, "curriculum_sampling", "remove it"),
-        ({"sample_packing_sequentially": True}, "sample_packing_sequentially", "remove it"),
-        ({"streaming": True}, "streaming", "remove it"),
-        ({"multipack_real_batches": True}, "multipack_real_batches", "remove it"),
-        ({"fastdora_rows_per_prefix": 0}, "fastdora_rows_per_prefix", "1 or more, or to null"),
+        ({"sample_packing": False}, "sample_packing", "set it to true, or"),
+        ({"sample_packing": None}, "sample_packing", "set it to true, or"),
+        ({"attn_implementation": "eager"}, "attn_implementation", "set it to sdpa, which"),
+        ({"curriculum_sampling": True}, "curriculum_sampling", "remove it, or"),
+        ({"sample_packing_sequentially": True}, "sample_packing_sequentially", "remove it, or"),
+        ({"streaming": True}, "streaming", "remove it, or"),
+        ({"multipack_real_batches": True}, "multipack_real_batches", "remove it, or"),
+        ({"fastdora_rows_per_prefix": 0}, "fastdora_rows_per_prefix", "set it to 1 or more, or to null, or"),
         ({"merge_lora": True, "sample_packing": None}, None, None),  # `axolotl merge-lora` takes it out of the recipe
     ],
 )
 def test_what_rows_that_share_prefixes_need(changes, key, remedy):
     fault = layout_fault(SHARED | changes)
-    assert (fault and fault[0]) == key and (fault is None or (remedy in fault[1] and fault[1].endswith(OFF)))
+    assert (fault and fault[0]) == key and (fault is None or (fault[1].startswith(remedy) and fault[1].endswith(OFF)))
     limit = (SHARED | changes).get("fastdora_rows_per_prefix")
     unshared = layout_fault(SHARED | changes | {"fastdora_shared_prefixes": False})
     assert (unshared and unshared[0]) == (None if limit is None else "fastdora_rows_per_prefix")
-    assert unshared is None or "fastdora_shared_prefixes: true" in unshared[1]
+    assert unshared is None or unshared[1].startswith("needs fastdora_shared_prefixes: true")
 
 
 @pytest.mark.parametrize("key", ["context_parallel_size", "sequence_parallel_degree"])
@@ -330,4 +342,51 @@ def test_what_rows_that_share_prefixes_need(changes, key, remedy):
 def test_rows_are_not_shared_out_over_processes(key, shared):
     assert layout_fault(shared | {key: 1}) is None and layout_fault(shared | {key: None}) is None
     fault = layout_fault(shared | {key: 2})
-    assert fault[0] == key and "of whole rows" in fault[1] and fault[1].endswith("remove it")
+    assert fault[0] == key and fault[1].startswith("label and") and fault[1].endswith("; remove it")
+
+
+PLUGINS = ["fastdora.FastDoraPlugin", "axolotl.integrations.liger.LigerPlugin"]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The plugins for which the schema was made, in turn; a small schema stands for axolotl's."""
+    seen = []
+    schema = {
+        "type": "object",
+        "properties": {"plugins": {}, "größe": {"type": "integer"}},
+        "additionalProperties": False,
+    }
+    monkeypatch.setattr(keys, "input_schema", lambda names: seen.append(names) or schema)
+    return seen
+
+
+def test_a_schema_is_kept_for_its_plugins_and_versions(asked, tmp_path, monkeypatch):
+    folder = tmp_path / "not" / "there"
+    first = kept_schema([*PLUGINS, 3], folder)
+    assert set(asked) == {tuple(PLUGINS)} and first["properties"]["größe"] == {"type": "integer"}
+    (file,) = folder.iterdir()
+    assert re.fullmatch(r"axolotl-schema-[0-9a-f]{12}\.json", file.name) and json.loads(file.read_bytes()) == first
+    asked.clear()
+    assert kept_schema(PLUGINS, folder) == first and not asked
+    kept_schema(PLUGINS[:1], folder)  # others make another
+    assert asked and len([*folder.iterdir()]) == 2
+    for package in ("axolotl", "transformers", "pydantic"):
+        asked.clear()
+        monkeypatch.setattr(keys, "version", lambda name, package=package: "other" if name == package else "1")
+        kept_schema(PLUGINS, folder)
+        assert asked, package
+    assert len([*folder.iterdir()]) == 5
+
+
+def test_a_recipe_is_checked_as_it_is_read(asked, recipe, tmp_path):
+    path = recipe(f"plugins: {PLUGINS[:1]}\ngröße: 8\n")
+    assert read_checked(path, tmp_path) == {"plugins": PLUGINS[:1], "größe": 8} and set(asked) == {tuple(PLUGINS[:1])}
+    assert [*tmp_path.glob("axolotl-schema-*.json")]
+    path = recipe(f"plugins: {PLUGINS[:1]}\ngrösse: 8\n")
+    with refuses("unknown", error=RecipeError, file=path, key="grösse"):
+        read_checked(path, tmp_path)
+    for plugins in ("", f"plugins: {PLUGINS[1:]}", f"plugins: {PLUGINS[0]}"):
+        path = recipe(plugins + "\ngröße: 8\n")
+        with refuses("add fastdora.FastDoraPlugin;", error=RecipeError, file=path, key="plugins"):
+            read_checked(path, tmp_path)
