@@ -218,3 +218,37 @@ def test_data_files_that_differ_are_named():
     assert checkpoints.difference({"data": {"train.jsonl": "1"}}, {}) is None  # it trains on no file that changed
     line = says(changed({"lora_r": 16}, {"train.jsonl": "2"}), "was 8", key="lora_r")
     assert "train.jsonl" not in line  # a key explains it
+
+
+def test_a_checkpoint_that_is_named_says_why_it_cannot_be_resumed_from(tmp_path):
+    with refuses("no such folder", error=BrokenCheckpoint):
+        checkpoints.check(tmp_path / "gone")
+    (tmp_path / "checkpoint-4").mkdir()
+    with refuses("no completed.json|it has no", error=BrokenCheckpoint):
+        checkpoints.check(tmp_path / "checkpoint-4")
+    text = checkpoints.not_resumable(tmp_path / "checkpoint-4", BrokenCheckpoint("it is broken"))
+    says(text, "checkpoint-4", "it is broken", key="resume_from_checkpoint")
+    says(text, "lora_model_dir to start")
+
+
+@pytest.mark.parametrize(
+    "before, now, others",
+    [
+        ({"num_epochs": 3, "eval_steps": 0.25}, {"num_epochs": 4, "eval_steps": 0.2}, True),
+        ({"num_epochs": 3, "eval_steps": 0.25}, {"num_epochs": 3, "eval_steps": 0.2}, False),
+        ({"num_epochs": 3, "eval_steps": 0.25}, {"num_epochs": 2, "eval_steps": 0.2}, False),
+        ({"eval_steps": 0.25}, {"num_epochs": 4, "eval_steps": 0.2}, False),  # of so many steps instead
+        ({"num_epochs": 0.5}, {"eval_steps": 0.2}, False),
+        ({"num_epochs": 3, "eval_steps": 0.25}, {"num_epochs": 4}, True),
+    ],
+)
+def test_more_epochs_take_the_keys_that_follow_from_them(before, now, others):
+    expected = {"num_epochs": now.get("num_epochs"), "eval_steps": now.get("eval_steps")} if others else before
+    assert checkpoints.for_more_epochs(before | {"lora_r": 8}, now | {"lora_r": 4}) == {"lora_r": 8} | expected
+
+
+@pytest.mark.parametrize("name, has", [("optimizer.pt", True), ("global_step8", True), ("model.safetensors", False)])
+def test_a_checkpoint_without_an_optimizer_is_known(tmp_path, name, has):
+    assert not checkpoints.has_optimizer(tmp_path)
+    (tmp_path / name).touch()
+    assert checkpoints.has_optimizer(tmp_path) is has
