@@ -72,6 +72,14 @@ def test_each_corrected_answer_is_what_its_derivation_yields(line):
     assert f"{value:.2f}" == f"{float(answer.corrected):.2f}" != f"{float(answer.published):.2f}"
 
 
+def test_a_row_is_told_by_its_line_where_answers_are_corrected():
+    answers = load_corrections()[FORMULA].answers
+    line, other = next(iter(answers)), max(answers) + 1
+    assert standing(FORMULA, Row(line, "a", "1")) == "certain" and standing(FORMULA, Row(other, "a", "1")) == "other"
+    assert corrected_target(FORMULA, Row(line, "a", "1")) == answers[line].corrected
+    assert corrected_target(FORMULA, Row(other, "a", "1")) == "1"
+
+
 def test_the_answers_that_are_corrected_are_the_published_ones():
     answers = load_corrections()[FORMULA].answers
     rows = {row.line: row for row in read_rows(real(FORMULA))}
