@@ -18,6 +18,7 @@ from finlora.core.errors import UserError
 from finlora.core.progress import progress
 from finlora.models import shared
 from finlora.models.generate import Answer, generate
+from finlora.models.load import end_tokens
 
 CPU_BATCH_TOKENS = 8192  # tokens at a time, prompts and answers: 2 GiB of an 8B model's float32 cache
 LARGEST_BATCH = 1024
@@ -28,7 +29,7 @@ class BatchedHFLM(HFLM):
 
     lm-eval's own batch_size "auto" tries out batches of the full context length first, which takes 100 times as long
     as the answer to a short prompt. `tokens` maps a prompt to (its tokens, its answer's tokens, whether the answer
-    ended). Without `batch_tokens` the free memory decides. eot_tokens: see `end_tokens`.
+    ended). Without `batch_tokens` the free memory decides. eot_tokens: a recipe's, which end an answer too.
     """
 
     def __init__(self, model, tokenizer, batch_tokens: int | None = None, eot_tokens: Sequence[str] = ()):
@@ -38,7 +39,7 @@ class BatchedHFLM(HFLM):
         if tokenizer.pad_token_id >= self.vocabulary:
             tokenizer.pad_token = tokenizer.eos_token
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal")
-        self.batch_tokens, self.eot_tokens = batch_tokens, eot_tokens
+        self.batch_tokens, self.ends = batch_tokens, end_tokens(model, tokenizer, eot_tokens)
         self.tokens: dict[str, tuple[int, int, bool]] = {}
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
@@ -110,7 +111,7 @@ class BatchedHFLM(HFLM):
         The caller tries again outside of the except block, whose traceback would keep the tensors in memory.
         """
         ids, prefixes = zip(*prompts, strict=True)
-        limits = options["max_gen_toks"], options["until"], self.eot_tokens
+        limits = options["max_gen_toks"], options["until"], self.ends
         try:
             return generate(self.model, self.tokenizer, ids, *limits, prefixes, kept)
         except torch.OutOfMemoryError:

@@ -88,7 +88,7 @@ def chat(model, tokenizer, max_new_tokens: int, eot_tokens: Sequence[str] = ()) 
             continue
         try:
             streamer = AnswerStreamer(tokenizer, ends)
-            (answer,) = padded(model, tokenizer, [prompt], max_new_tokens, eot_tokens=eot_tokens, streamer=streamer)
+            (answer,) = padded(model, tokenizer, [prompt], max_new_tokens, ends=ends, streamer=streamer)
         except KeyboardInterrupt:
             print()
             turns.pop()

@@ -26,18 +26,18 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     stop: Sequence[str] = (),
-    eot_tokens: Sequence[str] = (),
+    ends: Sequence[int] | None = None,
     prefixes: Sequence[int] | None = None,
     kept: shared.Kept | None = None,
 ) -> list[Answer]:
     """One greedy answer for each prompt, given as token ids; texts are cut before the first of the `stop` strings.
 
-    eot_tokens: the recipe's, which end an answer too (`end_tokens`). prefixes, kept: see `shared.answer`; without them
-    what all prompts begin with is computed once. Models that `shared` does not support get padded prompts.
+    ends: the tokens that end an answer (default: `end_tokens` of no recipe). prefixes, kept: see `shared.answer`;
+    without them what all prompts begin with is computed once. Models that `shared` does not support get padded prompts.
     """
-    ends = end_tokens(model, tokenizer, eot_tokens)
+    ends = ends or end_tokens(model, tokenizer)
     if not shared.supports(model):
-        return padded(model, tokenizer, prompts, max_new_tokens, stop, eot_tokens)
+        return padded(model, tokenizer, prompts, max_new_tokens, stop, ends)
     if prefixes is None:
         prefixes = [_common(prompts)] * len(prompts)
 
@@ -54,7 +54,7 @@ def padded(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     stop: Sequence[str] = (),
-    eot_tokens: Sequence[str] = (),
+    ends: Sequence[int] | None = None,
     streamer: TextStreamer | None = None,
 ) -> list[Answer]:
     """The same by transformers' own generation, for any model; what all prompts begin with is computed once.
@@ -72,7 +72,7 @@ def padded(
         "input_ids": torch.tensor(ids, device=model.device),
         "attention_mask": torch.tensor(mask, device=model.device),
     }
-    ends = end_tokens(model, tokenizer, eot_tokens)
+    ends = ends or end_tokens(model, tokenizer)
     with torch.no_grad():
         if common:
             cache = DynamicCache(config=model.config)
@@ -98,7 +98,7 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
     return min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
 
 
-def _answer(tokenizer, ids: list[int], ends: list[int], stop: Sequence[str]) -> Answer:
+def _answer(tokenizer, ids: list[int], ends: Sequence[int], stop: Sequence[str]) -> Answer:
     """One row of generate's output: what follows its first end token is padding. The text is without that token."""
     length = next((position + 1 for position, token in enumerate(ids) if token in ends), len(ids))
     ended = ids[length - 1] in ends
