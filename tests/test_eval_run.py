@@ -27,7 +27,7 @@ from tqdm import tqdm
 from finlora.core import paths
 from finlora.core.errors import UserError
 from finlora.data import test_sets
-from finlora.evaluate import evaluation, forgetting, runner
+from finlora.evaluate import evaluation, questions, runner
 from finlora.evaluate import harness as evaluate_harness
 from finlora.evaluate.bertscore import bertscore
 from finlora.models import load as models
@@ -465,7 +465,7 @@ def test_forgetting_knows_what_is_right(evaluate, copies, monkeypatch):
     monkeypatch.setattr(evaluate_harness, "BatchedHFLM", stand_in)
     for error in (0, 1):
         folder = evaluate("--name", f"e{error}", tasks="forgetting", tests=copies)[0]
-        for name in forgetting.TASKS:
+        for name in questions.FORGETTING:
             assert {row["right"] for row in read(folder, name)[1]} == {1 - error}, name
 
 
@@ -488,7 +488,7 @@ def test_mistakes_are_found_before_anything_is_loaded(tiny_base, adapters, tmp_p
     raw, other, none = tmp_path / "raw", tmp_path / "other", tmp_path / "none"
     write_rows(raw, "fpb", 3)
     write_rows(other, "fpb", 3)
-    for module in evaluation, test_sets:
+    for module in questions, test_sets:
         monkeypatch.setattr(module, "RAW", raw)
     monkeypatch.setattr(models, "load_base", None)
 

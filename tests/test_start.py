@@ -13,7 +13,7 @@ from runs import RECIPES
 from fastdora.plugin.checksums import starting_files, weights_sha256
 from finlora.core.paths import SAMPLE, shown
 from finlora.evaluate.evaluation import Request, resolve
-from finlora.evaluate.runner import prepare_folder
+from finlora.evaluate.results import prepare_folder
 from finlora.export import chat
 from finlora.export.merged import merged_folder
 from finlora.models import trained as trained_models
@@ -145,7 +145,8 @@ def test_kept_answers_of_a_base_whose_weights_were_replaced_are_another_models(r
     assert base.base_sha256 == adapter.base_sha256 == weights_sha256(evaluation.trained.base_model)
 
     def left(run):
-        return [part.questions.name for part in prepare_folder(run, evaluation)]
+        folder = evaluation.results / run.subject
+        return [one.name for one in prepare_folder(folder, run, evaluation.questions, evaluation.encoder)]
 
     left(base)
     assert left(base) == ["fpb"]

@@ -57,7 +57,7 @@ def strict(answers: list[tuple[str, str, str]]) -> float:
 def _accuracy(answers: list[tuple[str, str, str]], scoring: str) -> float:
     """Accuracy over a set by finlora.evaluate.scorers.
 
-    NaN for sets that BERTScore judges: finlora.evaluate.runner adds it, since it needs an encoder.
+    NaN for sets that BERTScore judges: finlora.evaluate.results adds it, since it needs an encoder.
     """
     test_set = answers[0][0]
     score = scorings(test_set, all_sets()[test_set]).get(scoring)

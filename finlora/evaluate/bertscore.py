@@ -13,29 +13,21 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from finlora.core.errors import UserError
-from finlora.core.paths import shown
+from finlora.evaluate.questions import Encoder
 from finlora.evaluate.scorers import after_answer
 
-ENCODER = "ProsusAI/finbert"
-LAYER = 10  # of ProsusAI/finbert's 12: the one that bert-score takes for it
+ENCODER, LAYER = Encoder()
 ADVICE = (
     f"ENCODER=<folder or hub id> names one; {ENCODER} is fetched from the hub where there is a network (HF_TOKEN for a "
     "gated one) or taken from the cache under HF_HOME"
 )
 
 
-def add_bertscore(rows: list[dict[str, Any]], encoder: str | None = None, layer: int | None = None) -> None:
-    """Give each row its BERTScore F1. Encoder and layer are as in `measured_by`."""
-    answers = [after_answer(row["answer"]) for row in rows]
-    layer = LAYER if layer is None else layer
-    values = bertscore(answers, [row["target"] for row in rows], encoder or ENCODER, layer)
+def add_bertscore(rows: list[dict[str, Any]], encoder: Encoder) -> None:
+    """Give each row its BERTScore F1."""
+    values = bertscore([after_answer(row["answer"]) for row in rows], [row["target"] for row in rows], *encoder)
     for row, value in zip(rows, values, strict=True):
         row["bertscore"] = value
-
-
-def measured_by(encoder: str | None, layer: int | None) -> str:
-    """How results name an encoder and its layer; without them FinLoRA's."""
-    return f"{shown(encoder or ENCODER)}, layer {LAYER if layer is None else layer}"
 
 
 @torch.inference_mode()

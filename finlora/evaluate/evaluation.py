@@ -1,20 +1,18 @@
 """What to evaluate: what a user asks for, and what it stands for once model, prompt and test sets are looked up."""
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastdora.plugin.checksums import weights_sha256
 from fastdora.plugin.prompts import end_of_turn_tokens
 from finlora.core.errors import UserError
-from finlora.core.paths import RAW, ROOT, SAMPLE, shown, slug
-from finlora.data.test_sets import all_sets, choose
-from finlora.evaluate import forgetting
-from finlora.evaluate.questions import Questions, read_questions, with_length
+from finlora.core.paths import ROOT, shown, slug
+from finlora.evaluate.questions import Encoder, Questions, choose_sets, read_questions, with_length
 from finlora.evaluate.results import RESULTS, Run
-from finlora.models.trained import TrainedModel, fetch_base_model, load_trained, prompts
-from finlora.train.runs import TrainedRecipe
+from finlora.models.trained import TrainedModel, fetch_base_model, load_asked, prompts
+
+ENCODER = Encoder()
 
 
 @dataclass
@@ -50,22 +48,25 @@ class Request:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A request with its model, prompt and test sets looked up and read; no weights are loaded yet."""
+    """What a request stands for, looked up and read; no weights are loaded yet."""
 
-    request: Request
     trained: TrainedModel  # a base alone, or what an endpoint serves, has no adapter
     questions: list[Questions]
     tokenizer: Any  # with the prompt's chat template; None behind an endpoint
     runs: list[Run]  # the models to ask, the base first, as their run.json will describe them
+    results: Path  # the folder of theirs
+    encoder: Encoder
+    batch_tokens: int | None
+    force: bool
 
 
 def resolve(request: Request) -> Evaluation:
     """Look up what is to be evaluated. Raises UserError where it is not there or the options contradict each other."""
     check_options(request)
-    trained = find_model(request)
-    sets, folder = sets_and_folder(request, trained.run)
+    trained = load_asked(request.recipe, request.adapter, request.model, request.bits, request.tiny)
+    sets, folder = choose_sets(request.tasks, trained.run, request.tests, request.shots)
     # Files are read before a base is fetched, which may take an hour.
-    questions = [read_questions(name, folder, request.labels, request.shots) for name in sets]
+    questions = [read_questions(name, folder, request.labels, request.shots, request.limit) for name in sets]
     tokenizer = None
     if not request.endpoint:
         from finlora.models import load  # late: torch and transformers take seconds
@@ -75,7 +76,11 @@ def resolve(request: Request) -> Evaluation:
             load.check_fits(trained.adapter, trained.facts, trained.base_model)
         tokenizer = load.load_tokenizer(trained.base_model, trained.adapter, request.prompt)
     questions = [with_length(one, request.lengths, tokenizer) for one in questions]
-    return Evaluation(request, trained, questions, tokenizer, describe(request, trained, tokenizer))
+    encoder = Encoder(request.encoder or ENCODER.model, ENCODER.layer if request.layer is None else request.layer)
+    runs = describe(request, trained, tokenizer)
+    return Evaluation(
+        trained, questions, tokenizer, runs, request.results, encoder, request.batch_tokens, request.force
+    )
 
 
 def check_options(request: Request) -> None:
@@ -92,16 +97,6 @@ def check_options(request: Request) -> None:
         raise UserError("ENDPOINT= takes MODEL=<the name it serves> and neither ADAPTER= nor BASE=1")
 
 
-def find_model(request: Request) -> TrainedModel:
-    """The trained recipe or adapter, or the base alone. BITS= may be others than those of training."""
-    if not (request.recipe or request.adapter):
-        return TrainedModel(slug(request.model), f"MODEL={request.model}", request.model, request.bits or 16)
-    trained = load_trained(request.recipe, request.adapter, request.model, None, request.tiny)
-    if request.adapter and not request.model:
-        print(f"MODEL= is not given: taking the adapter's own base, {trained.base_model}")
-    return replace(trained, bits=request.bits or trained.bits)
-
-
 def describe(request: Request, trained: TrainedModel, tokenizer) -> list[Run]:
     """The models to evaluate, the base first. An endpoint's has no tokenizer."""
     shots = request.shots or None
@@ -111,6 +106,7 @@ def describe(request: Request, trained: TrainedModel, tokenizer) -> list[Run]:
         return [Run(subject=name, model=trained.base_model, method="base", tiny=False, **prompt)]
     from finlora.models.load import template_sha256  # late: torch and transformers take seconds
 
+    base = named(request, f"base-{slug(trained.base_model)}-{trained.bits}bit")
     quantised = trained.bits != 16 and request.keep_quantised
     common: dict[str, Any] = {
         "model": shown(trained.base_model),
@@ -125,7 +121,6 @@ def describe(request: Request, trained: TrainedModel, tokenizer) -> list[Run]:
     }
     runs = []
     if request.base or not trained.adapter:
-        base = named(request, f"base-{slug(trained.base_model)}-{trained.bits}bit")
         base = base if trained.adapter else request.name or base
         runs.append(Run(subject=base, method="base", way="quantised" if quantised else "plain", **common))
     if trained.adapter:
@@ -149,23 +144,3 @@ def named(request: Request, name: str) -> str:
     """The name of results under the request's prompt and examples."""
     name = name if request.prompt == "saved" else f"{name}-{request.prompt}"
     return f"{name}-{request.shots}shot" if request.shots else name
-
-
-def sets_and_folder(request: Request, trained: TrainedRecipe) -> tuple[list[str], Path]:
-    """The test sets and the folder of their files: TESTS=, data/raw, or the sample where a tiny run has no others."""
-    names = [name for name in re.split(r"[,\s]+", request.tasks or "") if name]
-    sets = forgetting.choose(names, choose) if names else trained.test_sets
-    if not sets:
-        raise UserError(
-            "no test set is named; give TASKS=, for example TASKS=general, TASKS=sentiment or TASKS=fpb,tfns"
-        )
-    files = {name: all_sets()[name].file for name in sets if name in all_sets()}
-    if request.shots and len(files) < len(sets):
-        raise UserError(f"SHOTS={request.shots}: MMLU and GSM8K have examples of their own; leave them out with TASKS=")
-    if request.tests or not trained.tiny or not files or any((RAW / file).is_file() for file in files.values()):
-        return sets, Path(request.tests) if request.tests else RAW
-    sets = [name for name, file in files.items() if (SAMPLE / file).is_file()]
-    if not sets:
-        raise UserError("the test files are not here and there is no sample of them; run `make data TASK=...`")
-    print(f"no test file is fetched: taking the sample rows of {', '.join(sets)}")
-    return sets, SAMPLE

@@ -1,16 +1,22 @@
-"""A test set as it is asked: its rows and examples, how long answers may be, and the answers through lm-eval."""
+"""Test sets as they are asked: their rows and examples, how long answers may be, and what measures BERTScore."""
 
 import hashlib
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finlora.core.paths import RAW
+from finlora.core.errors import UserError
+from finlora.core.paths import RAW, SAMPLE, shown
 from finlora.data import few_shot
-from finlora.data.neardup import normalise
-from finlora.data.test_sets import TASK_FILES, SetRows, all_sets, read_set
-from finlora.evaluate import forgetting
-from finlora.evaluate.results import Row, SetResult
+from finlora.data.test_sets import SetRows, all_sets, choose, read_set
+from finlora.train.runs import TrainedRecipe
+
+# What fine-tuning may have cost: lm-eval reads and scores these sets, 5-shot.
+FORGETTING = {
+    "mmlu": {"files": "mmlu/default", "metric": "acc", "filter": "none", "dataset": "cais/mmlu"},
+    "gsm8k": {"files": "gsm8k", "metric": "exact_match", "filter": "flexible-extract", "dataset": "openai/gsm8k"},
+}
 
 
 class Length(NamedTuple):
@@ -19,6 +25,19 @@ class Length(NamedTuple):
     lengths: str  # whole or published
     max_new_tokens: int
     targets_cut: int  # rows whose target has more tokens than that
+
+
+class Encoder(NamedTuple):
+    """What measures BERTScore: a hub id or folder, and a layer of it. FinLoRA's, and the layer that bert-score takes
+    for it, of 12.
+    """
+
+    model: str = "ProsusAI/finbert"
+    layer: int = 10
+
+    def __str__(self) -> str:
+        """As set.json has it."""
+        return f"{shown(self.model)}, layer {self.layer}"
 
 
 @dataclass(frozen=True)
@@ -30,8 +49,10 @@ class Questions:
     source: SetRows | None  # None for MMLU and GSM8K, which lm-eval reads
     labels: str = "corrected"  # or published
     shots: int = 0  # examples before each question
+    limit: int | None = None  # only the first rows
     sha256: str | None = None  # of all questions with their examples; None without any
     length: Length | None = None  # None for MMLU and GSM8K, which have limits of their own
+    kept: list[dict[str, Any]] = field(default_factory=list)  # rows of answers.jsonl whose answers stay
 
     @property
     def metric(self) -> str:
@@ -43,14 +64,47 @@ class Questions:
         return {"max_gen_toks": self.length.max_new_tokens, "do_sample": False, "until": []}
 
 
-def read_questions(name: str, folder: Path = RAW, labels: str = "corrected", shots: int = 0) -> Questions:
+def choose_sets(
+    tasks: str | None, trained: TrainedRecipe, tests: str | None = None, shots: int = 0
+) -> tuple[list[str], Path]:
+    """The test sets and the folder of their files: TESTS=, data/raw, or the sample where a tiny run has no others."""
+    sets = named_sets(tasks or "") or named_sets(trained.task or "")
+    if not sets:
+        raise UserError(
+            "no test set is named; give TASKS=, for example TASKS=general, TASKS=sentiment or TASKS=fpb,tfns"
+        )
+    files = {name: all_sets()[name].file for name in sets if name in all_sets()}
+    if shots and len(files) < len(sets):
+        raise UserError(f"SHOTS={shots}: MMLU and GSM8K have examples of their own; leave them out with TASKS=")
+    if tests or not trained.tiny or not files or any((RAW / file).is_file() for file in files.values()):
+        return sets, Path(tests) if tests else RAW
+    sets = [name for name, file in files.items() if (SAMPLE / file).is_file()]
+    if not sets:
+        raise UserError("the test files are not here and there is no sample of them; run `make data TASK=...`")
+    print(f"no test file is fetched: taking the sample rows of {', '.join(sets)}")
+    return sets, SAMPLE
+
+
+def named_sets(tasks: str) -> list[str]:
+    """The sets that the names in TASKS= stand for; `forgetting` is MMLU and GSM8K."""
+    names = [name for name in re.split(r"[,\s]+", tasks) if name]
+    own = [task for name in names for task in (FORGETTING if name == "forgetting" else [name]) if task in FORGETTING]
+    rest = [name for name in names if name not in FORGETTING and name != "forgetting"]
+    return list(dict.fromkeys((choose(rest) if rest else []) + own))
+
+
+def read_questions(
+    name: str, folder: Path = RAW, labels: str = "corrected", shots: int = 0, limit: int | None = None
+) -> Questions:
     """The questions of a set, whose length `with_length` measures. UserError where a file is missing or malformed."""
-    if name in forgetting.TASKS:
-        forgetting.check(name, folder)
-        return Questions(name, folder, None)
+    if name in FORGETTING:
+        if folder != RAW and not (folder / name).is_dir():
+            copy = f"put a copy of {FORGETTING[name]['dataset']} there"
+            raise UserError(f"{folder / name}: is missing; {copy}, or leave TESTS= out")
+        return Questions(name, folder, None, limit=limit)
     asked = few_shot.questions(name, folder, shots, labels)
     digest = hashlib.sha256("\0".join(asked).encode()).hexdigest() if shots else None
-    return Questions(name, folder, read_set(name, folder), labels, shots, digest)
+    return Questions(name, folder, read_set(name, folder), labels, shots, limit, digest)
 
 
 def with_length(questions: Questions, lengths: str, tokenizer) -> Questions:
@@ -68,63 +122,3 @@ def with_length(questions: Questions, lengths: str, tokenizer) -> Questions:
     if lengths == "whole":
         limit = max(limit, *(size + 1 for size in sizes.values()))
     return replace(questions, length=Length(lengths, limit, sum(sizes[row.target] > limit for row in rows)))
-
-
-def answers(
-    lm, questions: Questions, limit: int | None, trained_on: set[str] | None = None
-) -> tuple[SetResult, list[Row]]:
-    """The questions through lm-eval, only the first `limit` where there is one, and a row for each answer.
-
-    `trained_on` holds normalised contexts; a row whose context is one of them is marked as seen.
-    """
-    name, source = questions.name, questions.source
-    if source is None:
-        return forgetting.answers(lm, name, questions.folder, limit)
-    from lm_eval import evaluate  # late: it takes seconds
-    from lm_eval.tasks import TaskManager, get_task_dict
-
-    options = {"folder": str(questions.folder), "labels": questions.labels, "shots": questions.shots}
-    tasks = TaskManager(include_path=str(TASK_FILES), include_defaults=False, metadata=options)
-    task = get_task_dict([name], tasks)
-    task[name].set_config("generation_kwargs", questions.options)
-    answered = evaluate(lm, task, limit=limit, apply_chat_template=True, bootstrap_iters=0)
-    rows = []
-    for sample in sorted(answered["samples"][name], key=lambda sample: sample["doc"]["row"]):
-        doc, prompt = sample["doc"], sample["arguments"][0][0]
-        prompt_tokens, answer_tokens, stopped = lm.tokens[prompt]
-        rows.append(
-            {
-                "row": doc["row"],
-                "prompt": prompt,
-                "context": doc["context"],
-                "target": doc["published"],
-                "corrected": doc["corrected"],
-                "answer": sample["resps"][0][0],
-                "seen": None if trained_on is None else normalise(doc["context"]) in trained_on,
-                "prompt_tokens": prompt_tokens,
-                "answer_tokens": answer_tokens,
-                "stopped": stopped,
-            }
-        )
-    spec = all_sets()[name]
-    if source.left_out:
-        lines = ", ".join(str(line) for line, _ in source.left_out[:5])
-        print(f"warning: {source.path}: {len(source.left_out)} rows without an answer were left out (line {lines})")
-    result = SetResult(
-        set=name,
-        task=spec.task,
-        file=source.path,
-        sha256=source.sha256,
-        published_file=source.published_file,
-        rows=len(source.rows),
-        evaluated=len(rows),
-        labels=spec.labels,
-        metric=spec.metric,
-        **questions.length._asdict(),
-        prompt_tokens=sum(row["prompt_tokens"] for row in rows),
-        answer_tokens=sum(row["answer_tokens"] for row in rows),
-        labels_used=questions.labels,
-        shots=questions.shots or None,
-        questions_sha256=questions.sha256,
-    )
-    return result, rows

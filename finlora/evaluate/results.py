@@ -1,14 +1,15 @@
-"""What evaluations left under results/, read for the report and for comparisons.
+"""What evaluations leave under results/: each writes its own, and the report and comparisons read them.
 
 The results of a model (a base, or one with an adapter) are a folder with run.json; each data set is a folder in it
 with answers.jsonl and, once it is finished, set.json. Scores are never stored: they are computed from the answers, so
 that fixing a scorer fixes every report. Prompts can be long; they stay on disk until one is shown.
 """
 
+import datetime
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -18,13 +19,18 @@ from typing_extensions import TypedDict  # pydantic wants this one before Python
 
 from finlora.core.errors import UserError
 from finlora.core.files import replacing, write_json
+from finlora.core.machine import gpus
 from finlora.core.paths import ROOT, shown
+from finlora.core.provenance import git_state, versions
 from finlora.data import tasks
 from finlora.data.test_sets import all_sets
 from finlora.evaluate import scorers
+from finlora.evaluate.questions import Encoder, Questions
 
 RESULTS = ROOT / "results"
 Record = TypeVar("Record")
+# Answers in a folder whose run.json differs in one of these are another model's.
+IDENTITY = "model base_sha256 adapter_sha256 bits prompt shots template_sha256 ends way backend".split()
 OR_NONE = Field(default=None)  # of a key that earlier versions did not write
 
 
@@ -258,16 +264,115 @@ def kept_rows(folder: Path) -> list[dict[str, Any]]:
     return list(_json_lines(folder / "answers.jsonl"))
 
 
-def write_set(folder: Path, result: SetResult, rows: list[dict[str, Any]]) -> None:
-    """Write answers.jsonl, then set.json: a folder without the latter is unfinished."""
+def prepare_folder(
+    folder: Path, run: Run, questions: list[Questions], encoder: Encoder, force: bool = False
+) -> list[Questions]:
+    """Make results/<subject> this run's, with run.json, and return what is still to be asked.
+
+    force: set earlier answers aside.
+    """
+    before = read_run(folder)
+    changed = [key for key in IDENTITY if before and getattr(before, key) != getattr(run, key)]
+    if "ends" in changed and before.ends is None:
+        changed.remove("ends")  # earlier versions did not write them
+    if "base_sha256" in changed and None in (run.base_sha256, before.base_sha256):
+        changed.remove("base_sha256")  # a hub's model before it was fetched, or answers of before 2026-11
+    if folder.is_dir() and (force or changed):
+        if changed and not force:
+            values = [(key, *(str(getattr(one, key))[:40] for one in (before, run))) for key in changed[:2]]
+            what = ", ".join(f"{key}: {old} -> {new}" for key, old, new in values)
+            raise UserError(
+                f"{shown(folder)}: holds the answers of another model ({what}); FORCE=1 sets them aside, "
+                "NAME=<another> keeps both"
+            )
+        aside = folder.parent / "aside" / f"{folder.name}.{datetime.datetime.now():%Y%m%d-%H%M%S}"
+        aside.parent.mkdir(exist_ok=True)
+        folder.rename(aside)
+        print(f"set aside: {shown(aside)}")
+    left = []
+    for one in questions:
+        if part := unanswered(folder / one.name, one, encoder):
+            left.append(part)
+        else:
+            print(f"{run.subject}: {one.name} is answered already; FORCE=1 asks again")
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    device = gpus()[0][0] if gpus() else "CPU"
+    machine = {"versions": versions(), "git": git_state(), "device": device, "started": started}
+    write_json(folder / "run.json", asdict(replace(run, **machine)))
+    return left
+
+
+def unanswered(folder: Path, questions: Questions, encoder: Encoder) -> Questions | None:
+    """What is left to ask; None where results/<subject>/<set> holds the answers asked for, or more.
+
+    What measures kept answers is then brought up to date: corrections, the encoder, which labels count.
+    """
+    limit, source, length = questions.limit, questions.source, questions.length
+    result, rows = read_kept(folder)
+    if result is None:
+        return questions
+    if source is None:
+        enough = result.limit is None or (limit is not None and limit <= result.limit)
+        return None if enough else questions
+    if limit and result.sha256 == source.sha256:
+        limit = result.limit and max(limit, result.limit)  # no answer is taken away
+    kept: list[Row] = []
+    if result.lengths:  # until 2026-11 lm-eval cut answers at their first blank line, and this was not recorded
+        same, longest = result.max_new_tokens == length.max_new_tokens, length.max_new_tokens
+        kept = [row for row in rows if same or (row["stopped"] and row["answer_tokens"] <= longest)]
+    left = replace(questions, limit=limit, kept=kept)
+    subject = folder.parent.name
+    if result.sha256 != source.sha256:
+        print(f"{source.path}: has changed since {subject} answered it; asking again")
+        return left
+    if result.questions_sha256 != questions.sha256:
+        print(f"{subject}: {questions.name} was answered with other examples; asking again")
+        return left
+    if not result.lengths:
+        print(f"{subject}: {questions.name} was answered with answers cut at blank lines; asking again")
+        return left
+    if result.evaluated < min(questions.limit or len(source.rows), len(source.rows)):
+        return left
+    if cut := len(rows) - len(kept):
+        print(
+            f"{subject}: {questions.name} was answered with up to {result.max_new_tokens} tokens; asking {cut} rows "
+            f"again with {length.max_new_tokens}"
+        )
+        return left
+    measure_again(folder, result, rows, questions, encoder)
+    return None
+
+
+def measure_again(
+    folder: Path, result: SetResult, rows: list[dict[str, Any]], questions: Questions, encoder: Encoder
+) -> None:
+    """Bring what measures kept answers up to date; the answers are the same."""
+    measured = replace(result, labels_used=questions.labels, **questions.length._asdict())
+    corrected = {row.row: row.corrected for row in questions.source.rows}
+    changed = [row for row in rows if row["corrected"] != corrected[row["row"]]]
+    for row in changed:
+        row["corrected"] = corrected[row["row"]]
+    if changed:
+        print(f"{folder.parent.name}: {questions.name} has new corrections of {len(changed)} rows; its answers stay")
+    if changed or result.encoder not in (None, str(encoder)):
+        write_set(folder, measured, rows, encoder)
+    elif measured != result:
+        write_json(folder / "set.json", asdict(measured))
+
+
+def write_set(folder: Path, result: SetResult, rows: list[dict[str, Any]], encoder: Encoder) -> None:
+    """Measure BERTScore where the encoder has not yet, and write answers.jsonl, then set.json: a folder without the
+    latter is unfinished.
+    """
+    if result.metric == "bertscore_f1" and result.encoder != str(encoder):
+        from finlora.evaluate.bertscore import add_bertscore  # late: torch and transformers take seconds
+
+        add_bertscore(rows, encoder)
+        result = replace(result, encoder=str(encoder))
     (folder / "set.json").unlink(missing_ok=True)
     with replacing(folder / "answers.jsonl") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_record(folder / "set.json", result)
-
-
-def write_record(path: Path, record: Run | SetResult) -> None:
-    write_json(path, asdict(record))
+    write_json(folder / "set.json", asdict(result))
 
 
 def print_answered(result: SetResult, rows: list[dict[str, Any]], reasons: dict[str, str]) -> None:

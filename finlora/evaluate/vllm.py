@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import requests
 
@@ -65,17 +64,19 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def serving(weights: Path, name: str) -> Iterator[Any]:
-    """lm-eval's view of a vLLM server on `weights`; its log is beside the folder. UserError where it does not start."""
-    from finlora.evaluate.endpoint import Endpoint
+def serving(trained: TrainedModel, run: Run, tokenizer) -> Iterator[str]:
+    """The URL of a vLLM server on the merged weights, which it calls by the run's name. Its log is beside their folder.
 
+    UserError where it does not start.
+    """
+    weights = merged(trained, run, tokenizer)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = weights.with_name(f"{weights.name}.log")
     with log.open("wb") as file:
         server = subprocess.Popen(
-            command(weights, name, "127.0.0.1", port),
+            command(weights, run.subject, "127.0.0.1", port),
             stdout=file,
             stderr=file,
             env=environment(),
@@ -84,7 +85,7 @@ def serving(weights: Path, name: str) -> Iterator[Any]:
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(server, url, log)
-        yield Endpoint(f"{url}/v1", name)
+        yield f"{url}/v1"
     finally:
         os.killpg(server.pid, signal.SIGTERM) if server.poll() is None else None
         server.wait()

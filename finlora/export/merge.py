@@ -35,7 +35,7 @@ from finlora.core.paths import RAW, ROOT, SAMPLE, existing, shown
 from finlora.core.provenance import git_state, versions
 from finlora.core.startup import log_to
 from finlora.data.test_sets import all_sets
-from finlora.evaluate.questions import Questions, answers, read_questions, with_length
+from finlora.evaluate.questions import Questions, named_sets, read_questions, with_length
 from finlora.evaluate.scorers import scorings, summary
 from finlora.export.merged import MergeRecord, check_weights, is_merged
 from finlora.models import load as models
@@ -110,7 +110,6 @@ class MergePlan:
     record: MergeRecord  # what is known before merging
     dialogues: list[list[int]]  # tokens of rows that logits are compared on
     questions: list[Questions]  # of the test sets that are present; none where no answers are compared
-    limit: int  # rows of each
 
 
 def run(
@@ -154,8 +153,8 @@ def prepare(trained: TrainedModel, into: str | None, limit: int, prompt: str, fo
         git=git_state(),
     )
     rows = read_dialogues(trained, tokenizer)
-    questions = read_test_sets(trained.run, tokenizer) if limit else []
-    return MergePlan(trained, tokenizer, record, rows, questions, limit)
+    questions = read_test_sets(trained.run, tokenizer, limit) if limit else []
+    return MergePlan(trained, tokenizer, record, rows, questions)
 
 
 def read_dialogues(trained: TrainedModel, tokenizer) -> list[list[int]]:
@@ -174,12 +173,12 @@ def read_dialogues(trained: TrainedModel, tokenizer) -> list[list[int]]:
     return sorted(tokens, key=len)[:DIALOGUES]
 
 
-def read_test_sets(recipe: TrainedRecipe, tokenizer) -> list[Questions]:
+def read_test_sets(recipe: TrainedRecipe, tokenizer, limit: int) -> list[Questions]:
     """The recipe's test sets that are present; of a tiny run the sample's where none is fetched."""
-    files = {name: all_sets()[name].file for name in recipe.test_sets}
+    files = {name: all_sets()[name].file for name in named_sets(recipe.task or "")}
     folder = SAMPLE if recipe.tiny and not any((RAW / file).is_file() for file in files.values()) else RAW
-    present = [read_questions(name, folder) for name, file in files.items() if (folder / file).is_file()]
-    return [with_length(questions, "whole", tokenizer) for questions in present]
+    names = [name for name, file in files.items() if (folder / file).is_file()]
+    return [with_length(read_questions(name, folder, limit=limit), "whole", tokenizer) for name in names]
 
 
 def check_room(folder: Path, parameters: int) -> None:
@@ -351,12 +350,12 @@ def ask(model, plan: MergePlan) -> Responses:
     """The model's answers to the questions with its score on each test set, and its logits."""
     texts, scores = {}, {}
     if plan.questions:
-        from finlora.evaluate import harness  # late: it imports lm_eval, which takes seconds, and bitsandbytes
+        from finlora.evaluate import asking, harness  # late: they import lm_eval, which takes seconds, and bitsandbytes
 
         lm = harness.BatchedHFLM(model, plan.tokenizer, eot_tokens=plan.trained.eot_tokens)
     for questions in plan.questions:
         name = questions.name
-        _, rows = answers(lm, questions, plan.limit)
+        _, rows = asking.answers(lm, questions)
         texts[name] = [row["answer"] for row in rows]
         if scorers := scorings(name, all_sets()[name]):
             primary = next(iter(scorers.values()))

@@ -1,7 +1,7 @@
 """A trained adapter, named by its recipe, folder or hub id: its base model and its files."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,18 +76,30 @@ def load_trained(
         raise UserError("give RECIPE=<trained recipe>, or ADAPTER=<folder or hub id> with MODEL=<its base> and BITS=")
     options = f"RECIPE={recipe}{' TINY=1' if tiny else ''}" if recipe else f"ADAPTER={adapter}"
     options += (f" MODEL={model}" if model else "") + (f" BITS={bits}" if bits else "")
-    if recipe:
-        run = of_recipe(recipe, tiny)
-        facts = adapter_facts(run.adapter)
-        return TrainedModel(run.recipe, options, run.model, run.bits, run.adapter, facts, folder=run.adapter, run=run)
-    path = resolve_adapter(adapter)
+    run = of_recipe(recipe, tiny) if recipe else TrainedRecipe()
+    path = run.adapter or resolve_adapter(adapter)
     facts = adapter_facts(path)
+    if recipe:
+        check_start(path)
+        return TrainedModel(run.recipe, options, run.model, run.bits, path, facts, folder=path, run=run)
     base = model or facts.base
     if not base:
         raise UserError(f"{adapter}: does not say which base it was trained on; name it with MODEL=")
     folder = OUTPUTS / "adapters" / slug(adapter)  # no recipe has this name
     same_weights = check_start(path, base)
     return TrainedModel(slug(adapter), options, base, bits or 16, path, facts, folder, same_weights=same_weights)
+
+
+def load_asked(
+    recipe: str | None, adapter: str | None, model: str | None, bits: int | None, tiny: bool
+) -> TrainedModel:
+    """As `load_trained`, or a base alone, for an evaluation: bits may be others than those of training."""
+    if not (recipe or adapter):
+        return TrainedModel(slug(model), f"MODEL={model}", model, bits or 16)
+    trained = load_trained(recipe, adapter, model, None, tiny)
+    if adapter and not model:
+        print(f"MODEL= is not given: taking the adapter's own base, {trained.base_model}")
+    return replace(trained, bits=bits or trained.bits)
 
 
 def adapter_facts(folder: Path) -> AdapterFacts:

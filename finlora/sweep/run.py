@@ -8,7 +8,6 @@ and hides failures; here each point is a whole recipe in outputs/sweeps/<recipe>
 """
 
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -24,10 +23,10 @@ from finlora.core.errors import UserError
 from finlora.core.files import write_json
 from finlora.core.paths import ROOT, shown
 from finlora.data.tasks import load_tasks
-from finlora.data.test_sets import choose, read_set
-from finlora.evaluate import forgetting
+from finlora.data.test_sets import read_set
 from finlora.evaluate.evaluation import Request, named, resolve
-from finlora.evaluate.runner import unanswered
+from finlora.evaluate.questions import FORGETTING, named_sets
+from finlora.evaluate.results import unanswered
 from finlora.recipes import bases, memory
 from finlora.recipes import names as recipe_names
 from finlora.recipes.load import NAMED
@@ -117,8 +116,8 @@ def check(file: Path, points: list[SweepPoint], options: Options) -> None:
         raise UserError(f"POINT={options.point}: {shown(file)} has points 1 to {len(points)}; LIST=1 shows them")
     if options.evaluate is not None:
         tasks = options.evaluate.get("tasks") or "sentiment"
-        for name in forgetting.choose(re.split(r"[,\s]+", tasks), choose):
-            if not options.tiny and name not in forgetting.TASKS:
+        for name in named_sets(tasks):
+            if not options.tiny and name not in FORGETTING:
                 read_set(name, *([Path(tests)] if (tests := options.evaluate.get("tests")) else []))
     tracking.check(options.track)
 
@@ -145,8 +144,8 @@ def commands_of(point: SweepPoint, folder: Path, options: Options) -> list[list[
 def answered(request: Request) -> bool:
     """Whether all that an evaluation would ask is answered; what measures the answers is brought up to date."""
     evaluation = resolve(request)
-    folder = request.results / evaluation.runs[-1].subject
-    return not any(unanswered(folder / one.name, one, request) for one in evaluation.questions)
+    folder = evaluation.results / evaluation.runs[-1].subject
+    return not any(unanswered(folder / one.name, one, evaluation.encoder) for one in evaluation.questions)
 
 
 def mark_folder(folder: Path, recipe: Path, file: Path) -> None:

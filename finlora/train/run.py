@@ -150,7 +150,9 @@ def adapter_folder(name: str, small: bool) -> Path:
     if folder.is_dir():
         return folder.resolve()
     try:
-        return runs.of_recipe(name, small).adapter
+        folder = runs.of_recipe(name, small).adapter
+        runs.check_start(folder)
+        return folder
     except UserError as error:
         raise UserError(f"FROM={name}: is no folder of an adapter and no trained recipe ({error})") from error
 

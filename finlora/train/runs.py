@@ -21,7 +21,6 @@ from finlora.core.files import read_json, sha256, write_json, write_text
 from finlora.core.paths import ROOT, shown
 from finlora.data.neardup import normalise
 from finlora.data.tasks import load_tasks
-from finlora.data.test_sets import choose
 from finlora.recipes import load as recipes
 from finlora.recipes import names as recipe_names
 from finlora.recipes.recipe import Recipe, output_folder, with_options
@@ -333,15 +332,15 @@ class TrainedRecipe:
     tiny: bool = False  # trained on a tiny base
     training: dict[str, Any] | None = None  # metrics, args, seconds, data_from and log
     trained_on: set[str] | None = None  # as of trained_contexts
-    test_sets: list[str] = field(default_factory=list)
+    task: str | None = None  # whose test sets it is asked; sentiment where its name says none
     record: dict[str, Any] = field(default_factory=dict)  # run.json
     keys: dict[str, Any] = field(default_factory=dict)  # recipe.yaml, as it was trained
 
 
 def of_recipe(name: str, tiny: bool) -> TrainedRecipe:
-    """The trained recipe of this name. UserError where it is not trained, or what it was trained from has changed."""
-    path = recipe_names.find(name)
-    out = output_folder(recipes.load(path).keys, tiny)
+    """The trained recipe of this name. UserError where it is not trained, or its adapter is not what it recorded."""
+    recipe = recipes.load(recipe_names.find(name))
+    out = output_folder(recipe.keys, tiny)
     folder = RunFolder(out)
     record, again = folder.record, f"make train RECIPE={name}{' TINY=1' if tiny else ''}"
     if record is None or not folder.recipe_file.is_file():
@@ -351,13 +350,12 @@ def of_recipe(name: str, tiny: bool) -> TrainedRecipe:
         raise UserError(
             f"{out.relative_to(ROOT)}: the adapter is not the one that run.json records; run `{again} FORCE=1`"
         )
-    check_start(out)
     keys = yaml.safe_load(folder.recipe_file.read_text(encoding="utf-8"))
-    parts = recipe_names.parse_name(path.stem) or {}
+    task = (recipe.parts or {}).get("task")
     base = record.get("base_model", keys["base_model"])
     return TrainedRecipe(
-        recipe=path.stem,
-        results_name=path.stem + (".tiny" if tiny else ""),
+        recipe=recipe.path.stem,
+        results_name=recipe.path.stem + (".tiny" if tiny else ""),
         model=str(ROOT / base) if (ROOT / base).is_dir() else base,
         adapter=out,
         bits=recipe_names.bits_of(keys),
@@ -365,7 +363,7 @@ def of_recipe(name: str, tiny: bool) -> TrainedRecipe:
         training={key: record[key] for key in ("metrics", "args", "seconds", "data_from") if key in record}
         | {"log": (folder.metrics or {}).get("log", [])},
         trained_on=trained_contexts(record),
-        test_sets=choose([parts["task"] if parts.get("task") in load_tasks() else "sentiment"]),
+        task=task if task in load_tasks() else "sentiment",
         record=record,
         keys=keys,
     )
